@@ -1,0 +1,80 @@
+"""Components: frozen records of choices (a solver, a damping, a line search) that Keras can save.
+
+An optimizer is put together from components as a sentence from words: `HessianFree(solver=ConjugateGradient(
+max_steps=50))`. A component holds numbers and other components, never a tensor, a variable or a model, so that
+`get_config` can be read off its fields.
+"""
+
+import dataclasses
+
+import keras
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """Base of the records. A subclass is a frozen dataclass that checks its fields in `__post_init__`.
+
+    ```python
+    @register
+    @dataclasses.dataclass(frozen=True)
+    class Halving(Component):
+        factor: float = 0.5
+    ```
+    """
+
+    def get_config(self):
+        """The fields, as given; nested components in Keras' serialized form."""
+        return {field.name: serialize(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_config(cls, config):
+        """The component that `get_config` described."""
+        return cls(**{name: deserialize(value) for name, value in config.items()})
+
+
+def register(cls):
+    """Make `cls` known to Keras' saving under the package's name, so that a saved file finds it again."""
+    return keras.saving.register_keras_serializable(package="keras_curvature")(cls)
+
+
+def serialize(value):
+    """`value`, with components in the form that a Keras config holds."""
+    return keras.saving.serialize_keras_object(value) if isinstance(value, Component) else value
+
+
+def deserialize(value):
+    """The inverse of `serialize`."""
+    return keras.saving.deserialize_keras_object(value) if isinstance(value, dict) else value
+
+
+def check(owner, name, value, valid, expected):
+    """Raise a `ValueError` in Keras' words unless `valid`; `owner` is the object whose argument it is."""
+    if not valid:
+        raise ValueError(f"`{type(owner).__name__}`: `{name}` must be {expected}. Received: {name}={value!r}")
+
+
+def is_number(value):
+    """Whether `value` is a plain finite real number (an `int` or a `float`, not a `bool`)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def check_number(owner, name, value, low=None, high=None, open_low=False, open_high=False):
+    """Check that the argument is a number in the given interval; the message spells the interval out."""
+    left, right = "(" if open_low or low is None else "[", ")" if open_high or high is None else "]"
+    bounds = f"{left}{'-inf' if low is None else low}, {'inf' if high is None else high}{right}"
+    valid = is_number(value)
+    valid = valid and (low is None or (value > low if open_low else value >= low))
+    valid = valid and (high is None or (value < high if open_high else value <= high))
+    check(owner, name, value, valid, f"a number in {bounds}")
+
+
+def check_count(owner, name, value, low=1):
+    """Check that the argument is an integer of at least `low`."""
+    check(owner, name, value, isinstance(value, int) and not isinstance(value, bool) and value >= low,
+          f"an integer >= {low}")
+
+
+def check_component(owner, name, value, method, examples):
+    """Check that the argument is a component with `method`; a class or a string gets told how to write it."""
+    valid = isinstance(value, Component) and hasattr(value, method)
+    check(owner, name, value, valid, f"a component such as `{examples}`, already constructed")

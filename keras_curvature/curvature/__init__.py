@@ -1,0 +1,5 @@
+"""From a model and a batch to operators on weight space. Never solves, never steps."""
+
+from keras_curvature.curvature.linearization import GaussNewton, Gradients, Linearization
+
+__all__ = ["GaussNewton", "Gradients", "Linearization"]

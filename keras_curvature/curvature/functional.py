@@ -1,0 +1,165 @@
+"""The model as a pure function of its weights.
+
+A Keras model has state: batch statistics move with every call in training mode, a dropout layer draws a new
+mask, compiled losses count what they saw. A curvature product needs the opposite, a function that gives the
+same value at the same weights however often it is called. `PureModel` is that function on one batch: it reads
+the state once, evaluates under a `keras.StatelessScope`, and hands back what the state would have become, for
+the train step to commit once.
+
+Two facts of Keras (3.15) shape this file.
+
+* `tf.nn.moments`, under BatchNormalization, LayerNormalization and GroupNormalization, stops the gradient at
+  the mean. First derivatives are still exact; second ones are 3% to 49% off. `exact_moments` replaces it
+  by the plain mean and variance while a product is traced.
+* A model that ends in a softmax or sigmoid carries its logits along (`y_pred._keras_logits`), and Keras'
+  cross-entropies read those. So the loss may leave the model through the logits and not through the output;
+  both are kept as *leaves*, and the derivative tells which of them the loss really used.
+"""
+
+import contextlib
+import dataclasses
+
+import keras
+import tensorflow as tf
+from keras.src.backend.tensorflow import nn as keras_nn
+
+
+def _plain_moments(x, axes, keepdims):
+    mean = tf.reduce_mean(x, axes, keepdims=True)
+    variance = tf.reduce_mean(tf.math.squared_difference(x, mean), axes, keepdims=True)
+    return (mean, variance) if keepdims else (tf.squeeze(mean, axes), tf.squeeze(variance, axes))
+
+
+@contextlib.contextmanager
+def exact_moments():
+    """While open, Keras' normalization layers compute moments that can be differentiated twice.
+
+    Open it around the replicas and not inside one: the threads of a `MirroredStrategy` take turns, and the name
+    that is replaced here is shared by all of them.
+    """
+    original = keras_nn._compute_moments
+    keras_nn._compute_moments = _plain_moments
+    try:
+        yield
+    finally:
+        keras_nn._compute_moments = original
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one forward pass gives.
+
+    Attributes:
+        outputs: The model's outputs, in its own structure.
+        leaves: The tensors through which the loss depends on the model: its floating outputs and their logits.
+        loss: Scalar: the compiled loss with sample weights, masks, regularizers and added losses; under a
+            strategy, this replica's share of it (Keras divides by the number of replicas).
+        state: Next values of the model's non-trainable variables.
+        counters: Next values of the variables of the model's metrics that the loss itself moves.
+    """
+
+    outputs: object
+    leaves: list
+    loss: tf.Tensor
+    state: list
+    counters: list
+
+
+class PureModel:
+    """A compiled model on one batch, as a function of its trainable weights.
+
+    Args:
+        model: A built and compiled `keras.Model`.
+        x, y, sample_weight: The batch, as Keras' `train_step` unpacks it.
+    """
+
+    def __init__(self, model, x, y=None, sample_weight=None):
+        self.model, self.x, self.y, self.sample_weight = model, x, y, sample_weight
+        self._arguments = {"training": True} if _takes_training(model) else {}
+        self._stateful = model.non_trainable_variables
+        self._counting = model.metrics_variables
+        # read once: the seeds and batch statistics of every later evaluation are those of this moment
+        self._state = [tf.identity(v.value) for v in self._stateful]
+
+    def evaluate(self, weights, loss_tape=None):
+        """Forward pass and loss at `weights`.
+
+        Args:
+            weights: Tensors, one per trainable variable of the model.
+            loss_tape: A `tf.GradientTape` to record the loss as a function of the leaves, opened only for that.
+
+        Returns:
+            An `Evaluation`.
+        """
+        model = self.model
+        mapping = [*zip(model.trainable_variables, weights), *zip(self._stateful, self._state)]
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+            outputs = model(self.x, **self._arguments)
+            outputs, leaves = _cut(outputs)
+            with loss_tape or contextlib.nullcontext():
+                if loss_tape is not None:
+                    loss_tape.watch(leaves)
+                loss = compute_loss(model, self.x, self.y, outputs, self.sample_weight)
+        after = [scope.get_current_value(v) for v in self._stateful]
+        counters = [scope.get_current_value(v) for v in self._counting]
+        return Evaluation(
+            outputs,
+            leaves,
+            loss,
+            [old if new is None else tf.convert_to_tensor(new) for new, old in zip(after, self._state)],
+            counters,
+        )
+
+    def commit(self, evaluation):
+        """Write the batch statistics, seeds and loss counters of `evaluation` into the model."""
+        for variable, value in zip(self._stateful, evaluation.state):
+            variable.assign(value)
+        for variable, value in zip(self._counting, evaluation.counters):
+            if value is not None:
+                variable.assign(value)
+
+
+def _cut(outputs):
+    """Outputs whose floating tensors are fresh, and the list of these tensors and of the logits they carry."""
+    leaves = []
+
+    def fresh(y):
+        if not (tf.is_tensor(y) and y.dtype.is_floating):
+            return y
+        cut = tf.identity(y)
+        leaves.append(cut)
+        if hasattr(y, "_keras_mask"):
+            cut._keras_mask = y._keras_mask
+        if hasattr(y, "_keras_logits"):
+            cut._keras_logits = tf.identity(y._keras_logits)
+            leaves.append(cut._keras_logits)
+        return cut
+
+    return keras.tree.map_structure(fresh, outputs), leaves
+
+
+# Private names of Keras 3.15, each in one function; `tests/test_keras_internals.py` checks that they are there.
+
+
+def compute_loss(model, x, y, y_pred, sample_weight):
+    """`model.compute_loss` in training mode, whether or not the user's own version takes `training`."""
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+
+
+def _takes_training(model):
+    return model._call_has_training_arg
+
+
+def build_for(model, x, y, sample_weight):
+    """Create whatever of the model, its loss, metrics and optimizer waits to see a first batch.
+
+    Keras does so when its train step is traced; under a `StatelessScope` it would be too late for variables.
+    """
+    if all(_is_built(part) for part in (model, model.optimizer, model._compile_loss, model._compile_metrics)):
+        return
+    with tf.init_scope():
+        model._symbolic_build(data_batch=(x, y, sample_weight))
+
+
+def _is_built(part):
+    return part is None or part.built

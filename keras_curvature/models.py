@@ -1,0 +1,189 @@
+"""The bridge to Keras: a train step that linearizes the batch and hands it to the optimizer. No mathematics."""
+
+import functools
+
+import keras
+import tensorflow as tf
+
+from keras_curvature import replicas
+from keras_curvature.component import register
+from keras_curvature.curvature.functional import build_for
+from keras_curvature.curvature.linearization import Linearization
+from keras_curvature.optimizers.base import CurvatureOptimizer
+
+
+class Report(keras.metrics.Metric):
+    """One reported number in the logs: the mean, the last or the sum of an epoch's finite values.
+
+    NaN where an epoch had none. A real metric, because Keras shows an epoch's metrics and, beside them, of anything
+    else in the logs only the last batch.
+    """
+
+    def __init__(self, name, how):
+        super().__init__(name=name)
+        self.how = how
+        self.total = self.add_weight(name="total", initializer="zeros", dtype="float32")
+        self.count = self.add_weight(name="count", initializer="zeros", dtype="float32")
+
+    def update_state(self, value):
+        """Take in the number of one step."""
+        finite = tf.math.is_finite(value)
+        value, one = tf.where(finite, value, 0.0), tf.cast(finite, tf.float32)
+        if self.how == "last":
+            self.total.assign(tf.where(finite, value, self.total.value))
+            self.count.assign(tf.maximum(self.count.value, one))
+        else:
+            self.total.assign_add(value)
+            self.count.assign_add(one)
+
+    def result(self):
+        """The epoch's number so far."""
+        whole = self.total.value / (self.count.value if self.how == "mean" else 1.0)
+        return tf.where(self.count.value > 0, whole, float("nan"))
+
+
+class CurvedMixin:
+    """What a curved model adds to a `keras.Model`: the train step, and the optimizer's reports in the logs."""
+
+    def train_step(self, data):
+        """Linearize the batch, step, commit batch statistics once; Keras' own step for Keras' own optimizers."""
+        optimizer, scaler = unwrap(self.optimizer)
+        if not isinstance(optimizer, CurvatureOptimizer):
+            return super().train_step(data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        loss, outputs, reported = replicas.cross(functools.partial(self._curved_step, optimizer, scaler), x, y, sample_weight)
+        first = next(a for a in keras.tree.flatten(x) if a is not None)
+        self._loss_tracker.update_state(loss, sample_weight=tf.shape(first)[0])
+        logs = dict(self.compute_metrics(x, y, outputs, sample_weight=sample_weight))
+        for name, report in self._reports(optimizer).items():
+            report.update_state(reported.get(name, tf.constant(float("nan"))))
+            logs[name] = report.result()
+        return logs
+
+    def _curved_step(self, optimizer, scaler, x, y, sample_weight):
+        """`(loss, outputs, reported)`, outside the replicas."""
+        build_for(self, x, y, sample_weight)
+        scale = None if scaler is None else tf.identity(scaler.dynamic_scale.value)
+        lin = Linearization(self, x, y, sample_weight, shift=optimizer.shift(), loss_scale=scale)
+        loss, outputs = lin.loss, lin.outputs
+        reported = optimizer.step(lin)
+        taken = reported["skipped_steps"] == 0.0
+        tf.cond(taken, lambda: _nothing(lin.commit()), lambda: _nothing(None))
+        if scaler is not None:
+            _update_loss_scale(scaler, taken)
+        return loss, outputs, reported
+
+    def _reports(self, optimizer):
+        """`{name: Report}` of the compiled optimizer; made anew where it is another one."""
+        kept = self.__dict__.get("_curved_reports")
+        if kept is None or kept[0] is not optimizer:
+            with tf.init_scope(), self.distribute_strategy.scope():
+                made = {name: Report(name, how) for name, how in optimizer.reports.items()}
+            kept = (optimizer, made)
+            # past Keras' attribute tracking, which would count the reports among the metrics of `evaluate`
+            object.__setattr__(self, "_curved_reports", kept)
+        return kept[1]
+
+    def reset_metrics(self):
+        """Keras' metrics and the reports begin again."""
+        super().reset_metrics()
+        for report in (self.__dict__.get("_curved_reports") or (None, {}))[1].values():
+            report.reset_state()
+
+    def make_train_function(self, force=False):
+        """Keras' train function; the reports are created before it is traced."""
+        optimizer, _ = unwrap(self.optimizer)
+        if isinstance(optimizer, CurvatureOptimizer):
+            self._reports(optimizer)
+        return super().make_train_function(force)
+
+    def _get_metrics_result_or_logs(self, logs):
+        # a private name of Keras 3.15: the logs of an epoch, from the metrics where the names agree
+        reports = (self.__dict__.get("_curved_reports") or (None, {}))[1]
+        shown = {name: report.result() for name, report in reports.items() if isinstance(logs, dict) and name in logs}
+        if not shown:
+            return super()._get_metrics_result_or_logs(logs)
+        rest = {name: value for name, value in logs.items() if name not in shown}
+        return {**super()._get_metrics_result_or_logs(rest), **shown}
+
+
+@register
+class CurvatureModel(CurvedMixin, keras.Model):
+    """A `keras.Model` born curved: everything a `keras.Model` is, with the train step of second-order optimizers.
+
+    Made from inputs and outputs or by subclassing, saved and loaded as itself. A model that exists already is
+    curved by `curved(model)`.
+
+    Example:
+
+    ```python
+    inputs = keras.Input((784,))
+    model = keras_curvature.CurvatureModel(inputs, keras.layers.Dense(10)(inputs))
+    model.compile(optimizer=keras_curvature.CurveBall(), loss="mse")
+    ```
+    """
+
+
+def curved(model):
+    """Give `model` the train step that second-order optimizers need, in place, and return it.
+
+    The model stays what it is: the same layers, weights and compiled state, an instance of its class, saved to a file
+    that plain Keras loads. After loading, curve it again before `fit`. Under a Keras optimizer a curved model trains as
+    before.
+
+    Args:
+        model: A `keras.Model`: functional, sequential or subclassed.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: `model` is not a `keras.Model`, or has a `train_step` of its own.
+
+    Example:
+
+    ```python
+    model = keras_curvature.curved(keras.Sequential([...]))
+    model.compile(optimizer=keras_curvature.HessianFree(), loss="sparse_categorical_crossentropy")
+    ```
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`curved`: `model` must be a `keras.Model`. Received: model={model!r}")
+    if isinstance(model, CurvedMixin):
+        return model
+    if type(model).train_step is not keras.Model.train_step:
+        raise ValueError(
+            f"`curved`: `{type(model).__name__}` has a `train_step` of its own, and a curved model brings another. Put "
+            "the loss into `compute_loss(self, x, y, y_pred, sample_weight, training)` instead of `train_step`."
+        )
+    # object's own setter: Keras' would take the class for an attribute to track
+    object.__setattr__(model, "__class__", _curved_class(type(model)))
+    model.train_function = None  # traced again, with the new step
+    return model
+
+
+@functools.cache
+def _curved_class(cls):
+    """`cls` with the train step, under the same name, so that a saved file names the class that Keras knows."""
+    return type(cls.__name__, (CurvedMixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def unwrap(optimizer):
+    """`(optimizer, scaler)`: the optimizer itself and the `LossScaleOptimizer` of `mixed_float16` around it."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer.inner_optimizer, optimizer
+    return optimizer, None
+
+
+def _update_loss_scale(scaler, finite):
+    """Dynamic loss scaling, by Keras' rule: half after a step that was not finite, double after enough others."""
+    due = scaler.step_counter.value >= scaler.dynamic_growth_steps - 1
+    scale, counter = scaler.dynamic_scale.value, scaler.step_counter.value
+    factor = tf.where(finite, tf.where(due, 2.0, 1.0), 0.5)
+    scaler.dynamic_scale.assign(scale * factor)
+    scaler.step_counter.assign(tf.where(finite & tf.logical_not(due), counter + 1, tf.zeros_like(counter)))
+
+
+def _nothing(_):
+    """The value of a branch that is there for its effects."""
+    return tf.constant(0)

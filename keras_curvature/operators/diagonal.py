@@ -1,0 +1,24 @@
+"""Operators that scale each weight by a number of its own."""
+
+import dataclasses
+
+from keras_curvature.operators.base import LinearOperator
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagonal(LinearOperator):
+    """`v -> d * v`, elementwise, for a vector `d` of entries that are not negative.
+
+    Args:
+        entries: The diagonal, a list of tensors.
+    """
+
+    entries: list
+    psd = True
+
+    def multiply(self, vector):
+        return [d * v for d, v in zip(self.entries, vector)]
+
+    def inverse(self):
+        """The diagonal of reciprocals."""
+        return Diagonal([1.0 / d for d in self.entries])

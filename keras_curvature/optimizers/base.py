@@ -1,0 +1,228 @@
+"""What every optimizer of the package shares: from a direction to Keras, safely.
+
+A subclass writes exactly one of
+
+* `direction(linearization)`: the step, before the learning rate, from a `Linearization` of the batch. Runs on a
+  curved model (`keras_curvature.curved`), or on any model where the gradient is all it asks for.
+* `update_step(gradient, variable, learning_rate)`: Keras' own, where the gradient of each variable is enough.
+
+and `create_state(variables)` for what it remembers. Keras keeps everything that Keras does: learning-rate
+schedules, weight decay, clipping, averages of the weights, constraints, gradient accumulation, checkpoints.
+
+Nothing is assigned while a direction is computed. `remember(variable, value)` notes what the state shall become,
+and the step takes all of it, or, where the loss or the direction is not finite, none of it: then weights and
+state stay bit-identical and `skipped_steps` counts one.
+"""
+
+import inspect
+import warnings
+
+import keras
+import tensorflow as tf
+
+from keras_curvature import component, replicas, trees
+from keras_curvature.curvature.linearization import Gradients, Linearization
+
+
+class CurvatureOptimizer(keras.optimizers.Optimizer):
+    """Base of the optimizers; see the module for how to write one.
+
+    Args:
+        learning_rate: A float, a `LearningRateSchedule` or a callable, as everywhere in Keras.
+        **kwargs: Keras' own: `weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
+            ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, name`. On a method with a
+            `direction` clipping applies to the step.
+
+    Attributes:
+        reports: `{name: "mean" | "last" | "sum"}`: the numbers that a curved model shows in its logs, and how an
+            epoch sums them up.
+        needs_curvature: Whether a plain `keras.Model` is not enough.
+    """
+
+    reports = {"skipped_steps": "sum"}
+    needs_curvature = True
+
+    def __init__(self, learning_rate, **kwargs):
+        super().__init__(learning_rate=learning_rate, **kwargs)
+        if self.needs_curvature and self.gradient_accumulation_steps:
+            raise ValueError(
+                f"`{type(self).__name__}` steps on the curvature of one batch, so gradients of several batches cannot "
+                "be accumulated. Use a larger batch. Received: "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
+        self._noted, self._reported, self._unloaded = [], {}, None
+
+    # To be written by a method.
+
+    def create_state(self, variables):
+        """Create the optimizer's variables; called once, by `build`."""
+
+    def direction(self, linearization):
+        """The step to take before the learning rate, a vector. By default minus the gradient."""
+        return trees.negative(linearization.gradient)
+
+    def update_step(self, gradient, variable, learning_rate):
+        """`variable -= learning_rate * gradient`, where `gradient` is minus the direction."""
+        self.assign_sub(variable, tf.cast(learning_rate, variable.dtype) * tf.cast(gradient, variable.dtype))
+
+    # To be called by a method.
+
+    def remember(self, variable, value):
+        """Note that `variable` (or each of a list of variables) shall become `value`, if the step is taken."""
+        if isinstance(variable, list):
+            self._noted.extend(zip(variable, value))
+        else:
+            self._noted.append((variable, value))
+
+    def report(self, **numbers):
+        """Report scalars by the names in `reports`; a NaN means that there is nothing to report this time."""
+        self._reported.update(numbers)
+
+    def shift(self):
+        """Where a curved model shall linearize, as a vector from the stored weights; `None`: at the weights."""
+        return None
+
+    # The step.
+
+    def step(self, linearization):
+        """Take one step on the batch of a `Linearization` (or `Gradients`).
+
+        Returns:
+            The reported numbers, `{name: scalar}`, with `skipped_steps` 1 where the step was not taken.
+        """
+        self._require(linearization.variables)
+        self._noted, self._reported = [], {}
+        with tf.name_scope(self.name):
+            direction = self.direction(linearization)
+            finite = trees.is_finite(direction)
+            if isinstance(linearization, Linearization):
+                finite &= tf.math.is_finite(linearization.loss)
+                if linearization.is_known("gradient"):
+                    finite &= trees.is_finite(linearization.gradient)
+            noted, minus = list(self._noted), trees.negative(direction)
+
+            def take():
+                for variable, value in noted:
+                    variable.assign(value)
+                replicas.each(self._hand_to_keras, minus)
+                return tf.constant(0.0)
+
+            def skip():
+                self.skipped_steps.assign_add(1)
+                return tf.constant(1.0)
+
+            skipped = tf.cond(finite, take, skip)
+        reported = {name: tf.cast(value, tf.float32) for name, value in self._reported.items()}
+        self._noted, self._reported = [], {}
+        return {**reported, "skipped_steps": skipped}
+
+    def _hand_to_keras(self, gradients):
+        super().apply(gradients, self._trainable_variables)
+
+    def apply(self, grads, trainable_variables=None):
+        """What Keras calls on a plain model: gradients of each replica, and nothing behind them."""
+        variables = list(trainable_variables or self._trainable_variables)
+        if not self.built:
+            with keras.name_scope(self.name, caller=self):
+                self.build(variables)
+        self._require(variables)
+        gradients = self._complete(grads, variables)
+
+        def take(gradients):
+            total = replicas.add_up(gradients)
+            if self.loss_scale_factor is not None:
+                total = [g / self.loss_scale_factor for g in total]
+            self.step(Gradients(type(self).__name__, total, variables))
+
+        replicas.cross(take, gradients)
+        return self._iterations
+
+    def _complete(self, grads, variables):
+        """Dense gradients for all variables; Keras' warning where some are missing, its error where all are."""
+        if all(g is None for g in grads):
+            raise ValueError("No gradients provided for any variable.")
+        missing = [v.name for g, v in zip(grads, variables) if g is None]
+        if missing:
+            warnings.warn(
+                f"Gradients do not exist for variables {missing} when minimizing the loss. If you're using "
+                "`model.compile()`, did you forget to provide a `loss` argument?",
+                stacklevel=4,
+            )
+        values = [tf.zeros_like(v.value) if g is None else tf.convert_to_tensor(g) for g, v in zip(grads, variables)]
+        return [tf.cast(g, v.dtype) for g, v in zip(values, variables)]
+
+    def _require(self, variables):
+        """Refuse variables that are not those the state belongs to."""
+        if not self.built:
+            with keras.name_scope(self.name, caller=self):
+                self.build(variables)
+        known = [self._var_key(v) for v in self._trainable_variables]
+        given = [self._var_key(v) for v in variables]
+        if known != given:
+            raise ValueError(
+                f"`{type(self).__name__}` was built for {len(known)} weights "
+                f"({_names(self._trainable_variables)}) and is now given {len(given)} ({_names(variables)}). Its "
+                "state belongs to the first: it cannot serve another model, or this one after layers were frozen or "
+                "unfrozen. Compile with a new optimizer:\n\n"
+                "    model.compile(optimizer=type(optimizer).from_config(optimizer.get_config()), ...)\n"
+            )
+
+    # Keras' life cycle.
+
+    def build(self, variables):
+        """Create all state for `variables`; called once, by Keras."""
+        if self.built:
+            return
+        super().build(variables)
+        self.skipped_steps = self.add_variable((), dtype="int", name="skipped_steps", aggregation="only_first_replica")
+        self.create_state(list(variables))
+        if self._unloaded is not None:
+            stored, self._unloaded = self._unloaded, None
+            with tf.init_scope():
+                self.load_own_variables(stored)
+
+    def add_scalar(self, value, name):
+        """A scalar variable of the optimizer's state, with its initial value."""
+        return self.add_variable(
+            (), initializer=keras.initializers.Constant(value), name=name, aggregation="only_first_replica"
+        )
+
+    def load_own_variables(self, store):
+        """Load the state; an optimizer that is not built yet keeps it until it is, and loses nothing."""
+        if not self.built:
+            self._unloaded = {key: store[key][()] for key in store}
+            return
+        if len(store.keys()) != len(self.variables):
+            raise ValueError(
+                f"The file holds {len(store.keys())} variables of `{type(self).__name__}` and this one has "
+                f"{len(self.variables)}: it was saved with other settings or for another model. Compile with the "
+                "settings that it was saved with, or load the weights alone: `model.load_weights(path, "
+                "skip_mismatch=True)`."
+            )
+        for i, variable in enumerate(self.variables):
+            variable.assign(store[str(i)][()])
+
+    def get_config(self):
+        """Keras' config and the arguments of `__init__`, as given; components in serialized form."""
+        config = super().get_config()
+        for name in inspect.signature(type(self).__init__).parameters:
+            if name not in ("self", "kwargs", "learning_rate"):
+                config[name] = component.serialize(getattr(self, name))
+        return config
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The optimizer that `get_config` described; its state is new."""
+        own = inspect.signature(cls.__init__).parameters
+        config = {k: component.deserialize(v) if k in own and k != "learning_rate" else v for k, v in config.items()}
+        return super().from_config(config, custom_objects)
+
+    # Private names of Keras 3.15; `tests/test_keras_internals.py` checks that they are there.
+
+    def _all_reduce_sum_gradients(self, grads_and_vars):
+        return grads_and_vars  # a direction is already the same on every replica
+
+
+def _names(variables):
+    names = [getattr(v, "path", v.name) for v in variables]
+    return ", ".join(names if len(names) <= 4 else [*names[:3], f"... {names[-1]}"])

@@ -1,0 +1,112 @@
+"""CurveBall: one heavy-ball step on the damped quadratic per batch."""
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check, check_number, register
+from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.solvers.base import require_psd
+from keras_curvature.steps import LevenbergMarquardt, as_damping, quadratic
+
+
+@register
+class CurveBall(CurvatureOptimizer):
+    """CurveBall: the Newton step is never solved for, but followed, one step of momentum per batch.
+
+        dz = (G + lambda I) z + g                    gradient of the damped quadratic at the last step z
+        z  <- rho z - beta dz
+        w  <- w + learning_rate * z
+
+    with `beta` and `rho` at the minimum of the quadratic over the two directions, a 2x2 system. Costs one backward
+    and two forward-mode passes on top of the forward pass, and one copy of the weights.
+
+    Reference: Henriques, Ehrhardt, Albanie and Vedaldi, "Small steps and giant leaps" (2018), Algorithm 1 and
+    equations 15-19, and the authors' code. Differences from the paper: (1) the 2x2 system is solved in closed form
+    and, where its directions are parallel (always at the first step), falls back to the line search along `dz`;
+    (2) the change of the damping is compounded over the steps between two checks, as in the authors' code;
+    (3) the loss after the step, for the reduction ratio, is evaluated with the batch's dropout masks, and moves no
+    batch statistics; (4) a checked step whose loss is not finite is not taken, and `z` begins again at zero.
+
+    Args:
+        learning_rate: Multiple of `z` that is taken. Defaults to `1.0`.
+        damping: A number, or a component. Defaults to `LevenbergMarquardt(initial=1.0, decay=0.999, low=0.5,
+            high=1.5, every=5)` (the paper, for networks with batch normalization; 10 without).
+        beta: Length along `-dz`; `None`: at the minimum. Defaults to `None`.
+        rho: Share of the last `z` that is kept; `None`: at the minimum. Defaults to `None`.
+        **kwargs: See `CurvatureOptimizer`.
+
+    Reports: `damping`, `beta`, `rho`, `reduction_ratio` (at the checks), `step_norm`, `skipped_steps`.
+
+    Example:
+
+    ```python
+    model = keras_curvature.curved(model)
+    model.compile(optimizer=keras_curvature.CurveBall(), loss="mse")
+    ```
+    """
+
+    reports = {
+        "damping": "last", "beta": "mean", "rho": "mean", "reduction_ratio": "mean", "step_norm": "mean",
+        "skipped_steps": "sum",
+    }  # fmt: skip
+
+    def __init__(self, learning_rate=1.0, damping=LevenbergMarquardt(), beta=None, rho=None, name="curveball", **kwargs):
+        super().__init__(learning_rate, name=name, **kwargs)
+        self.damping, self.beta, self.rho = damping, beta, rho
+        self._rule = as_damping(self, damping)
+        for name, value in (("beta", beta), ("rho", rho)):
+            if value is not None:
+                check_number(self, name, value)
+        check(self, "rho", rho, (beta is None) == (rho is None), f"given together with `beta` ({beta}), or neither")
+
+    def create_state(self, variables):
+        """`z`, and the damping."""
+        self._z = self.add_optimizer_variables(variables, "z")
+        self._damping = self.add_scalar(self._rule.initial, "damping")
+
+    def direction(self, lin):
+        """The next `z`."""
+        G = lin.gauss_newton()
+        require_psd(G, "CurveBall", f"The loss {', '.join(G.not_convex)} is not convex in the model's outputs.")
+        z, damping = trees.values(self._z), tf.identity(self._damping.value)
+
+        Jz = G.push(z)
+        dz = trees.add(G.pull_with_gradient(Jz), z, damping)
+        Jdz = G.push(dz)
+
+        # curvatures and slopes of the directions dz and z; g = dz - (G + lambda) z, so its slopes need no pass
+        dz_dz, dz_z, z_z = trees.dot(dz, dz), trees.dot(dz, z), trees.dot(z, z)
+        lam = tf.cast(damping, dz_dz.dtype)
+        a11, a12, a22 = (
+            G.inner(Jdz, Jdz) + lam * dz_dz,
+            G.inner(Jz, Jdz) + lam * dz_z,
+            G.inner(Jz, Jz) + lam * z_z,
+        )
+        A = tf.stack([tf.stack([a11, a12]), tf.stack([a12, a22])])
+        b = tf.stack([dz_dz - a12, dz_z - a22])
+        c = quadratic.minimize(A, b) if self.beta is None else tf.constant([-self.beta, self.rho], A.dtype)
+        z = trees.add(trees.scale(c[1], z), dz, c[0])
+
+        ratio, trusted = self._check(lin, z, A, b, c)
+        if self._rule.every:
+            due = self.iterations % self._rule.every == 0
+            self.remember(self._damping, tf.where(due, self._rule.update(damping, ratio), damping))
+        z = trees.where(trusted, z, trees.zeros_like(z))
+        self.remember(self._z, z)
+        self.report(damping=damping, beta=-c[0], rho=c[1], reduction_ratio=ratio, step_norm=trees.norm(z))
+        return z
+
+    def _check(self, lin, z, A, b, c):
+        """`(reduction ratio, whether the loss after the step is finite)`; NaN and true between two checks."""
+        unchecked = tf.constant(float("nan"), lin.loss.dtype), tf.constant(True)
+        if not self._rule.every:
+            return unchecked
+        rate = tf.cast(self.learning_rate, A.dtype)
+        predicted = tf.cast(quadratic.value(A, b, rate * c), lin.loss.dtype)
+
+        def check():
+            loss = lin.loss_at(trees.scale(rate, z))
+            ratio = (loss - lin.loss) / predicted
+            return tf.where(predicted == 0, tf.ones_like(ratio), ratio), tf.math.is_finite(loss)
+
+        return tf.cond(self.iterations % self._rule.every == 0, check, lambda: unchecked)

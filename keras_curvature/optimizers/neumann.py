@@ -1,0 +1,263 @@
+"""The Neumann optimizer: gradients at displaced weights, for large batches."""
+
+import warnings
+
+import keras
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check, check_count, check_number, register
+from keras_curvature.curvature.linearization import Linearization
+from keras_curvature.optimizers.base import CurvatureOptimizer
+
+
+@register
+class Neumann(CurvatureOptimizer):
+    """The Neumann optimizer: the Neumann series of the inverse Hessian, one term per step, by gradients alone.
+
+    The product `H m` in the series `m <- m - (g + eta H m)` is had from one gradient at weights displaced by `m`.
+    After `warmup_steps` of plain SGD, at step `t` with gradient `G` at the stored (displaced) weights `w`:
+
+        t a reset:   m <- -eta G                                           w and v stay
+        else:        d = G + (alpha r^2 - beta n / r^2) (w - v) / r,       r = |w - v| over all weights
+                     m <- mu(t) m - eta d
+                     w <- w + mu(t) m - eta d                              (the new m)
+                     v <- w + gamma (v - w)                                (the new w)
+
+    with `n` the number of weights and `mu(t) = min(mu_end, 1 - 1 / (t + 1 / (1 - mu_start) - 1))`. The answer is
+    `w - mu m`. Costs one gradient per step, as SGD, and two copies of the weights. With `alpha = beta = 0`,
+    `mu_start = mu_end` and no reset it is SGD with Nesterov momentum.
+
+    Where the answer is: on a plain `keras.Model` the stored weights are the displaced ones while `fit` runs; at its
+    end `finalize_variable_values` leaves `w - mu m`. `keras_curvature.callbacks.SwapNeumannWeights` does so for
+    validation and checkpoints too, and takes a further `fit` up exactly where the last one was (without it the
+    first gradient of the further `fit` is the one at `w - mu m`). On a curved model (`keras_curvature.curved`)
+    the stored weights are the answer at all times and nothing need be done.
+
+    Reference: Krishnan, Xiao and Saurous, "Neumann Optimizer: A Practical Optimization Algorithm for Deep Neural
+    Networks" (ICLR 2018), Algorithm 2 and Table 1. Differences from the paper: (1) the repulsion `beta n / r^2` is
+    infinite at `r = 0`; below a tenth of the radius `r* = (eta beta n / ((1 - mu_end) (1 - gamma)))^(1/3)` at which
+    it is in balance, it falls linearly to zero; (2) the unit of `t` in `mu(t)` is not stated: steps since the
+    warm-up; (3) resets are at `t = 1`, `1 + K`, `1 + 3 K`, `1 + 7 K`, ... for `K = reset_every` and growth 2, and
+    with `reset_every=None` there is none at all, not even at `t = 1`; (4) the paper counts warm-up and resets in
+    epochs (5 and 10), which `from_epochs` does; the defaults in steps are of this package, and so is the learning
+    rate, which the paper tunes.
+
+    Args:
+        learning_rate: `eta`; a float, schedule or callable. Defaults to `0.01`.
+        alpha: Weight of the cubic regularizer `alpha/3 |w - v|^3`. Defaults to `1e-7` (Table 1).
+        beta: Weight of the repulsion `beta n / |w - v|`, times the number of weights. Defaults to `1e-5` (Table 1).
+        gamma: Decay of the moving average `v`, in [0, 1). Defaults to `0.99` (Table 1).
+        mu_start: Momentum at `t = 1`, in [0, 1). Defaults to `0.5` (Table 1).
+        mu_end: Most momentum, in [`mu_start`, 1). Defaults to `0.9` (Table 1).
+        warmup_steps: Steps of SGD at the beginning. Defaults to `100`.
+        reset_every: `K`, steps until the second reset; `None`: no resets. Defaults to `None`.
+        reset_growth: Factor on `K` after every reset, an integer. Defaults to `2`.
+        **kwargs: See `CurvatureOptimizer`. Clipping breaks the displacement; the paper advises against it.
+
+    Reports: `mu`, `skipped_steps` (on a curved model; on any, `optimizer.skipped_steps`).
+
+    Example:
+
+    ```python
+    model.compile(optimizer=keras_curvature.Neumann(0.05), loss="mse")
+    model.compile(optimizer=keras_curvature.Neumann.from_epochs(steps_per_epoch=400, learning_rate=0.05), loss="mse")
+    ```
+    """
+
+    reports = {"mu": "last", "skipped_steps": "sum"}
+    needs_curvature = False
+
+    def __init__(
+        self, learning_rate=0.01, alpha=1e-7, beta=1e-5, gamma=0.99, mu_start=0.5, mu_end=0.9, warmup_steps=100,
+        reset_every=None, reset_growth=2, name="neumann", **kwargs,
+    ):  # fmt: skip
+        super().__init__(learning_rate, name=name, **kwargs)
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.mu_start, self.mu_end = mu_start, mu_end
+        self.warmup_steps, self.reset_every, self.reset_growth = warmup_steps, reset_every, reset_growth
+        check_number(self, "alpha", alpha, low=0)
+        check_number(self, "beta", beta, low=0)
+        check_number(self, "gamma", gamma, low=0, high=1, open_high=True)
+        check_number(self, "mu_start", mu_start, low=0, high=1, open_high=True)
+        check_number(self, "mu_end", mu_end, low=0, high=1, open_high=True)
+        check(self, "mu_end", mu_end, mu_end >= mu_start, f"at least `mu_start` ({mu_start})")
+        check_count(self, "warmup_steps", warmup_steps, low=0)
+        if reset_every is not None:
+            check_count(self, "reset_every", reset_every, low=2)
+        check_count(self, "reset_growth", reset_growth)
+        if self.clipnorm or self.clipvalue or self.global_clipnorm:
+            warnings.warn(
+                "`Neumann` takes its curvature from gradients at displaced weights; clipped gradients carry none. The "
+                "authors report that it does not work with clipping.",
+                stacklevel=2,
+            )
+        self._stores_base, self._mode = False, None
+
+    @classmethod
+    def from_epochs(cls, steps_per_epoch, warmup_epochs=5, reset_epochs=10, **kwargs):
+        """The optimizer with its periods in epochs, as in the paper.
+
+        Args:
+            steps_per_epoch: Batches per epoch, a positive integer.
+            warmup_epochs: Epochs of SGD. Defaults to `5` (Table 1).
+            reset_epochs: Epochs until the second reset; `None`: no resets. Defaults to `10` (Table 1).
+            **kwargs: Arguments of the constructor.
+        """
+        for name, value in (("steps_per_epoch", steps_per_epoch), ("warmup_epochs", warmup_epochs)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < (name == "steps_per_epoch"):
+                raise ValueError(f"`Neumann.from_epochs`: `{name}` must be a number of epochs. Received: {name}={value!r}")
+        reset_every = None if reset_epochs is None else round(reset_epochs * steps_per_epoch)
+        return cls(warmup_steps=round(warmup_epochs * steps_per_epoch), reset_every=reset_every, **kwargs)
+
+    def create_state(self, variables):
+        """`m`, `v` (which begins at the weights), the next reset and the period after it."""
+        self._m = self.add_optimizer_variables(variables, "m")
+        self._v = self.add_optimizer_variables(variables, "v")
+        for v, w in zip(self._v, variables):
+            v.assign(w)
+        counter = {"shape": (), "dtype": "int", "aggregation": "only_first_replica"}
+        self._next_reset = self.add_variable(initializer="ones", name="next_reset", **counter)
+        self._period = self.add_variable(
+            initializer=keras.initializers.Constant(self.reset_every or 0), name="reset_period", **counter
+        )
+        # 1 where the stored weights are the displaced w, 0 where they are the answer w - mu m
+        self._displaced = self.add_scalar(0.0, "displaced")
+        self._count = trees.count([w.value for w in variables])
+
+    # The schedule.
+
+    @property
+    def _t(self):
+        """Steps since the warm-up, from 1 on; not positive during it. An integer scalar."""
+        return tf.cast(self.iterations, tf.int64) - self.warmup_steps + 1
+
+    def _mu(self, t):
+        """`mu(t)`; zero during the warm-up."""
+        ramp = 1.0 - 1.0 / (tf.cast(tf.maximum(t, 1), tf.float64) + 1.0 / (1.0 - self.mu_start) - 1.0)
+        # the cap also takes off the rounding of the ramp, so that mu_start == mu_end is that number exactly
+        return tf.where(t < 1, tf.zeros_like(ramp), tf.clip_by_value(ramp, self.mu_start, self.mu_end))
+
+    # On a curved model.
+
+    def shift(self):
+        """`mu m`: from the stored weights to the displaced ones, where the gradient belongs."""
+        back = self._mu(self._t - 1) * (1.0 - tf.cast(self._displaced.value, tf.float64))
+        return trees.scale(back, trees.values(self._m))
+
+    def direction(self, lin):
+        """Minus the gradient; `update_step` does the rest."""
+        self._stores_base = isinstance(lin, Linearization)
+        self.report(mu=self._mu(self._t))
+        return super().direction(lin)
+
+    # The update. Keras calls `_distributed_tf_update_step` once per step, outside the replicas, with the summed
+    # gradients; it calls `update_step` for each variable.
+
+    def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
+        t = self._t
+        # in float64: rounding mu or its powers would show after some hundred steps
+        self._mode = mode = self._scalars(t, tf.cast(learning_rate, tf.float64), [v for _, v in grads_and_vars])
+        each_variable = super()._distributed_tf_update_step
+
+        def seed():
+            self._mode = {**mode, "seeding": True}
+            each_variable(distribution, grads_and_vars, learning_rate)
+            self._next_reset.assign_add(self._period.value)
+            self._period.assign(self._period.value * self.reset_growth)
+
+        def advance():
+            self._mode = {**mode, "seeding": False}
+            each_variable(distribution, grads_and_vars, learning_rate)
+
+        if not self._stores_base:
+            tf.cond(self._displaced.value > 0, lambda: None, lambda: self._displace(self._mu(t - 1)))
+        if self.reset_every is None:
+            advance()
+        else:
+            tf.cond(tf.equal(t, tf.cast(self._next_reset.value, t.dtype)), seed, advance)
+        self._displaced.assign(0.0 if self._stores_base else 1.0)
+
+    def _scalars(self, t, eta, variables):
+        """The numbers that all variables share in this step."""
+        warm = t < 1
+        back = self._mu(t - 1) * (1.0 - tf.cast(self._displaced.value, tf.float64)) if self._stores_base else None
+        mode = {"mu": self._mu(t), "eta": eta, "back": back, "keep": tf.where(warm, 1.0, self.gamma), "pull": None}
+        if self.alpha or self.beta:
+            away = [self._current(w, m, back) - v for w, m, v in zip(variables, self._m, self._v)]
+            r, repulsion = tf.cast(trees.norm(away), tf.float64), self.beta * self._count
+            balance = tf.pow(eta * repulsion / ((1.0 - self.mu_end) * (1.0 - self.gamma)), 1.0 / 3.0)
+            pull = self.alpha * r - tf.math.divide_no_nan(
+                tf.constant(repulsion, tf.float64), tf.pow(tf.maximum(r, 0.1 * balance), 3.0)
+            )
+            mode["pull"] = tf.where(warm, tf.zeros_like(pull), pull)
+        return mode
+
+    @staticmethod
+    def _current(w, m, back):
+        """The displaced weights, from the stored ones."""
+        return tf.convert_to_tensor(w) if back is None else w + tf.cast(back, w.dtype) * m
+
+    def update_step(self, gradient, variable, learning_rate):
+        """Algorithm 2, lines 6-12, for one variable."""
+        index = self._get_variable_index(variable)
+        m, v, mode = self._m[index].value, self._v[index].value, self._mode
+        mu, eta, keep = (tf.cast(mode[name], variable.dtype) for name in ("mu", "eta", "keep"))
+        gradient = tf.cast(gradient, variable.dtype)
+        w = self._current(variable, m, mode["back"])
+        if mode["seeding"]:
+            m.assign(-eta * gradient)
+            if self._stores_base:
+                variable.assign(w - mu * m)
+            return
+        if mode["pull"] is not None:
+            gradient += tf.cast(mode["pull"], variable.dtype) * (w - v)
+        if self._stores_base:
+            step = eta * gradient
+            new_m = mu * m - step
+            new_w = w + mu * new_m - step
+            m.assign(new_m)
+            variable.assign(new_w - mu * new_m)
+        else:
+            # lines 10 and 11 in one pass over the memory
+            tf.raw_ops.ResourceApplyKerasMomentum(
+                var=variable.handle, accum=m.handle, lr=eta, grad=gradient, momentum=mu, use_nesterov=True
+            )
+            new_w = variable
+        v.assign_sub((1.0 - keep) * (v - new_w))
+
+    # Where the answer is, on a plain model.
+
+    def _displace(self, mu):
+        """Stored weights `w - mu m` become `w`."""
+        for w, m in zip(self._trainable_variables, self._m):
+            w.assign(w + tf.cast(mu, w.dtype) * m)
+
+    @property
+    def is_displaced(self):
+        """Whether the model's weights are the displaced ones now."""
+        return self.built and float(self._displaced.numpy()) > 0.0
+
+    def displace(self):
+        """Take the answer `w - mu m` in the model's weights to the displaced weights; nothing on a curved model."""
+        if self.built and not self._stores_base and not self.is_displaced:
+            self._displace(self._mu(self._t - 1))
+            self.mark_displaced()
+
+    def restore(self):
+        """Leave the answer `w - mu m` in the model's weights; nothing where it is there already."""
+        if self.is_displaced:
+            self._displace(-self._mu(self._t - 1))
+            self._displaced.assign(0.0)
+
+    def mark_displaced(self):
+        """Say that the model's weights were put back to the displaced ones."""
+        self._displaced.assign(1.0)
+
+    def finalize_variable_values(self, var_list):
+        """Keras calls this at the end of `fit`: `return w_T - mu(T) m_T`, or the average where `use_ema` is set."""
+        if self.use_ema:
+            super().finalize_variable_values(var_list)
+            self._displaced.assign(0.0)
+        else:
+            self.restore()

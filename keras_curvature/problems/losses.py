@@ -1,0 +1,49 @@
+"""The squared norm of the residuals: a loss, and the error that autoencoders are reported in."""
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="keras_curvature")
+class SumSquares(keras.losses.Loss):
+    """Squared norm of the residual of each sample: `sum_j (y_pred_j - y_true_j)^2`, averaged over the batch.
+
+    `keras.losses.MeanSquaredError` divides by the number of outputs, which hides a factor from every damping,
+    learning rate and published number that belongs to a sum of squares. The Hessian in the outputs of a
+    sample is `2 I`.
+
+    Args:
+        name: name of the loss.
+        reduction: as in `keras.losses.Loss`.
+        dtype: as in `keras.losses.Loss`.
+
+    Example:
+
+    >>> float(SumSquares()([[0.0, 0.0]], [[3.0, 4.0]]))
+    25.0
+    """
+
+    convex_in_outputs = True  # so that its Gauss-Newton matrix is positive semi-definite
+
+    def __init__(self, name="sum_squares", reduction="sum_over_batch_size", dtype=None):
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+
+    def call(self, y_true, y_pred):
+        return _sum_per_sample(ops.square(y_pred - ops.cast(y_true, y_pred.dtype)))
+
+    def get_config(self):
+        return {"name": self.name, "reduction": self.reduction, "dtype": self.dtype}
+
+
+@keras.saving.register_keras_serializable(package="keras_curvature")
+def squared_error_of_logits(y_true, y_pred):
+    """Squared error `sum_j (sigmoid(y_pred_j) - y_true_j)^2` of each sample, a metric.
+
+    Deep autoencoders are trained on the cross-entropy and reported in this error (Sutskever et al. 2013,
+    Table 1).
+    """
+    return _sum_per_sample(ops.square(ops.sigmoid(y_pred) - ops.cast(y_true, y_pred.dtype)))
+
+
+def _sum_per_sample(values):
+    return ops.sum(ops.reshape(values, (ops.shape(values)[0], -1)), axis=-1)  # (batch,)

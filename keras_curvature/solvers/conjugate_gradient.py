@@ -1,0 +1,149 @@
+"""Conjugate gradients with Martens' stopping rule and stored iterates.
+
+The loop is a `tf.while_loop`: it ends when the rule says so and not when a graph was unrolled far enough. What
+the method computes with stands outside the replicas of a strategy (see `replicas.py`), so it ends early there
+too.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check, check_count, check_number, register
+from keras_curvature.solvers.base import Solution, Solver, require_psd
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class ConjugateGradient(Solver):
+    """Preconditioned conjugate gradients for a positive semi-definite operator.
+
+    After iteration `i` with iterate `x_i`, residual `r_i = b - A x_i` and quadratic
+    `q_i = 1/2 x_i'A x_i - b'x_i`, the loop stops when
+
+        i > k,   q_i < 0   and   (q_i - q_{i-k}) / q_i < k * progress_tolerance,      k = max(10, ceil(i / 10))
+
+    or `|r_i| <= residual_tolerance |b|`, or `max_steps` are done, or a direction of no curvature appears
+    (`p'Ap <= 0`). Iterates `ceil(5 * 1.3^j)` (5, 7, 9, 11, 15, ...) and the last one are stored, for
+    Hessian-free's backtracking.
+
+    Reference: Martens (2010), section 4.4, and his code. Difference from the paper: (1) the code tests the sign of
+    `q_{i-k}` and the paper that of `q_i`; both are negative once the iteration has passed its start, except
+    from a warm start that is worse than zero. Default: the code's.
+
+    Args:
+        max_steps: Most iterations. Defaults to `250` (Martens).
+        progress_tolerance: The rule above; `0.0` switches it off. Defaults to `5e-4` (Martens).
+        residual_tolerance: Relative residual to stop at; `0.0` stops only at an exact solution. Defaults to `0.0`.
+        truncate: Whether to accept an operator that is not positive semi-definite (a Hessian) and to end at the
+            first direction of negative curvature, with the iterate reached by then. Defaults to `False`.
+
+    Raises:
+        ValueError: In `solve`, where the operator is not `psd` and `truncate` is false.
+
+    Example: `HessianFree(solver=ConjugateGradient(max_steps=50))`
+    """
+
+    max_steps: int = 250
+    progress_tolerance: float = 5e-4
+    residual_tolerance: float = 0.0
+    truncate: bool = False
+
+    def __post_init__(self):
+        check_count(self, "max_steps", self.max_steps)
+        check_number(self, "progress_tolerance", self.progress_tolerance, low=0)
+        check_number(self, "residual_tolerance", self.residual_tolerance, low=0)
+        check(self, "truncate", self.truncate, isinstance(self.truncate, bool), "True or False")
+
+    def solve(self, operator, rhs, start=None, preconditioner=None):
+        """The `Solution`, with the stored iterates."""
+        if not self.truncate:
+            require_psd(
+                operator, "ConjugateGradient",
+                "Use the Gauss-Newton matrix, choose a loss that is convex in the model's outputs, or pass "
+                "`ConjugateGradient(truncate=True)` to end at the first direction of negative curvature.",
+            )  # fmt: skip
+        precondition = (lambda r: r) if preconditioner is None else (lambda r: preconditioner @ r)
+        x = trees.zeros_like(rhs) if start is None else list(start)
+        r = list(rhs) if start is None else trees.subtract(rhs, operator @ x)
+        q = 0.0 * trees.squared_norm(rhs) if start is None else -0.5 * trees.dot(x, trees.add(r, rhs))
+        z = precondition(r)
+        rz = trees.dot(r, z)
+        goal = self.residual_tolerance**2 * trees.squared_norm(rhs)
+        begin = _State(
+            rz > 0, tf.constant(0), x, r, z, rz, q, self._array(q, self.max_steps + 1).write(0, q),
+            [self._array(a, len(self._stored_steps()) + 1) for a in x], tf.constant(0),
+        )  # fmt: skip
+        end = tf.while_loop(
+            lambda state: state.live, lambda state: (self._iterate(state, operator, precondition, goal),), (begin,)
+        )[0]
+        return self._solution(end, rhs)
+
+    def _iterate(self, s, operator, precondition, goal):
+        """One iteration, `_State` to `_State`."""
+        Ap = operator @ s.p
+        curvature = trees.dot(s.p, Ap)
+        curved = curvature > 0
+        alpha = tf.where(curved, s.rz / tf.where(curved, curvature, tf.ones_like(curvature)), tf.zeros_like(s.rz))
+        x, r = trees.add(s.x, s.p, alpha), trees.add(s.r, Ap, -alpha)
+        z = precondition(r)
+        rz = trees.dot(r, z)
+        p = trees.add(z, s.p, tf.math.divide_no_nan(rz, s.rz))
+        i = s.i + tf.cast(curved, tf.int32)
+        # p'r = z'r along the iteration, so q(x + alpha p) needs no inner product of its own
+        q = s.q - 0.5 * alpha * s.rz
+        history = s.history.write(i, q)
+        live = curved & (i < self.max_steps) & (rz > 0) & tf.logical_not(self._no_progress(i, q, history))
+        if self.residual_tolerance:
+            live &= trees.squared_norm(r) > goal
+        keep = live & tf.reduce_any(i == tf.constant(self._stored_steps(), tf.int32))
+        stored = tf.cond(
+            keep,
+            lambda: [array.write(s.count, a) for array, a in zip(s.stored, x)],
+            lambda: list(s.stored),
+        )
+        return _State(live, i, x, r, p, rz, q, history, stored, s.count + tf.cast(keep, tf.int32))
+
+    def _no_progress(self, i, q, history):
+        if not self.progress_tolerance:
+            return tf.constant(False)
+        gap = tf.maximum(10, (i + 9) // 10)
+        before = history.read(tf.maximum(i - gap, 0))
+        slow = (q - before) / q < self.progress_tolerance * tf.cast(gap, q.dtype)
+        return (i > gap) & (before < 0) & slow
+
+    def _solution(self, end, rhs):
+        # the last iterate is stored always, also when the loop ended between two stored ones
+        stored = [array.write(end.count, a) for array, a in zip(end.stored, end.x)]
+
+        def iterate(j):
+            return [tf.ensure_shape(array.read(j), a.shape) for array, a in zip(stored, rhs)]
+
+        residual = tf.math.divide_no_nan(trees.norm(end.r), trees.norm(rhs))
+        return Solution(end.x, end.i, residual, end.count + 1, iterate)
+
+    def _stored_steps(self):
+        steps = [math.ceil(5 * 1.3**j) for j in range(100)]
+        return [i for i in steps if i < self.max_steps]
+
+    @staticmethod
+    def _array(like, size):
+        return tf.TensorArray(like.dtype, size, element_shape=like.shape, clear_after_read=False)
+
+
+class _State(NamedTuple):
+    """The variables of the loop. `stored` holds references: storing an iterate copies nothing."""
+
+    live: tf.Tensor
+    i: tf.Tensor
+    x: list
+    r: list
+    p: list
+    rz: tf.Tensor
+    q: tf.Tensor
+    history: tf.TensorArray
+    stored: list
+    count: tf.Tensor

@@ -1,0 +1,96 @@
+"""How much of the identity to add to a curvature, and how that amount changes.
+
+A quadratic model of the loss is trusted near the weights and not far away; the damping `lambda` in
+`(B + lambda I) d = -g` is the price of distance. These records are pure, value in, value out; the optimizer
+owns the variable.
+"""
+
+import dataclasses
+
+import tensorflow as tf
+
+from keras_curvature.component import Component, check, check_count, check_number, is_number, register
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class ConstantDamping(Component):
+    """The same damping at every step.
+
+    Args:
+        initial: The damping, not negative. Defaults to `1e-3`.
+
+    Example: `CurveBall(damping=ConstantDamping(0.1))`, or for short `CurveBall(damping=0.1)`.
+    """
+
+    initial: float = 1e-3
+
+    def __post_init__(self):
+        check_number(self, "initial", self.initial, low=0)
+
+    @property
+    def every(self):
+        """`None`: no reduction ratio is asked for, so none is computed."""
+        return None
+
+    def update(self, value, ratio):
+        """The damping, unchanged."""
+        return value
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class LevenbergMarquardt(Component):
+    """Shrink the damping where the quadratic model predicted well, grow it where it did not.
+
+        ratio > high:          lambda <- lambda * decay^every
+        ratio < low, or NaN:   lambda <- lambda / decay^every
+
+    with `ratio` the actual change of the loss over the predicted one. The change is compounded over the steps
+    between two checks, as CurveBall's reference code does.
+
+    Reference: Martens (2010), section 4.1; Henriques et al. (2018), section 3.2.
+
+    Args:
+        initial: Damping at the first step, positive. Defaults to `1.0`.
+        decay: Factor per step, in (0, 1). Defaults to `0.999` (CurveBall; Martens: 2/3).
+        low: Below this ratio the damping grows. Defaults to `0.5` (CurveBall; Martens: 1/4).
+        high: Above this ratio it shrinks. Defaults to `1.5` (CurveBall; Martens: 3/4).
+        every: Steps between two checks; each costs one evaluation of the loss. Defaults to `5`.
+        minimum: The damping never falls below. Defaults to `0.0` (the references have no bound).
+
+    Example: `HessianFree(damping=LevenbergMarquardt(initial=45.0, decay=2/3, low=0.25, high=0.75, every=1))`
+    """
+
+    initial: float = 1.0
+    decay: float = 0.999
+    low: float = 0.5
+    high: float = 1.5
+    every: int = 5
+    minimum: float = 0.0
+
+    def __post_init__(self):
+        check_number(self, "initial", self.initial, low=0, open_low=True)
+        check_number(self, "decay", self.decay, low=0, high=1, open_low=True, open_high=True)
+        check_number(self, "low", self.low)
+        check_number(self, "high", self.high)
+        check(self, "low", self.low, self.low <= self.high, f"at most `high` ({self.high})")
+        check_count(self, "every", self.every)
+        check_number(self, "minimum", self.minimum, low=0)
+
+    def update(self, value, ratio):
+        """The next damping, from the present one and the reduction ratio, both scalar tensors."""
+        ratio, factor = tf.cast(ratio, value.dtype), self.decay**self.every
+        grown, shrunk = value / factor, tf.maximum(value * factor, self.minimum)
+        bad = (ratio < self.low) | tf.math.is_nan(ratio)
+        return tf.where(bad, grown, tf.where(ratio > self.high, shrunk, value))
+
+
+def as_damping(owner, damping):
+    """The component that the argument `damping` means: itself, or a constant for a number."""
+    if is_number(damping):
+        check_number(owner, "damping", damping, low=0)
+        return ConstantDamping(float(damping))
+    check(owner, "damping", damping, isinstance(damping, Component) and hasattr(damping, "update"),
+          "a number or a component such as `LevenbergMarquardt(initial=1.0)`, already constructed")
+    return damping

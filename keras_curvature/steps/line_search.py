@@ -1,0 +1,66 @@
+"""How far along a direction: backtracking until the loss has fallen enough.
+
+Pure records: they are handed the loss as a function of the length, and return a length.
+"""
+
+import dataclasses
+
+import tensorflow as tf
+
+from keras_curvature.component import Component, check_count, check_number, register
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class ArmijoLineSearch(Component):
+    """Backtracking line search with the condition of Armijo.
+
+        f(w + s d) <= f(w) + slope * s * g'd,       s = 1, shrink, shrink^2, ...
+
+    Reference: the values are those of Martens' Hessian-free code (1e-2, 0.8, 60).
+
+    Args:
+        slope: Share of the first-order decrease that must be reached, in (0, 1). Defaults to `1e-2`.
+        shrink: Factor between two trials, in (0, 1). Defaults to `0.8`.
+        max_steps: Most lengths to try before the step is rejected. Defaults to `60`.
+
+    Example: `HessianFree(line_search=ArmijoLineSearch(shrink=0.5))`
+    """
+
+    slope: float = 1e-2
+    shrink: float = 0.8
+    max_steps: int = 60
+
+    def __post_init__(self):
+        check_number(self, "slope", self.slope, low=0, high=1, open_low=True, open_high=True)
+        check_number(self, "shrink", self.shrink, low=0, high=1, open_low=True, open_high=True)
+        check_count(self, "max_steps", self.max_steps)
+
+    def search(self, loss_along, loss, slope, first):
+        """The accepted length.
+
+        Args:
+            loss_along: Function from a scalar length `s` to the loss `f(w + s d)`.
+            loss: `f(w)`, a scalar.
+            slope: `g'd`, a scalar, negative along a descent direction.
+            first: `f(w + d)`, already known.
+
+        Returns:
+            `(length, loss)`: scalars; length 0 and the old loss where no trial was accepted.
+        """
+
+        def too_high(length, value):
+            # written so that a NaN or infinite loss counts as too high
+            return tf.logical_not(value <= loss + self.slope * length * slope)
+
+        def shorten(i, length, value):
+            length = self.shrink * length
+            return i + 1, length, loss_along(length)
+
+        _, length, value = tf.while_loop(
+            lambda i, length, value: too_high(length, value) & (i < self.max_steps - 1),
+            shorten,
+            (tf.constant(0), tf.ones_like(loss), first),
+        )
+        rejected = too_high(length, value)
+        return tf.where(rejected, tf.zeros_like(length), length), tf.where(rejected, loss, value)

@@ -1,0 +1,36 @@
+"""The minimum of a quadratic over the span of a few directions.
+
+Given directions `d_i` and the quadratic `q(d) = g'd + 1/2 d'Bd`, put `A_ij = d_i' B d_j` and `b_i = g'd_i`.
+Over the combinations `sum_i c_i d_i` the quadratic is `b'c + 1/2 c'Ac`, and its minimum `c = -A^-1 b`. Two
+directions, as in CurveBall, are enough for "how far along the new one and how much of the last step".
+"""
+
+import tensorflow as tf
+
+
+def minimize(A, b):
+    """The coefficients `c = -A^-1 b` of the minimum over two directions, shape `(2,)`.
+
+    Args:
+        A: Symmetric matrix of curvatures, shape `(2, 2)`.
+        b: Slopes `g'd_i`, shape `(2,)`.
+
+    Where the directions are parallel or the second is zero (the first step: no last step yet) the matrix is
+    singular; the answer is then the exact line search along the first direction, `c = (-b_0/A_00, 0)`. The
+    comparison is made at the rounding of the inner products' dtype and the solution in float64.
+    """
+    tolerance = 16.0 * (2.2e-16 if A.dtype == tf.float64 else 1.2e-7)
+    A, b, dtype = tf.cast(A, tf.float64), tf.cast(b, tf.float64), A.dtype
+    determinant = A[0, 0] * A[1, 1] - A[0, 1] * A[1, 0]
+    regular = determinant > tolerance * A[0, 0] * A[1, 1]
+    safe = tf.where(regular, determinant, tf.ones_like(determinant))
+    first = -(A[1, 1] * b[0] - A[0, 1] * b[1]) / safe
+    second = -(A[0, 0] * b[1] - A[1, 0] * b[0]) / safe
+    line = -tf.math.divide_no_nan(b[0], A[0, 0])
+    return tf.cast(tf.where(regular, tf.stack([first, second]), tf.stack([line, tf.zeros_like(line)])), dtype)
+
+
+def value(A, b, c):
+    """`b'c + 1/2 c'Ac`, the change of the loss that the quadratic predicts, a scalar."""
+    return tf.tensordot(b, c, 1) + 0.5 * tf.tensordot(c, tf.linalg.matvec(A, c), 1)
+

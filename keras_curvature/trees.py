@@ -1,0 +1,79 @@
+"""Vectors in weight space: lists of tensors, one per trainable variable, in the model's order.
+
+No flattening, no class: a vector is what `tape.gradient` returns, and these few functions are all the
+arithmetic that the rest of the package does on it.
+"""
+
+import tensorflow as tf
+
+
+def scalar_dtype(vector):
+    """The dtype of inner products: float64 where the vector is, float32 otherwise (never bfloat16 or float16)."""
+    return tf.float64 if any(a.dtype == tf.float64 for a in vector) else tf.float32
+
+
+def dot(u, v):
+    """Inner product `<u, v>`, a scalar of `scalar_dtype(u)`.
+
+    A sum of products and not a matrix product: on a GPU or a TPU the latter is rounded to TF32 or bfloat16.
+    """
+    dtype = scalar_dtype(u)
+    return tf.add_n([tf.reduce_sum(tf.cast(a, dtype) * tf.cast(b, dtype)) for a, b in zip(u, v)])
+
+
+def squared_norm(v):
+    """`<v, v>`, in one pass over the memory."""
+    dtype = scalar_dtype(v)
+    return 2.0 * tf.add_n([tf.nn.l2_loss(tf.cast(a, dtype)) for a in v])
+
+
+def norm(v):
+    """Euclidean norm of the whole vector, a scalar."""
+    return tf.sqrt(squared_norm(v))
+
+
+def add(u, v, scale=1.0):
+    """`u + scale * v`."""
+    if isinstance(scale, float) and scale == 1.0:
+        return [a + b for a, b in zip(u, v)]
+    return [a + tf.cast(scale, a.dtype) * b for a, b in zip(u, v)]
+
+
+def subtract(u, v):
+    """`u - v`."""
+    return [a - b for a, b in zip(u, v)]
+
+
+def scale(c, v):
+    """`c * v`."""
+    return [tf.cast(c, a.dtype) * a for a in v]
+
+
+def negative(v):
+    """`-v`."""
+    return [-a for a in v]
+
+
+def zeros_like(v):
+    """The zero vector with the shapes of `v`."""
+    return [tf.zeros_like(a) for a in v]
+
+
+def where(condition, u, v):
+    """`u` where the scalar `condition` holds, else `v`; a NaN in the vector not chosen does no harm."""
+    return [tf.where(condition, a, b) for a, b in zip(u, v)]
+
+
+def is_finite(v):
+    """Whether the norm of `v` is finite: false for a NaN, an infinity, or a vector too long for its dtype."""
+    return tf.math.is_finite(squared_norm(v))
+
+
+def count(v):
+    """Number of entries of `v`, a Python integer."""
+    return sum(int(a.shape.num_elements()) for a in v)
+
+
+def values(variables):
+    """The current values of Keras variables, as tensors that later assignments do not move."""
+    return [tf.identity(v.value) for v in variables]
