@@ -24,7 +24,7 @@ from functools import partial
 
 import keras
 
-from keras_curvature.problems. import networks
+from keras_curvature.problems import networks
 from keras_curvature.problems.analytic import quadratic, rahimi_recht, rosenbrock
 from keras_curvature.problems.base import Problem, seeded
 from keras_curvature.problems.datasets import data, synthetic
