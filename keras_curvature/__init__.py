@@ -1,4 +1,4 @@
-"""Curvature-aware optimizers for Keras: `model.compile(optimizer=...)`, `fit`, and second order is an ordinary thing."""
+"""Curvature-aware optimizers for Keras: second-order training as an ordinary `compile` and `fit`."""
 
 from keras_curvature import callbacks, problems
 from keras_curvature.curvature import Linearization

@@ -28,7 +28,9 @@ class Report(keras.metrics.Metric):
     def update_state(self, value):
         """Take in the number of one step."""
         finite = tf.math.is_finite(value)
-        value, one = tf.where(finite, value, 0.0), tf.cast(finite, tf.float32)
+        # every replica reports the same number, and Keras adds up what they hold
+        share = 1.0 / replicas.count()
+        value, one = tf.where(finite, value * share, 0.0), tf.where(finite, share, 0.0)
         if self.how == "last":
             self.total.assign(tf.where(finite, value, self.total.value))
             self.count.assign(tf.maximum(self.count.value, one))
@@ -51,7 +53,8 @@ class CurvedMixin:
         if not isinstance(optimizer, CurvatureOptimizer):
             return super().train_step(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        loss, outputs, reported = replicas.cross(functools.partial(self._curved_step, optimizer, scaler), x, y, sample_weight)
+        step = functools.partial(self._curved_step, optimizer, scaler)
+        loss, outputs, reported = replicas.cross(step, x, y, sample_weight)
         first = next(a for a in keras.tree.flatten(x) if a is not None)
         self._loss_tracker.update_state(loss, sample_weight=tf.shape(first)[0])
         logs = dict(self.compute_metrics(x, y, outputs, sample_weight=sample_weight))

@@ -337,20 +337,23 @@ class GaussNewton(LinearOperator):
 def _piece(batch, size, index):
     """The `index`-th piece of a replica's slice of the batch; see `Linearization.chunk`."""
     first = next(a for a in keras.tree.flatten(batch) if a is not None)
-    examples = first.shape[0] if first.shape[0] is not None else tf.shape(first)[0]
-    if isinstance(size, float):
-        length = tf.cast(tf.math.round(size * tf.cast(examples, tf.float64)), tf.int32)
+    if isinstance(first.shape[0], int):
+        examples = first.shape[0]  # and all the lengths are numbers too: XLA wants to know the shape of a slice
+        share = size * examples if isinstance(size, float) else size / replicas.count()
+        length = max(1, min(round(share), examples))
     else:
-        length = -(-size // replicas.count())
-    if isinstance(examples, int):  # XLA wants to know the shape of a slice
-        length = max(1, min(examples, round(size * examples) if isinstance(size, float) else length))
-        start = (tf.cast(index, tf.int32) % (examples // length)) * length
-        return keras.tree.map_structure(
-            lambda a: None if a is None else tf.slice(a, [start] + [0] * (a.shape.rank - 1), [length, *a.shape[1:]]), batch
-        )
-    length = tf.clip_by_value(length, 1, examples)
+        examples = tf.shape(first)[0]
+        share = size * tf.cast(examples, tf.float32) if isinstance(size, float) else size / replicas.count()
+        length = tf.clip_by_value(tf.cast(tf.math.round(share), tf.int32), 1, examples)
     start = (tf.cast(index, tf.int32) % (examples // length)) * length
-    return keras.tree.map_structure(lambda a: None if a is None else a[start : start + length], batch)
+
+    def cut(a):
+        if a is None:
+            return None
+        piece = tf.slice(a, [start] + [0] * (a.shape.rank - 1), [length] + [-1] * (a.shape.rank - 1))
+        return tf.ensure_shape(piece, [length if isinstance(length, int) else None, *a.shape[1:]])
+
+    return keras.tree.map_structure(cut, batch)
 
 
 class Gradients:

@@ -79,8 +79,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         self._reported.update(numbers)
 
     def shift(self):
-        """Where a curved model shall linearize, as a vector from the stored weights; `None`: at the weights."""
-        return None
+        """Where a curved model shall linearize, as a vector from the stored weights; nothing: at the weights."""
 
     # The step.
 

@@ -50,7 +50,9 @@ class CurveBall(CurvatureOptimizer):
         "skipped_steps": "sum",
     }  # fmt: skip
 
-    def __init__(self, learning_rate=1.0, damping=LevenbergMarquardt(), beta=None, rho=None, name="curveball", **kwargs):
+    def __init__(
+        self, learning_rate=1.0, damping=LevenbergMarquardt(), beta=None, rho=None, name="curveball", **kwargs
+    ):  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.damping, self.beta, self.rho = damping, beta, rho
         self._rule = as_damping(self, damping)

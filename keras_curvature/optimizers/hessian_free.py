@@ -43,8 +43,8 @@ class HessianFree(CurvatureOptimizer):
         line_search: An `ArmijoLineSearch`, or `None` for full steps. Defaults to `ArmijoLineSearch()` (Martens).
         curvature: `"gauss_newton"` or `"hessian"`. With the Hessian conjugate gradients end at the first direction of
             negative curvature. Defaults to `"gauss_newton"`.
-        curvature_batch: Examples of the batch that curvature products use, taken in turn: a share in (0, 1], a number of
-            examples, or `None` for all. Defaults to `None`.
+        curvature_batch: Part of the batch that curvature products use, the next one each step: a share in (0, 1], a
+            number of examples, or `None` for all. Defaults to `None`.
         warm_start: Share of the last solution to start from, in [0, 1]. Defaults to `0.95` (Martens).
         preconditioner: Exponent of the preconditioner; `0.0` for none. Defaults to `0.75` (Martens).
         structural_damping: `mu` in `lambda (I + mu J_h'J_h / N)`, for recurrent models. Defaults to `0.0`.

@@ -104,9 +104,10 @@ class Neumann(CurvatureOptimizer):
             reset_epochs: Epochs until the second reset; `None`: no resets. Defaults to `10` (Table 1).
             **kwargs: Arguments of the constructor.
         """
-        for name, value in (("steps_per_epoch", steps_per_epoch), ("warmup_epochs", warmup_epochs)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < (name == "steps_per_epoch"):
-                raise ValueError(f"`Neumann.from_epochs`: `{name}` must be a number of epochs. Received: {name}={value!r}")
+        check_count(cls, "steps_per_epoch", steps_per_epoch)
+        check_number(cls, "warmup_epochs", warmup_epochs, low=0)
+        if reset_epochs is not None:
+            check_number(cls, "reset_epochs", reset_epochs, low=0, open_low=True)
         reset_every = None if reset_epochs is None else round(reset_epochs * steps_per_epoch)
         return cls(warmup_steps=round(warmup_epochs * steps_per_epoch), reset_every=reset_every, **kwargs)
 
