@@ -112,11 +112,9 @@ class Neumann(CurvatureOptimizer):
         return cls(warmup_steps=round(warmup_epochs * steps_per_epoch), reset_every=reset_every, **kwargs)
 
     def create_state(self, variables):
-        """`m`, `v` (which begins at the weights), the next reset and the period after it."""
+        """`m`, `v` (which the first step puts at the weights), the next reset and the period after it."""
         self._m = self.add_optimizer_variables(variables, "m")
         self._v = self.add_optimizer_variables(variables, "v")
-        for v, w in zip(self._v, variables):
-            v.assign(w)
         counter = {"shape": (), "dtype": "int", "aggregation": "only_first_replica"}
         self._next_reset = self.add_variable(initializer="ones", name="next_reset", **counter)
         self._period = self.add_variable(
@@ -157,6 +155,8 @@ class Neumann(CurvatureOptimizer):
 
     def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
         t = self._t
+        # here and not in `create_state`: an assignment made while Keras traces its first step is lost
+        tf.cond(tf.equal(self.iterations, 0), self._begin, lambda: None)
         # in float64: rounding mu or its powers would show after some hundred steps
         self._mode = mode = self._scalars(t, tf.cast(learning_rate, tf.float64), [v for _, v in grads_and_vars])
         each_variable = super()._distributed_tf_update_step
@@ -178,6 +178,11 @@ class Neumann(CurvatureOptimizer):
         else:
             tf.cond(tf.equal(t, tf.cast(self._next_reset.value, t.dtype)), seed, advance)
         self._displaced.assign(0.0 if self._stores_base else 1.0)
+
+    def _begin(self):
+        """`v` begins at the weights; nothing is displaced yet."""
+        for v, w in zip(self._v, self._trainable_variables):
+            v.assign(w)
 
     def _scalars(self, t, eta, variables):
         """The numbers that all variables share in this step."""

@@ -64,12 +64,8 @@ class TwoLoopNeumann(CurvatureOptimizer):
         check_number(self, "gamma", gamma, low=0, high=1, open_high=True)
 
     def create_state(self, variables):
-        """`v`, where a regularizer is centred on it; it begins at the weights."""
-        self._v = []
-        if self.alpha or self.beta:
-            self._v = self.add_optimizer_variables(variables, "v")
-            for v, w in zip(self._v, variables):
-                v.assign(w)
+        """`v`, where a regularizer is centred on it; the first step takes the weights for it."""
+        self._v = self.add_optimizer_variables(variables, "v") if self.alpha or self.beta else []
 
     def direction(self, lin):
         """`m_K`, the sum of the series for `A = mu (grad g(w + x) - grad g(w)) + (1 - mu)/eta x`."""
@@ -89,17 +85,20 @@ class TwoLoopNeumann(CurvatureOptimizer):
         direction = trees.scale(1.0 / eta, solution.value)
         if self._v:
             rate = tf.cast(self.learning_rate, tf.float32)
-            after = trees.add(lin.weights, direction, rate)
-            v = trees.values(self._v)
+            after, v = trees.add(lin.weights, direction, rate), self._center(lin)
             self.remember(self._v, trees.add(after, trees.subtract(v, after), self.gamma))
         self.report(step_norm=trees.norm(direction))
         return direction
+
+    def _center(self, lin):
+        """`v`; at the first step the weights."""
+        return trees.where(tf.equal(self.iterations, 0), lin.weights, trees.values(self._v))
 
     def _regularizer(self, lin):
         """Gradient of the two regularizers at `w + x`, as a function of `x`; `None` where there are none."""
         if not self._v:
             return None
-        v, weight = trees.values(self._v), self.beta * trees.count(lin.weights)
+        v, weight = self._center(lin), self.beta * trees.count(lin.weights)
         floor = self.solver.rate * trees.norm(lin.gradient)
 
         def gradient(x):
