@@ -36,7 +36,7 @@ def add(u, v, scale=1.0):
     """`u + scale * v`."""
     if isinstance(scale, float) and scale == 1.0:
         return [a + b for a, b in zip(u, v)]
-    return [a + tf.cast(scale, a.dtype) * b for a, b in zip(u, v)]
+    return [a + _as(scale, a.dtype) * b for a, b in zip(u, v)]
 
 
 def subtract(u, v):
@@ -46,7 +46,7 @@ def subtract(u, v):
 
 def scale(c, v):
     """`c * v`."""
-    return [tf.cast(c, a.dtype) * a for a in v]
+    return [_as(c, a.dtype) * a for a in v]
 
 
 def negative(v):
@@ -77,3 +77,8 @@ def count(v):
 def values(variables):
     """The current values of Keras variables, as tensors that later assignments do not move."""
     return [tf.identity(v.value) for v in variables]
+
+
+def _as(scalar, dtype):
+    """A number or scalar tensor in `dtype`; `tf.cast` would round a Python number to float32 on the way."""
+    return tf.constant(scalar, dtype) if isinstance(scalar, (int, float)) else tf.cast(scalar, dtype)

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_curvature import replicas
 from keras_curvature.curvature import taps
-from keras_curvature.curvature.functional import exact_moments
+from keras_curvature.curvature.functional import differentiable_keras
 from keras_curvature.curvature.products import LossRecording
 
 
@@ -23,7 +23,7 @@ def squared_gradients(linearization, seed):
         linearization: A `Linearization`.
         seed: Integer tensor or number: the random signs are a function of it and of the replica.
     """
-    with exact_moments(), taps.dense() as noted:
+    with differentiable_keras(), taps.dense() as noted:
 
         def record():
             recording = linearization._record_loss(LossRecording)

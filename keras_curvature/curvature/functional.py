@@ -9,8 +9,9 @@ the train step to commit once.
 Two facts of Keras (3.15) shape this file.
 
 * `tf.nn.moments`, under BatchNormalization, LayerNormalization and GroupNormalization, stops the gradient at
-  the mean. First derivatives are still exact; second ones are 3% to 49% off. `exact_moments` replaces it
-  by the plain mean and variance while a product is traced.
+  the mean. First derivatives are still exact, and so are Gauss-Newton products, which are made of them; second
+  derivatives are 3% to 49% off. `differentiable_keras(twice=True)` puts the plain mean and variance in its place
+  while a Hessian is traced.
 * A model that ends in a softmax or sigmoid carries its logits along (`y_pred._keras_logits`), and Keras'
   cross-entropies read those. So the loss may leave the model through the logits and not through the output;
   both are kept as *leaves*, and the derivative tells which of them the loss really used.
@@ -30,19 +31,55 @@ def _plain_moments(x, axes, keepdims):
     return (mean, variance) if keepdims else (tf.squeeze(mean, axes), tf.squeeze(variance, axes))
 
 
-@contextlib.contextmanager
-def exact_moments():
-    """While open, Keras' normalization layers compute moments that can be differentiated twice.
+_keras_max_pool = keras_nn.max_pool
 
-    Open it around the replicas and not inside one: the threads of a `MirroredStrategy` take turns, and the name
-    that is replaced here is shared by all of them.
+
+def _max_pool(inputs, pool_size, strides=None, padding="valid", data_format=None):
+    """Keras' max pooling; of images and without overlap, with a gradient whose transpose is cheap.
+
+    TensorFlow's `MaxPoolGradGrad`, of which forward mode is made, takes 2-5 times as long as a pass forward. Where
+    windows do not overlap, the tangent is a sum over windows of the tangents where the maximum was.
     """
-    original = keras_nn._compute_moments
-    keras_nn._compute_moments = _plain_moments
+    size = (pool_size,) * 2 if isinstance(pool_size, int) else tuple(pool_size)
+    step = size if strides is None else (strides,) * 2 if isinstance(strides, int) else tuple(strides)
+    last = (data_format or keras.config.image_data_format()) == "channels_last"
+    if not (last and inputs.shape.rank == 4 and size == step and padding == "valid"):
+        return _keras_max_pool(inputs, pool_size, strides, padding, data_format)
+    window = {"ksize": [1, *size, 1], "strides": [1, *size, 1], "padding": "VALID"}
+
+    @tf.custom_gradient
+    def pool(x):
+        y = tf.raw_ops.MaxPool(input=x, **window)
+        largest = tf.stop_gradient(
+            tf.raw_ops.MaxPoolGrad(orig_input=x, orig_output=y, grad=tf.ones_like(y), **window)
+        )
+
+        def gradient(dy):
+            mean = tf.raw_ops.AvgPoolGrad(orig_input_shape=tf.shape(x), grad=dy, **window)
+            return largest * (float(size[0] * size[1]) * mean)
+
+        return y, gradient
+
+    return pool(inputs)
+
+
+@contextlib.contextmanager
+def differentiable_keras(twice=False):
+    """While open, max pooling has a cheap forward mode and, if `twice`, normalization has second derivatives.
+
+    Gauss-Newton products are of first order (a product with `J` and one with `J'`), and exact with Keras' own
+    moments, whose gradient is the cheaper one.
+
+    Open it around the replicas and not inside one: the threads of a `MirroredStrategy` take turns, and the names
+    that are replaced here are shared by all of them.
+    """
+    originals = keras_nn._compute_moments, keras_nn.max_pool
+    keras_nn._compute_moments = _plain_moments if twice else originals[0]
+    keras_nn.max_pool = _max_pool
     try:
         yield
     finally:
-        keras_nn._compute_moments = original
+        keras_nn._compute_moments, keras_nn.max_pool = originals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +131,14 @@ class PureModel:
         model = self.model
         mapping = [*zip(model.trainable_variables, weights), *zip(self._stateful, self._state)]
         with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+            given = [scope.get_current_value(v) for v in model.trainable_variables]
             outputs = model(self.x, **self._arguments)
             outputs, leaves = _cut(outputs)
             with loss_tape or contextlib.nullcontext():
                 if loss_tape is not None:
                     loss_tape.watch(leaves)
                 loss = compute_loss(model, self.x, self.y, outputs, self.sample_weight)
+        _check_not_assigned(scope, model.trainable_variables, given)
         after = [scope.get_current_value(v) for v in self._stateful]
         counters = [scope.get_current_value(v) for v in self._counting]
         return Evaluation(
@@ -117,6 +156,18 @@ class PureModel:
         for variable, value in zip(self._counting, evaluation.counters):
             if value is not None:
                 variable.assign(value)
+
+
+def _check_not_assigned(scope, variables, given):
+    """Refuse a model that sets its own trainable weights in a forward pass: it is no function of its weights."""
+    for variable, value in zip(variables, given):
+        if scope.get_current_value(variable) is not value:
+            raise ValueError(
+                f"A layer assigns its trainable weight `{variable.path}` during the forward pass (as "
+                "`SpectralNormalization` does), so the loss is not a function of the weights and has no curvature. "
+                "Replace or freeze that layer, or train with an optimizer that needs gradients only, without "
+                "`keras_curvature.curved`."
+            )
 
 
 def _cut(outputs):

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_curvature import replicas, trees
 from keras_curvature.curvature import diagonal, likelihoods, products, taps
-from keras_curvature.curvature.functional import PureModel, build_for, exact_moments
+from keras_curvature.curvature.functional import PureModel, build_for, differentiable_keras
 from keras_curvature.operators import Function, LinearOperator
 
 
@@ -100,7 +100,7 @@ class Linearization:
 
     def loss_at(self, step):
         """`f(w + step)`, a scalar; one forward pass with the same masks and seeds, and no weight is assigned."""
-        with exact_moments():
+        with differentiable_keras():
             return replicas.total(lambda step: self._here().evaluate(self._local_weights(step)).loss, step)
 
     def gradient_at(self, step):
@@ -113,7 +113,7 @@ class Linearization:
         def gradient(step):
             return products.gradient(self._here(), self._local_weights(step), self._loss_scale)
 
-        with exact_moments():
+        with differentiable_keras():
             return replicas.total(gradient, step)
 
     # Curvature.
@@ -129,7 +129,7 @@ class Linearization:
             recordings[replicas.identity()] = self._record_loss(products.HessianRecording)
             return tf.zeros(())  # a strategy wants something to carry
 
-        with exact_moments():
+        with differentiable_keras(twice=True):
             replicas.each(record)
         return Function(lambda v: replicas.total(lambda v: recordings[replicas.identity()].product(v), v))
 
@@ -155,7 +155,7 @@ class Linearization:
             ValueError: The model has no recurrent layer.
         """
         recordings = {}
-        with exact_moments(), taps.hidden_states() as noted:
+        with differentiable_keras(), taps.hidden_states() as noted:
 
             def record():
                 weights = self._local_weights()
@@ -232,7 +232,7 @@ class Linearization:
             return recording.evaluation.loss, recording.evaluation.outputs
 
         def forward():
-            with exact_moments():
+            with differentiable_keras():
                 loss, outputs = replicas.each(record)
             return replicas.add_up(loss), outputs
 

@@ -4,7 +4,8 @@ A subclass writes exactly one of
 
 * `direction(linearization)`: the step, before the learning rate, from a `Linearization` of the batch. Runs on a
   curved model (`keras_curvature.curved`), or on any model where the gradient is all it asks for.
-* `update_step(gradient, variable, learning_rate)`: Keras' own, where the gradient of each variable is enough.
+* `update_step(gradient, variable, learning_rate)`: Keras' own, where the gradient of each variable is enough; such
+  a method says `by_gradient = True`.
 
 and `create_state(variables)` for what it remembers. Keras keeps everything that Keras does: learning-rate
 schedules, weight decay, clipping, averages of the weights, constraints, gradient accumulation, checkpoints.
@@ -36,15 +37,15 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
     Attributes:
         reports: `{name: "mean" | "last" | "sum"}`: the numbers that a curved model shows in its logs, and how an
             epoch sums them up.
-        needs_curvature: Whether a plain `keras.Model` is not enough.
+        by_gradient: Whether the method is an `update_step` and not a `direction`.
     """
 
     reports = {"skipped_steps": "sum"}
-    needs_curvature = True
+    by_gradient = False
 
     def __init__(self, learning_rate, **kwargs):
         super().__init__(learning_rate=learning_rate, **kwargs)
-        if self.needs_curvature and self.gradient_accumulation_steps:
+        if self.gradient_accumulation_steps and not self.by_gradient:
             raise ValueError(
                 f"`{type(self).__name__}` steps on the curvature of one batch, so gradients of several batches cannot "
                 "be accumulated. Use a larger batch. Received: "
@@ -58,12 +59,17 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         """Create the optimizer's variables; called once, by `build`."""
 
     def direction(self, linearization):
-        """The step to take before the learning rate, a vector. By default minus the gradient."""
-        return trees.negative(linearization.gradient)
+        """The step to take before the learning rate, a vector."""
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `direction(linearization)`.")
 
     def update_step(self, gradient, variable, learning_rate):
-        """`variable -= learning_rate * gradient`, where `gradient` is minus the direction."""
-        self.assign_sub(variable, tf.cast(learning_rate, variable.dtype) * tf.cast(gradient, variable.dtype))
+        """`variable += learning_rate * direction`: what Keras carries as the gradient is the direction here."""
+        # one pass over the memory; the operation subtracts
+        tf.raw_ops.ResourceApplyGradientDescent(
+            var=variable.handle,
+            alpha=-tf.cast(learning_rate, variable.dtype),
+            delta=tf.cast(gradient, variable.dtype),
+        )
 
     # To be called by a method.
 
@@ -92,18 +98,19 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         self._require(linearization.variables)
         self._noted, self._reported = [], {}
         with tf.name_scope(self.name):
-            direction = self.direction(linearization)
-            finite = trees.is_finite(direction)
+            handed = linearization.gradient if self.by_gradient else self.direction(linearization)
+            length = trees.norm(handed)
+            finite = tf.math.is_finite(length)
             if isinstance(linearization, Linearization):
                 finite &= tf.math.is_finite(linearization.loss)
                 if linearization.is_known("gradient"):
                     finite &= trees.is_finite(linearization.gradient)
-            noted, minus = list(self._noted), trees.negative(direction)
+            noted = list(self._noted)
 
             def take():
                 for variable, value in noted:
                     variable.assign(value)
-                replicas.each(self._hand_to_keras, minus)
+                replicas.each(self._hand_to_keras, handed)
                 return tf.constant(0.0)
 
             def skip():
@@ -111,9 +118,10 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
                 return tf.constant(1.0)
 
             skipped = tf.cond(finite, take, skip)
-        reported = {name: tf.cast(value, tf.float32) for name, value in self._reported.items()}
+        self.report(step_norm=length, skipped_steps=skipped)
+        reported = {name: tf.cast(self._reported[name], tf.float32) for name in self.reports if name in self._reported}
         self._noted, self._reported = [], {}
-        return {**reported, "skipped_steps": skipped}
+        return reported
 
     def _hand_to_keras(self, gradients):
         super().apply(gradients, self._trainable_variables)

@@ -77,38 +77,34 @@ class CurveBall(CurvatureOptimizer):
         Jdz = G.push(dz)
 
         # curvatures and slopes of the directions dz and z; g = dz - (G + lambda) z, so its slopes need no pass
-        dz_dz, dz_z, z_z = trees.dot(dz, dz), trees.dot(dz, z), trees.dot(z, z)
+        dz_dz, dz_z, z_z = trees.squared_norm(dz), trees.dot(dz, z), trees.squared_norm(z)
         lam = tf.cast(damping, dz_dz.dtype)
-        a11, a12, a22 = (
-            G.inner(Jdz, Jdz) + lam * dz_dz,
-            G.inner(Jz, Jdz) + lam * dz_z,
-            G.inner(Jz, Jz) + lam * z_z,
-        )
+        a11 = G.inner(Jdz, Jdz) + lam * dz_dz
+        a12 = G.inner(Jz, Jdz) + lam * dz_z
+        a22 = G.inner(Jz, Jz) + lam * z_z
         A = tf.stack([tf.stack([a11, a12]), tf.stack([a12, a22])])
         b = tf.stack([dz_dz - a12, dz_z - a22])
         c = quadratic.minimize(A, b) if self.beta is None else tf.constant([-self.beta, self.rho], A.dtype)
         z = trees.add(trees.scale(c[1], z), dz, c[0])
 
-        ratio, trusted = self._check(lin, z, A, b, c)
-        if self._rule.every:
-            due = self.iterations % self._rule.every == 0
-            self.remember(self._damping, tf.where(due, self._rule.update(damping, ratio), damping))
-        z = trees.where(trusted, z, trees.zeros_like(z))
+        rate = tf.cast(self.learning_rate, A.dtype)
+        z, ratio, next_damping = self._check(lin, trees.scale(rate, z), z, quadratic.value(A, b, rate * c), damping)
         self.remember(self._z, z)
-        self.report(damping=damping, beta=-c[0], rho=c[1], reduction_ratio=ratio, step_norm=trees.norm(z))
+        self.remember(self._damping, next_damping)
+        self.report(damping=damping, beta=-c[0], rho=c[1], reduction_ratio=ratio)
         return z
 
-    def _check(self, lin, z, A, b, c):
-        """`(reduction ratio, whether the loss after the step is finite)`; NaN and true between two checks."""
-        unchecked = tf.constant(float("nan"), lin.loss.dtype), tf.constant(True)
+    def _check(self, lin, step, z, predicted, damping):
+        """`(z, reduction ratio, next damping)`: the step's loss is looked at every so many steps."""
+        unchecked = z, tf.constant(float("nan"), lin.loss.dtype), damping
         if not self._rule.every:
             return unchecked
-        rate = tf.cast(self.learning_rate, A.dtype)
-        predicted = tf.cast(quadratic.value(A, b, rate * c), lin.loss.dtype)
 
         def check():
-            loss = lin.loss_at(trees.scale(rate, z))
-            ratio = (loss - lin.loss) / predicted
-            return tf.where(predicted == 0, tf.ones_like(ratio), ratio), tf.math.is_finite(loss)
+            loss = lin.loss_at(step)
+            ratio = (loss - lin.loss) / tf.cast(predicted, loss.dtype)
+            ratio = tf.where(predicted == 0, tf.ones_like(ratio), ratio)  # at the minimum: as predicted
+            kept = trees.where(tf.math.is_finite(loss), z, trees.zeros_like(z))
+            return kept, ratio, self._rule.update(damping, ratio)
 
         return tf.cond(self.iterations % self._rule.every == 0, check, lambda: unchecked)

@@ -116,10 +116,7 @@ class HessianFree(CurvatureOptimizer):
         self.remember(self._last, solved)
         self.remember(self._damping, self._next_damping(damping, ratio))
         step = trees.where(length > 0, trees.scale(length, step), trees.zeros_like(step))
-        self.report(
-            damping=damping, reduction_ratio=ratio, cg_iterations=solution.steps, step_length=length,
-            step_norm=trees.norm(step),
-        )  # fmt: skip
+        self.report(damping=damping, reduction_ratio=ratio, cg_iterations=solution.steps, step_length=length)
         return step
 
     def _preconditioner(self, lin, damping):

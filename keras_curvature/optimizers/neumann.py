@@ -66,7 +66,7 @@ class Neumann(CurvatureOptimizer):
     """
 
     reports = {"mu": "last", "skipped_steps": "sum"}
-    needs_curvature = False
+    by_gradient = True
 
     def __init__(
         self, learning_rate=0.01, alpha=1e-7, beta=1e-5, gamma=0.99, mu_start=0.5, mu_end=0.9, warmup_steps=100,
@@ -144,11 +144,11 @@ class Neumann(CurvatureOptimizer):
         back = self._mu(self._t - 1) * (1.0 - tf.cast(self._displaced.value, tf.float64))
         return trees.scale(back, trees.values(self._m))
 
-    def direction(self, lin):
-        """Minus the gradient; `update_step` does the rest."""
-        self._stores_base = isinstance(lin, Linearization)
-        self.report(mu=self._mu(self._t))
-        return super().direction(lin)
+    def step(self, linearization):
+        """One step; on a curved model the stored weights are the answer, on a plain one the displaced weights."""
+        self._stores_base = isinstance(linearization, Linearization)
+        mu = self._mu(self._t)
+        return {"mu": tf.cast(mu, tf.float32), **super().step(linearization)}
 
     # The update. Keras calls `_distributed_tf_update_step` once per step, outside the replicas, with the summed
     # gradients; it calls `update_step` for each variable.
@@ -188,7 +188,7 @@ class Neumann(CurvatureOptimizer):
         """The numbers that all variables share in this step."""
         warm = t < 1
         back = self._mu(t - 1) * (1.0 - tf.cast(self._displaced.value, tf.float64)) if self._stores_base else None
-        mode = {"mu": self._mu(t), "eta": eta, "back": back, "keep": tf.where(warm, 1.0, self.gamma), "pull": None}
+        mode = {"mu": self._mu(t), "eta": eta, "back": back, "keep": tf.where(warm, tf.constant(1.0, tf.float64), self.gamma), "pull": None}
         if self.alpha or self.beta:
             away = [self._current(w, m, back) - v for w, m, v in zip(variables, self._m, self._v)]
             r, repulsion = tf.cast(trees.norm(away), tf.float64), self.beta * self._count

@@ -84,10 +84,9 @@ class TwoLoopNeumann(CurvatureOptimizer):
         solution = self.solver.solve(Function(product), trees.negative(gradient))
         direction = trees.scale(1.0 / eta, solution.value)
         if self._v:
-            rate = tf.cast(self.learning_rate, tf.float32)
+            rate = tf.cast(self.learning_rate, trees.scalar_dtype(direction))
             after, v = trees.add(lin.weights, direction, rate), self._center(lin)
             self.remember(self._v, trees.add(after, trees.subtract(v, after), self.gamma))
-        self.report(step_norm=trees.norm(direction))
         return direction
 
     def _center(self, lin):
