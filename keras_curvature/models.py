@@ -4,6 +4,7 @@ import functools
 
 import keras
 import tensorflow as tf
+from keras.src.models.functional import Functional
 
 from keras_curvature import replicas
 from keras_curvature.component import register
@@ -40,7 +41,8 @@ class Report(keras.metrics.Metric):
 
     def result(self):
         """The epoch's number so far."""
-        whole = self.total.value / (self.count.value if self.how == "mean" else 1.0)
+        # read on a replica, a variable shows that replica's share
+        whole = self.total.value / self.count.value if self.how == "mean" else self.total.value * replicas.here()
         return tf.where(self.count.value > 0, whole, float("nan"))
 
 
@@ -125,6 +127,29 @@ class CurvatureModel(CurvedMixin, keras.Model):
     model.compile(optimizer=keras_curvature.CurveBall(), loss="mse")
     ```
     """
+
+    def __init__(self, *args, **kwargs):
+        if len(args) == 2 or "outputs" in kwargs:
+            # left to itself, Keras would make this very class functional, and so every later subclass of it
+            object.__setattr__(self, "__class__", _functional_class(type(self)))
+            Functional.__init__(self, *args, **kwargs)
+        else:
+            super().__init__(*args, **kwargs)
+
+
+@functools.cache
+def _functional_class(cls):
+    """`cls` made from inputs and outputs."""
+    if issubclass(cls, Functional):
+        return cls
+    # Keras looks at the signature to know that a saved graph can be given back to the constructor
+    own = {"__init__": Functional.__init__} if cls.__init__ is CurvatureModel.__init__ else {}
+    return type(cls.__name__, (cls, Functional), {"__module__": cls.__module__, "__doc__": cls.__doc__, **own})
+
+
+keras.saving.register_keras_serializable(package="keras_curvature", name="FunctionalCurvatureModel")(
+    _functional_class(CurvatureModel)
+)
 
 
 def curved(model):

@@ -26,6 +26,11 @@ def count():
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
+def here():
+    """Number of replicas in sync where the caller is one of them, else 1."""
+    return 1 if tf.distribute.get_replica_context() is None else count()
+
+
 def cross(fn, *args):
     """Run `fn(*args)` once for all replicas. `args` are what this replica has; `fn` sees the values of all."""
     context = tf.distribute.get_replica_context()

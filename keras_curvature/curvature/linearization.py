@@ -350,6 +350,7 @@ def _piece(batch, size, index):
     def cut(a):
         if a is None:
             return None
+        a = tf.convert_to_tensor(a)
         piece = tf.slice(a, [start] + [0] * (a.shape.rank - 1), [length] + [-1] * (a.shape.rank - 1))
         return tf.ensure_shape(piece, [length if isinstance(length, int) else None, *a.shape[1:]])
 
