@@ -68,7 +68,8 @@ class CurvedMixin:
     def _curved_step(self, optimizer, scaler, x, y, sample_weight):
         """`(loss, outputs, reported)`, outside the replicas."""
         build_for(self, x, y, sample_weight)
-        scale = None if scaler is None else tf.identity(scaler.dynamic_scale.value)
+        optimizer.require(self.trainable_variables)
+        scale = optimizer.loss_scale_factor if scaler is None else tf.identity(scaler.dynamic_scale.value)
         lin = Linearization(self, x, y, sample_weight, shift=optimizer.shift(), loss_scale=scale)
         loss, outputs = lin.loss, lin.outputs
         reported = optimizer.step(lin)

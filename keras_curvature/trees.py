@@ -75,8 +75,8 @@ def count(v):
 
 
 def values(variables):
-    """The current values of Keras variables, as tensors that later assignments do not move."""
-    return [tf.identity(v.value) for v in variables]
+    """The current values of Keras or TensorFlow variables, as tensors that later assignments do not move."""
+    return [tf.identity(tf.convert_to_tensor(v)) for v in variables]
 
 
 def _as(scalar, dtype):

@@ -95,7 +95,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         Returns:
             The reported numbers, `{name: scalar}`, with `skipped_steps` 1 where the step was not taken.
         """
-        self._require(linearization.variables)
+        self.require(linearization.variables)
         self._noted, self._reported = [], {}
         with tf.name_scope(self.name):
             handed = linearization.gradient if self.by_gradient else self.direction(linearization)
@@ -124,15 +124,14 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         return reported
 
     def _hand_to_keras(self, gradients):
+        if self.loss_scale_factor is not None:  # Keras divides by it; the step has its true size already
+            gradients = trees.scale(self.loss_scale_factor, gradients)
         super().apply(gradients, self._trainable_variables)
 
     def apply(self, grads, trainable_variables=None):
         """What Keras calls on a plain model: gradients of each replica, and nothing behind them."""
         variables = list(trainable_variables or self._trainable_variables)
-        if not self.built:
-            with keras.name_scope(self.name, caller=self):
-                self.build(variables)
-        self._require(variables)
+        self.require(variables)
         gradients = self._complete(grads, variables)
 
         def take(gradients):
@@ -155,11 +154,11 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
                 "`model.compile()`, did you forget to provide a `loss` argument?",
                 stacklevel=4,
             )
-        values = [tf.zeros_like(v.value) if g is None else tf.convert_to_tensor(g) for g, v in zip(grads, variables)]
+        values = [tf.zeros_like(v) if g is None else tf.convert_to_tensor(g) for g, v in zip(grads, variables)]
         return [tf.cast(g, v.dtype) for g, v in zip(values, variables)]
 
-    def _require(self, variables):
-        """Refuse variables that are not those the state belongs to."""
+    def require(self, variables):
+        """Build for these variables; refuse variables that are not those the state belongs to."""
         if not self.built:
             with keras.name_scope(self.name, caller=self):
                 self.build(variables)
@@ -197,7 +196,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
     def load_own_variables(self, store):
         """Load the state; an optimizer that is not built yet keeps it until it is, and loses nothing."""
         if not self.built:
-            self._unloaded = {key: store[key][()] for key in store}
+            self._unloaded = {key: store[key][()] for key in store.keys()}  # noqa: SIM118, an h5 entry is no dict
             return
         if len(store.keys()) != len(self.variables):
             raise ValueError(

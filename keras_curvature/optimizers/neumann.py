@@ -122,7 +122,7 @@ class Neumann(CurvatureOptimizer):
         )
         # 1 where the stored weights are the displaced w, 0 where they are the answer w - mu m
         self._displaced = self.add_scalar(0.0, "displaced")
-        self._count = trees.count([w.value for w in variables])
+        self._count = trees.count(variables)
 
     # The schedule.
 

@@ -1,0 +1,171 @@
+"""What is wrong is said at once, by the name that the user typed, and changes nothing."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_curvature as kc
+from optimizers import NEEDS_CURVATURE, OPTIMIZERS
+
+# factory, what the message must contain
+BAD_ARGUMENTS = {
+    "gamma": (lambda: kc.Neumann(gamma=1.5), "gamma=1.5"),
+    "alpha": (lambda: kc.Neumann(alpha=-1.0), "alpha=-1.0"),
+    "neumann_beta": (lambda: kc.Neumann(beta="1e-5"), "beta='1e-5'"),
+    "mu_end": (lambda: kc.Neumann(mu_end=1.0), "mu_end=1.0"),
+    "mu_start": (lambda: kc.Neumann(mu_start=0.95), "mu_start"),
+    "warmup_steps": (lambda: kc.Neumann(warmup_steps=0.5), "warmup_steps=0.5"),
+    "reset_every": (lambda: kc.Neumann(reset_every=1), "reset_every=1"),
+    "reset_growth": (lambda: kc.Neumann(reset_growth=0), "reset_growth=0"),
+    "steps_per_epoch": (lambda: kc.Neumann.from_epochs(0), "steps_per_epoch=0"),
+    "warmup_epochs": (lambda: kc.Neumann.from_epochs(10, warmup_epochs=-1), "warmup_epochs=-1"),
+    "solver_name": (lambda: kc.HessianFree(solver="cg"), "solver='cg'"),
+    "solver_class": (lambda: kc.HessianFree(solver=kc.ConjugateGradient), "already constructed"),
+    "line_search": (lambda: kc.HessianFree(line_search="armijo"), "line_search='armijo'"),
+    "curvature": (lambda: kc.HessianFree(curvature="fisher"), "curvature='fisher'"),
+    "curvature_batch": (lambda: kc.HessianFree(curvature_batch=0), "curvature_batch=0"),
+    "curvature_batch_share": (lambda: kc.HessianFree(curvature_batch=1.5), "curvature_batch=1.5"),
+    "warm_start": (lambda: kc.HessianFree(warm_start=2), "warm_start=2"),
+    "preconditioner": (lambda: kc.HessianFree(preconditioner=-0.5), "preconditioner=-0.5"),
+    "structural_damping": (lambda: kc.HessianFree(structural_damping=-1), "structural_damping=-1"),
+    "damping": (lambda: kc.CurveBall(damping=-1.0), "damping=-1.0"),
+    "damping_nan": (lambda: kc.HessianFree(damping=float("nan")), "damping=nan"),
+    "damping_class": (lambda: kc.CurveBall(damping=kc.LevenbergMarquardt), "already constructed"),
+    "beta_without_rho": (lambda: kc.CurveBall(beta=0.1), "given together with `beta`"),
+    "rho_without_beta": (lambda: kc.CurveBall(rho=0.9), "rho=0.9"),
+    "two_loop_solver": (lambda: kc.TwoLoopNeumann(solver=kc.ConjugateGradient()), "NeumannSeries"),
+    "two_loop_mu": (lambda: kc.TwoLoopNeumann(mu=0.0), "mu=0.0"),
+    "cg_steps": (lambda: kc.ConjugateGradient(max_steps=0), "max_steps=0"),
+    "cg_tolerance": (lambda: kc.ConjugateGradient(residual_tolerance=-1), "residual_tolerance=-1"),
+    "series_rate": (lambda: kc.NeumannSeries(rate=0), "rate=0"),
+    "constant_damping": (lambda: kc.ConstantDamping(-0.1), "initial=-0.1"),
+    "lm_decay": (lambda: kc.LevenbergMarquardt(decay=1.0), "decay=1.0"),
+    "lm_order": (lambda: kc.LevenbergMarquardt(low=2.0, high=1.0), "low=2.0"),
+    "armijo_shrink": (lambda: kc.ArmijoLineSearch(shrink=1.0), "shrink=1.0"),
+    "unknown": (lambda: kc.CurveBall(momentum=0.9), "momentum"),
+    "clips": (lambda: kc.CurveBall(clipnorm=1.0, clipvalue=1.0), "clipnorm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_a_bad_argument_fails_at_construction_by_its_name(case):
+    make, expected = BAD_ARGUMENTS[case]
+    with pytest.raises((ValueError, TypeError)) as caught:
+        make()
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NEEDS_CURVATURE)
+def test_accumulation_of_gradients_is_refused_where_curvature_is_needed(name):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=2"):
+        OPTIMIZERS[name](gradient_accumulation_steps=2)
+
+
+def network(outputs=1):
+    """Two small layers."""
+    return keras.Sequential([
+        keras.Input((3,)), keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(outputs)
+    ])  # fmt: skip
+
+
+X, Y = np.ones((4, 3), "float32"), np.ones((4, 1), "float32")
+
+
+@pytest.mark.parametrize("name", NEEDS_CURVATURE)
+def test_a_plain_model_is_told_to_be_curved_and_keeps_its_weights(name):
+    model = network()
+    model.compile(OPTIMIZERS[name](), "mse")
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"model = keras_curvature.curved\(model\)") as caught:
+        model.fit(X, Y, verbose=0)
+    assert type(model.optimizer).__name__ in str(caught.value)
+    for a, b in zip(model.get_weights(), before):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_optimizer_serves_one_model():
+    optimizer = kc.CurveBall()
+    first, second = kc.curved(network()), kc.curved(network())
+    first.compile(optimizer, "mse")
+    first.train_on_batch(X, Y)
+    second.compile(optimizer, "mse")
+    with pytest.raises(ValueError, match="cannot serve another model"):
+        second.train_on_batch(X, Y)
+
+
+@pytest.mark.parametrize("make", [kc.Neumann, kc.CurveBall])
+def test_freezing_a_layer_asks_for_a_new_optimizer(make):
+    model = kc.curved(network())
+    model.compile(make(), "mse")
+    model.train_on_batch(X, Y)
+    model.layers[0].trainable = False
+    model.compile(model.optimizer, "mse")
+    with pytest.raises(ValueError, match="after layers were frozen"):
+        model.train_on_batch(X, Y)
+    model.compile(make(), "mse")
+    model.train_on_batch(X, Y)
+
+
+@keras.saving.register_keras_serializable(package="test_errors")
+class OwnTrainStep(keras.Model):
+    """A model that trains itself."""
+
+    def train_step(self, data):
+        """Nothing."""
+        return {}
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    ("model", "must be a `keras.Model`"),
+    (keras.layers.Dense(1), "must be a `keras.Model`"),
+    (OwnTrainStep(), "has a `train_step` of its own"),
+])  # fmt: skip
+def test_what_cannot_be_curved(model, message):
+    with pytest.raises(ValueError, match=message):
+        kc.curved(model)
+
+
+@pytest.mark.parametrize("make", [kc.CurveBall, kc.HessianFree])
+def test_a_loss_that_is_not_convex_in_the_outputs_is_named(make):
+    model = kc.curved(network(2))
+    model.compile(make(), keras.losses.CosineSimilarity())
+    with pytest.raises(ValueError, match="convex in the model.s outputs"):
+        model.train_on_batch(X, np.ones((4, 2), "float32"))
+
+
+def test_without_a_loss_keras_says_so():
+    model = kc.curved(network())
+    model.compile(kc.CurveBall())
+    with pytest.raises(ValueError, match="No loss to compute"):
+        model.train_on_batch(X, Y)
+
+
+def test_structural_damping_needs_a_recurrent_layer():
+    model = kc.curved(network())
+    model.compile(kc.HessianFree(structural_damping=0.1), "mse")
+    with pytest.raises(ValueError, match="structural_damping=0.0"):
+        model.train_on_batch(X, Y)
+
+
+def test_swapped_weights_are_those_of_neumann():
+    model = network()
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="goes with `Neumann`"):
+        model.fit(X, Y, verbose=0, callbacks=[kc.callbacks.SwapNeumannWeights()])
+
+
+def test_state_of_other_settings_is_refused(tmp_path):
+    file = tmp_path / "m.weights.h5"
+    model = kc.curved(network())
+    model.compile(kc.CurveBall(), "mse")
+    model.train_on_batch(X, Y)
+    model.save_weights(file)
+    model.compile(kc.CurveBall(use_ema=True), "mse")
+    model.optimizer.build(model.trainable_variables)
+    with pytest.raises(ValueError, match="saved with other settings"):
+        model.load_weights(file)
+
+
+def test_neumann_warns_of_clipping():
+    with pytest.warns(UserWarning, match="does not work with clipping"):
+        kc.Neumann(clipnorm=1.0)
