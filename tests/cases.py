@@ -113,6 +113,9 @@ STACKS = {
     "depthwise_conv": ((4, 4, 2), lambda: layers.DepthwiseConv2D(2, depth_multiplier=2, activation="tanh")),
     "separable_conv": ((4, 4, 2), lambda: layers.SeparableConv2D(3, 2, activation="tanh")),
     "max_pooling": ((4, 4, 2), lambda: layers.Conv2D(3, 2, activation="tanh", padding="same"), layers.MaxPooling2D),
+    "max_pooling_odd": ((5, 5, 2), lambda: layers.Conv2D(2, 1, activation="relu"), lambda: layers.MaxPooling2D(2)),
+    "max_pooling_overlapping": ((5, 5, 2), lambda: layers.Conv2D(2, 1), lambda: layers.MaxPooling2D(3, 2, "same")),
+    "max_pooling_1d": ((6, 2), lambda: layers.Conv1D(3, 2, activation="tanh"), layers.MaxPooling1D),
     "average_pooling": ((4, 4, 2), lambda: layers.Conv2D(3, 2, activation="tanh"), lambda: layers.AveragePooling2D(2)),
     "global_average_pooling": ((4, 4, 2), lambda: layers.Conv2D(3, 2), layers.GlobalAveragePooling2D),
     "global_max_pooling": ((4, 4, 2), lambda: layers.Conv2D(3, 2, activation="tanh"), layers.GlobalMaxPooling2D),
@@ -131,7 +134,6 @@ STACKS = {
     ),
     "unit_normalization": ((4,), lambda: layers.Dense(5), layers.UnitNormalization),
     "rms_normalization": ((4,), lambda: layers.Dense(5), layers.RMSNormalization, lambda: layers.Activation("tanh")),
-    "spectral_normalization": ((4,), lambda: layers.SpectralNormalization(layers.Dense(5, activation="tanh"))),
     "dropout": ((4,), lambda: layers.Dense(8, activation="tanh"), lambda: layers.Dropout(0.5, seed=3)),
     "spatial_dropout": ((4, 3), lambda: layers.Conv1D(4, 2, activation="tanh"), lambda: layers.SpatialDropout1D(0.5)),
     "gaussian_dropout": ((4,), lambda: layers.Dense(5, activation="tanh"), lambda: layers.GaussianDropout(0.3)),
@@ -209,28 +211,21 @@ def nested(random):
 
 @keras.saving.register_keras_serializable(package="cases")
 class Subclassed(keras.Model):
-    """A model whose `call` does not pass `training` on: Keras' context does."""
+    """A model whose `call` does not pass `training` on to its layers: Keras' call context does."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.hidden, self.normalized = layers.Dense(6, activation="tanh"), layers.BatchNormalization()
         self.dropout, self.head = layers.Dropout(0.4), layers.Dense(3)
 
-    def call(self, inputs):
+    def call(self, inputs, training=False):
         """`inputs` to three outputs."""
         return self.head(self.dropout(self.normalized(self.hidden(inputs))))
 
 
-@model_case
-def subclassed(random):
-    model, x = Subclassed(), normal(random, BATCH, 4)
-    model(x)
-    return Case(model, x, normal(random, BATCH, 3))
-
-
 @keras.saving.register_keras_serializable(package="cases")
-class SubclassedWithTraining(Subclassed):
-    """The same, with `training` passed on."""
+class SubclassedPassing(Subclassed):
+    """The same, with `training` passed on by hand."""
 
     def call(self, inputs, training=False):
         """`inputs` to three outputs."""
@@ -238,11 +233,27 @@ class SubclassedWithTraining(Subclassed):
         return self.head(self.dropout(x, training=training))
 
 
-@model_case
-def subclassed_with_training(random):
-    model, x = SubclassedWithTraining(), normal(random, BATCH, 4)
-    model(x)
-    return Case(model, x, normal(random, BATCH, 3))
+@keras.saving.register_keras_serializable(package="cases")
+class SubclassedWithout(Subclassed):
+    """The same, with no `training` argument: Keras' own train step then runs it as in inference."""
+
+    def call(self, inputs):
+        """`inputs` to three outputs."""
+        return super().call(inputs)
+
+
+def _subclassed(cls):
+    def build(random):
+        model, x = cls(), normal(random, BATCH, 4)
+        model(x)
+        return Case(model, x, normal(random, BATCH, 3))
+
+    return build
+
+
+MODELS["subclassed"] = _seeded(_subclassed(Subclassed))
+MODELS["subclassed_passing_training"] = _seeded(_subclassed(SubclassedPassing))
+MODELS["subclassed_without_training"] = _seeded(_subclassed(SubclassedWithout))
 
 
 @model_case

@@ -18,7 +18,7 @@ class Solution:
 
     Attributes:
         value: The approximate solution `x`, a vector.
-        steps: Number of products with `A`, a scalar integer tensor.
+        steps: Number of iterations, a scalar integer tensor.
         residual: `|b - A x| / |b|`, a scalar; NaN where the solver does not know it.
         count: Number of iterates that were stored on the way, a scalar integer tensor (0 where none are).
         iterate: Function from an index in `[0, count)` to that stored iterate, oldest first.

@@ -116,8 +116,9 @@ class ConjugateGradient(Solver):
         return (i > gap) & (before < 0) & slow
 
     def _solution(self, end, rhs):
-        # the last iterate is stored always, also when the loop ended between two stored ones
-        stored = [array.write(end.count, a) for array, a in zip(end.stored, end.x)]
+        # the last iterate is stored always, also when the loop ended between two stored ones; `identity` because
+        # TensorFlow complains of a written array that is never read, and nobody has to ask for the iterates
+        stored = [array.write(end.count, a).identity() for array, a in zip(end.stored, end.x)]
 
         def iterate(j):
             return [tf.ensure_shape(array.read(j), a.shape) for array, a in zip(stored, rhs)]
