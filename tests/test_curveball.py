@@ -41,8 +41,8 @@ def stepper(model, optimizer):
             lin = Linearization(model, x, y)
             loss = lin.loss
             skipped = optimizer.step(lin)["skipped_steps"]
-            (call,) = report.call_args_list
-        return {**call.kwargs, "loss": loss, "skipped_steps": skipped}
+        seen = {name: value for call in report.call_args_list for name, value in call.kwargs.items()}
+        return {**seen, "loss": loss, "skipped_steps": skipped}
 
     return lambda x, y: {name: float(value) for name, value in step(tf.constant(x), tf.constant(y)).items()}
 
