@@ -1,0 +1,335 @@
+"""What a step costs: time, memory and passes of every optimizer against Keras' SGD with Nesterov momentum.
+
+    python examples/benchmarks/step_cost.py --out examples/benchmarks/results/step_cost.txt
+
+Three networks (`mlp` 784-512-512-10 with batches of 128; `cnn` on 32x32x3 and a small `transformer`, batches of 64),
+graph mode, made-up data. How it measures:
+
+* Time: `model.train_step` on one batch in memory, repeated by a loop inside one `tf.function`, so that neither the
+  input pipeline nor Python is timed. All candidates take turns, round after round; a ratio is the median over the
+  rounds of the ratio within a round, which a machine that is busy for a while disturbs least.
+* Memory: one process per optimizer; the peak of its resident memory while steps run, above what it had with the model
+  built, the optimizer's slots allocated and the step traced. The slots come beside it, in copies of the weights.
+* Passes: the matrix products and convolutions in the traced step, those that can be reached from its results; after a
+  `+` those inside of conditions and loops, each once (CurveBall's loss after the step, every fifth step). CurveBall's
+  count includes five tiny ones: three of its 2x2 system, two of the second derivative of the cross-entropy.
+
+Products are those of `Linearization`: alone, with the forward pass that they stand on; and amortized, the price of one
+more product in a loop, as conjugate gradients pay it. The targets are this project's own.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings, before it is imported
+
+import keras
+import tensorflow as tf
+
+import keras_curvature as kc
+from keras_curvature import trees
+from keras_curvature.operators import Identity
+
+tf.get_logger().setLevel("ERROR")  # every candidate is traced, which TensorFlow takes for a mistake
+
+PROBLEMS = {"mlp": 128, "cnn": 64, "transformer": 64}
+CG_STEPS = 30
+
+
+def sgd():
+    return keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True)
+
+
+def hessian_free():
+    return kc.HessianFree(solver=kc.ConjugateGradient(max_steps=CG_STEPS, progress_tolerance=0.0))
+
+
+# name: (optimizer, whether the model must be curved, steps in a round)
+OPTIMIZERS = {
+    "SGD": (sgd, False, 20),
+    "Adam": (keras.optimizers.Adam, False, 20),
+    "Neumann": (kc.Neumann, False, 20),
+    "CurveBall": (kc.CurveBall, True, 10),
+    "TwoLoopNeumann": (kc.TwoLoopNeumann, True, 2),
+    "HessianFree": (hessian_free, True, 1),
+}
+TARGETS = {
+    ("Neumann", "mlp"): 1.10, ("Neumann", "cnn"): 1.10, ("Neumann", "transformer"): 1.10,
+    ("CurveBall", "mlp"): 2.0, ("CurveBall", "cnn"): 2.5, ("CurveBall", "transformer"): 2.2,
+    ("Hessian product", "mlp"): 2.0, ("Gauss-Newton product", "mlp"): 1.5,
+}  # fmt: skip
+CG_TARGET = 1.2  # one iteration, in Gauss-Newton products
+SLOTS = {"Neumann": 2, "CurveBall": 1, "HessianFree": 2}
+
+
+# A step to time.
+
+
+def batch_of(name):
+    """One batch in memory."""
+    x, y = kc.problems.get(name).sample(PROBLEMS[name])
+    return tf.constant(x), tf.constant(y)
+
+
+def step_of(name, optimizer):
+    """`(model, steps)`: `steps(n)` runs `n` training steps on one batch, inside one graph."""
+    make, curve, _ = OPTIMIZERS[optimizer]
+    problem = kc.problems.get(name)
+    model = problem.model(0)
+    if curve:
+        model = kc.curved(model)
+    model.compile(make(), loss=problem.loss(), jit_compile=False)
+    x, y = batch_of(name)
+    model.optimizer.build(model.trainable_variables)
+    # Keras creates the loss and its metric at the first call; here, because variables cannot be born in a loop
+    model.compute_loss(x, y, model(x))
+    model.make_train_function()
+
+    step = tf.autograph.experimental.do_not_convert(model.train_step)  # as Keras' own train function has it
+
+    @tf.function
+    def steps(n):
+        for _ in tf.range(n):
+            step((x, y))
+
+    return model, steps
+
+
+def seconds(call, *args):
+    """Wall time of one call."""
+    begin = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - begin
+
+
+# Products.
+
+
+def products_of(name):
+    """`{label: f}`: `f(n)` computes `n` of them, one after the other, inside one graph."""
+    problem = kc.problems.get(name)
+    model = problem.compiled("sgd", jit_compile=False)
+    x, y = batch_of(name)
+    one = [1e-3 * tf.random.stateless_normal(w.shape, (0, i)) for i, w in enumerate(model.trainable_variables)]
+
+    def gradient(v):
+        # does not depend on v, and iterations of a loop that do not wait for one another run side by side
+        with tf.control_dependencies(v):
+            return kc.Linearization(model, x, y).gradient
+
+    def again(function):
+        """`function(v)` as a vector, `n` times: alone, the forward pass each time."""
+
+        function = tf.autograph.experimental.do_not_convert(function)
+
+        @tf.function
+        def repeat(n):
+            v = one
+            for _ in tf.range(n):
+                v = function(v)
+            return v
+
+        return repeat
+
+    def in_one_linearization(operator):
+        @tf.function(autograph=False)
+        def repeat(n):
+            A = operator(kc.Linearization(model, x, y))
+            return tf.while_loop(lambda i, v: i < n, lambda i, v: (i + 1, A @ v), (0, one))[1]
+
+        return repeat
+
+    def conjugate_gradients(n):
+        @tf.function(autograph=False)
+        def solve():
+            lin = kc.Linearization(model, x, y)
+            solver = kc.ConjugateGradient(max_steps=n, progress_tolerance=0.0)
+            return solver.solve(lin.gauss_newton() + 1.0 * Identity(), trees.negative(lin.gradient)).value
+
+        return solve
+
+    solvers = {}
+
+    def iterations(n):
+        solvers.setdefault(n, conjugate_gradients(n))()
+
+    return {
+        "gradient": again(gradient),
+        "Hessian product": again(lambda v: kc.Linearization(model, x, y).hessian() @ v),
+        "Gauss-Newton product": again(lambda v: kc.Linearization(model, x, y).gauss_newton() @ v),
+        "amortized Hessian product": in_one_linearization(lambda lin: lin.hessian()),
+        "amortized Gauss-Newton product": in_one_linearization(lambda lin: lin.gauss_newton()),
+        "amortized CG iteration": iterations,
+    }
+
+
+def time_of_products(name, rounds):
+    """`{label: [seconds in each round]}` of one product."""
+    candidates, times, n = products_of(name), {}, 10
+    for r in range(rounds + 1):
+        for label, call in candidates.items():
+            few, many = (n, 3 * n) if label == "amortized CG iteration" else (tf.constant(n), tf.constant(3 * n))
+            if label.startswith("amortized"):
+                value = (seconds(call, many) - seconds(call, few)) / (2 * n)
+            else:
+                value = seconds(call, few) / n
+            if r:  # the round before the first traces and warms up
+                times.setdefault(label, []).append(value)
+    return times
+
+
+# Passes.
+
+PASSES = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "Conv2D", "Conv2DBackpropInput",
+          "Conv2DBackpropFilter")  # fmt: skip
+
+
+def count_passes(steps):
+    """`(always, in branches)`: products of matrices and convolutions in the body of the traced loop over steps."""
+    graph = steps.get_concrete_function(tf.constant(1)).graph.as_graph_def()
+    library = {f.signature.name: f for f in graph.library.function}
+    (loop,) = [n for n in graph.node if n.op in ("While", "StatelessWhile")]
+    return _count(library[loop.attr["body"].func.name], library)
+
+
+def _count(function, library):
+    nodes = {n.name: n for n in function.node_def}
+    ends = [*function.ret.values(), *function.control_ret.values()]
+    waiting, reached = [_node(e) for e in ends], set()
+    while waiting:
+        name = waiting.pop()
+        if name in nodes and name not in reached:
+            reached.add(name)
+            waiting.extend(_node(i) for i in nodes[name].input)
+    always = branches = 0
+    for node in (nodes[name] for name in reached):
+        always += node.op in PASSES
+        for key, value in node.attr.items():
+            for called in [value.func, *value.list.func]:
+                if called.name in library:
+                    inner = _count(library[called.name], library)
+                    if key == "f":  # a call
+                        always, branches = always + inner[0], branches + inner[1]
+                    else:  # a branch of a condition, the body of a loop
+                        branches += sum(inner)
+    return always, branches
+
+
+def _node(reference):
+    return reference.lstrip("^").split(":")[0]
+
+
+# Memory, in a process of its own.
+
+
+def memory_of(name, optimizer):
+    """`(MB of a step at its peak, slots in copies of the weights)`."""
+    command = [sys.executable, os.path.abspath(__file__), "--child", name, optimizer]
+    # with two arenas only, freed memory is found again, whatever the threads
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_ARENA_MAX": "2"})
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    peak, slots = done.stdout.split()[-2:]
+    return float(peak), float(slots)
+
+
+def child(name, optimizer):
+    """Print what `memory_of` reads."""
+    model, steps = step_of(name, optimizer)
+    steps(tf.constant(0))  # traced and optimized, not run
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak begins again from here
+    before = _resident("VmRSS")
+    steps(tf.constant(5))
+    peak = _resident("VmHWM")
+    weights = sum(int(w.value.shape.num_elements()) for w in model.trainable_variables)
+    slots = sum(int(v.value.shape.num_elements()) for v in model.optimizer.variables)
+    print((peak - before) / 2**10, slots / weights)
+
+
+def _resident(what):
+    """Resident memory of this process in kB, now ("VmRSS") or at its peak ("VmHWM"); Linux says so."""
+    with open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith(what)).split()[1])
+
+
+# The report.
+
+
+def ratios(times, of, to):
+    """Median over the rounds of the ratio within each."""
+    return statistics.median(a / b for a, b in zip(times[of], times[to], strict=True))
+
+
+def verdict(ratio, target):
+    """The target and whether it is reached."""
+    return "" if target is None else f"<= {target:.2f} {'yes' if ratio <= target else 'NO'}"
+
+
+def report_steps(name, rounds, say):
+    candidates = {o: step_of(name, o) for o in OPTIMIZERS}
+    times = {}
+    for r in range(rounds + 1):
+        for optimizer, (_, steps) in candidates.items():
+            n = OPTIMIZERS[optimizer][2]
+            value = seconds(steps, tf.constant(n)) / n
+            if r:
+                times.setdefault(optimizer, []).append(value)
+    say(f"{'':<16} {'ms/step':>9} {'SGD = 1':>8}  {'target':<12} {'passes':>8} {'slots':>6} {'peak MB':>8}")
+    for optimizer, (_, steps) in candidates.items():
+        always, branches = count_passes(steps)
+        passes = f"{always}+{branches}" if branches else f"{always}"
+        peak, slots = memory_of(name, optimizer)
+        ratio, milliseconds = ratios(times, optimizer, "SGD"), 1e3 * statistics.median(times[optimizer])
+        target = verdict(ratio, TARGETS.get((optimizer, name)))
+        say(f"{optimizer:<16} {milliseconds:>9.2f} {ratio:>8.2f}  {target:<12} {passes:>8} {slots:>6.2f} {peak:>8.0f}")
+
+
+def report_products(name, rounds, say):
+    times = time_of_products(name, rounds)
+    say(f"\n{'':<31} {'ms':>8} {'gradient = 1':>13}  {'target':<12}")
+    for label in times:
+        ratio, milliseconds = ratios(times, label, "gradient"), 1e3 * statistics.median(times[label])
+        say(f"{label:<31} {milliseconds:>8.2f} {ratio:>13.2f}  {verdict(ratio, TARGETS.get((label, name))):<12}")
+    ratio = ratios(times, "amortized CG iteration", "amortized Gauss-Newton product")
+    say(f"one CG iteration is {ratio:.2f} amortized Gauss-Newton products; target {verdict(ratio, CG_TARGET)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Time, memory and passes of a step.")
+    parser.add_argument("--out", help="write what is printed to this file too")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(*args.child)
+        return
+    lines = []
+
+    def say(line=""):
+        print(line, flush=True)
+        lines.append(line)
+
+    versions = f"TensorFlow {tf.__version__}, Keras {keras.__version__}, keras_curvature {kc.__version__}"
+    say(f"{versions}; {os.cpu_count()} cores ({platform.machine()}), graph mode, {args.rounds} rounds")
+    say(f"slots in copies of the weights, without step counters; HessianFree with {CG_STEPS} iterations in every step")
+    say(f"slots to have: {', '.join(f'{name} {copies}' for name, copies in SLOTS.items())}, and iterates in a step")
+    for name in args.problems:
+        count = trees.count([w.value for w in kc.problems.get(name).model(0).trainable_variables])
+        say(f"\n== {name}, batch {PROBLEMS[name]}, {count} weights ({4 * count / 2**20:.1f} MB)\n")
+        report_steps(name, args.rounds, say)
+        report_products(name, args.rounds, say)
+    if args.out:
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        with open(args.out, "w") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
