@@ -19,10 +19,16 @@ Two facts of Keras (3.15) shape this file.
 
 import contextlib
 import dataclasses
+import importlib
 
 import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
+
+from keras_curvature import replicas
+
+# `import ... as` would give the function of that name, which hides the module
+keras_rnn = importlib.import_module("keras.src.backend.tensorflow.rnn")
 
 
 def _plain_moments(x, axes, keepdims):
@@ -65,21 +71,24 @@ def _max_pool(inputs, pool_size, strides=None, padding="valid", data_format=None
 
 @contextlib.contextmanager
 def differentiable_keras(twice=False):
-    """While open, max pooling has a cheap forward mode and, if `twice`, normalization has second derivatives.
+    """While open, Keras computes what can be differentiated as often as a product needs.
 
-    Gauss-Newton products are of first order (a product with `J` and one with `J'`), and exact with Keras' own
-    moments, whose gradient is the cheaper one.
+    Max pooling gets a cheap forward mode; recurrent layers on a GPU run their loop and not cuDNN's kernel, whose
+    backward pass has no derivative; and, if `twice`, normalization has second derivatives. Gauss-Newton products are
+    of first order (a product with `J` and one with `J'`), and exact with Keras' own moments, whose gradient is the
+    cheaper one.
 
     Open it around the replicas and not inside one: the threads of a `MirroredStrategy` take turns, and the names
     that are replaced here are shared by all of them.
     """
-    originals = keras_nn._compute_moments, keras_nn.max_pool
+    originals = keras_nn._compute_moments, keras_nn.max_pool, keras_rnn.cudnn_ok
     keras_nn._compute_moments = _plain_moments if twice else originals[0]
     keras_nn.max_pool = _max_pool
+    keras_rnn.cudnn_ok = lambda *args, **kwargs: False
     try:
         yield
     finally:
-        keras_nn._compute_moments, keras_nn.max_pool = originals
+        keras_nn._compute_moments, keras_nn.max_pool, keras_rnn.cudnn_ok = originals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +177,29 @@ def _check_not_assigned(scope, variables, given):
                 "Replace or freeze that layer, or train with an optimizer that needs gradients only, without "
                 "`keras_curvature.curved`."
             )
+
+
+def piece(batch, size, index):
+    """The `index`-th piece of a replica's slice of the batch; see `Linearization.chunk`."""
+    first = next(a for a in keras.tree.flatten(batch) if a is not None)
+    if isinstance(first.shape[0], int):
+        examples = first.shape[0]  # and all the lengths are numbers too: XLA wants to know the shape of a slice
+        share = size * examples if isinstance(size, float) else size / replicas.count()
+        length = max(1, min(round(share), examples))
+    else:
+        examples = tf.shape(first)[0]
+        share = size * tf.cast(examples, tf.float32) if isinstance(size, float) else size / replicas.count()
+        length = tf.clip_by_value(tf.cast(tf.math.round(share), tf.int32), 1, examples)
+    start = (tf.cast(index, tf.int32) % (examples // length)) * length
+
+    def cut(a):
+        if a is None:
+            return None
+        a = tf.convert_to_tensor(a)
+        piece = tf.slice(a, [start] + [0] * (a.shape.rank - 1), [length] + [-1] * (a.shape.rank - 1))
+        return tf.ensure_shape(piece, [length if isinstance(length, int) else None, *a.shape[1:]])
+
+    return keras.tree.map_structure(cut, batch)
 
 
 def _cut(outputs):
