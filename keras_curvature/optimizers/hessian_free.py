@@ -132,7 +132,7 @@ class HessianFree(CurvatureOptimizer):
 
         def back(j, loss, go_on):
             earlier = lin.loss_at(solution.iterate(j - 1))
-            go_on = tf.logical_not(loss < earlier)  # not yet worse: a tie goes on, and a NaN is left behind
+            go_on = (loss >= earlier) | tf.math.is_nan(loss)  # not yet worse: a tie goes on, and a NaN is left behind
             return tf.where(go_on, j - 1, j), tf.where(go_on, earlier, loss), go_on
 
         last = solution.count - 1

@@ -50,8 +50,8 @@ class ArmijoLineSearch(Component):
         """
 
         def too_high(length, value):
-            # written so that a NaN or infinite loss counts as too high
-            return tf.logical_not(value <= loss + self.slope * length * slope)
+            # a NaN is too high; `not (value <= ...)` would not say so: TensorFlow's graphs turn it into `value > ...`
+            return (value > loss + self.slope * length * slope) | tf.math.is_nan(value)
 
         def shorten(i, length, value):
             length = self.shrink * length
