@@ -6,15 +6,14 @@ is its shadow for a plain `keras.Model`, which hands its optimizer gradients and
 it says what to do.
 """
 
-import dataclasses
-
 import keras
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
 from keras_curvature.curvature import diagonal, likelihoods, products, taps
-from keras_curvature.curvature.functional import PureModel, build_for, differentiable_keras
-from keras_curvature.operators import Function, LinearOperator
+from keras_curvature.curvature.functional import PureModel, build_for, differentiable_keras, piece
+from keras_curvature.curvature.gauss_newton import GaussNewton
+from keras_curvature.operators import Function
 
 
 class Linearization:
@@ -247,7 +246,7 @@ class Linearization:
 
     def _open(self, *batch):
         if self._part is not None:
-            batch = _piece(batch, *self._part)
+            batch = piece(batch, *self._part)
         self._pure[replicas.identity()] = PureModel(self.model, *batch)
 
     def _here(self):
@@ -262,99 +261,6 @@ class Linearization:
 
     def _record_loss(self, recording):
         return recording(self._here(), self._local_weights(), self._loss_scale)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tangent:
-    """`v` pushed through the model: `J v` and `H_L J v` on every replica, beside `v` itself."""
-
-    vector: list
-    pushed: object
-    curved: object
-
-
-@dataclasses.dataclass(frozen=True)
-class GaussNewton(LinearOperator):
-    """`v -> J' H_L J v`, with its factors within reach. Made by `Linearization.gauss_newton`.
-
-    A quadratic form `u'Gv = (Ju)' H_L (Jv)` needs no backward pass, and `G v + g` needs one and not two.
-    """
-
-    recordings: dict
-    l2: tuple
-    not_convex: tuple
-
-    @property
-    def psd(self):
-        """Whether the compiled loss is convex in the outputs."""
-        return not self.not_convex
-
-    def multiply(self, vector):
-        """`G v`: one forward-mode and one backward pass."""
-        return self.pull(self.push(vector))
-
-    def push(self, vector):
-        """The `Tangent` of `vector`: one forward-mode pass."""
-
-        def push(v):
-            recording = self._here()
-            pushed = recording.jvp(v)
-            return pushed, recording.curve(pushed)
-
-        pushed, curved = replicas.each(push, list(vector))
-        return Tangent(vector, pushed, curved)
-
-    def pull(self, tangent):
-        """`G v` of the vector that was pushed: one backward pass."""
-        pulled = replicas.total(lambda curved: self._here().pull(curved), tangent.curved)
-        return self._add_l2(pulled, tangent.vector)
-
-    def pull_with_gradient(self, tangent):
-        """`G v + g`, the gradient of the quadratic model at `v`: the same one backward pass."""
-        pulled = replicas.total(lambda curved: self._here().gradient(curved), tangent.curved)
-        return self._add_l2(pulled, tangent.vector)
-
-    def inner(self, left, right):
-        """`u' G v` from two tangents, a scalar: no pass at all."""
-        product = replicas.total(lambda u, v: self._here().inner(u, v), left.pushed, right.curved)
-        for coefficient, u, v in zip(self.l2, left.vector, right.vector):
-            if coefficient:
-                product += coefficient * trees.dot([u], [v])
-        return product
-
-    def quadratic_form(self, u, v):
-        """`u' G v`: two forward-mode passes, one where `u` is `v`."""
-        left = self.push(u)
-        return self.inner(left, left if v is u else self.push(v))
-
-    def _here(self):
-        return self.recordings[replicas.identity()]
-
-    def _add_l2(self, product, vector):
-        return [p + c * v if c else p for p, c, v in zip(product, self.l2, vector)]
-
-
-def _piece(batch, size, index):
-    """The `index`-th piece of a replica's slice of the batch; see `Linearization.chunk`."""
-    first = next(a for a in keras.tree.flatten(batch) if a is not None)
-    if isinstance(first.shape[0], int):
-        examples = first.shape[0]  # and all the lengths are numbers too: XLA wants to know the shape of a slice
-        share = size * examples if isinstance(size, float) else size / replicas.count()
-        length = max(1, min(round(share), examples))
-    else:
-        examples = tf.shape(first)[0]
-        share = size * tf.cast(examples, tf.float32) if isinstance(size, float) else size / replicas.count()
-        length = tf.clip_by_value(tf.cast(tf.math.round(share), tf.int32), 1, examples)
-    start = (tf.cast(index, tf.int32) % (examples // length)) * length
-
-    def cut(a):
-        if a is None:
-            return None
-        a = tf.convert_to_tensor(a)
-        piece = tf.slice(a, [start] + [0] * (a.shape.rank - 1), [length] + [-1] * (a.shape.rank - 1))
-        return tf.ensure_shape(piece, [length if isinstance(length, int) else None, *a.shape[1:]])
-
-    return keras.tree.map_structure(cut, batch)
 
 
 class Gradients:

@@ -1,0 +1,76 @@
+"""The generalized Gauss-Newton matrix as an operator whose factors stay within reach."""
+
+import dataclasses
+
+from keras_curvature import replicas, trees
+from keras_curvature.operators import LinearOperator
+
+
+@dataclasses.dataclass(frozen=True)
+class Tangent:
+    """`v` pushed through the model: `J v` and `H_L J v` on every replica, beside `v` itself."""
+
+    vector: list
+    pushed: object
+    curved: object
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton(LinearOperator):
+    """`v -> J' H_L J v`, with its factors within reach. Made by `Linearization.gauss_newton`.
+
+    A quadratic form `u'Gv = (Ju)' H_L (Jv)` needs no backward pass, and `G v + g` needs one and not two.
+    """
+
+    recordings: dict
+    l2: tuple
+    not_convex: tuple
+
+    @property
+    def psd(self):
+        """Whether the compiled loss is convex in the outputs."""
+        return not self.not_convex
+
+    def multiply(self, vector):
+        """`G v`: one forward-mode and one backward pass."""
+        return self.pull(self.push(vector))
+
+    def push(self, vector):
+        """The `Tangent` of `vector`: one forward-mode pass."""
+
+        def push(v):
+            recording = self._here()
+            pushed = recording.jvp(v)
+            return pushed, recording.curve(pushed)
+
+        pushed, curved = replicas.each(push, list(vector))
+        return Tangent(vector, pushed, curved)
+
+    def pull(self, tangent):
+        """`G v` of the vector that was pushed: one backward pass."""
+        pulled = replicas.total(lambda curved: self._here().pull(curved), tangent.curved)
+        return self._add_l2(pulled, tangent.vector)
+
+    def pull_with_gradient(self, tangent):
+        """`G v + g`, the gradient of the quadratic model at `v`: the same one backward pass."""
+        pulled = replicas.total(lambda curved: self._here().gradient(curved), tangent.curved)
+        return self._add_l2(pulled, tangent.vector)
+
+    def inner(self, left, right):
+        """`u' G v` from two tangents, a scalar: no pass at all."""
+        product = replicas.total(lambda u, v: self._here().inner(u, v), left.pushed, right.curved)
+        for coefficient, u, v in zip(self.l2, left.vector, right.vector):
+            if coefficient:
+                product += coefficient * trees.dot([u], [v])
+        return product
+
+    def quadratic_form(self, u, v):
+        """`u' G v`: two forward-mode passes, one where `u` is `v`."""
+        left = self.push(u)
+        return self.inner(left, left if v is u else self.push(v))
+
+    def _here(self):
+        return self.recordings[replicas.identity()]
+
+    def _add_l2(self, product, vector):
+        return [p + c * v if c else p for p, c, v in zip(product, self.l2, vector)]
