@@ -39,9 +39,9 @@ class Neumann(CurvatureOptimizer):
     infinite at `r = 0`; below a tenth of the radius `r* = (eta beta n / ((1 - mu_end) (1 - gamma)))^(1/3)` at which
     it is in balance, it falls linearly to zero; (2) the unit of `t` in `mu(t)` is not stated: steps since the
     warm-up; (3) resets are at `t = 1`, `1 + K`, `1 + 3 K`, `1 + 7 K`, ... for `K = reset_every` and growth 2, and
-    with `reset_every=None` there is none at all, not even at `t = 1`; (4) the paper counts warm-up and resets in
-    epochs (5 and 10), which `from_epochs` does; the defaults in steps are of this package, and so is the learning
-    rate, which the paper tunes.
+    with `reset_every=None` there is none at all, not even at `t = 1`: `m` begins there as the last step of the
+    warm-up left it, `-eta G`; (4) the paper counts warm-up and resets in epochs (5 and 10), which `from_epochs` does; the
+    defaults in steps are of this package, and so is the learning rate, which the paper tunes.
 
     Args:
         learning_rate: `eta`; a float, schedule or callable. Defaults to `0.01`.
@@ -188,7 +188,8 @@ class Neumann(CurvatureOptimizer):
         """The numbers that all variables share in this step."""
         warm = t < 1
         back = self._mu(t - 1) * (1.0 - tf.cast(self._displaced.value, tf.float64)) if self._stores_base else None
-        mode = {"mu": self._mu(t), "eta": eta, "back": back, "keep": tf.where(warm, tf.constant(1.0, tf.float64), self.gamma), "pull": None}
+        keep = tf.where(warm, tf.constant(1.0, tf.float64), self.gamma)
+        mode = {"mu": self._mu(t), "eta": eta, "back": back, "keep": keep, "pull": None}
         if self.alpha or self.beta:
             away = [self._current(w, m, back) - v for w, m, v in zip(variables, self._m, self._v)]
             r, repulsion = tf.cast(trees.norm(away), tf.float64), self.beta * self._count
