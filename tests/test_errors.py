@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
+from optimizers import NEEDS_CURVATURE, OPTIMIZERS
 
 import keras_curvature as kc
-from optimizers import NEEDS_CURVATURE, OPTIMIZERS
 
 # factory, what the message must contain
 BAD_ARGUMENTS = {

@@ -12,9 +12,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from optimizers import OPTIMIZERS
 
 import keras_curvature as kc
-from optimizers import OPTIMIZERS
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 # plain gradient descent

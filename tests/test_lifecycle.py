@@ -1,0 +1,365 @@
+"""Everything that Keras does with a model goes on working: callbacks, files, averages, schedules, other optimizers."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_properties import LOSS, assert_same, compiled, data, losses, network, state, values
+
+import keras_curvature as kc
+from keras_curvature.callbacks import SwapNeumannWeights
+
+REPORTS = {"damping", "beta", "rho", "reduction_ratio", "step_norm", "skipped_steps"}
+
+
+def simple(make, curve=True, layers=None, **options):
+    """A small regression network compiled with `make()`; equal every time."""
+    keras.utils.set_random_seed(1)
+    layers = layers or [keras.Input((4,)), keras.layers.Dense(5, activation="tanh"), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model = kc.curved(model) if curve else model
+    model.compile(make(), "mse", **options)
+    return model
+
+
+def regression(examples=16):
+    """`x` (examples, 4), `y` (examples, 1)."""
+    x = np.random.default_rng(0).standard_normal((examples, 4)).astype("float32")
+    return x, x[:, :1] - x[:, 1:2]
+
+
+def trained(model, epochs=1, **options):
+    """The model after a `fit` on the regression data, in order."""
+    model.fit(*regression(), batch_size=8, epochs=epochs, shuffle=False, verbose=0, **options)
+    return model
+
+
+# Logs.
+
+
+def test_reports_are_shown_wherever_keras_shows_numbers(tmp_path, capsys):
+    x, y = data()
+    model = compiled("curveball", network(), metrics=["accuracy"])
+    log = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
+    board = keras.callbacks.TensorBoard(str(tmp_path), write_graph=False)
+    history = model.fit(
+        x, y, batch_size=8, epochs=2, verbose=1, validation_data=(x, y), callbacks=[log, board], shuffle=False
+    ).history
+    assert set(history) == {"loss", "accuracy", "val_loss", "val_accuracy", *REPORTS}
+    assert all(len(numbers) == 2 for numbers in history.values())
+    assert history["skipped_steps"] == [0.0, 0.0]
+    assert history["damping"][-1] == pytest.approx(float(model.optimizer._damping.numpy()), rel=0.01)
+    assert all(name in capsys.readouterr().out for name in ["damping: "])
+    header = (tmp_path / "log.csv").read_text().splitlines()[0].split(",")
+    assert set(header) >= REPORTS | {"loss", "val_loss"}
+    events = "".join(str(file) for file in (tmp_path / "train").glob("events*"))
+    tags = {
+        value.tag
+        for event in tf.compat.v1.train.summary_iterator(events)
+        for value in event.summary.value
+    }  # fmt: skip
+    assert {f"epoch_{name}" for name in REPORTS | {"loss"}} <= tags
+
+    # nowhere else
+    assert set(model.evaluate(x, y, verbose=0, return_dict=True)) == {"loss", "accuracy"}
+    assert len(model.evaluate(x, y, verbose=0)) == len(model.metrics_names) == 2
+    assert set(model.test_on_batch(x, y, return_dict=True)) == {"loss", "accuracy"}
+    assert set(model.train_on_batch(x, y, return_dict=True)) == {"loss", "accuracy", *REPORTS}
+    assert model.predict(x, verbose=0).shape == (24, 3)
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_examples():
+    x, y = regression(10)  # the last batch is smaller
+    plain, curved = (simple(lambda: keras.optimizers.SGD(0.0), curve=False), simple(lambda: kc.Neumann(0.0)))
+    for model in (plain, curved):
+        model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+    np.testing.assert_allclose(*[m.history.history["loss"] for m in (plain, curved)], rtol=1e-6)
+
+
+def test_losses_of_several_outputs_have_their_own_names():
+    inputs = keras.Input((4,))
+    hidden = keras.layers.Dense(3)(inputs)
+    outputs = {"a": keras.layers.Dense(1, name="a")(hidden), "b": keras.layers.Dense(1, name="b")(hidden)}
+    seen = []
+    for curve in (False, True):
+        keras.utils.set_random_seed(3)
+        model = keras.models.clone_model(keras.Model(inputs, outputs))
+        model = kc.curved(model) if curve else model
+        model.compile(kc.Neumann(0.0), {"a": "mse", "b": "mae"}, metrics={"a": ["mae"]}, loss_weights={"a": 2, "b": 1})
+        x, y = regression()
+        seen.append(model.fit(x, {"a": y, "b": -y}, verbose=0, batch_size=8, shuffle=False).history)
+    plain, curved = seen
+    assert {"loss", "a_loss", "b_loss", "a_mae"} == set(plain) == set(curved) - {"mu", "step_norm", "skipped_steps"}
+    for key, value in plain.items():
+        np.testing.assert_allclose(curved[key], value, rtol=1e-6)
+
+
+def test_sample_weights_and_class_weights_count():
+    x, y = data(16)
+    weights = np.linspace(0.0, 2.0, 16).astype("float32")
+    classes = {0: 1.0, 1: 3.0, 2: 0.5}
+    for extra in ({"sample_weight": weights}, {"class_weight": classes}):
+        seen = []
+        for curve in (False, True):
+            model = network(dropout=0)
+            model = kc.curved(model) if curve else model
+            model.compile(kc.Neumann(0.1, warmup_steps=0), LOSS)
+            model.fit(x, y, batch_size=8, verbose=0, shuffle=False, **extra)
+            seen.append(model)
+        np.testing.assert_allclose(*[m.history.history["loss"] for m in seen], rtol=1e-6)
+        for a, b in zip(*[m.get_weights() for m in seen]):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+# Ways to train.
+
+
+def test_several_steps_per_execution_are_the_same_steps():
+    one, two = simple(kc.CurveBall), simple(kc.CurveBall, steps_per_execution=2)
+    assert_same(state(trained(one, 2)), state(trained(two, 2)))
+    assert set(two.history.history) == {"loss", *REPORTS}
+
+
+def test_a_keras_optimizer_trains_a_curved_model_as_a_plain_one():
+    plain, curved = (simple(lambda: keras.optimizers.Adam(0.01), curve=curve) for curve in (False, True))
+    assert_same(state(trained(plain, 2)), state(trained(curved, 2)))
+    assert plain.history.history == curved.history.history
+
+
+def test_curving_a_model_that_was_fitted_takes_effect():
+    model = trained(simple(lambda: keras.optimizers.SGD(0.01), curve=False))
+    kc.curved(model).compile(kc.HessianFree(), "mse")
+    trained(model)
+    assert int(model.optimizer.iterations.numpy()) == 2
+    assert kc.curved(model) is model
+
+
+@pytest.mark.parametrize("curve", [False, True])
+def test_accumulated_gradients_are_those_of_the_big_batch(curve):
+    def make(**options):
+        return kc.Neumann(0.1, warmup_steps=1, beta=1e-8, **options)
+
+    whole = simple(make, curve)
+    whole.fit(*regression(), batch_size=8, epochs=2, shuffle=False, verbose=0)
+    parts = simple(lambda: make(gradient_accumulation_steps=2), curve)
+    parts.fit(*regression(), batch_size=4, epochs=2, shuffle=False, verbose=0)
+    for a, b in zip(whole.get_weights(), parts.get_weights()):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+class Subclassed(keras.Model):
+    """A model that is not built before it sees data."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = keras.layers.Dense(1)
+
+    def call(self, x):
+        """One output."""
+        return self.head(x)
+
+
+@pytest.mark.parametrize("make", [kc.Neumann, kc.CurveBall])
+@pytest.mark.parametrize("model", [Subclassed, lambda: keras.Sequential([keras.layers.Dense(1)])])
+def test_models_that_are_built_by_their_first_batch(make, model):
+    for curve in (True, False) if make is kc.Neumann else (True,):
+        made = kc.curved(model()) if curve else model()
+        made.compile(make(), "mse")
+        trained(made, 3)
+        assert np.isfinite(made.history.history["loss"]).all()
+        assert int(made.optimizer.iterations.numpy()) == 6
+
+
+# What Keras does to the weights.
+
+
+def test_schedules_and_plateaus_set_the_learning_rate():
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1], [1.0, 0.0])  # 0 from the third step on
+    model = trained(simple(lambda: kc.CurveBall(schedule)))
+    before = model.get_weights()
+    assert_same(trained(model).get_weights(), before)
+    model = simple(lambda: kc.CurveBall(0.5))
+    plateau = keras.callbacks.ReduceLROnPlateau(monitor="loss", factor=0.1, patience=0, min_delta=1e3)
+    trained(model, 3, callbacks=[plateau])
+    assert float(model.optimizer.learning_rate.numpy()) == pytest.approx(0.5e-2)
+    assert "learning_rate" in model.history.history
+
+
+@pytest.mark.parametrize("make", [kc.Neumann, kc.CurveBall])
+def test_weights_decay_but_for_those_excluded(make):
+    optimizer = make(0.5, weight_decay=0.1)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    # at inputs and targets of zero, and biases of zero, no gradient moves a kernel
+    model = simple(lambda: optimizer, layers=[keras.Input((4,)), keras.layers.Dense(1, bias_initializer="ones")])
+    (kernel, bias), zero = model.get_weights(), np.zeros((4, 4), "float32")
+    model.train_on_batch(zero, np.ones((4, 1), "float32"))
+    np.testing.assert_allclose(model.get_weights()[0], 0.95 * kernel, rtol=1e-6)
+    np.testing.assert_array_equal(model.get_weights()[1], bias)
+
+
+@pytest.mark.parametrize("make", [kc.Neumann, kc.CurveBall])
+def test_the_average_of_the_weights_is_left_at_the_end_of_fit(make):
+    seen = []
+    note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(model.get_weights()))
+    model = simple(lambda: make(0.1, use_ema=True, ema_momentum=0.5))
+    trained(model, callbacks=[note])
+    for final, first, second in zip(model.get_weights(), *seen):
+        np.testing.assert_allclose(final, 0.5 * first + 0.5 * second, atol=1e-6)
+    model = simple(lambda: make(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2))
+    trained(model)
+    for average, final in zip(model.optimizer._model_variables_moving_average, model.get_weights()):
+        np.testing.assert_array_equal(average.numpy(), final)
+
+
+@pytest.mark.parametrize("make", [kc.Neumann, kc.CurveBall])
+def test_constraints_hold_after_every_step(make):
+    layer = keras.layers.Dense(1, kernel_constraint=keras.constraints.UnitNorm())
+    model = trained(simple(lambda: make(0.5), layers=[keras.Input((4,)), layer]))
+    np.testing.assert_allclose(np.linalg.norm(model.get_weights()[0]), 1.0, rtol=1e-6)
+
+
+# Files.
+
+
+def test_a_clone_trains_as_the_original():
+    for model in (compiled("curveball", network(dropout=0)), compiled("curveball", network(kc.CurvatureModel, 0))):
+        clone = keras.models.clone_model(model)
+        clone.set_weights(model.get_weights())
+        if not isinstance(clone, kc.CurvatureModel):
+            kc.curved(clone)
+        clone.compile(kc.CurveBall.from_config(model.optimizer.get_config()), LOSS)
+        assert losses(clone, *data(8)) == losses(model, *data(8))
+
+
+def test_plain_keras_loads_the_file_of_a_curved_model(tmp_path):
+    x, y = data()
+    model = compiled("curveball", network())
+    losses(model, x, y)
+    model.save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        config = json.loads(archive.read("config.json"))
+    assert (config["module"], config["class_name"]) == ("keras.src.models.functional", "Functional")
+    config.pop("compile_config")  # only the optimizer is of this package
+    assert "keras_curvature" not in json.dumps(config)
+    loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    assert type(loaded) is type(network())
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+def test_weights_alone_bring_the_state_of_the_optimizer_back(tmp_path):
+    x, y = data()
+    model = compiled("curveball", network(dropout=0))
+    losses(model, x, y)
+    model.save_weights(tmp_path / "m.weights.h5")
+    other = compiled("curveball", network(dropout=0, seed=5))
+    other.load_weights(tmp_path / "m.weights.h5")  # before the optimizer is built
+    assert losses(other, x, y) == losses(model, x, y)
+    assert_same(state(other), state(model))
+
+
+INTERRUPTED = """
+import os, sys
+import keras
+from test_lifecycle import compiled, data, network
+folder, stop = sys.argv[1], int(sys.argv[2])
+model = compiled("curveball", network(dropout=0))
+
+class Stop(keras.callbacks.Callback):
+    seen = 0
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen += 1
+        if self.seen == stop:
+            os._exit(7)
+
+backup = keras.callbacks.BackupAndRestore(folder)
+model.fit(*data(), batch_size=8, epochs=3, shuffle=False, verbose=0, callbacks=[backup, Stop()])
+model.save_weights(folder + ".weights.h5")
+"""
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path):
+    here = pathlib.Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    for stop, code in ((5, 7), (0, 0)):  # in the middle of the second epoch; then again, to the end
+        run = subprocess.run(
+            [sys.executable, "-c", INTERRUPTED, str(tmp_path / "backup"), str(stop)],
+            env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == code, run.stderr[-2000:]
+    whole, resumed = (compiled("curveball", network(dropout=0)) for _ in range(2))
+    losses(whole, *data(), epochs=3)
+    resumed.optimizer.build(resumed.trainable_variables)
+    resumed.load_weights(tmp_path / "backup.weights.h5")
+    assert int(resumed.optimizer.iterations.numpy()) == 9
+    assert_same(state(resumed), state(whole))
+
+
+# Where the answer of Neumann is.
+
+
+def neumann():
+    """No warm-up and much momentum: the answer is far from the displaced weights."""
+    return kc.Neumann(0.05, warmup_steps=0, mu_start=0.8, reset_every=3, beta=1e-8)
+
+
+def answer(model):
+    """`w - mu m` of a plain model that is being trained."""
+    optimizer = model.optimizer
+    mu = float(optimizer._mu(optimizer._t - 1))
+    return [w.numpy() - mu * m.numpy() for w, m in zip(model.trainable_variables, optimizer._m)]
+
+
+def test_the_end_of_fit_leaves_the_answer():
+    displaced = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: displaced.append((values(model.trainable_variables), answer(model)))
+    )
+    model = simple(neumann, curve=False)
+    trained(model, 2, callbacks=[note])
+    w, expected = displaced[-1]
+    assert max(np.abs(a - b).max() for a, b in zip(w, expected)) > 1e-3
+    for a, b in zip(model.get_weights(), expected):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_further_fit_goes_on_as_one_longer_fit_would():
+    swap = {"callbacks": [SwapNeumannWeights()]}
+    for curve, options in ((False, swap), (True, {})):
+        whole, parts = simple(neumann, curve), simple(neumann, curve)
+        trained(whole, 4)
+        for _ in range(2):
+            trained(parts, 2, **options)
+        for a, b in zip(whole.get_weights(), parts.get_weights()):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_swapped_weights_are_validated_and_saved(tmp_path):
+    curved, plain = simple(neumann), simple(neumann, curve=False)
+    save = keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.weights.h5"), save_weights_only=True)
+    trained(plain, 2, validation_data=regression(), callbacks=[SwapNeumannWeights(swap_on_epoch=True), save])
+    answers = []
+    note = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: answers.append(curved.get_weights()))
+    trained(curved, 2, validation_data=regression(), callbacks=[note])
+    for key in ("loss", "val_loss"):
+        np.testing.assert_allclose(plain.history.history[key], curved.history.history[key], rtol=1e-5)
+    saved = simple(neumann, curve=False)
+    for epoch, expected in enumerate(answers):
+        saved.load_weights(tmp_path / f"{epoch + 1}.weights.h5")
+        for a, b in zip(saved.get_weights(), expected):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+    for a, b in zip(plain.get_weights(), curved.get_weights()):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_validation_with_swapped_weights_changes_nothing_of_the_training():
+    one, two = simple(neumann, curve=False), simple(neumann, curve=False)
+    trained(one, 2)
+    trained(two, 2, validation_data=regression(), callbacks=[SwapNeumannWeights()])
+    assert_same(state(one), state(two))

@@ -1,0 +1,222 @@
+"""What every optimizer of the registry can do: each test is one property, crossed with all of them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from cases import MODELS
+from optimizers import GRADIENTS_SUFFICE, ON_A_QUADRATIC, OPTIMIZERS
+
+import keras_curvature as kc
+
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def data(examples=24, seed=0):
+    """Classes that can be learnt: `x` (examples, 4), `y` (examples,)."""
+    x = np.random.default_rng(seed).standard_normal((examples, 4)).astype("float32")
+    return x, np.argmax(x[:, :3], axis=1).astype("int32")
+
+
+def network(cls=keras.Model, dropout=0.2, normalized=True, seed=1):
+    """A small classifier with batch statistics and dropout; equal seeds, equal weights."""
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(6, activation="tanh")(inputs)
+    x = keras.layers.BatchNormalization()(x) if normalized else x
+    x = keras.layers.Dropout(dropout)(x) if dropout else x
+    return cls(inputs, keras.layers.Dense(3)(x))
+
+
+def compiled(name, model, **kwargs):
+    """`model`, curved and compiled with the optimizer of that name."""
+    model = kc.curved(model)
+    model.compile(OPTIMIZERS[name](), LOSS, **kwargs)
+    return model
+
+
+def losses(model, x, y, epochs=1, batch_size=8):
+    """The loss after each batch of a `fit`, a list."""
+    seen = []
+    note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(logs["loss"]))
+    model.fit(x, y, batch_size=batch_size, epochs=epochs, shuffle=False, verbose=0, callbacks=[note])
+    return seen
+
+
+def values(variables):
+    """Their values, a list of arrays."""
+    return [v.numpy() for v in variables]
+
+
+def state(model):
+    """All numbers of a model and its optimizer, a list of arrays."""
+    return values([*model.variables, *model.optimizer.variables])
+
+
+def assert_same(first, second):
+    """Bit for bit."""
+    assert len(first) == len(second)
+    for a, b in zip(first, second):
+        np.testing.assert_array_equal(a, b)
+
+
+@every_optimizer
+def test_reaches_the_minimum_of_a_quadratic(name):
+    problem = kc.problems.quadratic(dimension=6, condition=10.0)
+    model = kc.curved(problem.compiled(OPTIMIZERS[name](**ON_A_QUADRATIC.get(name, {}))))
+    model.fit(*problem.data(120), batch_size=1, verbose=0)
+    assert model.evaluate(*problem.data(1), verbose=0) < 1e-5
+    np.testing.assert_allclose(model.get_weights()[0], problem.solution()[0], atol=1e-2)
+
+
+@every_optimizer
+def test_training_goes_on_from_a_file_and_passes_over_batches_that_are_not_finite(name, tmp_path):
+    (x, y), file = data(), tmp_path / "model.keras"
+    model = compiled(name, network(dropout=0))  # Keras' files hold no seeds: after loading the masks are others
+    losses(model, x, y)
+    model.save(file)
+    loaded = keras.models.load_model(file)
+    assert type(loaded) is type(network())  # plain Keras' own
+    assert losses(kc.curved(loaded), x, y) == losses(model, x, y)
+    assert_same(state(loaded), state(model))
+
+    counter = model.optimizer.skipped_steps
+    rest = [v for v in [*model.variables, *model.optimizer.variables] if v is not counter]
+    before = values(rest)
+    for bad in (np.nan, np.inf):
+        broken = x[:8].copy()
+        broken[2, 1] = bad
+        assert model.train_on_batch(broken, y[:8], return_dict=True)["skipped_steps"] == 1.0
+    assert_same(values(rest), before)
+    assert int(counter.numpy()) == 2
+    assert np.isfinite(losses(model, x, y)).all()
+    assert int(counter.numpy()) == 2
+
+
+@pytest.mark.parametrize("name", ["neumann_resets", "curveball", "hessian_free"])
+def test_a_curvature_model_is_saved_and_loaded_as_itself(name, tmp_path):
+    (x, y), file = data(), tmp_path / "model.keras"
+    model = compiled(name, network(kc.CurvatureModel, dropout=0))
+    losses(model, x, y)
+    model.save(file)
+    loaded = keras.models.load_model(file)
+    assert isinstance(loaded, kc.CurvatureModel)
+    assert losses(loaded, x, y) == losses(model, x, y)
+    assert_same(state(loaded), state(model))
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("hessian_free_hessian", "hessian_free_chunk") else name
+    for name in OPTIMIZERS
+])  # fmt: skip
+def test_compiled_by_xla_as_a_graph_and_eagerly_it_is_the_same_training(name):
+    x, y = data()
+    ways = {"graph": {"jit_compile": False}, "xla": {"jit_compile": True}, "eager": {"run_eagerly": True}}
+    seen = {}
+    for way, options in ways.items():
+        model = compiled(name, network(dropout=0, normalized=False), **options)
+        seen[way] = [*losses(model, x, y), *model.get_weights()]
+    for way in ("xla", "eager"):
+        for value, expected in zip(seen[way], seen["graph"]):
+            np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-4, err_msg=way)
+
+
+@pytest.fixture(params=["mixed_bfloat16", "mixed_float16"])
+def mixed(request):
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_dtype_policy("float32")
+
+
+@every_optimizer
+def test_trains_in_mixed_precision(name, mixed):
+    x, y = data()
+    model = compiled(name, network(dropout=0, normalized=False))
+    seen = losses(model, x, y, epochs=5)
+    assert np.isfinite(seen).all()
+    assert np.mean(seen[-3:]) < np.mean(seen[:3])
+    if mixed == "mixed_float16":
+        scaler = model.optimizer
+        assert isinstance(scaler, keras.optimizers.LossScaleOptimizer)
+        before, scale = model.get_weights(), float(scaler.dynamic_scale.numpy())
+        skipped = int(scaler.inner_optimizer.skipped_steps.numpy())
+        model.train_on_batch(1e6 * x[:8], y[:8])  # beyond the range of float16
+        assert float(scaler.dynamic_scale.numpy()) == scale / 2
+        assert int(scaler.inner_optimizer.skipped_steps.numpy()) == skipped + 1
+        assert_same(model.get_weights(), before)
+
+
+@pytest.mark.parametrize("name", GRADIENTS_SUFFICE)
+def test_a_plain_model_trains_as_a_curved_one(name):
+    x, y = data()
+    plain = network()
+    plain.compile(OPTIMIZERS[name](), LOSS)
+    curved = compiled(name, network())
+    np.testing.assert_allclose(losses(plain, x, y, epochs=4), losses(curved, x, y, epochs=4), rtol=1e-5)
+    for a, b in zip(plain.get_weights(), curved.get_weights()):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@every_optimizer
+def test_its_config_makes_it_again(name):
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.3, 10, 0.5)
+    for made in (OPTIMIZERS[name](), OPTIMIZERS[name](learning_rate=schedule, weight_decay=0.1, clipnorm=None)):
+        config = made.get_config()
+        again = type(made).from_config(json.loads(json.dumps(config)))
+        assert again.get_config() == config
+        stored = json.loads(json.dumps(keras.optimizers.serialize(made)))
+        again = keras.optimizers.deserialize(stored)
+        assert type(again) is type(made) and again.get_config() == config
+
+
+# Two replicas in a process of its own, once for all optimizers: two strategies in one process collide.
+
+
+@pytest.fixture(scope="module")
+def two_replicas():
+    """`{name: {"one": losses, "two": losses}}` of training on one device and on two replicas."""
+    here = pathlib.Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, here / "two_replicas.py", *OPTIMIZERS],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@every_optimizer
+def test_two_replicas_train_as_one_device(name, two_replicas):
+    assert "error" not in two_replicas[name], two_replicas[name]["error"]
+    one, two = two_replicas[name]["one"], two_replicas[name]["two"]
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
+# Each kind of layer with each optimizer: a few by default, all of them with `-m slow`.
+
+PAIRS = list(zip(
+    ["batch_normalization_2d", "lstm", "attention", "embedding_lstm", "several_outputs", "subclassed",
+     "masked_outputs", "frozen", "shared_layer"],
+    ["curveball", "neumann_resets", "curveball_fixed", "two_loop_neumann", "hessian_free_chunk", "hessian_free",
+     "two_loop_convexified", "hessian_free_hessian", "neumann"],
+))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*PAIRS, *[
+        pytest.param(kind, name, marks=pytest.mark.slow)
+        for kind in MODELS for name in OPTIMIZERS if (kind, name) not in PAIRS
+    ]],
+)  # fmt: skip
+def test_trains_every_kind_of_layer(kind, name):
+    case = MODELS[kind]().compile(OPTIMIZERS[name]())
+    history = kc.curved(case.model).fit(*case.batch[:2], epochs=3, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert sum(history["skipped_steps"]) == 0

@@ -1,0 +1,57 @@
+"""Trains with the optimizers named on the command line on one device and on two replicas; prints the losses as JSON.
+
+Run by `test_properties.py` in a process of its own.
+"""
+
+import json
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+from optimizers import OPTIMIZERS
+
+import keras_curvature as kc
+
+BATCH, BATCHES = 8, 4
+# The rows of a batch such that the first half of it is the first halves of the replicas' slices: so a piece of the
+# batch is the same examples on one device and on two.
+ROWS = [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+def trained(name, x, y):
+    """The loss after each batch."""
+    keras.utils.set_random_seed(0)
+    model = kc.curved(keras.Sequential([
+        keras.Input((4,)), keras.layers.Dense(6, activation="tanh"), keras.layers.Dense(3),
+    ]))  # fmt: skip
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(OPTIMIZERS[name](), loss, jit_compile=False)
+    seen = []
+    note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(logs["loss"]))
+    history = model.fit(x, y, batch_size=BATCH, epochs=1, shuffle=False, verbose=0, callbacks=[note]).history
+    reports = {key: values[-1] for key, values in history.items() if key != "loss"}
+    return [*map(float, seen), *[float(reports[key]) for key in sorted(reports)]]
+
+
+def main(names):
+    """Prints `{name: {"one": losses, "two": losses}}`."""
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    x = np.random.default_rng(0).standard_normal((BATCH * BATCHES, 4)).astype("float32")
+    y = np.argmax(x[:, :3], axis=1).astype("int32")
+    rows = np.concatenate([BATCH * i + np.array(ROWS) for i in range(BATCHES)])
+    results = {}
+    for name in names:
+        try:
+            one = trained(name, x[rows], y[rows])
+            with strategy.scope():
+                results[name] = {"one": one, "two": trained(name, x, y)}
+        except Exception as error:  # the others shall run all the same
+            results[name] = {"error": f"{type(error).__name__}: {error}"[-1500:]}
+    print(json.dumps(results))
+
+
+main(sys.argv[1:])
