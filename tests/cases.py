@@ -340,7 +340,7 @@ LOSSES.update({
         "binary_from_sigmoid": _binary(_binary_crossentropy, "sigmoid"),
         "binary_smoothed": _binary(lambda: _binary_crossentropy(from_logits=True, label_smoothing=0.1)),
         "categorical_from_logits": _classes(lambda: _crossentropy(from_logits=True), _soft_labels),
-        "categorical_from_softmax": _classes(_crossentropy, _one_hot, "softmax"),
+        "categorical_from_softmax": _classes(_crossentropy, _soft_labels, "softmax"),
         "categorical_smoothed": _classes(lambda: _crossentropy(from_logits=True, label_smoothing=0.1), _one_hot),
         "sparse_from_logits": _classes(lambda: _sparse(from_logits=True), _labels),
         "sparse_from_softmax": _classes(_sparse, _labels, "softmax"),

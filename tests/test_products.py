@@ -373,6 +373,23 @@ def test_a_model_that_ends_in_softmax_has_the_curvature_of_its_logits(loss, acti
     np.testing.assert_allclose(products[0], products[1], 1e-9)
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("name", ["dense", "batch_normalization", "lstm", "loss_sparse_from_softmax"])
+def test_mixed_precision_is_near_full_precision(name, policy):
+    found = []
+    for now in ("float32", policy):
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy(now)
+        case = CASES[name]().compile()
+        scale = tf.constant(128.0) if now == "mixed_float16" else None
+        lin = Linearization(case.model, *case.batch, loss_scale=scale)
+        v = [tf.cast(a, tf.float32) for a in _vector(lin.weights, 0)]
+        found.append([lin.gradient, lin.gauss_newton() @ v, lin.hessian() @ v])
+    for full, mixed in zip(*found):
+        assert _error(mixed, full) < 0.03
+        assert all(a.dtype == tf.float32 for a in mixed)
+
+
 @pytest.mark.parametrize("name", NOT_CONVEX)
 def test_losses_that_are_not_convex_are_named_and_refused(name):
     m = measured(name)
@@ -539,9 +556,9 @@ def test_hidden_gauss_newton(cls, sequences):
     keras.utils.set_random_seed(0)
     random = np.random.default_rng(0)
     recurrent = cls(2, return_sequences=sequences)
-    model = keras.Sequential([keras.Input((3, 2)), recurrent, layers.Flatten(), layers.Dense(1)])
+    model = keras.Sequential([keras.Input((3, 1)), recurrent, layers.Flatten(), layers.Dense(1)])
     model.compile("sgd", "mse")
-    x = normal(random, BATCH, 3, 2)
+    x = normal(random, BATCH, 3, 1)
     whole = cls(2, return_sequences=True)
     whole.build(x.shape)
     weights = [v.numpy() for v in recurrent.trainable_variables]

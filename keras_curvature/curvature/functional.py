@@ -209,12 +209,14 @@ def _cut(outputs):
     def fresh(y):
         if not (tf.is_tensor(y) and y.dtype.is_floating):
             return y
-        cut = tf.identity(y)
+        logits = getattr(y, "_keras_logits", None)
+        # Keras' losses would cast half precision to float32, and lose the logits by that
+        cut = tf.cast(y, tf.float32) if logits is not None and y.dtype.size < 4 else tf.identity(y)
         leaves.append(cut)
         if hasattr(y, "_keras_mask"):
             cut._keras_mask = y._keras_mask
-        if hasattr(y, "_keras_logits"):
-            cut._keras_logits = tf.identity(y._keras_logits)
+        if logits is not None:
+            cut._keras_logits = tf.identity(tf.cast(logits, cut.dtype))
             leaves.append(cut._keras_logits)
         return cut
 
