@@ -33,3 +33,5 @@ ON_A_QUADRATIC = {
 
 NEEDS_CURVATURE = [name for name, make in OPTIMIZERS.items() if not make.func.by_gradient]
 GRADIENTS_SUFFICE = [name for name in OPTIMIZERS if name not in NEEDS_CURVATURE]
+# One of each class; what is dear to trace or compile runs for the others with `-m slow` only.
+ONE_OF_EACH = ["neumann_resets", "two_loop_convexified", "curveball", "hessian_free"]

@@ -10,11 +10,14 @@ import keras
 import numpy as np
 import pytest
 from cases import MODELS
-from optimizers import GRADIENTS_SUFFICE, ON_A_QUADRATIC, OPTIMIZERS
+from optimizers import GRADIENTS_SUFFICE, ON_A_QUADRATIC, ONE_OF_EACH, OPTIMIZERS
 
 import keras_curvature as kc
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+every_class = pytest.mark.parametrize(
+    "name", [name if name in ONE_OF_EACH else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS]
+)
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
@@ -75,7 +78,7 @@ def test_reaches_the_minimum_of_a_quadratic(name):
     np.testing.assert_allclose(model.get_weights()[0], problem.solution()[0], atol=1e-2)
 
 
-@every_optimizer
+@every_class
 def test_training_goes_on_from_a_file_and_passes_over_batches_that_are_not_finite(name, tmp_path):
     (x, y), file = data(), tmp_path / "model.keras"
     model = compiled(name, network(dropout=0))  # Keras' files hold no seeds: after loading the masks are others
@@ -99,7 +102,7 @@ def test_training_goes_on_from_a_file_and_passes_over_batches_that_are_not_finit
     assert int(counter.numpy()) == 2
 
 
-@pytest.mark.parametrize("name", ["neumann_resets", "curveball", "hessian_free"])
+@pytest.mark.parametrize("name", ["neumann_resets", "curveball"])
 def test_a_curvature_model_is_saved_and_loaded_as_itself(name, tmp_path):
     (x, y), file = data(), tmp_path / "model.keras"
     model = compiled(name, network(kc.CurvatureModel, dropout=0))
@@ -111,10 +114,7 @@ def test_a_curvature_model_is_saved_and_loaded_as_itself(name, tmp_path):
     assert_same(state(loaded), state(model))
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow) if name in ("hessian_free_hessian", "hessian_free_chunk") else name
-    for name in OPTIMIZERS
-])  # fmt: skip
+@every_class
 def test_compiled_by_xla_as_a_graph_and_eagerly_it_is_the_same_training(name):
     x, y = data()
     ways = {"graph": {"jit_compile": False}, "xla": {"jit_compile": True}, "eager": {"run_eagerly": True}}
@@ -134,7 +134,7 @@ def mixed(request):
     keras.config.set_dtype_policy("float32")
 
 
-@every_optimizer
+@every_class
 def test_trains_in_mixed_precision(name, mixed):
     x, y = data()
     model = compiled(name, network(dropout=0, normalized=False))
