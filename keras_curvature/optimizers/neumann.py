@@ -40,8 +40,8 @@ class Neumann(CurvatureOptimizer):
     it is in balance, it falls linearly to zero; (2) the unit of `t` in `mu(t)` is not stated: steps since the
     warm-up; (3) resets are at `t = 1`, `1 + K`, `1 + 3 K`, `1 + 7 K`, ... for `K = reset_every` and growth 2, and
     with `reset_every=None` there is none at all, not even at `t = 1`: `m` begins there as the last step of the
-    warm-up left it, `-eta G`; (4) the paper counts warm-up and resets in epochs (5 and 10), which `from_epochs` does; the
-    defaults in steps are of this package, and so is the learning rate, which the paper tunes.
+    warm-up left it, `-eta G`; (4) the paper counts warm-up and resets in epochs (5 and 10), which `from_epochs` does;
+    the defaults in steps are of this package, and so is the learning rate, which the paper tunes.
 
     Args:
         learning_rate: `eta`; a float, schedule or callable. Defaults to `0.01`.
