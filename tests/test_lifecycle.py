@@ -363,3 +363,10 @@ def test_validation_with_swapped_weights_changes_nothing_of_the_training():
     trained(one, 2)
     trained(two, 2, validation_data=regression(), callbacks=[SwapNeumannWeights()])
     assert_same(state(one), state(two))
+
+
+@pytest.mark.parametrize("make", [kc.Neumann, kc.CurveBall])
+def test_a_fixed_loss_scale_changes_no_step(make):
+    plain, scaled = (trained(simple(lambda f=factor: make(0.1, loss_scale_factor=f))) for factor in (None, 1024.0))
+    for a, b in zip(plain.get_weights(), scaled.get_weights()):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
