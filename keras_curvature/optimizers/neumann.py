@@ -44,7 +44,7 @@ class Neumann(CurvatureOptimizer):
     the defaults in steps are of this package, and so is the learning rate, which the paper tunes.
 
     Args:
-        learning_rate: `eta`; a float, schedule or callable. Defaults to `0.01`.
+        learning_rate: `eta`; a float, schedule or callable. Defaults to `0.03`.
         alpha: Weight of the cubic regularizer `alpha/3 |w - v|^3`. Defaults to `1e-7` (Table 1).
         beta: Weight of the repulsion `beta n / |w - v|`, times the number of weights. Defaults to `1e-5` (Table 1).
         gamma: Decay of the moving average `v`, in [0, 1). Defaults to `0.99` (Table 1).
@@ -69,7 +69,7 @@ class Neumann(CurvatureOptimizer):
     by_gradient = True
 
     def __init__(
-        self, learning_rate=0.01, alpha=1e-7, beta=1e-5, gamma=0.99, mu_start=0.5, mu_end=0.9, warmup_steps=100,
+        self, learning_rate=0.03, alpha=1e-7, beta=1e-5, gamma=0.99, mu_start=0.5, mu_end=0.9, warmup_steps=100,
         reset_every=None, reset_growth=2, name="neumann", **kwargs,
     ):  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)

@@ -31,8 +31,8 @@ class TwoLoopNeumann(CurvatureOptimizer):
     as in `Neumann`, at the distance `|eta g|` of one gradient step.
 
     Args:
-        learning_rate: The paper's `eta_out`. Defaults to `0.02`.
-        solver: `NeumannSeries(steps=K, rate=eta)`. Defaults to `NeumannSeries(steps=10, rate=0.02)`.
+        learning_rate: The paper's `eta_out`. Defaults to `0.05`.
+        solver: `NeumannSeries(steps=K, rate=eta)`. Defaults to `NeumannSeries(steps=10, rate=0.05)`.
         mu: In (0, 1]; 1 is Algorithm 1. Defaults to `1.0`.
         alpha: Weight of the cubic regularizer. Defaults to `0.0`.
         beta: Weight of the repulsion, times the number of weights. Defaults to `0.0`.
@@ -52,7 +52,7 @@ class TwoLoopNeumann(CurvatureOptimizer):
     reports = {"step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(
-        self, learning_rate=0.02, solver=NeumannSeries(steps=10, rate=0.02), mu=1.0, alpha=0.0, beta=0.0, gamma=0.99,
+        self, learning_rate=0.05, solver=NeumannSeries(steps=10, rate=0.05), mu=1.0, alpha=0.0, beta=0.0, gamma=0.99,
         name="two_loop_neumann", **kwargs,
     ):  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
