@@ -607,3 +607,27 @@ def test_a_plain_model_has_gradients_and_says_what_else_it_needs():
             getattr(known, name)
     with pytest.raises(AttributeError):
         known.nothing  # noqa: B018
+
+
+def test_forward_mode_leaves_nothing_in_the_graph_of_the_pass_it_is_made_from():
+    inputs = keras.Input((6,))
+    hidden = keras.layers.LayerNormalization()(keras.layers.Dense(5, use_bias=False)(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(3, use_bias=False)(keras.layers.Activation("gelu")(hidden)))
+    model.compile(loss="mse")
+    x, y = tf.ones((4, 6)), tf.ones((4, 3))
+    Linearization(model, x, y).loss  # noqa: B018 (builds the loss)
+
+    @tf.function
+    def push(*vector):
+        return Linearization(model, x, y).gauss_newton().push(list(vector)).pushed
+
+    graph = push.get_concrete_function(*[tf.ones(v.shape, v.dtype) for v in model.trainable_variables]).graph
+    needed, waiting = set(), [tensor.op for tensor in graph.outputs]
+    while waiting:
+        op = waiting.pop()
+        if op.name not in needed:
+            needed.add(op.name)
+            waiting += [tensor.op for tensor in op.inputs] + list(op.control_inputs)
+    products = [op for op in graph.get_operations() if op.name in needed and op.type == "MatMul"]
+    # of the pass forward x W1, since h is needed; of forward mode x V1, h V2 and (dh) W2
+    assert len(products) == 4, [op.name for op in products]

@@ -74,3 +74,12 @@ class GaussNewton(LinearOperator):
 
     def _add_l2(self, product, vector):
         return [p + c * v if c else p for p, c, v in zip(product, self.l2, vector)]
+
+
+def require_convex(operator, asked_by, remedy):
+    """Refuse a `GaussNewton` of a loss that is not convex in the model's outputs, naming the loss and the remedy."""
+    if operator.not_convex:
+        raise ValueError(
+            f"`{asked_by}` needs a loss that is convex in the model's outputs, for its Gauss-Newton matrix to be "
+            f"positive semi-definite. Received: loss={', '.join(operator.not_convex)}. {remedy}"
+        )

@@ -17,6 +17,8 @@ gradients of embeddings, XLA. And since the passes are recorded once, outside, a
 gradients) pays for the products alone and not for the forward pass again.
 """
 
+import contextlib
+
 import tensorflow as tf
 
 from keras_curvature import trees
@@ -25,6 +27,26 @@ from keras_curvature import trees
 def densely(gradients, like):
     """Gradients as dense tensors: zeros where nothing depended, `IndexedSlices` (embeddings) scattered."""
     return [tf.zeros_like(w) if g is None else tf.convert_to_tensor(g) for g, w in zip(gradients, like)]
+
+
+@contextlib.contextmanager
+def _without_control_edges():
+    """While open, gradients are traced along data alone.
+
+    TensorFlow's gradients of `Square`, `SquaredDifference` and `Erf` (moments, GELU) hold back their factors until the
+    incoming gradient is there, to save memory. The pass that forward mode is made from has no value anybody needs,
+    but by these edges it would stay in the graph: a whole backward pass per product of a transformer.
+    """
+    graph = tf.compat.v1.get_default_graph() if not tf.executing_eagerly() else None
+    if graph is None:
+        yield
+        return
+    original = graph.control_dependencies
+    graph.control_dependencies = lambda inputs: original(inputs) if inputs is None else contextlib.nullcontext()
+    try:
+        yield
+    finally:
+        del graph.control_dependencies  # the attribute of this graph; the method of its class is as it was
 
 
 class Jacobian:
@@ -48,7 +70,8 @@ class Jacobian:
         dummies = [tf.zeros_like(leaf) for leaf in self.leaves]
         with tf.GradientTape() as tape:
             tape.watch(dummies)
-            pulled = self._tape.gradient(self.leaves, self.weights, output_gradients=dummies)
+            with _without_control_edges():
+                pulled = self._tape.gradient(self.leaves, self.weights, output_gradients=dummies)
             pairs = [(tf.convert_to_tensor(g), v) for g, v in zip(pulled, vector) if g is not None]
         functionals, weights = [g for g, _ in pairs], [v for _, v in pairs]
         tangents = tape.gradient(functionals, dummies, output_gradients=weights)

@@ -189,9 +189,11 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
 
     def add_scalar(self, value, name):
         """A scalar variable of the optimizer's state, with its initial value."""
-        return self.add_variable(
-            (), initializer=keras.initializers.Constant(value), name=name, aggregation="only_first_replica"
-        )
+
+        def initial(shape, dtype):  # Keras' `Constant` rounds to float32 on the way
+            return tf.constant(value, dtype)
+
+        return self.add_variable((), initializer=initial, name=name, aggregation="only_first_replica")
 
     def load_own_variables(self, store):
         """Load the state; an optimizer that is not built yet keeps it until it is, and loses nothing."""

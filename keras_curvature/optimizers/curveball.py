@@ -4,8 +4,8 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_number, register
+from keras_curvature.curvature.gauss_newton import require_convex
 from keras_curvature.optimizers.base import CurvatureOptimizer
-from keras_curvature.solvers.base import require_psd
 from keras_curvature.steps import LevenbergMarquardt, as_damping, quadratic
 
 
@@ -69,7 +69,7 @@ class CurveBall(CurvatureOptimizer):
     def direction(self, lin):
         """The next `z`."""
         G = lin.gauss_newton()
-        require_psd(G, "CurveBall", f"The loss {', '.join(G.not_convex)} is not convex in the model's outputs.")
+        require_convex(G, "CurveBall", "Choose another loss, or an optimizer that does without.")
         z, damping = trees.values(self._z), tf.identity(self._damping.value)
 
         Jz = G.push(z)

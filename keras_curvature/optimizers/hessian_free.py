@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_component, check_number, is_number, register
+from keras_curvature.curvature.gauss_newton import require_convex
 from keras_curvature.operators import Diagonal, Identity
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.solvers import ConjugateGradient
@@ -99,9 +100,11 @@ class HessianFree(CurvatureOptimizer):
         """The accepted step."""
         damping, g = tf.identity(self._damping.value), lin.gradient
         batch = lin if self.curvature_batch is None else lin.chunk(self.curvature_batch, self.iterations)
-        B, solver = batch.gauss_newton(), self.solver
         if self.curvature == "hessian":
-            B, solver = batch.hessian(), dataclasses.replace(solver, truncate=True)
+            B, solver = batch.hessian(), dataclasses.replace(self.solver, truncate=True)
+        else:
+            B, solver = batch.gauss_newton(), self.solver
+            require_convex(B, "HessianFree", 'Choose another loss, or `HessianFree(curvature="hessian")`.')
         A = B + damping * Identity()
         if self.structural_damping:
             A = A + (damping * self.structural_damping) * batch.hidden_gauss_newton()

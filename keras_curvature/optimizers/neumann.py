@@ -44,13 +44,15 @@ class Neumann(CurvatureOptimizer):
     the defaults in steps are of this package, and so is the learning rate, which the paper tunes.
 
     Args:
-        learning_rate: `eta`; a float, schedule or callable. Defaults to `0.03`.
+        learning_rate: `eta`; a float, schedule or callable. Defaults to `0.05`.
         alpha: Weight of the cubic regularizer `alpha/3 |w - v|^3`. Defaults to `1e-7` (Table 1).
-        beta: Weight of the repulsion `beta n / |w - v|`, times the number of weights. Defaults to `1e-5` (Table 1).
+        beta: Weight of the repulsion `beta n / |w - v|`, times the number of weights. Defaults to `1e-5` (Table 1). It
+            keeps the weights `r*` away from `v` and so moving by `r* (1 - gamma)` per step for as long as the learning
+            rate stays: a floor under the training loss of small networks. Let the rate decay, or lower `beta`.
         gamma: Decay of the moving average `v`, in [0, 1). Defaults to `0.99` (Table 1).
         mu_start: Momentum at `t = 1`, in [0, 1). Defaults to `0.5` (Table 1).
         mu_end: Most momentum, in [`mu_start`, 1). Defaults to `0.9` (Table 1).
-        warmup_steps: Steps of SGD at the beginning. Defaults to `100`.
+        warmup_steps: Steps of SGD at the beginning. Defaults to `1000`.
         reset_every: `K`, steps until the second reset; `None`: no resets. Defaults to `None`.
         reset_growth: Factor on `K` after every reset, an integer. Defaults to `2`.
         **kwargs: See `CurvatureOptimizer`. Clipping breaks the displacement; the paper advises against it.
@@ -69,7 +71,7 @@ class Neumann(CurvatureOptimizer):
     by_gradient = True
 
     def __init__(
-        self, learning_rate=0.03, alpha=1e-7, beta=1e-5, gamma=0.99, mu_start=0.5, mu_end=0.9, warmup_steps=100,
+        self, learning_rate=0.05, alpha=1e-7, beta=1e-5, gamma=0.99, mu_start=0.5, mu_end=0.9, warmup_steps=1000,
         reset_every=None, reset_growth=2, name="neumann", **kwargs,
     ):  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
