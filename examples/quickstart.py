@@ -3,11 +3,12 @@
     pip install ".[examples]" && python examples/quickstart.py
 
 trains the same network, from the same weights, on the handwritten digits that come with scikit-learn, with Keras' Adam,
-`Neumann`, `CurveBall` and `HessianFree`, all without a single argument. It prints a table and writes, into `--out`, a
-figure of the loss against time and logs for TensorBoard.
+`Neumann`, `CurveBall` and `HessianFree`, all with their defaults. It prints a table and writes, into `--out`, a figure
+of the loss against time and logs for TensorBoard.
 """
 
 import argparse
+import math
 import os
 import statistics
 import time
@@ -33,10 +34,12 @@ problem = kc.problems.get("digits_mlp")
 
 # Adam and Neumann need gradients, which any `keras.Model` gives. CurveBall and HessianFree also need products with the
 # curvature: `curved(model)` is the one line more. HessianFree solves for the minimum of its quadratic model of the
-# loss, so the batch behind that model should be large: here it is all of the data, one step per epoch.
+# loss, so the batch behind that model should be large: here it is all of the data, one step per epoch. Neumann counts its
+# warm-up and its resets in epochs, as its paper does, and must be told how long one is.
+steps_per_epoch = math.ceil(len(x) / problem.batch_size)
 RUNS = {
     "Adam": (keras.optimizers.Adam, False, problem.batch_size),
-    "Neumann": (kc.Neumann, False, problem.batch_size),
+    "Neumann": (lambda: kc.Neumann.from_epochs(steps_per_epoch), False, problem.batch_size),
     "CurveBall": (kc.CurveBall, True, problem.batch_size),
     "HessianFree": (kc.HessianFree, True, len(x)),
 }
