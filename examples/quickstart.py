@@ -3,7 +3,7 @@
     pip install ".[examples]" && python examples/quickstart.py
 
 trains the same network, from the same weights, on the handwritten digits that come with scikit-learn, with Keras' Adam,
-`Neumann`, `CurveBall` and `HessianFree`, all with their defaults. It prints a table and writes, into `--out`, a figure
+`Neumann`, `CurveBall` and `HessianFree`, none of them tuned. It prints a table and writes, into `--out`, a figure
 of the loss against time and logs for TensorBoard.
 """
 
@@ -34,8 +34,8 @@ problem = kc.problems.get("digits_mlp")
 
 # Adam and Neumann need gradients, which any `keras.Model` gives. CurveBall and HessianFree also need products with the
 # curvature: `curved(model)` is the one line more. HessianFree solves for the minimum of its quadratic model of the
-# loss, so the batch behind that model should be large: here it is all of the data, one step per epoch. Neumann counts its
-# warm-up and its resets in epochs, as its paper does, and must be told how long one is.
+# loss, so the batch behind that model should be large: here it is all of the data, one step per epoch. Neumann counts
+# its warm-up and its resets in epochs here, as its paper does, and must be told how long one is.
 steps_per_epoch = math.ceil(len(x) / problem.batch_size)
 RUNS = {
     "Adam": (keras.optimizers.Adam, False, problem.batch_size),
@@ -112,7 +112,7 @@ def draw(results, path):
     for axis in axes:
         axis.grid(alpha=0.3, which="major")
     axes[1].legend(frameon=False)
-    figure.suptitle("Handwritten digits, 64-64-32-10 network, every optimizer with its defaults")
+    figure.suptitle("Handwritten digits, 64-64-32-10 network, no optimizer tuned")
     figure.savefig(path, dpi=110)
 
 

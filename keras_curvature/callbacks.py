@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_curvature.models import unwrap
+from keras_curvature.models import CurvedMixin, unwrap
 from keras_curvature.optimizers.neumann import Neumann
 
 
@@ -16,7 +16,8 @@ class SwapNeumannWeights(keras.callbacks.Callback):
 
     Args:
         swap_on_epoch: Whether to have the answer in the weights at `on_epoch_end` too, for callbacks such as
-            `ModelCheckpoint` that come after this one. Defaults to `False`.
+            `ModelCheckpoint` and `EarlyStopping(restore_best_weights=True)` that come after this one: without it they
+            keep displaced weights. Defaults to `False`.
 
     Raises:
         ValueError: At the start of `fit`, where the model's optimizer is not `Neumann`.
@@ -54,7 +55,9 @@ class SwapNeumannWeights(keras.callbacks.Callback):
             raise ValueError(
                 f"`SwapNeumannWeights` goes with `Neumann`. Received a model compiled with: {type(optimizer).__name__}"
             )
-        optimizer.displace()
+        self._displaced = None
+        if not isinstance(self.model, CurvedMixin):
+            optimizer.displace()
 
     def on_train_end(self, logs=None):
         """Keras has finalized the weights by now."""

@@ -58,7 +58,11 @@ class CurvedMixin:
         step = functools.partial(self._curved_step, optimizer, scaler)
         loss, outputs, reported = replicas.cross(step, x, y, sample_weight)
         first = next(a for a in keras.tree.flatten(x) if a is not None)
-        self._loss_tracker.update_state(loss, sample_weight=tf.shape(first)[0])
+        # a batch that was skipped does not count: one NaN would be the loss of the whole epoch
+        counts = reported["skipped_steps"] == 0.0
+        self._loss_tracker.update_state(
+            tf.where(counts, loss, tf.zeros_like(loss)), sample_weight=tf.where(counts, tf.shape(first)[0], 0)
+        )
         logs = dict(self.compute_metrics(x, y, outputs, sample_weight=sample_weight))
         for name, report in self._reports(optimizer).items():
             report.update_state(reported.get(name, tf.constant(float("nan"))))
@@ -84,7 +88,8 @@ class CurvedMixin:
         kept = self.__dict__.get("_curved_reports")
         if kept is None or kept[0] is not optimizer:
             with tf.init_scope(), self.distribute_strategy.scope():
-                made = {name: Report(name, how) for name, how in optimizer.reports.items()}
+                reports = {"skipped_steps": "sum", **optimizer.reports}
+                made = {name: Report(name, how) for name, how in reports.items()}
             kept = (optimizer, made)
             # past Keras' attribute tracking, which would count the reports among the metrics of `evaluate`
             object.__setattr__(self, "_curved_reports", kept)
@@ -109,8 +114,10 @@ class CurvedMixin:
         shown = {name: report.result() for name, report in reports.items() if isinstance(logs, dict) and name in logs}
         if not shown:
             return super()._get_metrics_result_or_logs(logs)
-        rest = {name: value for name, value in logs.items() if name not in shown}
-        return {**super()._get_metrics_result_or_logs(rest), **shown}
+        rest = super()._get_metrics_result_or_logs({k: v for k, v in logs.items() if k not in shown})
+        if float(self._loss_tracker.count.numpy()) == 0.0:
+            rest["loss"] = float("nan")  # every batch was skipped
+        return {**rest, **shown}
 
 
 @register

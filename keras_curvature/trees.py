@@ -82,3 +82,15 @@ def values(variables):
 def _as(scalar, dtype):
     """A number or scalar tensor in `dtype`; `tf.cast` would round a Python number to float32 on the way."""
     return tf.constant(scalar, dtype) if isinstance(scalar, (int, float)) else tf.cast(scalar, dtype)
+
+
+def check(name, vector, variables):
+    """Raise a `ValueError` unless `vector` is a list of tensors with the shapes of `variables`."""
+    shapes = [tuple(v.shape) for v in variables]
+    given = [tuple(a.shape) for a in vector] if isinstance(vector, (list, tuple)) else None
+    if given != shapes:
+        what = f"{len(given)} tensors of shapes {given[:4]}" if given is not None else f"{type(vector).__name__}"
+        raise ValueError(
+            f"`{name}` must be a list of {len(shapes)} tensors with the shapes of `model.trainable_variables`: "
+            f"{shapes[:4]}{' ...' if len(shapes) > 4 else ''}. Received: {what}"
+        )

@@ -20,7 +20,7 @@ def squared_gradients(linearization, seed):
     """Mean over the batch of the squared per-example gradients, a vector.
 
     Args:
-        linearization: A `Linearization`.
+        linearization: A `Linearization` of a loss that is a mean over examples.
         seed: Integer tensor or number: the random signs are a function of it and of the replica.
     """
     with differentiable_keras(), taps.dense() as noted:
@@ -36,19 +36,21 @@ def squared_gradients(linearization, seed):
 
 def _sums_of_squares(recording, noted, variables, seed):
     """`(sum_i g_i^2, number of examples)` of one replica."""
+    recording.require_leaves()
     examples = tf.shape(recording.leaves[0])[0]
     signs = tf.random.stateless_uniform([examples], [replicas.identity(), seed], 0, 2, tf.int32) * 2 - 1
     cotangents = [s * _along_batch(tf.cast(signs, s.dtype), s) for s in recording.slope]
     sums = [tf.square(h) for h in recording.pull(cotangents)]
     position = {id(v): i for i, v in enumerate(variables)}
     for tap in _once_each(noted):
-        (said,) = recording.slopes_at([tap.said])
+        (said,) = recording.slopes_at([tap.said])  # float32 where the layer computes in half precision
         if said is None:
             continue
         kernel, bias = position.get(id(tap.layer.kernel)), position.get(id(tap.layer.bias))
         if kernel is not None:
             sums[kernel] = tf.cast(
-                tf.matmul(tf.square(tap.inputs), tf.square(said), transpose_a=True), sums[kernel].dtype
+                tf.matmul(tf.square(tf.cast(tap.inputs, said.dtype)), tf.square(said), transpose_a=True),
+                sums[kernel].dtype,
             )
         if bias is not None:
             sums[bias] = tf.cast(tf.reduce_sum(tf.square(said), 0), sums[bias].dtype)

@@ -100,7 +100,7 @@ class Evaluation:
         leaves: The tensors through which the loss depends on the model: its floating outputs and their logits.
         loss: Scalar: the compiled loss with sample weights, masks, regularizers and added losses; under a
             strategy, this replica's share of it (Keras divides by the number of replicas).
-        state: Next values of the model's non-trainable variables.
+        state: Next values of the model's non-trainable variables, `None` for those that the pass did not touch.
         counters: Next values of the variables of the model's metrics that the loss itself moves.
     """
 
@@ -141,6 +141,7 @@ class PureModel:
         mapping = [*zip(model.trainable_variables, weights), *zip(self._stateful, self._state)]
         with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
             given = [scope.get_current_value(v) for v in model.trainable_variables]
+            before = [scope.get_current_value(v) for v in self._stateful]
             outputs = model(self.x, **self._arguments)
             outputs, leaves = _cut(outputs)
             with loss_tape or contextlib.nullcontext():
@@ -154,15 +155,14 @@ class PureModel:
             outputs,
             leaves,
             loss,
-            [old if new is None else tf.convert_to_tensor(new) for new, old in zip(after, self._state)],
+            [None if new is old else tf.convert_to_tensor(new) for new, old in zip(after, before)],
             counters,
         )
 
     def commit(self, evaluation):
         """Write the batch statistics, seeds and loss counters of `evaluation` into the model."""
-        for variable, value in zip(self._stateful, evaluation.state):
-            variable.assign(value)
-        for variable, value in zip(self._counting, evaluation.counters):
+        variables = [*self._stateful, *self._counting]
+        for variable, value in zip(variables, [*evaluation.state, *evaluation.counters]):
             if value is not None:
                 variable.assign(value)
 

@@ -22,6 +22,7 @@ class GaussNewton(LinearOperator):
     A quadratic form `u'Gv = (Ju)' H_L (Jv)` needs no backward pass, and `G v + g` needs one and not two.
     """
 
+    variables: list
     recordings: dict
     l2: tuple
     not_convex: tuple
@@ -37,6 +38,7 @@ class GaussNewton(LinearOperator):
 
     def push(self, vector):
         """The `Tangent` of `vector`: one forward-mode pass."""
+        trees.check("vector", vector, self.variables)
 
         def push(v):
             recording = self._here()

@@ -49,7 +49,10 @@ class Linearization:
     Example:
 
     ```python
-    lin = keras_curvature.Linearization(model, x, y)
+    from keras_curvature import ConjugateGradient, Linearization
+    from keras_curvature.operators import Identity
+
+    lin = Linearization(model, x, y)
     newton = ConjugateGradient().solve(lin.gauss_newton() + 1e-2 * Identity(), [-g for g in lin.gradient])
     for variable, step in zip(lin.variables, newton.value):
         variable.assign_add(step)
@@ -99,6 +102,7 @@ class Linearization:
 
     def loss_at(self, step):
         """`f(w + step)`, a scalar; one forward pass with the same masks and seeds, and no weight is assigned."""
+        trees.check("step", step, self.variables)
         with differentiable_keras():
             return replicas.total(lambda step: self._here().evaluate(self._local_weights(step)).loss, step)
 
@@ -108,6 +112,7 @@ class Linearization:
 
     def loss_and_gradient_at(self, step):
         """`(f, df/dw)` at `w + step`."""
+        trees.check("step", step, self.variables)
 
         def gradient(step):
             return products.gradient(self._here(), self._local_weights(step), self._loss_scale)
@@ -130,7 +135,12 @@ class Linearization:
 
         with differentiable_keras(twice=True):
             replicas.each(record)
-        return Function(lambda v: replicas.total(lambda v: recordings[replicas.identity()].product(v), v))
+
+        def product(v):
+            trees.check("vector", v, self.variables)
+            return replicas.total(lambda v: recordings[replicas.identity()].product(v), v)
+
+        return Function(product)
 
     def gauss_newton(self):
         """The generalized Gauss-Newton matrix `J' H_L J`, a `GaussNewton` operator.
@@ -141,7 +151,9 @@ class Linearization:
         is convex in the outputs; see `curvature/likelihoods.py`.
         """
         self._forward()
-        return GaussNewton(self._recordings, _l2(self.variables), tuple(likelihoods.not_convex(self.model)))
+        for recording in self._recordings.values():
+            recording.require_leaves()
+        return GaussNewton(self.variables, self._recordings, self.l2, tuple(likelihoods.not_convex(self.model)))
 
     def hidden_gauss_newton(self):
         """`J_h' J_h / N`, for `h` the hidden states of the recurrent layers and `N` the number of examples.

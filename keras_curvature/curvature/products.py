@@ -106,6 +106,16 @@ class LossRecording(Jacobian):
         self.slope = [slope for _, slope in used]
         self._loss_tape, self._loss_scale = loss_tape, loss_scale
 
+    def require_leaves(self):
+        """Refuse a loss that does not pass through the model's outputs: it has no Gauss-Newton matrix."""
+        if not self.leaves:
+            raise ValueError(
+                "The loss does not depend on the model's outputs (it is made of `add_loss` alone, or `compute_loss` "
+                "calls the model itself), so there is no Gauss-Newton matrix, and no gradient of a single example. Let "
+                "the model return what the loss is made of and use `y_pred` in `compute_loss`; or train by "
+                '`HessianFree(curvature="hessian", preconditioner=0.0)`.'
+            )
+
     def gradient(self, cotangents=None):
         """`dL/dw + J' c` in one backward pass; the gradient alone where no cotangents are given."""
         targets, weights_of = [self._loss], [tf.ones_like(self._loss)]
@@ -117,7 +127,9 @@ class LossRecording(Jacobian):
     def slopes_at(self, tensors):
         """Derivative of the loss in intermediate tensors of the model; `None` where it does not depend on one."""
         slopes = self._tape.gradient(self._loss, tensors)
-        return [None if s is None else _unscaled([s], self._loss_scale)[0] for s in slopes]
+        # unscaled in half precision, what the loss scale has saved would be lost again
+        wide = [s if s is None or s.dtype.size >= 4 else tf.cast(s, tf.float32) for s in slopes]
+        return [None if s is None else _unscaled([s], self._loss_scale)[0] for s in wide]
 
     def pull(self, cotangents):
         """`J' c` for cotangents that carry the loss scale, such as `curve` returns."""

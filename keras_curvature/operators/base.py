@@ -31,7 +31,7 @@ class LinearOperator:
         raise NotImplementedError(f"`{type(self).__name__}` must implement `multiply(vector)`.")
 
     def __matmul__(self, vector):
-        return self.multiply(list(vector))
+        return self.multiply(vector)
 
     def __add__(self, other):
         return Sum(self, other)

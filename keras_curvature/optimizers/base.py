@@ -52,6 +52,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
         self._noted, self._reported, self._unloaded = [], {}, None
+        self._unbuilt_count = len(self.variables)  # iterations, and a learning rate that is no schedule
 
     # To be written by a method.
 
@@ -119,7 +120,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
 
             skipped = tf.cond(finite, take, skip)
         self.report(step_norm=length, skipped_steps=skipped)
-        reported = {name: tf.cast(self._reported[name], tf.float32) for name in self.reports if name in self._reported}
+        wanted = {"skipped_steps", *self.reports}
+        reported = {name: tf.cast(value, tf.float32) for name, value in self._reported.items() if name in wanted}
         self._noted, self._reported = [], {}
         return reported
 
@@ -130,7 +132,12 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
 
     def apply(self, grads, trainable_variables=None):
         """What Keras calls on a plain model: gradients of each replica, and nothing behind them."""
-        variables = list(trainable_variables or self._trainable_variables)
+        if trainable_variables is None and not self.built:
+            raise ValueError(
+                "When passing `grads` without `variables`, the optimizer must already be built on a list of variables. "
+                "Call `optimizer.build(trainable_variables)` first."
+            )
+        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
         self.require(variables)
         gradients = self._complete(grads, variables)
 
@@ -159,6 +166,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
 
     def require(self, variables):
         """Build for these variables; refuse variables that are not those the state belongs to."""
+        if not variables:
+            raise ValueError(f"`{type(self).__name__}` has nothing to train: the model has no trainable weights.")
         if not self.built:
             with keras.name_scope(self.name, caller=self):
                 self.build(variables)
@@ -197,18 +206,30 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
 
     def load_own_variables(self, store):
         """Load the state; an optimizer that is not built yet keeps it until it is, and loses nothing."""
+        stored = {key: store[key][()] for key in store.keys()}  # noqa: SIM118, an h5 entry is no dict
         if not self.built:
-            self._unloaded = {key: store[key][()] for key in store.keys()}  # noqa: SIM118, an h5 entry is no dict
+            self._unloaded = stored
             return
-        if len(store.keys()) != len(self.variables):
+        variables = self.variables
+        if len(stored) <= self._unbuilt_count:
+            variables = variables[: len(stored)]  # saved before the first step: there is no state yet
+        elif len(stored) != len(variables):
             raise ValueError(
-                f"The file holds {len(store.keys())} variables of `{type(self).__name__}` and this one has "
+                f"The file holds {len(stored)} variables of `{type(self).__name__}` and this one has "
                 f"{len(self.variables)}: it was saved with other settings or for another model. Compile with the "
                 "settings that it was saved with, or load the weights alone: `model.load_weights(path, "
                 "skip_mismatch=True)`."
             )
-        for i, variable in enumerate(self.variables):
-            variable.assign(store[str(i)][()])
+        for i, variable in enumerate(variables):
+            variable.assign(stored[str(i)])
+
+    def save_own_variables(self, store):
+        """Save the state, also one that was loaded and still waits for the optimizer to be built."""
+        if self._unloaded is None:
+            super().save_own_variables(store)
+            return
+        for key, value in self._unloaded.items():
+            store[key] = value
 
     def get_config(self):
         """Keras' config and the arguments of `__init__`, as given; components in serialized form."""

@@ -88,23 +88,26 @@ class CurveBall(CurvatureOptimizer):
         z = trees.add(trees.scale(c[1], z), dz, c[0])
 
         rate = tf.cast(self.learning_rate, A.dtype)
-        z, ratio, next_damping = self._check(lin, trees.scale(rate, z), z, quadratic.value(A, b, rate * c), damping)
+        z, ratio, next_damping = self._check(lin, rate, z, quadratic.value(A, b, rate * c), damping)
         self.remember(self._z, z)
         self.remember(self._damping, next_damping)
         self.report(damping=damping, beta=-c[0], rho=c[1], reduction_ratio=ratio)
         return z
 
-    def _check(self, lin, step, z, predicted, damping):
+    def _check(self, lin, rate, z, predicted, damping):
         """`(z, reduction ratio, next damping)`: the step's loss is looked at every so many steps."""
         unchecked = z, tf.constant(float("nan"), lin.loss.dtype), damping
         if not self._rule.every:
             return unchecked
 
         def check():
-            loss = lin.loss_at(step)
+            loss = lin.loss_at(trees.scale(rate, z))
             ratio = (loss - lin.loss) / tf.cast(predicted, loss.dtype)
             ratio = tf.where(predicted == 0, tf.ones_like(ratio), ratio)  # at the minimum: as predicted
-            kept = trees.where(tf.math.is_finite(loss), z, trees.zeros_like(z))
+            # begin again where the step leads out of the finite; a `z` that is not finite itself is the batch's fault,
+            # and stays for `step` to see
+            begin_again = trees.is_finite(z) & tf.logical_not(tf.math.is_finite(loss))
+            kept = trees.where(begin_again, trees.zeros_like(z), z)
             return kept, ratio, self._rule.update(damping, ratio)
 
         return tf.cond(self.iterations % self._rule.every == 0, check, lambda: unchecked)

@@ -12,8 +12,6 @@ from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.solvers import ConjugateGradient
 from keras_curvature.steps import ArmijoLineSearch, LevenbergMarquardt, as_damping
 
-MARTENS = LevenbergMarquardt(initial=1.0, decay=2 / 3, low=0.25, high=0.75, every=1)
-
 
 @register
 class HessianFree(CurvatureOptimizer):
@@ -38,8 +36,8 @@ class HessianFree(CurvatureOptimizer):
 
     Args:
         learning_rate: Multiple of the accepted step. Defaults to `1.0`.
-        damping: A number, or a component. Defaults to `LevenbergMarquardt(initial=1.0, decay=2/3, low=0.25, high=0.75,
-            every=1)` (Martens).
+        damping: A number, or a component. Defaults to `LevenbergMarquardt.martens()`: from 1.0, times 2/3 above a ratio
+            of 3/4, over 2/3 below 1/4.
         solver: A `ConjugateGradient`. Defaults to `ConjugateGradient(max_steps=250)` (Martens).
         line_search: An `ArmijoLineSearch`, or `None` for full steps. Defaults to `ArmijoLineSearch()` (Martens).
         curvature: `"gauss_newton"` or `"hessian"`. With the Hessian conjugate gradients end at the first direction of
@@ -69,16 +67,16 @@ class HessianFree(CurvatureOptimizer):
     }  # fmt: skip
 
     def __init__(
-        self, learning_rate=1.0, damping=MARTENS, solver=ConjugateGradient(), line_search=ArmijoLineSearch(),
-        curvature="gauss_newton", curvature_batch=None, warm_start=0.95, preconditioner=0.75, structural_damping=0.0,
-        name="hessian_free", **kwargs,
+        self, learning_rate=1.0, damping=LevenbergMarquardt.martens(), solver=ConjugateGradient(),
+        line_search=ArmijoLineSearch(), curvature="gauss_newton", curvature_batch=None, warm_start=0.95,
+        preconditioner=0.75, structural_damping=0.0, name="hessian_free", **kwargs,
     ):  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.damping, self.solver, self.line_search = damping, solver, line_search
         self.curvature, self.curvature_batch = curvature, curvature_batch
         self.warm_start, self.preconditioner, self.structural_damping = warm_start, preconditioner, structural_damping
         self._rule = as_damping(self, damping)
-        check_component(self, "solver", solver, "solve", "ConjugateGradient(max_steps=50)")
+        check_component(self, "solver", solver, "stores_iterates", "ConjugateGradient(max_steps=50)")
         if line_search is not None:
             check_component(self, "line_search", line_search, "search", "ArmijoLineSearch()")
         check(self, "curvature", curvature, curvature in ("gauss_newton", "hessian"), '"gauss_newton" or "hessian"')
@@ -128,7 +126,8 @@ class HessianFree(CurvatureOptimizer):
             return None
         squares = lin.squared_gradients(seed=tf.cast(self.iterations, tf.int32))
         entries = [s + tf.cast(damping, s.dtype) + l2 for s, l2 in zip(squares, lin.l2)]
-        return Diagonal([tf.pow(e, -self.preconditioner) for e in entries])
+        # an input that is always 0 and no damping: that weight has no gradient, and any entry will do
+        return Diagonal([tf.where(e > 0, tf.pow(e, -self.preconditioner), tf.ones_like(e)) for e in entries])
 
     def _backtrack(self, lin, solution):
         """`(step, loss)`: from the last stored iterate backwards, for as long as the loss gets better."""

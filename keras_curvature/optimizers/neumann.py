@@ -5,7 +5,7 @@ import warnings
 import keras
 import tensorflow as tf
 
-from keras_curvature import trees
+from keras_curvature import replicas, trees
 from keras_curvature.component import check, check_count, check_number, register
 from keras_curvature.curvature.linearization import Linearization
 from keras_curvature.optimizers.base import CurvatureOptimizer
@@ -159,6 +159,8 @@ class Neumann(CurvatureOptimizer):
         t = self._t
         # here and not in `create_state`: an assignment made while Keras traces its first step is lost
         tf.cond(tf.equal(self.iterations, 0), self._begin, lambda: None)
+        if not self._stores_base:
+            tf.cond(self._displaced.value > 0, lambda: None, lambda: self._displace(self._mu(t - 1)))
         # in float64: rounding mu or its powers would show after some hundred steps
         self._mode = mode = self._scalars(t, tf.cast(learning_rate, tf.float64), [v for _, v in grads_and_vars])
         each_variable = super()._distributed_tf_update_step
@@ -173,13 +175,12 @@ class Neumann(CurvatureOptimizer):
             self._mode = {**mode, "seeding": False}
             each_variable(distribution, grads_and_vars, learning_rate)
 
-        if not self._stores_base:
-            tf.cond(self._displaced.value > 0, lambda: None, lambda: self._displace(self._mu(t - 1)))
         if self.reset_every is None:
             advance()
         else:
             tf.cond(tf.equal(t, tf.cast(self._next_reset.value, t.dtype)), seed, advance)
         self._displaced.assign(0.0 if self._stores_base else 1.0)
+        self._mode = None  # tensors of the graph that was traced
 
     def _begin(self):
         """`v` begins at the weights; nothing is displaced yet."""
@@ -191,9 +192,11 @@ class Neumann(CurvatureOptimizer):
         warm = t < 1
         back = self._mu(t - 1) * (1.0 - tf.cast(self._displaced.value, tf.float64)) if self._stores_base else None
         keep = tf.where(warm, tf.constant(1.0, tf.float64), self.gamma)
-        mode = {"mu": self._mu(t), "eta": eta, "back": back, "keep": keep, "pull": None}
+        mode = {"mu": self._mu(t), "eta": eta, "back": back, "keep": keep, "pull": None, "away": None}
         if self.alpha or self.beta:
             away = [self._current(w, m, back) - v for w, m, v in zip(variables, self._m, self._v)]
+            if replicas.count() == 1:
+                mode["away"] = away  # on several replicas each takes the difference of its own copies again
             r, repulsion = tf.cast(trees.norm(away), tf.float64), self.beta * self._count
             balance = tf.pow(eta * repulsion / ((1.0 - self.mu_end) * (1.0 - self.gamma)), 1.0 / 3.0)
             pull = self.alpha * r - tf.math.divide_no_nan(
@@ -220,7 +223,8 @@ class Neumann(CurvatureOptimizer):
                 variable.assign(w - mu * m)
             return
         if mode["pull"] is not None:
-            gradient += tf.cast(mode["pull"], variable.dtype) * (w - v)
+            away = w - v if mode["away"] is None else mode["away"][index]
+            gradient += tf.cast(mode["pull"], variable.dtype) * away
         if self._stores_base:
             step = eta * gradient
             new_m = mu * m - step
@@ -233,7 +237,7 @@ class Neumann(CurvatureOptimizer):
                 var=variable.handle, accum=m.handle, lr=eta, grad=gradient, momentum=mu, use_nesterov=True
             )
             new_w = variable
-        v.assign_sub((1.0 - keep) * (v - new_w))
+        tf.raw_ops.ResourceApplyGradientDescent(var=v.handle, alpha=1.0 - keep, delta=v - new_w)
 
     # Where the answer is, on a plain model.
 
@@ -248,8 +252,8 @@ class Neumann(CurvatureOptimizer):
         return self.built and float(self._displaced.numpy()) > 0.0
 
     def displace(self):
-        """Take the answer `w - mu m` in the model's weights to the displaced weights; nothing on a curved model."""
-        if self.built and not self._stores_base and not self.is_displaced:
+        """Take the answer `w - mu m` in a plain model's weights to the displaced weights; nothing where they are."""
+        if self.built and not self.is_displaced:
             self._displace(self._mu(self._t - 1))
             self.mark_displaced()
 
@@ -268,5 +272,8 @@ class Neumann(CurvatureOptimizer):
         if self.use_ema:
             super().finalize_variable_values(var_list)
             self._displaced.assign(0.0)
-        else:
+        elif self.is_displaced:
             self.restore()
+            for w in self._trainable_variables:  # Keras has projected the displaced weights
+                if getattr(w, "constraint", None) is not None:
+                    w.assign(w.constraint(w))

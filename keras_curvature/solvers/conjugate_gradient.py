@@ -7,7 +7,7 @@ too.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import tensorflow as tf
 
@@ -24,7 +24,7 @@ class ConjugateGradient(Solver):
     After iteration `i` with iterate `x_i`, residual `r_i = b - A x_i` and quadratic
     `q_i = 1/2 x_i'A x_i - b'x_i`, the loop stops when
 
-        i > k,   q_i < 0   and   (q_i - q_{i-k}) / q_i < k * progress_tolerance,      k = max(10, ceil(i / 10))
+        i > k,   q_{i-k} < 0   and   (q_i - q_{i-k}) / q_i < k * progress_tolerance,      k = max(10, ceil(i / 10))
 
     or `|r_i| <= residual_tolerance |b|`, or `max_steps` are done, or a direction of no curvature appears
     (`p'Ap <= 0`). Iterates `ceil(5 * 1.3^j)` (5, 7, 9, 11, 15, ...) and the last one are stored, for
@@ -32,7 +32,7 @@ class ConjugateGradient(Solver):
 
     Reference: Martens (2010), section 4.4, and his code. Difference from the paper: (1) the code tests the sign of
     `q_{i-k}` and the paper that of `q_i`; both are negative once the iteration has passed its start, except
-    from a warm start that is worse than zero. Default: the code's.
+    from a warm start that is worse than zero. This is the code's.
 
     Args:
         max_steps: Most iterations. Defaults to `250` (Martens).
@@ -51,6 +51,7 @@ class ConjugateGradient(Solver):
     progress_tolerance: float = 5e-4
     residual_tolerance: float = 0.0
     truncate: bool = False
+    stores_iterates: ClassVar[bool] = True
 
     def __post_init__(self):
         check_count(self, "max_steps", self.max_steps)

@@ -59,7 +59,7 @@ class LevenbergMarquardt(Component):
         every: Steps between two checks; each costs one evaluation of the loss. Defaults to `5`.
         minimum: The damping never falls below. Defaults to `0.0` (the references have no bound).
 
-    Example: `HessianFree(damping=LevenbergMarquardt(initial=45.0, decay=2/3, low=0.25, high=0.75, every=1))`
+    Example: `CurveBall(damping=LevenbergMarquardt(initial=10.0))`
     """
 
     initial: float = 1.0
@@ -78,10 +78,19 @@ class LevenbergMarquardt(Component):
         check_count(self, "every", self.every)
         check_number(self, "minimum", self.minimum, low=0)
 
+    @classmethod
+    def martens(cls, initial=1.0, **kwargs):
+        """The rule of Martens (2010): times 2/3 where the ratio is above 3/4, over 2/3 below 1/4, at every step.
+
+        Example: `HessianFree(damping=LevenbergMarquardt.martens(initial=45.0))`
+        """
+        return cls(**{"initial": initial, "decay": 2 / 3, "low": 0.25, "high": 0.75, "every": 1, **kwargs})
+
     def update(self, value, ratio):
         """The next damping, from the present one and the reduction ratio, both scalar tensors."""
         ratio, factor = tf.cast(ratio, value.dtype), self.decay**self.every
-        grown, shrunk = value / factor, tf.maximum(value * factor, self.minimum)
+        # 0 and infinity would be for ever
+        grown, shrunk = tf.minimum(value / factor, 1e30), tf.maximum(value * factor, max(self.minimum, 1e-30))
         bad = (ratio < self.low) | tf.math.is_nan(ratio)
         return tf.where(bad, grown, tf.where(ratio > self.high, shrunk, value))
 
@@ -91,6 +100,6 @@ def as_damping(owner, damping):
     if is_number(damping):
         check_number(owner, "damping", damping, low=0)
         return ConstantDamping(float(damping))
-    check(owner, "damping", damping, isinstance(damping, Component) and hasattr(damping, "update"),
-          "a number or a component such as `LevenbergMarquardt(initial=1.0)`, already constructed")
+    valid = isinstance(damping, Component) and all(hasattr(damping, name) for name in ("initial", "every", "update"))
+    check(owner, "damping", damping, valid, "a number or a component such as `LevenbergMarquardt()`, constructed")
     return damping

@@ -16,17 +16,20 @@ def minimize(A, b):
         b: Slopes `g'd_i`, shape `(2,)`.
 
     Where the directions are parallel or the second is zero (the first step: no last step yet) the matrix is
-    singular; the answer is then the exact line search along the first direction, `c = (-b_0/A_00, 0)`. The
-    comparison is made at the rounding of the inner products' dtype and the solution in float64.
+    singular; the answer is then the exact line search along the first direction, `c = (-b_0/A_00, 0)`, and zero
+    where there is no curvature along it, or a negative one: there is no minimum then. The comparison is made at the
+    rounding of the inner products' dtype and the solution in float64.
     """
     tolerance = 16.0 * (2.2e-16 if A.dtype == tf.float64 else 1.2e-7)
     A, b, dtype = tf.cast(A, tf.float64), tf.cast(b, tf.float64), A.dtype
     determinant = A[0, 0] * A[1, 1] - A[0, 1] * A[1, 0]
-    regular = determinant > tolerance * A[0, 0] * A[1, 1]
+    convex = (A[0, 0] > 0) & (A[1, 1] > 0)
+    regular = convex & (determinant > tolerance * A[0, 0] * A[1, 1])
     safe = tf.where(regular, determinant, tf.ones_like(determinant))
     first = -(A[1, 1] * b[0] - A[0, 1] * b[1]) / safe
     second = -(A[0, 0] * b[1] - A[1, 0] * b[0]) / safe
-    line = -tf.math.divide_no_nan(b[0], A[0, 0])
+    # no step where the curvature is negative; a NaN stays one
+    line = -tf.where(A[0, 0] <= 0, tf.zeros_like(b[0]), b[0] / A[0, 0])
     return tf.cast(tf.where(regular, tf.stack([first, second]), tf.stack([line, tf.zeros_like(line)])), dtype)
 
 
