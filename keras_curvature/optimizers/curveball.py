@@ -88,15 +88,19 @@ class CurveBall(CurvatureOptimizer):
         z = trees.add(trees.scale(c[1], z), dz, c[0])
 
         rate = tf.cast(self.learning_rate, A.dtype)
-        z, ratio, next_damping = self._check(lin, rate, z, quadratic.value(A, b, rate * c), damping)
+        z, ratio, next_damping, begun_again = self._check(lin, rate, z, quadratic.value(A, b, rate * c), damping)
         self.remember(self._z, z)
         self.remember(self._damping, next_damping)
-        self.report(damping=damping, beta=-c[0], rho=c[1], reduction_ratio=ratio)
+        # |z| from the inner products, without a pass over it; zero where the check has begun again
+        squared = c[0] * c[0] * dz_dz + 2.0 * c[0] * c[1] * dz_z + c[1] * c[1] * z_z
+        squared = tf.where(squared < 0, tf.zeros_like(squared), squared)  # by rounding; not `maximum`, a NaN must stay
+        length = tf.where(begun_again, tf.zeros_like(squared), tf.sqrt(squared))
+        self.report(damping=damping, beta=-c[0], rho=c[1], reduction_ratio=ratio, step_norm=length)
         return z
 
     def _check(self, lin, rate, z, predicted, damping):
-        """`(z, reduction ratio, next damping)`: the step's loss is looked at every so many steps."""
-        unchecked = z, tf.constant(float("nan"), lin.loss.dtype), damping
+        """`(z, reduction ratio, next damping, whether z began again)`: the step's loss, every so many steps."""
+        unchecked = z, tf.constant(float("nan"), lin.loss.dtype), damping, tf.constant(False)
         if not self._rule.every:
             return unchecked
 
@@ -108,6 +112,6 @@ class CurveBall(CurvatureOptimizer):
             # and stays for `step` to see
             begin_again = trees.is_finite(z) & tf.logical_not(tf.math.is_finite(loss))
             kept = trees.where(begin_again, trees.zeros_like(z), z)
-            return kept, ratio, self._rule.update(damping, ratio)
+            return kept, ratio, self._rule.update(damping, ratio), begin_again
 
         return tf.cond(self.iterations % self._rule.every == 0, check, lambda: unchecked)

@@ -157,10 +157,10 @@ class Neumann(CurvatureOptimizer):
 
     def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
         t = self._t
-        # here and not in `create_state`: an assignment made while Keras traces its first step is lost
-        tf.cond(tf.equal(self.iterations, 0), self._begin, lambda: None)
-        if not self._stores_base:
-            tf.cond(self._displaced.value > 0, lambda: None, lambda: self._displace(self._mu(t - 1)))
+        # rarely: at the very first step, and on a plain model at the first of a further `fit`
+        first, stay = tf.equal(self.iterations, 0), self._stores_base
+        due = first if stay else tf.logical_or(first, tf.equal(self._displaced.value, 0.0))
+        tf.cond(due, lambda: self._begin(first, None if stay else self._mu(t - 1)), lambda: None)
         # in float64: rounding mu or its powers would show after some hundred steps
         self._mode = mode = self._scalars(t, tf.cast(learning_rate, tf.float64), [v for _, v in grads_and_vars])
         each_variable = super()._distributed_tf_update_step
@@ -182,10 +182,13 @@ class Neumann(CurvatureOptimizer):
         self._displaced.assign(0.0 if self._stores_base else 1.0)
         self._mode = None  # tensors of the graph that was traced
 
-    def _begin(self):
-        """`v` begins at the weights; nothing is displaced yet."""
+    def _begin(self, first, mu):
+        """Displace the weights by `mu m`, where `mu` is given; at the first step `v` begins at them."""
+        if mu is not None:
+            self._displace(mu)
+        # here and not in `create_state`: an assignment made while Keras traces its first step is lost
         for v, w in zip(self._v, self._trainable_variables):
-            v.assign(w)
+            v.assign(tf.where(first, tf.convert_to_tensor(w), v.value))
 
     def _scalars(self, t, eta, variables):
         """The numbers that all variables share in this step."""
