@@ -6,7 +6,7 @@ settings suit the tiny models of the tests.
 
 from functools import partial
 
-from keras_curvature import ConjugateGradient, CurveBall, HessianFree, Neumann, NeumannSeries, TwoLoopNeumann
+from keras_curvature import ConjugateGradient, CurveBall, HessianFree, Neumann, NeumannSeries, TwoLoopNeumann, curved
 
 OPTIMIZERS = {
     "neumann": partial(Neumann, learning_rate=0.05, warmup_steps=2),
@@ -33,5 +33,13 @@ ON_A_QUADRATIC = {
 
 NEEDS_CURVATURE = [name for name, make in OPTIMIZERS.items() if not make.func.by_gradient]
 GRADIENTS_SUFFICE = [name for name in OPTIMIZERS if name not in NEEDS_CURVATURE]
+# Where gradients suffice a model need not be curved: "plain_neumann" is "neumann" on a plain `keras.Model`.
+PLAIN = [f"plain_{name}" for name in GRADIENTS_SUFFICE]
 # One of each class; what is dear to trace or compile runs for the others with `-m slow` only.
 ONE_OF_EACH = ["neumann_resets", "two_loop_convexified", "curveball", "hessian_free"]
+
+
+def prepare(name, model, **kwargs):
+    """`(model, optimizer)` of a name in `OPTIMIZERS` or `PLAIN`: the model curved, or left as it is."""
+    model = model if name in PLAIN else curved(model)
+    return model, OPTIMIZERS[name.removeprefix("plain_")](**kwargs)

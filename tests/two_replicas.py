@@ -9,9 +9,7 @@ import sys
 import keras
 import numpy as np
 import tensorflow as tf
-from optimizers import OPTIMIZERS
-
-import keras_curvature as kc
+from optimizers import prepare
 
 BATCH, BATCHES = 8, 4
 # The rows of a batch such that the first half of it is the first halves of the replicas' slices: so a piece of the
@@ -20,22 +18,23 @@ ROWS = [0, 1, 4, 5, 2, 3, 6, 7]
 
 
 def trained(name, x, y):
-    """The loss after each batch."""
+    """The loss after each batch, the last reports, and the weights that are left."""
     keras.utils.set_random_seed(0)
-    model = kc.curved(keras.Sequential([
+    model, optimizer = prepare(name, keras.Sequential([
         keras.Input((4,)), keras.layers.Dense(6, activation="tanh"), keras.layers.Dense(3),
     ]))  # fmt: skip
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(OPTIMIZERS[name](), loss, jit_compile=False)
+    model.compile(optimizer, loss, jit_compile=False)
     seen = []
     note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(logs["loss"]))
     history = model.fit(x, y, batch_size=BATCH, epochs=1, shuffle=False, verbose=0, callbacks=[note]).history
     reports = {key: values[-1] for key, values in history.items() if key != "loss"}
-    return [*map(float, seen), *[float(reports[key]) for key in sorted(reports)]]
+    weights = np.concatenate([w.ravel() for w in model.get_weights()])
+    return [*map(float, seen), *[float(reports[key]) for key in sorted(reports)], *map(float, weights)]
 
 
 def main(names):
-    """Prints `{name: {"one": losses, "two": losses}}`."""
+    """Prints `{name: {"one": numbers, "two": numbers}}`."""
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
