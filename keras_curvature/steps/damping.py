@@ -101,5 +101,6 @@ def as_damping(owner, damping):
         check_number(owner, "damping", damping, low=0)
         return ConstantDamping(float(damping))
     valid = isinstance(damping, Component) and all(hasattr(damping, name) for name in ("initial", "every", "update"))
-    check(owner, "damping", damping, valid, "a number or a component such as `LevenbergMarquardt()`, already constructed")
+    expected = "a number or a component such as `LevenbergMarquardt()`, already constructed"
+    check(owner, "damping", damping, valid, expected)
     return damping
