@@ -242,7 +242,7 @@ def two_replicas():
 def test_two_replicas_train_as_one_device(name, two_replicas):
     assert "error" not in two_replicas[name], two_replicas[name]["error"]
     one, two = two_replicas[name]["one"], two_replicas[name]["two"]
-    np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6 if name in PLAIN else 0)
 
 
 # Each kind of layer with each optimizer: a few by default, all of them with `-m slow`.

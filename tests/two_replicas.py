@@ -18,7 +18,7 @@ ROWS = [0, 1, 4, 5, 2, 3, 6, 7]
 
 
 def trained(name, x, y):
-    """The loss after each batch, the last reports, and the weights that are left."""
+    """The loss after each batch and the last reports; of a plain model the weights that are left."""
     keras.utils.set_random_seed(0)
     model, optimizer = prepare(name, keras.Sequential([
         keras.Input((4,)), keras.layers.Dense(6, activation="tanh"), keras.layers.Dense(3),
@@ -29,8 +29,9 @@ def trained(name, x, y):
     note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(logs["loss"]))
     history = model.fit(x, y, batch_size=BATCH, epochs=1, shuffle=False, verbose=0, callbacks=[note]).history
     reports = {key: values[-1] for key, values in history.items() if key != "loss"}
-    weights = np.concatenate([w.ravel() for w in model.get_weights()])
-    return [*map(float, seen), *[float(reports[key]) for key in sorted(reports)], *map(float, weights)]
+    # a plain model reports nothing, and is left with other weights than it was trained with
+    left = [] if reports else np.concatenate([w.ravel() for w in model.get_weights()])
+    return [*map(float, seen), *[float(reports[key]) for key in sorted(reports)], *map(float, left)]
 
 
 def main(names):
