@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from optimizers import prepare
 from test_properties import LOSS, assert_same, compiled, data, losses, network, state, values
 
 import keras_curvature as kc
@@ -27,6 +28,11 @@ def simple(make, curve=True, layers=None, **options):
     model = kc.curved(model) if curve else model
     model.compile(make(), "mse", **options)
     return model
+
+
+def neumann():
+    """No warm-up and much momentum: the answer is far from the displaced weights."""
+    return kc.Neumann(0.05, warmup_steps=0, mu_start=0.8, reset_every=3, beta=1e-8)
 
 
 def regression(examples=16):
@@ -81,6 +87,40 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_examples():
     for model in (plain, curved):
         model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
     np.testing.assert_allclose(*[m.history.history["loss"] for m in (plain, curved)], rtol=1e-6)
+
+
+def test_a_batch_that_was_skipped_does_not_count_in_the_loss_of_an_epoch():
+    (x, y), model = regression(), simple(lambda: kc.Neumann(0.0, beta=0.0))
+    broken = x.copy()
+    broken[9] = np.nan  # of the second batch
+    seen = []
+    for inputs in (x[:8], broken, np.full_like(x, np.nan), x[:8]):
+        model.fit(inputs, y[: len(inputs)], batch_size=8, shuffle=False, verbose=0)
+        seen.append(model.history.history["loss"][0])
+    assert np.isfinite(seen[0])
+    np.testing.assert_array_equal(seen, [seen[0], seen[0], np.nan, seen[0]])
+
+
+class Steepest(kc.CurvatureOptimizer):
+    """A method with reports of its own."""
+
+    reports = {"slope": "mean"}
+
+    def direction(self, lin):
+        """Downhill."""
+        self.report(slope=tf.norm(lin.gradient[0]))
+        return [-g for g in lin.gradient]
+
+
+def test_skipped_steps_are_reported_whatever_else_is():
+    x, y = regression()
+    broken = x.copy()
+    broken[9] = np.nan
+    model = simple(lambda: Steepest(0.1))
+    history = model.fit(np.concatenate([x, broken]), np.concatenate([y, y]), batch_size=8, verbose=0).history
+    assert set(history) == {"loss", "slope", "skipped_steps"}
+    assert history["skipped_steps"] == [1.0]
+    assert np.isfinite(history["slope"]).all()
 
 
 def test_losses_of_several_outputs_have_their_own_names():
@@ -218,10 +258,11 @@ def test_the_average_of_the_weights_is_left_at_the_end_of_fit(make):
         np.testing.assert_array_equal(average.numpy(), final)
 
 
-@pytest.mark.parametrize("make", [kc.Neumann, kc.CurveBall])
-def test_constraints_hold_after_every_step(make):
+@pytest.mark.parametrize(("make", "curve"), [(kc.Neumann, True), (kc.CurveBall, True), (neumann, False)])
+def test_constraints_hold_after_every_step(make, curve):
     layer = keras.layers.Dense(1, kernel_constraint=keras.constraints.UnitNorm())
-    model = trained(simple(lambda: make(0.5), layers=[keras.Input((4,)), layer]))
+    make = make if make is neumann else lambda make=make: make(0.5)
+    model = trained(simple(make, curve, layers=[keras.Input((4,)), layer]))
     np.testing.assert_allclose(np.linalg.norm(model.get_weights()[0]), 1.0, rtol=1e-6)
 
 
@@ -264,49 +305,88 @@ def test_weights_alone_bring_the_state_of_the_optimizer_back(tmp_path):
     assert_same(state(other), state(model))
 
 
+@pytest.mark.parametrize("name", ["curveball", "plain_neumann_resets"])
+def test_a_state_that_waits_for_the_first_step_is_saved_too(name, tmp_path):
+    x, y = data()
+    model, waiting = compiled(name, network(dropout=0)), compiled(name, network(dropout=0, seed=5))
+    losses(model, x, y)
+    model.save_weights(tmp_path / "1.weights.h5")
+    waiting.load_weights(tmp_path / "1.weights.h5")
+    waiting.save_weights(tmp_path / "2.weights.h5")
+    waiting.save(tmp_path / "2.keras")
+    other = compiled(name, network(dropout=0, seed=6))
+    other.load_weights(tmp_path / "2.weights.h5")
+    loaded, _ = prepare(name, keras.models.load_model(tmp_path / "2.keras"))
+    expected = losses(model, x, y)
+    for again in (other, loaded):
+        assert losses(again, x, y) == expected
+        assert_same(state(again), state(model))
+
+
+@pytest.mark.parametrize("file", ["1.weights.h5", "1.keras"])
+def test_neumann_goes_on_from_the_middle_of_a_fit(file, tmp_path):
+    whole = simple(neumann, curve=False)
+    save = keras.callbacks.ModelCheckpoint(
+        str(tmp_path / file.replace("1", "{epoch}")), save_weights_only="weights" in file
+    )
+    trained(whole, 2, callbacks=[save])
+    if "weights" in file:
+        resumed = simple(neumann, curve=False)
+        resumed.load_weights(tmp_path / file)
+    else:
+        resumed = keras.models.load_model(tmp_path / file)
+    assert_same(state(trained(resumed)), state(whole))
+
+
 INTERRUPTED = """
 import os, sys
 import keras
 from test_lifecycle import compiled, data, network
-folder, stop = sys.argv[1], int(sys.argv[2])
-model = compiled("curveball", network(dropout=0))
+folder, stop, names = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+
+class Stopped(Exception):
+    pass
 
 class Stop(keras.callbacks.Callback):
     seen = 0
     def on_train_batch_end(self, batch, logs=None):
         self.seen += 1
         if self.seen == stop:
-            os._exit(7)
+            if name == names[-1]:
+                os._exit(7)
+            raise Stopped  # what comes after is another run, and the process is killed in the end
 
-backup = keras.callbacks.BackupAndRestore(folder)
-model.fit(*data(), batch_size=8, epochs=3, shuffle=False, verbose=0, callbacks=[backup, Stop()])
-model.save_weights(folder + ".weights.h5")
+for name in names:
+    model = compiled(name, network(dropout=0))
+    backup = keras.callbacks.BackupAndRestore(os.path.join(folder, name))
+    try:
+        model.fit(*data(), batch_size=8, epochs=3, shuffle=False, verbose=0, callbacks=[backup, Stop()])
+    except Stopped:
+        continue
+    model.save_weights(os.path.join(folder, name + ".weights.h5"))
 """
 
 
 def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path):
+    names = ["plain_neumann_resets", "hessian_free", "curveball"]
     here = pathlib.Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     for stop, code in ((5, 7), (0, 0)):  # in the middle of the second epoch; then again, to the end
         run = subprocess.run(
-            [sys.executable, "-c", INTERRUPTED, str(tmp_path / "backup"), str(stop)],
+            [sys.executable, "-c", INTERRUPTED, str(tmp_path), str(stop), *names],
             env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
         )  # fmt: skip
         assert run.returncode == code, run.stderr[-2000:]
-    whole, resumed = (compiled("curveball", network(dropout=0)) for _ in range(2))
-    losses(whole, *data(), epochs=3)
-    resumed.optimizer.build(resumed.trainable_variables)
-    resumed.load_weights(tmp_path / "backup.weights.h5")
-    assert int(resumed.optimizer.iterations.numpy()) == 9
-    assert_same(state(resumed), state(whole))
+    for name in names:
+        whole, resumed = (compiled(name, network(dropout=0)) for _ in range(2))
+        losses(whole, *data(), epochs=3)
+        resumed.optimizer.build(resumed.trainable_variables)
+        resumed.load_weights(tmp_path / f"{name}.weights.h5")
+        assert int(resumed.optimizer.iterations.numpy()) == 9
+        assert_same(state(resumed), state(whole))
 
 
 # Where the answer of Neumann is.
-
-
-def neumann():
-    """No warm-up and much momentum: the answer is far from the displaced weights."""
-    return kc.Neumann(0.05, warmup_steps=0, mu_start=0.8, reset_every=3, beta=1e-8)
 
 
 def answer(model):
