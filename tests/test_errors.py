@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from optimizers import NEEDS_CURVATURE, OPTIMIZERS
+import tensorflow as tf
+from optimizers import NEEDS_CURVATURE, ONE_OF_EACH, OPTIMIZERS
 
 import keras_curvature as kc
 
@@ -21,6 +22,7 @@ BAD_ARGUMENTS = {
     "warmup_epochs": (lambda: kc.Neumann.from_epochs(10, warmup_epochs=-1), "warmup_epochs=-1"),
     "solver_name": (lambda: kc.HessianFree(solver="cg"), "solver='cg'"),
     "solver_class": (lambda: kc.HessianFree(solver=kc.ConjugateGradient), "already constructed"),
+    "solver_of_another": (lambda: kc.HessianFree(solver=kc.NeumannSeries()), "ConjugateGradient"),
     "line_search": (lambda: kc.HessianFree(line_search="armijo"), "line_search='armijo'"),
     "curvature": (lambda: kc.HessianFree(curvature="fisher"), "curvature='fisher'"),
     "curvature_batch": (lambda: kc.HessianFree(curvature_batch=0), "curvature_batch=0"),
@@ -42,6 +44,8 @@ BAD_ARGUMENTS = {
     "lm_decay": (lambda: kc.LevenbergMarquardt(decay=1.0), "decay=1.0"),
     "lm_order": (lambda: kc.LevenbergMarquardt(low=2.0, high=1.0), "low=2.0"),
     "armijo_shrink": (lambda: kc.ArmijoLineSearch(shrink=1.0), "shrink=1.0"),
+    **{f"integer_rate_{name}": (lambda name=name: OPTIMIZERS[name](learning_rate=1), "learning_rate=1")
+       for name in ONE_OF_EACH},
     "unknown": (lambda: kc.CurveBall(momentum=0.9), "momentum"),
     "clips": (lambda: kc.CurveBall(clipnorm=1.0, clipvalue=1.0), "clipnorm"),
 }  # fmt: skip
@@ -131,6 +135,84 @@ def test_a_loss_that_is_not_convex_in_the_outputs_is_named(make):
     model.compile(make(), keras.losses.CosineSimilarity())
     with pytest.raises(ValueError, match="convex in the model.s outputs"):
         model.train_on_batch(X, np.ones((4, 2), "float32"))
+
+
+@keras.saving.register_keras_serializable(package="test_errors")
+class OwnLoss(keras.Sequential):
+    """A model whose loss calls its layers and not the model."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Mean squares of the last layer."""
+        return keras.ops.mean(keras.ops.square(self.layers[-1](self.layers[0](x)) - y))
+
+
+class Penalty(keras.layers.Layer):
+    """A layer that adds the whole loss."""
+
+    def call(self, x):
+        """What came."""
+        self.add_loss(keras.ops.mean(keras.ops.square(x - 1.0)))
+        return x
+
+
+def past_its_outputs(kind, optimizer):
+    """A curved model whose loss does not pass through its outputs, compiled."""
+    layers = [keras.Input((3,)), keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(1)]
+    if kind == "compute_loss":
+        model = kc.curved(OwnLoss(layers))
+        model.compile(optimizer, "mse")
+    else:
+        model = kc.curved(keras.Sequential([*layers, Penalty()]))
+        model.compile(optimizer)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["compute_loss", "add_loss"])
+def test_a_loss_that_does_not_pass_through_the_outputs_is_refused_where_that_matters(kind):
+    for make in (kc.CurveBall, kc.HessianFree):
+        model = past_its_outputs(kind, make())
+        before = model.get_weights()
+        with pytest.raises(ValueError, match="does not depend on the model.s outputs"):
+            model.train_on_batch(X, Y)
+        for a, b in zip(model.get_weights(), before):
+            np.testing.assert_array_equal(a, b)
+    model = past_its_outputs(kind, kc.TwoLoopNeumann(0.01))
+    lin = kc.Linearization(model, X, Y)
+    with pytest.raises(ValueError, match="does not depend on the model.s outputs"):
+        lin.gauss_newton() @ lin.gradient
+    assert all(np.isfinite(a).all() for a in lin.hessian() @ lin.gradient)  # has no need of them
+    before = model.evaluate(X, Y, verbose=0)
+    model.train_on_batch(X, Y)
+    assert model.evaluate(X, Y, verbose=0) < before
+
+
+def test_a_vector_has_one_tensor_for_each_weight():
+    model = kc.curved(network())
+    model.compile(kc.CurveBall(), "mse")
+    lin = kc.Linearization(model, X, Y)
+    one = [tf.zeros((3, 4))]
+    for wrong in (
+        lambda: lin.loss_at(one), lambda: lin.gradient_at(one), lambda: lin.loss_at(one[0]),
+        lambda: lin.gauss_newton() @ one, lambda: lin.gauss_newton() @ one[0],
+        lambda: lin.hessian() @ one, lambda: lin.hessian() @ one[0],
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"\b4\b"):
+            wrong()
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_model_of_frozen_layers_has_nothing_to_train(name):
+    model = kc.curved(network())
+    model.trainable = False
+    model.compile(OPTIMIZERS[name](), "mse")
+    with pytest.raises(ValueError, match="no trainable weights"):
+        model.fit(X, Y, verbose=0)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_gradients_alone_want_a_built_optimizer(name):
+    with pytest.raises(ValueError, match="must already be built"):
+        OPTIMIZERS[name]().apply([tf.zeros((3, 4))])
 
 
 def test_without_a_loss_keras_says_so():

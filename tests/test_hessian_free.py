@@ -401,3 +401,23 @@ def test_one_update_does_more_than_one_of_adam():
         history = model.fit(x[:500], y[:500], batch_size=500, epochs=12, verbose=0)
         losses[name] = history.history["loss"]
     assert losses["hessian_free"][-1] < 0.8 * losses["adam"][-1]
+
+
+@pytest.mark.parametrize("damping", [0.0, LevenbergMarquardt.martens(initial=1e-30)])
+def test_an_input_that_is_always_zero_is_no_obstacle_without_damping(damping):
+    keras.config.set_floatx("float32")  # where small squares and powers of them end sooner
+    keras.config.set_dtype_policy("float32")
+    x = np.random.default_rng(0).standard_normal((16, 3)).astype("float32")
+    x[:, 1] = 0
+    keras.utils.set_random_seed(0)
+    model = curved(keras.Sequential([
+        keras.Input((3,)), keras.layers.Dense(3, activation="tanh"), keras.layers.Dense(1)
+    ]))  # fmt: skip
+    model.compile(HessianFree(damping=damping, solver=ConjugateGradient(max_steps=8)), "mse")
+    before = model.get_weights()[0]
+    history = model.fit(x, x[:, :1] - x[:, 2:], batch_size=16, epochs=8, verbose=0).history
+    assert history["loss"][-1] < 0.1 * history["loss"][0]
+    assert sum(history["skipped_steps"]) == 0
+    after = model.get_weights()[0]
+    np.testing.assert_allclose(after[1], before[1], rtol=1e-6)  # no gradient, no step
+    assert all(np.isfinite(v.numpy()).all() for v in model.optimizer.variables)

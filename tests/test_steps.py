@@ -39,6 +39,22 @@ def test_the_damping_does_not_fall_below_its_minimum():
     assert updated(rule, 0.3, 0.0) == 0.6
 
 
+@pytest.mark.parametrize("rule", [LevenbergMarquardt(), MARTENS, LevenbergMarquardt(decay=0.01)])
+@pytest.mark.parametrize("ratio", [2.0, -1.0])
+def test_a_thousand_updates_in_one_direction_leave_a_way_back(rule, ratio):
+    ratio, back = tf.constant(ratio), tf.constant(1.0 - ratio)
+
+    @tf.function
+    def thousand(value):
+        for _ in tf.range(1000):
+            value = rule.update(value, ratio)
+        return value
+
+    end = thousand(tf.constant(1.0))
+    assert 0 < float(end) < INF
+    assert (float(rule.update(end, back)) - float(end)) * float(ratio) > 0
+
+
 def test_a_constant_stays():
     rule = ConstantDamping(0.1)
     assert rule.every is None
@@ -158,6 +174,17 @@ def test_without_a_second_direction_the_minimum_is_a_line_search(dtype, second):
 def test_a_zero_gradient_moves_nothing():
     np.testing.assert_array_equal(minimized(np.zeros((2, 2)), [0.0, 0.0]), [0, 0])
     np.testing.assert_array_equal(np.abs(minimized(np.diag([0.0, 1.0]), [0.0, 0.0])), [0, 0])
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float64])
+def test_where_there_is_no_minimum_the_quadratic_does_not_rise(dtype):
+    random = np.random.default_rng(0)
+    values = []
+    for signs in ([-1, -1], [1, -1], [-1, 1]) * 20:
+        Q = np.linalg.qr(random.standard_normal((2, 2)))[0]
+        A, b = Q @ np.diag(signs * random.uniform(0.01, 10, 2)) @ Q.T, random.standard_normal(2)
+        values.append(quadratic.value(tf.constant(A), tf.constant(b), tf.constant(minimized(A, b, dtype), tf.float64)))
+    assert np.isfinite(values).all() and max(values) <= 0
 
 
 def test_a_nan_is_not_hidden():
