@@ -64,6 +64,8 @@ class CurvedMixin:
             tf.where(counts, loss, tf.zeros_like(loss)), sample_weight=tf.where(counts, tf.shape(first)[0], 0)
         )
         logs = dict(self.compute_metrics(x, y, outputs, sample_weight=sample_weight))
+        if "loss" in logs:  # where no batch has counted yet, the mean of none is not 0
+            logs["loss"] = tf.where(self._loss_tracker.count.value > 0, logs["loss"], float("nan"))
         for name, report in self._reports(optimizer).items():
             report.update_state(reported.get(name, tf.constant(float("nan"))))
             logs[name] = report.result()

@@ -99,6 +99,8 @@ def test_a_batch_that_was_skipped_does_not_count_in_the_loss_of_an_epoch():
         seen.append(model.history.history["loss"][0])
     assert np.isfinite(seen[0])
     np.testing.assert_array_equal(seen, [seen[0], seen[0], np.nan, seen[0]])
+    model.reset_metrics()
+    assert np.isnan(model.train_on_batch(broken[8:], y[8 : len(broken)], return_dict=True)["loss"])
 
 
 class Steepest(kc.CurvatureOptimizer):
