@@ -16,15 +16,7 @@ FILES = [f"curveball_{loss}_lambda{start}" for loss in ("softmax", "mse") for st
 NAMES = {"loss": "loss", "beta": "beta", "rho": "rho", "damping": "lambda_before", "reduction_ratio": "ratio"}
 GROWTH = 0.999**-5
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    policy = keras.config.dtype_policy()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy(policy)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def flat(tensors):

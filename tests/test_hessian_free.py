@@ -26,15 +26,7 @@ FILES = [
     "autoencoder_chunks2",
 ]  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    policy = keras.config.dtype_policy()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy(policy)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 @keras.saving.register_keras_serializable(package="keras_curvature_tests")

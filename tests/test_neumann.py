@@ -12,15 +12,7 @@ from keras_curvature import Neumann, NeumannSeries, TwoLoopNeumann, curved, prob
 
 BENCHMARK = pathlib.Path(__file__).parents[1] / "examples" / "benchmarks" / "logistic.py"
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    policy = keras.config.dtype_policy()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy(policy)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def flat(tensors):
