@@ -51,6 +51,18 @@ def float64():
         keras.config.set_dtype_policy(policy)
 
 
+def flat(tensors):
+    """Tensors or Keras variables as one numpy vector."""
+    return np.concatenate([t.numpy().ravel() for t in tensors])
+
+
+def put(variables, vector):
+    """Assign one numpy vector to Keras variables."""
+    sizes = np.cumsum([int(np.prod(v.shape)) for v in variables])[:-1]
+    for variable, part in zip(variables, np.split(np.asarray(vector), sizes)):
+        variable.assign(part.reshape(variable.shape))
+
+
 def model_case(builder):
     """Register `builder(random) -> Case` under its name, seeded."""
     MODELS[builder.__name__] = _seeded(builder)

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from cases import flat
 
 from keras_curvature import ConstantDamping, CurveBall, LevenbergMarquardt, Linearization, curved, problems
 from keras_curvature.operators.base import dense
@@ -17,11 +18,6 @@ NAMES = {"loss": "loss", "beta": "beta", "rho": "rho", "damping": "lambda_before
 GROWTH = 0.999**-5
 
 pytestmark = pytest.mark.usefixtures("in_float64")
-
-
-def flat(tensors):
-    """Tensors or Keras variables as one numpy vector."""
-    return np.concatenate([t.numpy().ravel() for t in tensors])
 
 
 def stepper(model, optimizer):

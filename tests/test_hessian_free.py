@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from cases import flat, put
 
 from keras_curvature import (
     ArmijoLineSearch,
@@ -43,18 +44,6 @@ class L2(keras.regularizers.L2):
 
     def __call__(self, x):
         return self.l2 * keras.ops.sum(keras.ops.square(x))
-
-
-def flat(tensors):
-    """Tensors or Keras variables as one numpy vector."""
-    return np.concatenate([t.numpy().ravel() for t in tensors])
-
-
-def put(variables, vector):
-    """Assign one numpy vector to Keras variables."""
-    sizes = np.cumsum([int(np.prod(v.shape)) for v in variables])[:-1]
-    for variable, part in zip(variables, np.split(np.asarray(vector), sizes)):
-        variable.assign(part.reshape(variable.shape))
 
 
 def stepper(model, optimizer):

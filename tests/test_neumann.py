@@ -7,17 +7,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from cases import flat
 
 from keras_curvature import Neumann, NeumannSeries, TwoLoopNeumann, curved, problems
 
 BENCHMARK = pathlib.Path(__file__).parents[1] / "examples" / "benchmarks" / "logistic.py"
 
 pytestmark = pytest.mark.usefixtures("in_float64")
-
-
-def flat(tensors):
-    """Tensors or Keras variables as one numpy vector."""
-    return np.concatenate([t.numpy().ravel() for t in tensors])
 
 
 class Steps:
