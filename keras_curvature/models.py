@@ -6,8 +6,8 @@ import keras
 import tensorflow as tf
 from keras.src.models.functional import Functional
 
-from keras_curvature import replicas
-from keras_curvature.component import register
+from keras_curvature import replicas, trees
+from keras_curvature.component import check_count, register
 from keras_curvature.curvature.functional import build_for
 from keras_curvature.curvature.linearization import Linearization
 from keras_curvature.optimizers.base import CurvatureOptimizer
@@ -49,41 +49,68 @@ class Report(keras.metrics.Metric):
 class CurvedMixin:
     """What a curved model adds to a `keras.Model`: the train step, and the optimizer's reports in the logs."""
 
+    @property
+    def micro_batches(self):
+        """Number of slices that each replica's share of a batch is computed in, one after the other."""
+        return self.__dict__.get("_curved_micro_batches", 1)
+
+    @micro_batches.setter
+    def micro_batches(self, value):
+        check_count(curved, "micro_batches", value)
+        object.__setattr__(self, "_curved_micro_batches", value)
+        self.train_function = None  # traced again, with the new number
+
     def train_step(self, data):
-        """Linearize the batch, step, commit batch statistics once; Keras' own step for Keras' own optimizers."""
-        optimizer, scaler = unwrap(self.optimizer)
-        if not isinstance(optimizer, CurvatureOptimizer):
+        """Linearize the batch, step, commit batch statistics once; Keras' own step where that does as well."""
+        if not self._steps_by_linearization():
             return super().train_step(data)
+        optimizer, _ = unwrap(self.optimizer)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        step = functools.partial(self._curved_step, optimizer, scaler)
-        loss, outputs, reported = replicas.cross(step, x, y, sample_weight)
+        loss, outputs, taken, reported = replicas.cross(self._curved_step, x, y, sample_weight)
         first = next(a for a in keras.tree.flatten(x) if a is not None)
         # a batch that was skipped does not count: one NaN would be the loss of the whole epoch
-        counts = reported["skipped_steps"] == 0.0
         self._loss_tracker.update_state(
-            tf.where(counts, loss, tf.zeros_like(loss)), sample_weight=tf.where(counts, tf.shape(first)[0], 0)
+            tf.where(taken, loss, tf.zeros_like(loss)), sample_weight=tf.where(taken, tf.shape(first)[0], 0)
         )
         logs = dict(self.compute_metrics(x, y, outputs, sample_weight=sample_weight))
         if "loss" in logs:  # where no batch has counted yet, the mean of none is not 0
             logs["loss"] = tf.where(self._loss_tracker.count.value > 0, logs["loss"], float("nan"))
-        for name, report in self._reports(optimizer).items():
+        for name, report in (self._reports(optimizer) if reported else {}).items():
             report.update_state(reported.get(name, tf.constant(float("nan"))))
             logs[name] = report.result()
         return logs
 
-    def _curved_step(self, optimizer, scaler, x, y, sample_weight):
-        """`(loss, outputs, reported)`, outside the replicas."""
+    def _steps_by_linearization(self):
+        """Whether Keras' own train step does not do.
+
+        For Keras' own optimizers it does on one replica and on a TPU. Where a strategy synchronizes by merge calls it
+        refuses accumulated gradients, averages that overwrite the weights, and several steps per execution; ours
+        leaves the replicas once, for the whole step, and takes Keras' optimizers along.
+        """
+        ours = isinstance(unwrap(self.optimizer)[0], CurvatureOptimizer)
+        return ours or self.micro_batches > 1 or (replicas.count() > 1 and replicas.uses_merge_calls())
+
+    def _curved_step(self, x, y, sample_weight):
+        """`(loss, outputs, whether the step was taken, reported)`, outside the replicas."""
+        optimizer, scaler = unwrap(self.optimizer)
         build_for(self, x, y, sample_weight)
-        optimizer.require(self.trainable_variables)
-        scale = optimizer.loss_scale_factor if scaler is None else tf.identity(scaler.dynamic_scale.value)
-        lin = Linearization(self, x, y, sample_weight, shift=optimizer.shift(), loss_scale=scale)
-        loss, outputs = lin.loss, lin.outputs
-        reported = optimizer.step(lin)
-        taken = reported["skipped_steps"] == 0.0
+        ours = isinstance(optimizer, CurvatureOptimizer)
+        if ours:
+            optimizer.require(self.trainable_variables)
+        lin = Linearization(
+            self, x, y, sample_weight, **({"micro_batches": self.micro_batches} if self.micro_batches > 1 else {}),
+            shift=optimizer.shift() if ours else None,
+            loss_scale=optimizer.loss_scale_factor if scaler is None else tf.identity(scaler.dynamic_scale.value),
+        )  # fmt: skip
+        if ours:
+            reported = optimizer.step(lin)
+            taken = reported["skipped_steps"] == 0.0
+        else:
+            reported, taken = {}, _step_of_keras(optimizer, lin, checked=scaler is not None)
         tf.cond(taken, lambda: _nothing(lin.commit()), lambda: _nothing(None))
         if scaler is not None:
             _update_loss_scale(scaler, taken)
-        return loss, outputs, reported
+        return lin.loss, lin.outputs, taken, reported
 
     def _reports(self, optimizer):
         """`{name: Report}` of the compiled optimizer; made anew where it is another one."""
@@ -211,6 +238,21 @@ def unwrap(optimizer):
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return optimizer.inner_optimizer, optimizer
     return optimizer, None
+
+
+def _step_of_keras(optimizer, lin, checked):
+    """One step of an optimizer of Keras' own, outside the replicas; whether it was taken.
+
+    As Keras does, it is passed over where the gradient is not finite under a loss scale, and only there.
+    """
+    gradient, scale = lin.gradient, optimizer.loss_scale_factor
+
+    def take():
+        with replicas.keras_outside():
+            optimizer.apply(gradient if scale is None else trees.scale(scale, gradient), lin.variables)
+        return tf.constant(True)
+
+    return tf.cond(trees.is_finite(gradient), take, lambda: tf.constant(False)) if checked else take()
 
 
 def _update_loss_scale(scaler, finite):

@@ -14,10 +14,14 @@ is why `cross` comes first and the loops of conjugate gradients stand outside. W
 calls (TPUs, and the default strategy) `cross` stays where it is, and `total` is an `all_reduce`.
 """
 
+import contextlib
+
 import tensorflow as tf
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
 
 
-def _uses_merge_calls():
+def uses_merge_calls():
+    """Whether the strategy synchronizes by merge calls, so that loops and conditions have to stand outside."""
     return not tf.__internal__.distribute.strategy_supports_no_merge_call()
 
 
@@ -34,9 +38,32 @@ def here():
 def cross(fn, *args):
     """Run `fn(*args)` once for all replicas. `args` are what this replica has; `fn` sees the values of all."""
     context = tf.distribute.get_replica_context()
-    if context is None or count() == 1 or not _uses_merge_calls():
+    if context is None or count() == 1 or not uses_merge_calls():
         return fn(*args)
     return context.merge_call(lambda strategy, *args: fn(*args), args=args)
+
+
+@contextlib.contextmanager
+def keras_outside():
+    """While open, Keras' optimizers work where `cross` leads, on gradients that are summed already.
+
+    Keras leaves the replicas by one merge call for each thing that an optimizer does, and in the middle of a `tf.cond`
+    (accumulated gradients, averages of the weights) that is refused. Outside already, there is nothing to leave.
+    """
+    interim = tf.__internal__.distribute.interim
+    originals = interim.maybe_merge_call, TFOptimizer._all_reduce_sum_gradients
+
+    def maybe_merge_call(fn, strategy, *args, **kwargs):
+        if tf.distribute.in_cross_replica_context():
+            return fn(strategy, *args, **kwargs)
+        return originals[0](fn, strategy, *args, **kwargs)
+
+    interim.maybe_merge_call = maybe_merge_call
+    TFOptimizer._all_reduce_sum_gradients = lambda optimizer, grads_and_vars: grads_and_vars
+    try:
+        yield
+    finally:
+        interim.maybe_merge_call, TFOptimizer._all_reduce_sum_gradients = originals
 
 
 def each(fn, *args):

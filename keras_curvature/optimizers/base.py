@@ -112,7 +112,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
             def take():
                 for variable, value in noted:
                     variable.assign(value)
-                replicas.each(self._hand_to_keras, handed)
+                self._hand_to_keras(handed)
                 return tf.constant(0.0)
 
             def skip():
@@ -129,7 +129,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
     def _hand_to_keras(self, gradients):
         if self.loss_scale_factor is not None:  # Keras divides by it; the step has its true size already
             gradients = trees.scale(self.loss_scale_factor, gradients)
-        super().apply(gradients, self._trainable_variables)
+        with replicas.keras_outside():
+            super().apply(gradients, self._trainable_variables)
 
     def apply(self, grads, trainable_variables=None):
         """What Keras calls on a plain model: gradients of each replica, and nothing behind them."""
@@ -246,11 +247,6 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         own = inspect.signature(cls.__init__).parameters
         config = {k: component.deserialize(v) if k in own and k != "learning_rate" else v for k, v in config.items()}
         return super().from_config(config, custom_objects)
-
-    # Private names of Keras 3.15; `tests/test_keras_internals.py` checks that they are there.
-
-    def _all_reduce_sum_gradients(self, grads_and_vars):
-        return grads_and_vars  # a direction is already the same on every replica
 
 
 def _names(variables):
