@@ -1,0 +1,61 @@
+"""One process of several writes."""
+
+import keras
+
+
+def is_chief(strategy):
+    """Whether this process is the one that writes for all; true where there is only one."""
+    resolver = getattr(strategy, "cluster_resolver", None)
+    if resolver is None or resolver.task_type not in ("chief", "worker"):
+        return True
+    if resolver.task_type == "worker" and "chief" in resolver.cluster_spec().jobs:
+        return False
+    return resolver.task_type == "chief" or resolver.task_id == 0
+
+
+class ChiefOnly(keras.callbacks.Callback):
+    """`callback` on the chief alone, where `fit` runs in several processes; anywhere else, `callback`.
+
+    For callbacks that write: of `MultiWorkerMirroredStrategy`'s processes, each would write the same file. Not for
+    `keras_curvature.callbacks.Checkpoint`, in which all of them have a part, nor for a callback that runs the model.
+
+    Args:
+        callback: A `keras.callbacks.Callback`.
+
+    Example:
+
+    ```python
+    model.fit(dataset, callbacks=[ChiefOnly(keras.callbacks.TensorBoard("logs"))])
+    ```
+    """
+
+    def __init__(self, callback):
+        super().__init__()
+        if not isinstance(callback, keras.callbacks.Callback):
+            raise ValueError(f"`ChiefOnly`: `callback` must be a `keras.callbacks.Callback`. Received: {callback!r}")
+        self.callback, self._works = callback, True
+
+    def set_model(self, model):
+        """Where the model is trained tells which process this is."""
+        super().set_model(model)
+        self._works = is_chief(model.distribute_strategy)
+        if self._works:
+            self.callback.set_model(model)
+
+    def set_params(self, params):
+        """The parameters of `fit`."""
+        super().set_params(params)
+        self.callback.set_params(params)
+
+
+def _forwarding(hook):
+    def forward(self, *args, **kwargs):
+        if self._works:
+            getattr(self.callback, hook)(*args, **kwargs)
+
+    forward.__name__, forward.__doc__ = hook, "`callback`'s, on the chief."
+    return forward
+
+
+for _hook in (name for name in dir(keras.callbacks.Callback) if name.startswith("on_")):
+    setattr(ChiefOnly, _hook, _forwarding(_hook))

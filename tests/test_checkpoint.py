@@ -1,0 +1,427 @@
+"""A run that was stopped or killed, at whatever step, goes on bit for bit."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_properties import assert_same
+
+import keras_curvature as kc
+from keras_curvature.callbacks import Checkpoint, ChiefOnly, Position, SwapNeumannWeights, Terminated
+
+HERE = pathlib.Path(__file__).parent
+STEPS = 3  # of an epoch
+
+
+def data():
+    """`x` (24, 4), `y` (24,)."""
+    x = np.random.default_rng(0).standard_normal((24, 4)).astype("float32")
+    return x, np.argmax(x[:, :3], axis=1).astype("int32")
+
+
+def compiled(optimizer=kc.CurveBall, curve=True, units=6, **options):
+    """A small classifier with batch statistics and random masks; its values are other ones in every process."""
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.Dense(units, activation="tanh"), keras.layers.BatchNormalization(),
+        keras.layers.Dropout(0.3), keras.layers.Dense(3),
+    ])  # fmt: skip
+    model = kc.curved(model) if curve else model
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer(), loss, **{"metrics": ["accuracy"], "jit_compile": False, **options})
+    return model
+
+
+class Note(keras.callbacks.Callback):
+    """Notes what each batch showed, and calls `event` after batch number `at`."""
+
+    def __init__(self, at=None, event=None):
+        super().__init__()
+        self.at, self.event, self.seen = at, event, []
+
+    def on_train_batch_end(self, batch, logs=None):
+        """After a batch."""
+        self.seen.append((batch, str({name: float(value) for name, value in logs.items()})))  # NaN is not itself
+        if len(self.seen) == self.at:
+            self.event()
+
+
+class Killed(Exception):
+    """The process is gone, as far as `fit` is concerned."""
+
+
+def kill():
+    """No callback is told."""
+    raise Killed
+
+
+def ask():
+    """What a cluster does before it takes a machine away."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fit(model, *callbacks, epochs=4, **options):
+    """The history of a `fit` in order."""
+    x, y = data()
+    return model.fit(
+        x, y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, callbacks=list(callbacks),
+        **{"validation_data": (x, y), **options},
+    ).history  # fmt: skip
+
+
+def whole(**options):
+    """`(model, note, history)` of a run that nothing happens to."""
+    keras.utils.set_random_seed(0)
+    model, note = compiled(**options), Note()
+    return model, note, fit(model, note)
+
+
+def state(model):
+    """Everything that has a value."""
+    return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+
+
+def assert_goes_on(directory, stops, event, expected, every=1, **options):
+    """Runs that end after so many steps each, and one to the end, show and leave what `expected` did."""
+    model, note, history = expected
+    steps = 0
+    for at in stops:
+        keras.utils.set_random_seed(0 if steps == 0 else 100 + at)
+        noted = Note(at, event)
+        with pytest.raises((Killed, Terminated)):
+            fit(compiled(**options), Checkpoint(directory, every=every), noted)
+        begins = Checkpoint(directory).position
+        steps = begins.epoch * STEPS + begins.step
+    keras.utils.set_random_seed(7 if steps else 0)
+    resumed, noted = compiled(**options), Note()
+    rest = fit(resumed, Checkpoint(directory, every=every), noted)
+    of_epoch = len(note.seen) // 4  # executions, of one step or more
+    assert noted.seen == note.seen[begins.epoch * of_epoch + begins.step * of_epoch // STEPS :]
+    left = {name: values[begins.epoch :] for name, values in history.items()}
+    assert str(rest) == str(left if begins.epoch < 4 else {})
+    assert_same(state(resumed), state(model))
+    return resumed
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": lambda: kc.Neumann(warmup_steps=1, reset_every=4)}])
+def test_a_killed_run_goes_on_inside_the_epoch(tmp_path, options):
+    assert_goes_on(tmp_path, [5, 3], kill, whole(**options), **options)  # in the 2nd and 3rd epoch
+
+
+def test_a_run_goes_on_from_the_last_checkpoint(tmp_path):
+    expected = whole()
+    assert_goes_on(tmp_path / "fours", [2, 6], kill, expected, every=4)  # first before there is any
+    assert_goes_on(tmp_path / "epochs", [5], kill, expected, every=None)
+
+
+@pytest.mark.parametrize("at", [4, 6, 12])  # the last step of an epoch, and of the run, too
+def test_a_signal_saves_and_ends_fit(tmp_path, at):
+    before = signal.getsignal(signal.SIGTERM)
+    assert_goes_on(tmp_path, [at], ask, whole(), every=None)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_end_by_a_signal_is_the_programs(tmp_path):
+    with pytest.raises(SystemExit, match="after 4 steps") as raised:
+        fit(compiled(), Checkpoint(tmp_path), Note(4, ask))
+    assert raised.value.code == 143
+    assert Checkpoint(tmp_path).position == Position(1, 1)
+
+
+def test_a_second_signal_is_not_caught(tmp_path):
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    try:
+        with pytest.raises(Terminated):
+            fit(compiled(), Checkpoint(tmp_path), Note(4, lambda: [ask(), ask()]))
+        assert heard == [1]
+        fit(compiled(), Checkpoint(tmp_path / "other", on_signal=False), Note(4, ask), epochs=2)
+        assert heard == [1, 1]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_plain_models_and_keras_optimizers_go_on_too(tmp_path):
+    for name, make in {"adam": keras.optimizers.Adam, "neumann": lambda: kc.Neumann(warmup_steps=2)}.items():
+        options = {"curve": False, "optimizer": make}
+        assert_goes_on(tmp_path / name, [5], kill, whole(**options), **options)
+
+
+def test_swapped_weights_go_on(tmp_path):
+    def make():
+        return compiled(lambda: kc.Neumann(0.1, warmup_steps=0), curve=False)
+
+    def run(model, *callbacks):
+        return fit(model, *callbacks, SwapNeumannWeights())
+
+    keras.utils.set_random_seed(0)
+    one = make()
+    history = run(one)
+    keras.utils.set_random_seed(0)
+    with pytest.raises(Killed):
+        run(make(), Checkpoint(tmp_path, every=1), Note(5, kill))
+    two = make()
+    assert run(two, Checkpoint(tmp_path, every=1))["val_loss"] == history["val_loss"][1:]
+    assert_same(state(two), state(one))
+
+
+def test_several_steps_per_execution(tmp_path):
+    options = {"steps_per_execution": 2}  # of three steps: the last execution of an epoch is a short one
+    assert_goes_on(tmp_path, [3], kill, whole(**options), **options)
+
+
+def test_loss_scales_go_on(tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        options = {"optimizer": lambda: kc.Neumann(warmup_steps=2), "auto_scale_loss": True}
+        expected = whole(**options)
+        assert isinstance(expected[0].optimizer, keras.optimizers.LossScaleOptimizer)
+        assert_goes_on(tmp_path, [5], kill, expected, **options)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+class Late(keras.Model):
+    """Built by its first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.head = keras.layers.Dropout(0.5), keras.layers.Dense(3)
+
+    def call(self, x, training=False):
+        """Logits."""
+        return self.head(self.drop(x, training=training))
+
+
+def test_a_model_that_its_first_batch_builds(tmp_path):
+    def late():
+        model = kc.curved(Late())
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(kc.CurveBall(), loss, metrics=["accuracy"])
+        return model
+
+    keras.utils.set_random_seed(0)
+    model, note = late(), Note()
+    fit(model, note)
+    keras.utils.set_random_seed(0)
+    with pytest.raises(Killed):
+        fit(late(), Checkpoint(tmp_path, every=1), Note(5, kill))
+    resumed, noted = late(), Note()
+    fit(resumed, Checkpoint(tmp_path, every=1), noted)
+    assert noted.seen == note.seen[5:]
+    assert_same(state(resumed), state(model))
+
+
+def stream(epoch, step):
+    """Batches from a position on, a function of the epoch."""
+
+    def batches():
+        for number in range(epoch, 4):
+            x, y = data()
+            order = np.random.default_rng(number).permutation(24)
+            for i in range(step if number == epoch else 0, STEPS):
+                rows = order[8 * i : 8 * i + 8]
+                yield x[rows], y[rows]
+
+    spec = tf.TensorSpec((8, 4)), tf.TensorSpec((8,), tf.int32)
+    return tf.data.Dataset.from_generator(batches, output_signature=spec)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_streams_go_on_from_the_position(tmp_path, skip):
+    def run(directory, note):
+        checkpoint = Checkpoint(directory, every=1, skip_batches=skip)
+        epoch, step = checkpoint.position
+        model = compiled()
+        model.fit(
+            stream(epoch, 0 if skip else step), steps_per_epoch=STEPS, epochs=4, verbose=0, shuffle=False,
+            callbacks=[checkpoint, note],
+        )  # fmt: skip
+        return model
+
+    keras.utils.set_random_seed(0)
+    note = Note()
+    model = run(tmp_path / "whole", note)
+    keras.utils.set_random_seed(0)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", Note(5, kill))
+    noted = Note()
+    assert_same(state(run(tmp_path / "killed", noted)), state(model))
+    assert noted.seen == note.seen[5:]
+
+
+def test_a_run_that_is_over_stays_as_it_is(tmp_path):
+    model, _, _ = whole()
+    keras.utils.set_random_seed(0)
+    fit(compiled(), Checkpoint(tmp_path))
+    again = compiled()
+    assert fit(again, Checkpoint(tmp_path)) == {}
+    assert_same(state(again), state(model))
+    assert fit(again, epochs=1)["loss"]  # and the next `fit` begins where it says
+
+
+def test_so_many_are_kept(tmp_path):
+    fit(compiled(), Checkpoint(tmp_path, every=1, keep=2))
+    assert sorted(path.name for path in tmp_path.glob("*.index")) == ["ckpt-11.index", "ckpt-12.index"]
+
+
+def test_half_a_checkpoint_is_none(tmp_path):
+    with pytest.raises(Killed):
+        fit(compiled(), Checkpoint(tmp_path, every=1), Note(5, kill))
+    newest = tf.train.latest_checkpoint(tmp_path)
+    (tmp_path / "ckpt-6.data-00000-of-00001").write_bytes(b"cut off")
+    (tmp_path / "ckpt-6.index").write_bytes(b"")
+    assert tf.train.latest_checkpoint(tmp_path) == newest
+    fit(compiled(), Checkpoint(tmp_path, every=1))
+    assert Checkpoint(tmp_path).position == Position(4, 0)
+
+
+# Refusals.
+
+
+def contents(folder):
+    """Names and bytes of the files in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"units": 7}, r"another model: variable 0 of its 9 is `kernel` \(4, 6\) float32, and here, of 9, `kernel`"),
+        ({"optimizer": kc.HessianFree}, "saved by `CurveBall` and the model is compiled with `HessianFree`"),
+        ({"optimizer": lambda: kc.CurveBall(use_ema=True)}, "another optimizer: variable 2 of its 10"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, options, message):
+    with pytest.raises(Killed):
+        fit(compiled(), Checkpoint(tmp_path, every=1), Note(5, kill))
+    before = contents(tmp_path)
+    model = compiled(**options)
+    weights = model.get_weights()
+    with pytest.raises(ValueError, match=message):
+        fit(model, Checkpoint(tmp_path, every=1))
+    assert contents(tmp_path) == before
+    assert_same(model.get_weights(), weights)
+
+
+def test_an_epoch_of_another_length_is_refused(tmp_path):
+    x, y = data()
+    with pytest.raises(Killed):
+        fit(compiled(), Checkpoint(tmp_path, every=1), Note(5, kill))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="after 2 of the 3 steps of epoch 1, and an epoch has 6 steps now"):
+        compiled().fit(x, y, batch_size=4, epochs=4, verbose=0, callbacks=[Checkpoint(tmp_path)])
+    assert contents(tmp_path) == before
+
+
+def test_another_first_epoch_or_other_metrics_are_refused(tmp_path):
+    with pytest.raises(Killed):
+        fit(compiled(), Checkpoint(tmp_path, every=1), Note(2, kill))  # in epoch 0, which Keras takes for "not given"
+    with pytest.raises(ValueError, match="goes on in epoch 0 and `fit` begins with 2"):
+        fit(compiled(), Checkpoint(tmp_path), initial_epoch=2)
+    model = compiled(metrics=["accuracy", "sparse_top_k_categorical_accuracy"])
+    with pytest.raises(ValueError, match="another metric"):
+        fit(model, Checkpoint(tmp_path))
+    fit(compiled(), Checkpoint(tmp_path))  # and a refusal leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"directory": ""}, "`directory` must be a path"),
+        ({"every": 0}, r"`every` must be an integer >= 1. Received: every=0"),
+        ({"keep": "all"}, r"`keep` must be an integer >= 1"),
+    ],
+)
+def test_arguments_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(**{"directory": "here", **arguments})
+    with pytest.raises(ValueError, match="`callback` must be a"):
+        ChiefOnly("tensorboard")
+
+
+# Strategies and processes.
+
+MIRRORED = """
+import os, signal, sys
+import keras, numpy as np, tensorflow as tf
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+from test_checkpoint import Checkpoint, Note, compiled, fit, state
+directory, seed, at, out = sys.argv[1:]
+keras.utils.set_random_seed(int(seed))
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+for name in ("whole", "killed") if out == "whole" else ("killed",):
+    keras.utils.set_random_seed(int(seed))
+    with strategy.scope():
+        model = compiled()
+    kill = Note(int(at), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    callbacks = [] if name == "whole" else [Checkpoint(directory, every=1), kill]
+    history = fit(model, *callbacks)
+    np.savez(os.path.join(directory, out + ".npz"), loss=history["loss"], *state(model))
+"""
+
+
+def test_replicas_go_on_after_a_kill(tmp_path):
+    paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    for arguments, code in ((("0", "5", "whole"), -signal.SIGKILL), (("1", "99", "killed"), 0)):
+        run = subprocess.run(
+            [sys.executable, "-c", MIRRORED, str(tmp_path), *arguments],
+            env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == code, run.stderr[-2000:]
+    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("whole", "killed"))
+    for name in set(one) - {"loss"}:
+        np.testing.assert_array_equal(one[name], two[name])
+    np.testing.assert_allclose(two["loss"], one["loss"][1:], rtol=1e-6)
+
+
+class Resolver:
+    """What a strategy knows of its process."""
+
+    def __init__(self, task_type, task_id, *jobs):
+        self.task_type, self.task_id, self.jobs = task_type, task_id, jobs
+
+    def cluster_spec(self):
+        """The jobs of the cluster."""
+        return self
+
+
+@pytest.mark.parametrize(
+    ("resolver", "writes"),
+    [
+        (None, True),
+        (Resolver("", None), True),
+        (Resolver("worker", 0, "worker"), True),
+        (Resolver("worker", 1, "worker"), False),
+        (Resolver("worker", 0, "worker", "chief"), False),
+        (Resolver("chief", 0, "worker", "chief"), True),
+    ],
+)
+def test_only_the_chief_writes(tmp_path, resolver, writes):
+    class Strategy:
+        cluster_resolver = resolver
+
+    class Model:
+        distribute_strategy = Strategy()
+
+    callback = ChiefOnly(keras.callbacks.CSVLogger(str(tmp_path / "log.csv")))
+    callback.set_model(Model())
+    callback.set_params({"epochs": 1})
+    callback.on_train_begin()
+    callback.on_epoch_end(0, {"loss": 1.0})
+    callback.on_train_end()
+    assert (tmp_path / "log.csv").exists() == writes
+
+
+def test_the_chief_does_what_the_callback_does(tmp_path):
+    note = Note()
+    fit(compiled(), ChiefOnly(note), ChiefOnly(keras.callbacks.TensorBoard(tmp_path)), epochs=1)
+    assert [batch for batch, _ in note.seen] == [0, 1, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"train", "validation"}
