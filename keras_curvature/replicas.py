@@ -25,6 +25,21 @@ def uses_merge_calls():
     return not tf.__internal__.distribute.strategy_supports_no_merge_call()
 
 
+def of_several_workers(strategy):
+    """Whether `strategy` trains in several processes, each with replicas of its own."""
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and strategy.extended._in_multi_worker_mode()
+
+
+def one_of(strategy, values):
+    """Of a nest of per-replica values, what one replica of this worker has."""
+    return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], values)
+
+
+def strangers(strategy, variables):
+    """Those of the Keras variables that were not created under `strategy`, which cannot train them."""
+    return [v for v in variables if not strategy.extended.variable_created_in_scope(v.value)]
+
+
 def count():
     """Number of replicas in sync, a Python integer."""
     return tf.distribute.get_strategy().num_replicas_in_sync
@@ -84,13 +99,57 @@ def add_up(values):
         return values
     strategy, context = tf.distribute.get_strategy(), tf.distribute.get_replica_context()
     if context is None:
-        return tf.nest.map_structure(lambda v: strategy.reduce(tf.distribute.ReduceOp.SUM, v, axis=None), values)
+        # all at once, for the strategy to pack them; and on accelerators to where they are: a sum that is wanted on one
+        # device alone would be gathered there, past the collectives
+        device = strategy.extended.worker_devices[0]
+        parts = [(value, device if "CPU" in device else value) for value in tf.nest.flatten(values)]
+        sums = strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, parts)
+        return one_of(strategy, tf.nest.pack_sequence_as(values, sums))
     return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+
+
+@tf.custom_gradient
+def add_up_inside(value):
+    """The sum over the replicas of a tensor in the middle of what all of them compute, such as a mean of the batch.
+
+    Its derivative is such a sum again, of any order. TensorFlow's own remembers the call of `each` that it was recorded
+    in, and refuses to be differentiated in another.
+    """
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value), add_up_inside
+
+
+def place(fn, *args):
+    """Where the examples of each replica stand in the whole batch: `(start, total)`.
+
+    `fn(*args)` runs on every replica and gives the number of its examples. `start`, how many come before them, stays
+    on the replica, fit to be an argument of `each`; `total` is the number of all. Where shapes say that all replicas
+    have the same, nothing is communicated; else one integer for each replica is.
+    """
+    noted = {}
+
+    def note(*args):
+        noted[identity()] = examples = fn(*args)
+        return tf.one_hot(number(), count(), dtype=tf.int32) * examples
+
+    if count() == 1:
+        return 0, fn(*args)
+    lengths, (static, *others) = each(note, *args), noted.values()
+    # in a graph, a shape that is known here is that of every worker's graph
+    all_known = isinstance(static, int) and (len(noted) == count() or not tf.executing_eagerly())
+    if all_known and all(other == static for other in others):
+        return each(lambda: number() * static), count() * static
+    lengths = add_up(lengths)  # (replicas,)
+    return each(lambda: tf.cumsum(lengths, exclusive=True)[number()]), tf.reduce_sum(lengths)
+
+
+def number():
+    """Which of the replicas in sync the caller is, an integer or tensor; call it inside `each`."""
+    context = tf.distribute.get_replica_context()
+    return 0 if context is None else context.replica_id_in_sync_group
 
 
 def identity():
     """A key for Python objects that belong to one replica, such as its gradient tape; call it inside `each`."""
-    context = tf.distribute.get_replica_context()
-    number = 0 if context is None else context.replica_id_in_sync_group
-    static = number if isinstance(number, int) else tf.get_static_value(number)
+    own = number()
+    static = own if isinstance(own, int) else tf.get_static_value(own)
     return 0 if static is None else int(static)  # a TPU traces one program for all its replicas

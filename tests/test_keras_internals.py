@@ -16,7 +16,7 @@ from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.models.functional import Functional
 
 from keras_curvature import Linearization
-from keras_curvature.curvature import functional, taps
+from keras_curvature.curvature import differentiable, functional, taps
 
 
 def test_keras_is_the_version_that_the_private_names_were_read_in():
@@ -117,7 +117,8 @@ def test_what_a_layer_assigns_in_a_stateless_scope_is_seen_by_identity():
 @pytest.mark.parametrize("keepdims", [False, True])
 def test_moments_are_those_that_replace_them(keepdims):
     x, axes = tf.constant(np.random.default_rng(0).standard_normal((4, 3, 2))), [0, 1]
-    for ours, theirs in zip(functional._plain_moments(x, axes, keepdims), keras_nn._compute_moments(x, axes, keepdims)):
+    pairs = zip(differentiable._plain_moments(x, axes, keepdims), keras_nn._compute_moments(x, axes, keepdims))
+    for ours, theirs in pairs:
         assert ours.shape == theirs.shape
         np.testing.assert_allclose(ours, theirs, 1e-12)
 
@@ -132,11 +133,11 @@ def test_normalization_layers_ask_for_their_moments_by_that_name(layer, monkeypa
 
 
 def test_the_replaced_functions_come_back():
-    originals = keras_nn._compute_moments, keras_nn.max_pool, functional.keras_rnn.cudnn_ok
-    with pytest.raises(ZeroDivisionError), functional.differentiable_keras(twice=True):
-        assert keras_nn._compute_moments is functional._plain_moments
+    originals = keras_nn._compute_moments, keras_nn.max_pool, differentiable.keras_rnn.cudnn_ok
+    with pytest.raises(ZeroDivisionError), differentiable.differentiable_keras(twice=True):
+        assert keras_nn._compute_moments is differentiable._plain_moments
         raise ZeroDivisionError
-    assert (keras_nn._compute_moments, keras_nn.max_pool, functional.keras_rnn.cudnn_ok) == originals
+    assert (keras_nn._compute_moments, keras_nn.max_pool, differentiable.keras_rnn.cudnn_ok) == originals
 
 
 def test_max_pooling_layers_pool_by_that_name(monkeypatch):
@@ -144,7 +145,7 @@ def test_max_pooling_layers_pool_by_that_name(monkeypatch):
     monkeypatch.setattr(keras_nn, "max_pool", lambda *args, **kw: asked.append(kw or args) or original(*args, **kw))
     layers.MaxPooling2D()(np.ones((1, 4, 4, 1), "float32"))
     assert asked
-    assert list(inspect.signature(original).parameters) == list(inspect.signature(functional._max_pool).parameters)
+    assert list(inspect.signature(original).parameters) == list(inspect.signature(differentiable._max_pool).parameters)
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])
@@ -156,8 +157,8 @@ def test_recurrent_layers_leave_cudnn_aside_while_linearized(name, monkeypatch):
     with float64():
         case = MODELS[name]().compile()
         functional.build_for(case.model, *case.batch)
-        monkeypatch.setattr(functional.keras_rnn, "cudnn_ok", lambda *args, **kwargs: True)
-        monkeypatch.setattr(functional.keras_rnn, f"_cudnn_{name}", cudnn)
+        monkeypatch.setattr(differentiable.keras_rnn, "cudnn_ok", lambda *args, **kwargs: True)
+        monkeypatch.setattr(differentiable.keras_rnn, f"_cudnn_{name}", cudnn)
         with pytest.raises(AssertionError, match="cuDNN was used"):
             case.model(case.x, training=True)
         lin = Linearization(case.model, *case.batch)

@@ -11,9 +11,8 @@ unbiased estimate from one more backward pass: with a random sign `s_i` per exam
 import tensorflow as tf
 
 from keras_curvature import replicas
-from keras_curvature.curvature import taps
-from keras_curvature.curvature.functional import differentiable_keras
-from keras_curvature.curvature.products import LossRecording
+from keras_curvature.curvature import slices, taps
+from keras_curvature.curvature.differentiable import differentiable_keras
 
 
 def squared_gradients(linearization, seed):
@@ -21,40 +20,49 @@ def squared_gradients(linearization, seed):
 
     Args:
         linearization: A `Linearization` of a loss that is a mean over examples.
-        seed: Integer tensor or number: the random signs are a function of it and of the replica.
+        seed: Integer tensor or number: the random signs are a function of it and of the example's row in the batch.
     """
+    exact = set()
     with differentiable_keras(), taps.dense() as noted:
 
-        def record():
-            recording = linearization._record_loss(LossRecording)
-            return _sums_of_squares(recording, noted.get(replicas.identity(), []), linearization.variables, seed)
+        def local(pure):
+            recording = linearization._record_loss(pure)
+            signed = _signed_sums(recording, pure.place, seed)
+            squares = _sums_of_squares(recording, noted.pop(replicas.identity(), []), linearization.variables)
+            exact.update(squares)
+            sums = [tf.cast(squares.get(i, h), h.dtype) for i, h in enumerate(signed)]
+            return recording.evaluation, sums
 
-        sums, examples = replicas.total(record)
+        sums = linearization._sum(local)
+    # squared here, when the slices of all replicas are in: the estimate does not depend on how the batch is cut
+    sums = [s if i in exact else tf.square(s) for i, s in enumerate(sums)]
     # each example's share of the mean loss is 1/N of its own loss: N^2 from the squares, 1/N from the mean
-    return [tf.cast(examples, s.dtype) * s for s in sums]
+    return [tf.cast(linearization.examples, s.dtype) * s for s in sums]
 
 
-def _sums_of_squares(recording, noted, variables, seed):
-    """`(sum_i g_i^2, number of examples)` of one replica."""
+def _signed_sums(recording, place, seed):
+    """`sum_i s_i g_i` over the examples of one recording, a vector."""
     recording.require_leaves()
-    examples = tf.shape(recording.leaves[0])[0]
-    signs = tf.random.stateless_uniform([examples], [replicas.identity(), seed], 0, 2, tf.int32) * 2 - 1
+    with slices.at(place):
+        signs = tf.random.stateless_uniform([place.examples], [0, seed], 0, 2, tf.int32) * 2 - 1
     cotangents = [s * _along_batch(tf.cast(signs, s.dtype), s) for s in recording.slope]
-    sums = [tf.square(h) for h in recording.pull(cotangents)]
-    position = {id(v): i for i, v in enumerate(variables)}
+    return recording.pull(cotangents)
+
+
+def _sums_of_squares(recording, noted, variables):
+    """`sum_i g_i^2` over the examples of one recording, `{index of a variable: tensor}` for those of `Dense` layers."""
+    sums, position = {}, {id(v): i for i, v in enumerate(variables)}
     for tap in _once_each(noted):
         (said,) = recording.slopes_at([tap.said])  # float32 where the layer computes in half precision
         if said is None:
             continue
         kernel, bias = position.get(id(tap.layer.kernel)), position.get(id(tap.layer.bias))
         if kernel is not None:
-            sums[kernel] = tf.cast(
-                tf.matmul(tf.square(tf.cast(tap.inputs, said.dtype)), tf.square(said), transpose_a=True),
-                sums[kernel].dtype,
-            )
+            inputs = tf.cast(tap.inputs, said.dtype)
+            sums[kernel] = tf.matmul(tf.square(inputs), tf.square(said), transpose_a=True)
         if bias is not None:
-            sums[bias] = tf.cast(tf.reduce_sum(tf.square(said), 0), sums[bias].dtype)
-    return sums, tf.cast(examples, tf.float32)
+            sums[bias] = tf.reduce_sum(tf.square(said), 0)
+    return sums
 
 
 def _once_each(noted):

@@ -3,6 +3,8 @@
 import dataclasses
 
 from keras_curvature import replicas, trees
+from keras_curvature.curvature import products
+from keras_curvature.curvature.recordings import Recordings
 from keras_curvature.operators import LinearOperator
 
 
@@ -23,7 +25,8 @@ class GaussNewton(LinearOperator):
     """
 
     variables: list
-    recordings: dict
+    recordings: Recordings
+    loss_scale: object
     l2: tuple
     not_convex: tuple
 
@@ -34,33 +37,28 @@ class GaussNewton(LinearOperator):
 
     def multiply(self, vector):
         """`G v`: one forward-mode and one backward pass."""
-        return self.pull(self.push(vector))
+        trees.check("vector", vector, self.variables)
+        return self._add_l2(self.recordings.total(lambda recording, v: recording.product(v), [list(vector)]), vector)
 
     def push(self, vector):
         """The `Tangent` of `vector`: one forward-mode pass."""
         trees.check("vector", vector, self.variables)
-
-        def push(v):
-            recording = self._here()
-            pushed = recording.jvp(v)
-            return pushed, recording.curve(pushed)
-
-        pushed, curved = replicas.each(push, list(vector))
+        pushed, curved = self.recordings.rows(lambda recording, v: recording.push(v), [list(vector)])
         return Tangent(vector, pushed, curved)
 
     def pull(self, tangent):
         """`G v` of the vector that was pushed: one backward pass."""
-        pulled = replicas.total(lambda curved: self._here().pull(curved), tangent.curved)
+        pulled = self.recordings.total(lambda recording, c: recording.pull(c), tangents=[tangent.curved])
         return self._add_l2(pulled, tangent.vector)
 
     def pull_with_gradient(self, tangent):
         """`G v + g`, the gradient of the quadratic model at `v`: the same one backward pass."""
-        pulled = replicas.total(lambda curved: self._here().gradient(curved), tangent.curved)
+        pulled = self.recordings.total(lambda recording, c: recording.gradient(c), tangents=[tangent.curved])
         return self._add_l2(pulled, tangent.vector)
 
     def inner(self, left, right):
         """`u' G v` from two tangents, a scalar: no pass at all."""
-        product = replicas.total(lambda u, v: self._here().inner(u, v), left.pushed, right.curved)
+        product = replicas.total(lambda u, c: products.inner(u, c, self.loss_scale), left.pushed, right.curved)
         for coefficient, u, v in zip(self.l2, left.vector, right.vector):
             if coefficient:
                 product += coefficient * trees.dot([u], [v])
@@ -70,9 +68,6 @@ class GaussNewton(LinearOperator):
         """`u' G v`: two forward-mode passes, one where `u` is `v`."""
         left = self.push(u)
         return self.inner(left, left if v is u else self.push(v))
-
-    def _here(self):
-        return self.recordings[replicas.identity()]
 
     def _add_l2(self, product, vector):
         return [p + c * v if c else p for p, c, v in zip(product, self.l2, vector)]

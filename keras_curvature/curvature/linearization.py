@@ -6,13 +6,19 @@ is its shadow for a plain `keras.Model`, which hands its optimizer gradients and
 it says what to do.
 """
 
+import contextlib
+import numbers
+
 import keras
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
-from keras_curvature.curvature import diagonal, likelihoods, products, taps
-from keras_curvature.curvature.functional import PureModel, build_for, differentiable_keras, piece
+from keras_curvature.curvature import diagonal, likelihoods, products, slices, taps
+from keras_curvature.curvature.differentiable import differentiable_keras
+from keras_curvature.curvature.functional import PureModel, build_for
 from keras_curvature.curvature.gauss_newton import GaussNewton
+from keras_curvature.curvature.micro_batches import MicroBatches
+from keras_curvature.curvature.recordings import Recordings
 from keras_curvature.operators import Function
 
 
@@ -38,13 +44,17 @@ class Linearization:
         loss_scale: Scalar that multiplies the loss inside derivatives, which are divided by it again, for
             `mixed_float16`. Optional.
         part: `(size, index)` of a piece of the batch to use. Optional; see `chunk`.
+        micro_batches: Number of slices that each replica's batch is cut into, an integer: passes go over one slice
+            at a time, with the memory of one; see `curvature/micro_batches.py`. Defaults to `1`.
 
     Attributes:
         variables: The model's trainable variables.
         weights: Their values, with the shift, a list of tensors.
+        examples: Number of examples in the whole batch, of all replicas, an integer or tensor.
 
     Raises:
-        ValueError: The model is not compiled.
+        ValueError: The model is not compiled; `micro_batches` is not an integer of at least 1, or larger than 1 with
+            synchronized normalization on several replicas, or, under XLA, not a divisor of a known batch size.
 
     Example:
 
@@ -60,16 +70,20 @@ class Linearization:
     ```
     """
 
-    def __init__(self, model, x, y=None, sample_weight=None, *, shift=None, loss_scale=None, part=None):
+    def __init__(
+        self, model, x, y=None, sample_weight=None, *, shift=None, loss_scale=None, part=None, micro_batches=1
+    ):  # fmt: skip
         _check_model(model)
+        _check_micro_batches(micro_batches)
         build_for(model, x, y, sample_weight)
         self.model, self.variables = model, list(model.trainable_variables)
-        self._batch, self._part = (x, y, sample_weight), part
+        self._batch, self._part, self._micro_batches = (x, y, sample_weight), part, micro_batches
         self._shift, self._loss_scale = shift, loss_scale
-        # one pure model and one recording per replica; what is computed once is kept here (`cached_property`
-        # holds a lock while it computes, on which the threads of replicas would wait for each other)
-        self._pure, self._recordings, self._known = {}, {}, {}
-        replicas.each(self._open, *self._batch)
+        # one pure model per replica; what is computed once is kept in `_known` (`cached_property` holds a lock while it
+        # computes, on which the threads of replicas would wait for each other)
+        self._slices, self._pure, self._known, self._graph = {}, {}, {}, slices.graph()
+        start, self.examples = replicas.place(self._take, *self._batch)
+        replicas.each(self._open, start)
 
     # What is known at the point itself.
 
@@ -93,8 +107,9 @@ class Linearization:
         """`df/dw`, a vector; one backward pass, however often it is asked for."""
 
         def gradient():
-            self._forward()
-            return replicas.total(lambda: self._recordings[replicas.identity()].gradient())
+            gradient = self._recordings().total(lambda recording: recording.gradient())
+            self._forward()  # known by now
+            return gradient
 
         return self._once("gradient", gradient)
 
@@ -103,8 +118,13 @@ class Linearization:
     def loss_at(self, step):
         """`f(w + step)`, a scalar; one forward pass with the same masks and seeds, and no weight is assigned."""
         trees.check("step", step, self.variables)
+
+        def loss(pure, step):
+            evaluation = pure.evaluate(self._local_weights(step))
+            return evaluation, evaluation.loss
+
         with differentiable_keras():
-            return replicas.total(lambda step: self._here().evaluate(self._local_weights(step)).loss, step)
+            return self._sum(loss, step)
 
     def gradient_at(self, step):
         """`df/dw` at `w + step`, a vector; one forward and one backward pass, and no weight is assigned."""
@@ -114,11 +134,12 @@ class Linearization:
         """`(f, df/dw)` at `w + step`."""
         trees.check("step", step, self.variables)
 
-        def gradient(step):
-            return products.gradient(self._here(), self._local_weights(step), self._loss_scale)
+        def gradient(pure, step):
+            evaluation, gradient = products.gradient(pure, self._local_weights(step), self._loss_scale)
+            return evaluation, (evaluation.loss, gradient)
 
         with differentiable_keras():
-            return replicas.total(gradient, step)
+            return self._sum(gradient, step)
 
     # Curvature.
 
@@ -127,18 +148,15 @@ class Linearization:
 
         One product costs about as much as a gradient, besides one forward and backward pass for all of them.
         """
-        recordings = {}
 
-        def record():
-            recordings[replicas.identity()] = self._record_loss(products.HessianRecording)
-            return tf.zeros(())  # a strategy wants something to carry
+        def record(pure):
+            return products.HessianRecording(pure, self._local_weights(), self._loss_scale)
 
-        with differentiable_keras(twice=True):
-            replicas.each(record)
+        recordings = Recordings(self._here, record, lambda: differentiable_keras(twice=True))
 
         def product(v):
             trees.check("vector", v, self.variables)
-            return replicas.total(lambda v: recordings[replicas.identity()].product(v), v)
+            return recordings.total(lambda recording, v: recording.product(v), [list(v)])
 
         return Function(product)
 
@@ -150,10 +168,8 @@ class Linearization:
         as linear in the activations and have no curvature here. Positive semi-definite where the compiled loss
         is convex in the outputs; see `curvature/likelihoods.py`.
         """
-        self._forward()
-        for recording in self._recordings.values():
-            recording.require_leaves()
-        return GaussNewton(self.variables, self._recordings, self.l2, tuple(likelihoods.not_convex(self.model)))
+        not_convex = tuple(likelihoods.not_convex(self.model))
+        return GaussNewton(self.variables, self._recordings(), self._loss_scale, self.l2, not_convex)
 
     def hidden_gauss_newton(self):
         """`J_h' J_h / N`, for `h` the hidden states of the recurrent layers and `N` the number of examples.
@@ -165,34 +181,37 @@ class Linearization:
         Raises:
             ValueError: The model has no recurrent layer.
         """
-        recordings = {}
-        with differentiable_keras(), taps.hidden_states() as noted:
+        noted = {}
 
-            def record():
-                weights = self._local_weights()
-                tape = tf.GradientTape(persistent=True)
-                with tape:
-                    tape.watch(weights)
-                    outputs = self._here().evaluate(weights).leaves
-                states = noted.get(replicas.identity())
-                if not states:
-                    raise ValueError(
-                        f"`hidden_gauss_newton` (structural damping) needs a recurrent layer; "
-                        f"the model {self.model.name!r} has none. Use `structural_damping=0.0`."
-                    )
-                recordings[replicas.identity()] = products.Jacobian(tape, weights, states)
-                return tf.cast(tf.shape(outputs[0])[0], tf.float32)
+        def around():
+            stack = contextlib.ExitStack()
+            stack.enter_context(differentiable_keras())
+            stack.enter_context(taps.hidden_states(noted))
+            return stack
 
-            examples = replicas.total(record)
+        def record(pure):
+            weights, tape = self._local_weights(), tf.GradientTape(persistent=True)
+            with tape:
+                tape.watch(weights)
+                evaluation = pure.evaluate(weights)
+            return products.Jacobian(tape, weights, self._noted_states(noted), evaluation)
+
+        recordings = Recordings(self._here, record, around)
 
         def product(v):
-            def local(v):
-                jacobian = recordings[replicas.identity()]
-                return jacobian.vjp(jacobian.jvp(v))
-
-            return trees.scale(1.0 / examples, replicas.total(local, v))
+            pulled = recordings.total(lambda jacobian, v: jacobian.vjp(jacobian.jvp(v)), [list(v)])
+            return trees.scale(1.0 / tf.cast(self.examples, tf.float64), pulled)
 
         return Function(product, psd=True)
+
+    def _noted_states(self, noted):
+        states = noted.pop(replicas.identity(), None)
+        if not states:
+            raise ValueError(
+                f"`hidden_gauss_newton` (structural damping) needs a recurrent layer; "
+                f"the model {self.model.name!r} has none. Use `structural_damping=0.0`."
+            )
+        return states
 
     def squared_gradients(self, seed=0):
         """Mean over the examples of the squared gradient of each, a vector; see `curvature/diagonal.py`."""
@@ -216,50 +235,67 @@ class Linearization:
             size: A share of the batch in (0, 1], or a number of examples in the whole batch.
             index: Integer number or tensor; the batch is cut into as many whole pieces as it has.
 
-        A loss that is a mean over examples (Keras' default) becomes the mean over the piece. A batch with fewer
-        examples than `size` is used whole.
+        A piece is every second, third, ... example of the slice: on replicas whose slices are equal, and a multiple of
+        that, it is the examples that one replica would take. A loss that is a mean over examples (Keras' default)
+        becomes the mean over the piece. A batch with fewer examples than `size` is used whole.
         """
         return Linearization(
-            self.model, *self._batch, shift=self._shift, loss_scale=self._loss_scale, part=(size, index)
-        )
+            self.model, *self._batch, shift=self._shift, loss_scale=self._loss_scale, part=(size, index),
+            micro_batches=self._micro_batches,
+        )  # fmt: skip
 
     def commit(self):
         """Write the batch statistics, random seeds and loss counters of this batch into the model, once."""
+        recordings = self._recordings()
 
         def write():
-            self._here().commit(self._recordings[replicas.identity()].evaluation)
+            self._here().commit(recordings.here().evaluation)
 
         self._forward()
         replicas.each(write)
 
     # One forward pass, recorded on every replica.
 
+    def _recordings(self):
+        return self._once("recordings", lambda: Recordings(self._here, self._record_loss))
+
     def _forward(self):
         """`(loss, outputs)` of the recorded pass."""
-
-        def record():
-            recording = self._record_loss(products.LossRecording)
-            self._recordings[replicas.identity()] = recording
-            return recording.evaluation.loss, recording.evaluation.outputs
-
-        def forward():
-            with differentiable_keras():
-                loss, outputs = replicas.each(record)
-            return replicas.add_up(loss), outputs
-
-        return self._once("forward", forward)
+        return self._once("forward", self._recordings().evaluated)
 
     def _once(self, name, compute):
-        if name not in self._known:
-            self._known[name] = compute()
-        return self._known[name]
+        if name in self._known:
+            return self._known[name]
+        value = compute()
+        if slices.graph() is self._graph:  # what is made inside a loop or condition is no use outside of it
+            self._known[name] = value
+        return value
+
+    def _sum(self, local, *vectors):
+        """Of `local(pure, *vectors) -> (evaluation, sums)` the sums, added up over slices and replicas."""
+        return replicas.total(lambda *vectors: self._here().sum(lambda pure: local(pure, *vectors)), *vectors)
 
     # Called on a replica.
 
-    def _open(self, *batch):
-        if self._part is not None:
-            batch = piece(batch, *self._part)
-        self._pure[replicas.identity()] = PureModel(self.model, *batch)
+    def _record_loss(self, pure):
+        """A `LossRecording` of a `PureModel` at the weights."""
+        return products.LossRecording(pure, self._local_weights(), self._loss_scale)
+
+    def _take(self, *batch):
+        """Take this replica's slice of the batch, or of that the piece, and count its examples."""
+        taken = batch if self._part is None else slices.piece(batch, *self._part)
+        self._slices[replicas.identity()] = taken
+        return slices.examples(taken[0])
+
+    def _open(self, start):
+        batch = self._slices[replicas.identity()]
+        examples = slices.examples(batch[0])
+        place = slices.Place(start, self.examples if replicas.count() == 1 else examples, self.examples)
+        if self._micro_batches == 1:
+            pure = PureModel(self.model, batch, place)
+        else:
+            pure = MicroBatches(self.model, batch, place, self._micro_batches)
+        self._pure[replicas.identity()] = pure
 
     def _here(self):
         return self._pure[replicas.identity()]
@@ -270,9 +306,6 @@ class Linearization:
         for vector in (self._shift, step):
             weights = weights if vector is None else trees.add(weights, vector)
         return weights
-
-    def _record_loss(self, recording):
-        return recording(self._here(), self._local_weights(), self._loss_scale)
 
 
 class Gradients:
@@ -310,6 +343,11 @@ def _l2(variables):
         return 2.0 * float(regularizer.l2) if known else 0.0
 
     return tuple(coefficient(getattr(v, "regularizer", None)) for v in variables)
+
+
+def _check_micro_batches(count):
+    if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"`micro_batches` must be an integer of at least 1. Received: micro_batches={count!r}")
 
 
 def _check_model(model):

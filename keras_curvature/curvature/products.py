@@ -17,36 +17,15 @@ gradients of embeddings, XLA. And since the passes are recorded once, outside, a
 gradients) pays for the products alone and not for the forward pass again.
 """
 
-import contextlib
-
 import tensorflow as tf
 
 from keras_curvature import trees
+from keras_curvature.curvature.differentiable import without_control_edges
 
 
 def densely(gradients, like):
     """Gradients as dense tensors: zeros where nothing depended, `IndexedSlices` (embeddings) scattered."""
     return [tf.zeros_like(w) if g is None else tf.convert_to_tensor(g) for g, w in zip(gradients, like)]
-
-
-@contextlib.contextmanager
-def _without_control_edges():
-    """While open, gradients are traced along data alone.
-
-    TensorFlow's gradients of `Square`, `SquaredDifference` and `Erf` (moments, GELU) hold back their factors until the
-    incoming gradient is there, to save memory. The pass that forward mode is made from has no value anybody needs,
-    but by these edges it would stay in the graph: a whole backward pass per product of a transformer.
-    """
-    graph = tf.compat.v1.get_default_graph() if not tf.executing_eagerly() else None
-    if graph is None:
-        yield
-        return
-    original = graph.control_dependencies
-    graph.control_dependencies = lambda inputs: original(inputs) if inputs is None else contextlib.nullcontext()
-    try:
-        yield
-    finally:
-        del graph.control_dependencies  # the attribute of this graph; the method of its class is as it was
 
 
 class Jacobian:
@@ -56,10 +35,11 @@ class Jacobian:
         tape: A persistent `tf.GradientTape` that watched `weights` while `leaves` were computed.
         weights: Tensors, one per trainable variable.
         leaves: The tensors to differentiate, each shaped `(batch, ...)`.
+        evaluation: The `Evaluation` that they come from.
     """
 
-    def __init__(self, tape, weights, leaves):
-        self._tape, self.weights, self.leaves = tape, weights, leaves
+    def __init__(self, tape, weights, leaves, evaluation):
+        self._tape, self.weights, self.leaves, self.evaluation = tape, weights, leaves, evaluation
 
     def vjp(self, cotangents):
         """`J' c`: cotangents shaped as the leaves to a vector in weight space."""
@@ -70,7 +50,7 @@ class Jacobian:
         dummies = [tf.zeros_like(leaf) for leaf in self.leaves]
         with tf.GradientTape() as tape:
             tape.watch(dummies)
-            with _without_control_edges():
+            with without_control_edges():
                 pulled = self._tape.gradient(self.leaves, self.weights, output_gradients=dummies)
             pairs = [(tf.convert_to_tensor(g), v) for g, v in zip(pulled, vector) if g is not None]
         functionals, weights = [g for g, _ in pairs], [v for _, v in pairs]
@@ -97,12 +77,12 @@ class LossRecording(Jacobian):
         tape, loss_tape = tf.GradientTape(persistent=True), tf.GradientTape(persistent=True)
         with tape:
             tape.watch(weights)
-            self.evaluation = pure.evaluate(weights, loss_tape)
-            self._loss = _scaled(self.evaluation.loss, loss_scale)
+            evaluation = pure.evaluate(weights, loss_tape)
+            self._loss = _scaled(evaluation.loss, loss_scale)
         with loss_tape:  # entered again: what the slope is made of is recorded too, for `H_L u`
-            slopes = tape.gradient(self._loss, self.evaluation.leaves)
-        used = [(leaf, slope) for leaf, slope in zip(self.evaluation.leaves, slopes) if slope is not None]
-        super().__init__(tape, weights, [leaf for leaf, _ in used])
+            slopes = tape.gradient(self._loss, evaluation.leaves)
+        used = [(leaf, slope) for leaf, slope in zip(evaluation.leaves, slopes) if slope is not None]
+        super().__init__(tape, weights, [leaf for leaf, _ in used], evaluation)
         self.slope = [slope for _, slope in used]
         self._loss_tape, self._loss_scale = loss_tape, loss_scale
 
@@ -131,6 +111,16 @@ class LossRecording(Jacobian):
         wide = [s if s is None or s.dtype.size >= 4 else tf.cast(s, tf.float32) for s in slopes]
         return [None if s is None else _unscaled([s], self._loss_scale)[0] for s in wide]
 
+    def push(self, vector):
+        """`(J v, H_L J v)`."""
+        self.require_leaves()
+        tangents = self.jvp(vector)
+        return tangents, self.curve(tangents)
+
+    def product(self, vector):
+        """`J' H_L J v`."""
+        return self.pull(self.push(vector)[1])
+
     def pull(self, cotangents):
         """`J' c` for cotangents that carry the loss scale, such as `curve` returns."""
         return _unscaled(self.vjp(cotangents), self._loss_scale)
@@ -140,14 +130,9 @@ class LossRecording(Jacobian):
         curved = self._loss_tape.gradient(self.slope, self.leaves, output_gradients=tangents)
         return densely(curved, self.leaves)
 
-    def inner(self, tangents, curved):
-        """`<u, c>` over all leaves, a float32 or float64 scalar, for `c` that carries the loss scale."""
-        (product,) = _unscaled([trees.dot(tangents, curved)], self._loss_scale)
-        return product
-
 
 class HessianRecording:
-    """The gradient of one batch on one replica, recorded for Hessian products; arguments as `LossRecording`."""
+    """The gradient of one batch on one replica, recorded for Hessian products; as `LossRecording`."""
 
     def __init__(self, pure, weights, loss_scale=None):
         self.weights, self._loss_scale = weights, loss_scale
@@ -156,7 +141,8 @@ class HessianRecording:
             self._tape.watch(weights)
             with tf.GradientTape() as inner:
                 inner.watch(weights)
-                loss = _scaled(pure.evaluate(weights).loss, loss_scale)
+                self.evaluation = pure.evaluate(weights)
+                loss = _scaled(self.evaluation.loss, loss_scale)
             self._gradient = densely(inner.gradient(loss, weights), weights)
 
     def product(self, vector):
@@ -166,12 +152,18 @@ class HessianRecording:
 
 
 def gradient(pure, weights, loss_scale=None):
-    """`(loss, dL/dw)` at `weights`, on one replica; nothing is kept."""
+    """`(evaluation, dL/dw)` at `weights`, on one replica; nothing is kept."""
     with tf.GradientTape() as tape:
         tape.watch(weights)
-        loss = pure.evaluate(weights).loss
-        scaled = _scaled(loss, loss_scale)
-    return loss, _unscaled(densely(tape.gradient(scaled, weights), weights), loss_scale)
+        evaluation = pure.evaluate(weights)
+        scaled = _scaled(evaluation.loss, loss_scale)
+    return evaluation, _unscaled(densely(tape.gradient(scaled, weights), weights), loss_scale)
+
+
+def inner(tangents, curved, loss_scale=None):
+    """`<u, c>` over all leaves, a float32 or float64 scalar, for `c` that carries the loss scale."""
+    (product,) = _unscaled([trees.dot(tangents, curved)], loss_scale)
+    return product
 
 
 def _scaled(loss, loss_scale):

@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import replicas
+from keras_curvature.curvature.differentiable import replaced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +39,20 @@ def dense():
         noted.setdefault(replicas.identity(), []).append(DenseTap(layer, inputs, said))
         return said if activation is None else activation(said)
 
-    with _replaced(keras.layers.Dense, "call", call):
+    with replaced((keras.layers.Dense, "call", call)):
         yield noted
 
 
 @contextlib.contextmanager
-def hidden_states():
+def hidden_states(noted=None):
     """Note the output sequence of every recurrent layer, whole even where only the last is returned.
 
-    Yields `{replica: [sequence]}`, each sequence `(batch, time, units)`.
+    Yields `{replica: [sequence]}`, each sequence `(batch, time, units)`; it is `noted`, where that is given.
     """
-    noted = {}
+    noted = {} if noted is None else noted
     with contextlib.ExitStack() as stack:
         for cls in (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU):
-            stack.enter_context(_replaced(cls, "inner_loop", _whole_sequence(cls.inner_loop, noted)))
+            stack.enter_context(replaced((cls, "inner_loop", _whole_sequence(cls.inner_loop, noted))))
         yield noted
 
 
@@ -72,13 +73,3 @@ def _whole_sequence(original, noted):
         return last, sequence, states
 
     return inner_loop
-
-
-@contextlib.contextmanager
-def _replaced(owner, name, method):
-    original = getattr(owner, name)
-    setattr(owner, name, method)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
