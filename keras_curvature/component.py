@@ -48,10 +48,10 @@ def deserialize(value):
 
 
 def check(owner, name, value, valid, expected):
-    """Raise a `ValueError` in Keras' words unless `valid`; `owner` is the object or class whose argument it is."""
+    """Raise a `ValueError` in Keras' words unless `valid`; `owner` is the object, class or function it belongs to."""
     if not valid:
-        owner = owner if isinstance(owner, type) else type(owner)
-        raise ValueError(f"`{owner.__name__}`: `{name}` must be {expected}. Received: {name}={value!r}")
+        owner = getattr(owner, "__name__", type(owner).__name__)
+        raise ValueError(f"`{owner}`: `{name}` must be {expected}. Received: {name}={value!r}")
 
 
 def is_number(value):

@@ -56,7 +56,7 @@ class CurvedMixin:
 
     @micro_batches.setter
     def micro_batches(self, value):
-        check_count(curved, "micro_batches", value)
+        check_count(self, "micro_batches", value)
         object.__setattr__(self, "_curved_micro_batches", value)
         self.train_function = None  # traced again, with the new number
 
@@ -98,7 +98,7 @@ class CurvedMixin:
         if ours:
             optimizer.require(self.trainable_variables)
         lin = Linearization(
-            self, x, y, sample_weight, **({"micro_batches": self.micro_batches} if self.micro_batches > 1 else {}),
+            self, x, y, sample_weight, micro_batches=self.micro_batches,
             shift=optimizer.shift() if ours else None,
             loss_scale=optimizer.loss_scale_factor if scaler is None else tf.identity(scaler.dynamic_scale.value),
         )  # fmt: skip
@@ -137,6 +137,70 @@ class CurvedMixin:
             self._reports(optimizer)
         return super().make_train_function(force)
 
+    # Two private names of Keras' trainer, where `fit` begins and where a step's logs leave the replicas.
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Build what waits for a first batch, from the slice of one replica.
+
+        Keras would average the slices: on several workers, or where they are uneven, it cannot.
+        """
+        self._check_scope()
+        if iterator is not None and self._distribute_strategy is not None:
+            data_batch = replicas.one_of(self.distribute_strategy, next(next(iter(iterator))[-1]))
+            iterator = None
+        super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+
+    def _check_scope(self):
+        """Refuse a model or an optimizer that belongs to another strategy than the one that trains."""
+        strategy, optimizer = self.distribute_strategy, unwrap(self.optimizer)[0]
+        made_under = getattr(optimizer, "_distribution_strategy", strategy)
+        owners = {
+            f"the model {self.name!r}": not replicas.strangers(strategy, self.variables),
+            f"the optimizer `{type(optimizer).__name__}`": made_under is strategy,
+        }
+        for owner in (owner for owner, belongs in owners.items() if not belongs):
+            raise ValueError(
+                f"Training under `{type(strategy).__name__}`: {owner} was made outside the strategy's scope. Make the "
+                "model, curve it and compile it inside:\n\n"
+                "    with strategy.scope():\n"
+                "        model = keras_curvature.curved(build())\n"
+                "        model.compile(optimizer=keras_curvature.CurveBall(), loss=...)\n"
+            )
+
+    def _make_function(self, step_function):
+        """Keras averages the logs of several workers over an axis that scalars do not have; they get one."""
+
+        def with_an_axis(data):
+            return keras.tree.map_structure(lambda value: tf.convert_to_tensor(value)[tf.newaxis], step_function(data))
+
+        with self.distribute_strategy.scope():
+            alone = replicas.count() == 1 or not replicas.uses_merge_calls()
+        several_workers = replicas.of_several_workers(self.distribute_strategy)
+        function = super()._make_function(with_an_axis if several_workers else step_function)
+        return function if alone else self._one_by_one(function)
+
+    def _one_by_one(self, function):
+        """`steps_per_execution` steps, each a call of `function` on one batch.
+
+        Keras' loop over the steps stands in a graph, where TensorFlow fails to place the sums over replicas; and a
+        step that asks for a batch after the last one adds an empty batch to the metrics before it fails.
+        """
+
+        def several(iterator):
+            if not replicas.is_iterator(iterator):
+                return function(iterator)
+            logs = None
+            for _ in range(self.steps_per_execution):
+                batch = iterator.get_next_as_optional()
+                if not batch.has_value():
+                    break
+                logs = function([batch.get_value()])
+            if logs is None:
+                raise StopIteration
+            return logs
+
+        return several
+
     def _get_metrics_result_or_logs(self, logs):
         # a private name of Keras 3.15: the logs of an epoch, from the metrics where the names agree
         reports = (self.__dict__.get("_curved_reports") or (None, {}))[1]
@@ -156,6 +220,10 @@ class CurvatureModel(CurvedMixin, keras.Model):
     Made from inputs and outputs or by subclassing, saved and loaded as itself. A model that exists already is
     curved by `curved(model)`.
 
+    Attributes:
+        micro_batches: Number of slices that each replica's share of a batch is computed in; see `curved`. An argument
+            too, where the model is made from inputs and outputs. Defaults to `1`.
+
     Example:
 
     ```python
@@ -165,13 +233,28 @@ class CurvatureModel(CurvedMixin, keras.Model):
     ```
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, micro_batches=1, **kwargs):
         if len(args) == 2 or "outputs" in kwargs:
             # left to itself, Keras would make this very class functional, and so every later subclass of it
             object.__setattr__(self, "__class__", _functional_class(type(self)))
             Functional.__init__(self, *args, **kwargs)
         else:
             super().__init__(*args, **kwargs)
+        self.micro_batches = micro_batches
+
+    def get_config(self):
+        """Keras' config, and the number of micro-batches where it is not 1."""
+        config = super().get_config()
+        return config if self.micro_batches == 1 else {**config, "micro_batches": self.micro_batches}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The model that `get_config` described."""
+        config = dict(config)
+        micro_batches = config.pop("micro_batches", 1)
+        model = super().from_config(config, custom_objects)
+        model.micro_batches = micro_batches
+        return model
 
 
 @functools.cache
@@ -189,32 +272,46 @@ keras.saving.register_keras_serializable(package="keras_curvature", name="Functi
 )
 
 
-def curved(model):
+def curved(model, micro_batches=None):
     """Give `model` the train step that second-order optimizers need, in place, and return it.
 
     The model stays what it is: the same layers, weights and compiled state, an instance of its class, saved to a file
     that plain Keras loads. After loading, curve it again before `fit`. Under a Keras optimizer a curved model trains as
     before.
 
+    Under a distribution strategy build and compile the model inside `strategy.scope()`; a batch is shared out among
+    the replicas, and `n` of them train as one does. This holds for Keras' own optimizers too.
+
     Args:
         model: A `keras.Model`: functional, sequential or subclassed.
+        micro_batches: Number of slices that each replica's share of a batch is computed in, one after the other, for
+            batches larger than memory: gradients, products and losses are sums over the slices, and no more
+            activations are kept than one slice has. Costs no more passes where gradients suffice, and a forward pass
+            for every product. Batch normalization takes the statistics of each slice. Defaults to what the model has
+            already, else `1`.
 
     Returns:
-        The same object.
+        The same object; `model.micro_batches` can be set again.
 
     Raises:
-        ValueError: `model` is not a `keras.Model`, or has a `train_step` of its own.
+        ValueError: `model` is not a `keras.Model`, or has a `train_step` of its own; `micro_batches` is not an
+            integer of at least 1.
 
     Example:
 
     ```python
     model = keras_curvature.curved(keras.Sequential([...]))
     model.compile(optimizer=keras_curvature.HessianFree(), loss="sparse_categorical_crossentropy")
+
+    model = keras_curvature.curved(model, micro_batches=64)   # a batch of 8192 in the memory of one of 128
     ```
     """
     if not isinstance(model, keras.Model):
         raise ValueError(f"`curved`: `model` must be a `keras.Model`. Received: model={model!r}")
+    if micro_batches is not None:
+        check_count(curved, "micro_batches", micro_batches)
     if isinstance(model, CurvedMixin):
+        model.micro_batches = micro_batches or model.micro_batches
         return model
     if type(model).train_step is not keras.Model.train_step:
         raise ValueError(
@@ -223,7 +320,7 @@ def curved(model):
         )
     # object's own setter: Keras' would take the class for an attribute to track
     object.__setattr__(model, "__class__", _curved_class(type(model)))
-    model.train_function = None  # traced again, with the new step
+    model.micro_batches = micro_batches or 1  # and the train function is traced again, with the new step
     return model
 
 

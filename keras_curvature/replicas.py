@@ -30,6 +30,11 @@ def of_several_workers(strategy):
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and strategy.extended._in_multi_worker_mode()
 
 
+def is_iterator(data):
+    """Whether `data` hands out batches of a data set, for one replica or for several."""
+    return isinstance(data, (tf.data.Iterator, tf.distribute.DistributedIterator))
+
+
 def one_of(strategy, values):
     """Of a nest of per-replica values, what one replica of this worker has."""
     return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], values)

@@ -245,6 +245,11 @@ def test_two_replicas_train_as_one_device(name, two_replicas):
     np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6 if name in PLAIN else 0)
 
 
+def test_what_is_done_every_so_many_steps_is_skipped_in_between_on_replicas_too(two_replicas):
+    passes = two_replicas["forward passes"]
+    assert passes == {"one": [2, 1, 1, 2], "two": [4, 2, 2, 4]}
+
+
 # Each kind of layer with each optimizer: a few by default, all of them with `-m slow`.
 
 PAIRS = list(zip(

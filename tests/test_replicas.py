@@ -1,0 +1,72 @@
+"""Several replicas train as one, over logical CPUs: every optimizer, every kind of layer, dropout included.
+
+Each test runs `replicas_run.py` in a process of its own, since two strategies in one process collide. Models whose
+batch statistics (or masked means) are of each slice are compared with micro-batches, which are the same slices.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from cases import MODELS
+from optimizers import ONE_OF_EACH, OPTIMIZERS, PLAIN
+from workers import KERAS
+
+HERE = pathlib.Path(__file__).parent
+TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+ALL = [*OPTIMIZERS, *KERAS]
+# each kind once and each optimizer several times
+PAIRS = [f"{ALL[i % len(ALL)]}:{kind}" for i, kind in enumerate(MODELS)]
+FEW = [
+    "neumann_resets:batch_normalization", "curveball:dropout", "hessian_free:recurrent_dropout",
+    "hessian_free_hessian:attention", "hessian_free_chunk:spatial_dropout", "two_loop_convexified:embedding_lstm",
+    "curveball_fixed:masked_outputs", "adam_accumulating:several_outputs", "sgd:nested",
+    "adam_averaging:gaussian_noise",
+]  # fmt: skip
+
+
+def run(replicas, floatx, *items):
+    """`{item: {"one": weights, "many": weights}}` from a process of its own."""
+    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.run(
+        [sys.executable, HERE / "replicas_run.py", str(replicas), floatx, *items],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def worst(found):
+    """The largest difference between the weights of one and of several replicas."""
+    assert "error" not in found, found["error"]
+    return float(np.abs(np.subtract(found["one"], found["many"])).max())
+
+
+few = functools.cache(lambda replicas, floatx: run(replicas, floatx, *FEW))
+every = functools.cache(lambda replicas, floatx: run(replicas, floatx, *PAIRS))
+crossed = functools.cache(lambda name: run(2, "float64", *[f"{name}:{kind}" for kind in MODELS]))
+
+
+@pytest.mark.parametrize("item", FEW)
+@pytest.mark.parametrize(("replicas", "floatx"), [(2, "float64"), pytest.param(4, "float32", marks=pytest.mark.slow)])
+def test_replicas_end_with_the_weights_of_one(replicas, floatx, item):
+    assert worst(few(replicas, floatx)[item]) < TOLERANCE[floatx]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("item", PAIRS)
+@pytest.mark.parametrize(("replicas", "floatx"), [(4, "float64"), (2, "float32")])
+def test_with_every_kind_of_layer(replicas, floatx, item):
+    assert worst(every(replicas, floatx)[item]) < TOLERANCE[floatx]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", ALL)
+def test_every_optimizer_with_every_kind_of_layer(name, kind):
+    assert worst(crossed(name)[f"{name}:{kind}"]) < TOLERANCE["float64"]
