@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 from cases import MODELS
-from optimizers import ONE_OF_EACH, OPTIMIZERS, PLAIN
+from optimizers import OPTIMIZERS
 from workers import KERAS
 
 HERE = pathlib.Path(__file__).parent

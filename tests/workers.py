@@ -88,7 +88,8 @@ def main(what, directory, *names):
     """Prints the last line as JSON."""
     warnings.filterwarnings("ignore")
     keras.config.set_floatx("float64")  # the iterations of conjugate gradients amplify rounding
-    strategy = tf.distribute.MultiWorkerMirroredStrategy() if "TF_CONFIG" in os.environ else tf.distribute.get_strategy()
+    several = "TF_CONFIG" in os.environ
+    strategy = tf.distribute.MultiWorkerMirroredStrategy() if several else tf.distribute.get_strategy()
     done = fit(strategy, directory, names) if what == "fit" else resume(strategy, directory, *names)
     print(json.dumps(done), flush=True)
 
