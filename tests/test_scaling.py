@@ -1,0 +1,112 @@
+"""`tpu/scaling.py`: the formulas against what stands in the traced step; the counting against steps counted by hand."""
+
+import pathlib
+import sys
+
+import pytest
+
+TPU = pathlib.Path(__file__).parent.parent / "tpu"
+sys.path.insert(0, str(TPU))  # a folder of programs, and no package
+
+import costs  # noqa: E402
+import scaling  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def found():
+    """The counts of all optimizers on small perceptrons, from one process."""
+    return scaling.traced(["tiny", "sliced", "wide", "tall"])
+
+
+def models(found, name):
+    return scaling.model_of(name, found[name])
+
+
+def test_every_optimizer_of_the_package_has_a_formula():
+    import keras_curvature as kc
+
+    classes = [c for c in vars(kc).values() if isinstance(c, type) and issubclass(c, kc.CurvatureOptimizer)]
+    names = {c().name for c in classes if c is not kc.CurvatureOptimizer}
+    assert names and names <= set(costs.METHODS)
+
+
+@pytest.mark.parametrize("name", costs.METHODS)
+def test_the_traced_step_is_as_the_formula_says(name, found):
+    model = models(found, "tiny")
+    counts = found["tiny"]["optimizers"][name]
+    expected = scaling.predicted(costs.METHODS[name], model)
+    assert {key: counts[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", costs.METHODS)
+def test_a_step_holds_as_many_vectors_as_the_formula_says(name, found):
+    counts, model = found["wide"]["optimizers"][name], models(found, "wide")
+    held = counts["peak"] / (costs.WORD * model.weights)
+    # of six equal layers one holds three tensors more while its turn is
+    assert costs.METHODS[name].vectors <= held < costs.METHODS[name].vectors + 0.6
+
+
+@pytest.mark.parametrize("name", costs.METHODS)
+def test_a_step_holds_as_many_activations_as_the_formula_says(name, found):
+    counts, model = found["tall"]["optimizers"][name], models(found, "tall")
+    held = counts["peak"] / model.activations
+    assert costs.METHODS[name].recordings <= held < costs.METHODS[name].recordings + 0.5
+
+
+def test_counts_by_hand(found):
+    """5-7-6-4 with 8 examples: weights, the products of a pass, what tanh and the squared error keep."""
+    model = models(found, "tiny")
+    assert model.weights == 5 * 7 + 7 + 7 * 6 + 6 + 6 * 4 + 4
+    assert model.layers == (2 * 8 * 5 * 7, 2 * 8 * 7 * 6, 2 * 8 * 6 * 4)
+    # outputs of two hidden layers, and the error of the last; a number beside
+    assert 4 * 8 * (7 + 6 + 4) <= model.activations <= 4 * 8 * (7 + 6 + 4) + 16
+
+
+def test_conjugate_gradients_reduce_one_vector_per_iteration(found):
+    counts = found["tiny"]["optimizers"]["hessian_free"]["collectives"]
+    assert counts["while"][2] == found["tiny"]["weights"]
+
+
+def test_micro_batches_reduce_nothing_more(found):
+    """The loops over the slices have no collectives in them; the other loops have other names beside them."""
+    assert len(found["sliced"]["optimizers"]) == 4
+    for name, counts in found["sliced"]["optimizers"].items():
+        whole = found["tiny"]["optimizers"][name]["collectives"]
+        assert sorted(counts["collectives"].values()) == sorted(whole.values()), name
+
+
+def test_time_of_a_step():
+    """On one replica arithmetic alone; the bytes tend to twice the vector over the bandwidth; latency by doubling."""
+    machine = costs.Machine("even", peak=1e9, memory=1e9, bandwidth=1e6, latency=1e-3)
+    model = costs.Model("even", 1, weights=250_000, tensors=10, layers=(0, 1_000_000), utilization=0.5)
+    sgd = costs.METHODS["sgd"]
+    assert costs.time_of(sgd, model, machine, 1) == (pytest.approx(3e6 / 5e8), 0.0, 0.0)
+    arithmetic, ring, latency = costs.time_of(sgd, model, machine, 1024)
+    assert (ring, latency) == (pytest.approx(2 * 1023 / 1024), pytest.approx(2 * 10 * 1e-3))
+    assert costs.time_of(sgd, model, machine, 1024, packed=False)[2] == pytest.approx(10 * latency)
+    assert costs.efficiency(sgd, model, machine, 1024) == pytest.approx(arithmetic / (arithmetic + ring + latency))
+
+
+def test_a_transformer_of_a_billion_weights():
+    """Against the usual estimate, two operations for each weight and token, and attention on top."""
+    model = costs.transformer()
+    tokens = 4 * 1024
+    assert 1e9 < model.weights < 1.05e9
+    assert 1.0 < model.forward / (2 * model.weights * tokens) < 1.15
+    assert model.backward == 2 * model.forward
+
+
+def test_a_table_says_where_a_count_is_not_the_formula(found):
+    model = models(found, "tiny")
+    lines = list(scaling.table_of_counts(model, found["tiny"]))
+    assert sum(line.endswith("yes") for line in lines) == len(costs.METHODS)
+    wrong = {**found["tiny"], "optimizers": {**found["tiny"]["optimizers"]}}
+    wrong["optimizers"]["sgd"] = {**wrong["optimizers"]["sgd"], "state": 0}
+    assert [line.split()[0] for line in scaling.table_of_counts(model, wrong) if line.endswith("NO")] == ["sgd"]
+
+
+def test_figure(found, tmp_path):
+    pytest.importorskip("matplotlib")
+    model = models(found, "tiny")
+    scaling.figure([(model, costs.MACHINES[0])] * 2, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000

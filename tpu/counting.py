@@ -1,0 +1,166 @@
+"""Traces the train step of every optimizer and counts in it; see `graphs.py` for what.
+
+    python tpu/counting.py tiny,wide sgd hessian_free        # prints the counts as JSON; without names, of all
+
+A step is traced and not run: once on one device, for arithmetic and memory, and once on two replicas, for what they
+reduce. Replicas are two logical CPUs under a `MirroredStrategy` whose two ways to reduce (a tensor, a batch of
+tensors) leave a named identity in the graph for each tensor. Every reduction of `tf.distribute` goes through these two:
+gradients, losses, metrics that are read, variables that are averaged when written. One process can hold one
+`MirroredStrategy`, so import nothing from here that traces: run it.
+"""
+
+import json
+import math
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings, before it is imported
+
+import keras
+import tensorflow as tf
+from graphs import PRODUCTS, TAG, activations, flops, needed, operations, peak, reductions, sections
+from keras.src.backend.tensorflow.trainer import reduce_per_replica
+
+import keras_curvature as kc
+
+# name: (optimizer with its defaults, whether the model is curved)
+OPTIMIZERS = {
+    "sgd": (lambda: keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True), False),
+    "adam": (keras.optimizers.Adam, False),
+    "lamb": (keras.optimizers.Lamb, False),
+    "neumann": (kc.Neumann, False),
+    "neumann_curved": (kc.Neumann, True),
+    "curveball": (kc.CurveBall, True),
+    "two_loop_neumann": (kc.TwoLoopNeumann, True),
+    "hessian_free": (kc.HessianFree, True),
+}
+
+
+# Models to trace.
+
+
+def dense(widths, examples):
+    """`(model, x, y)`: a perceptron under a squared error, whose second derivative is no matrix product."""
+    layers = [keras.layers.Dense(n, activation="tanh") for n in widths[1:-1]]
+    model = keras.Sequential([keras.Input((widths[0],)), *layers, keras.layers.Dense(widths[-1])])
+    return model, "mse", tf.zeros((examples, widths[0])), tf.zeros((examples, widths[-1]))
+
+
+def sliced(model, *rest):
+    """The same, the batch in two slices one after the other."""
+    return kc.curved(model, micro_batches=2), *rest
+
+
+def resnet50(examples):
+    """`(model, x, y)` of `keras.applications`, 224x224 pixels, 1000 classes."""
+    model = keras.applications.ResNet50(weights=None, classifier_activation=None)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return model, loss, tf.zeros((examples, 224, 224, 3)), tf.zeros((examples,), tf.int32)
+
+
+TINY = (5, 7, 6, 4)  # widths
+MODELS = {
+    "tiny": lambda: dense(TINY, 8),
+    "sliced": lambda: sliced(*dense(TINY, 8)),
+    "wide": lambda: dense((256,) * 7, 1),  # weights are all that counts
+    "tall": lambda: dense((8,) * 7, 4096),  # activations are all that counts
+    "resnet50": lambda: resnet50(32),
+}
+FOR_MEMORY = ("wide", "tall")
+CURVED = ("sliced",)
+
+
+def traced(problem, optimizer, strategy=None):
+    """`(graph, model)` of the train step as `fit` makes it; nothing is run."""
+    make, curve = OPTIMIZERS[optimizer]
+    scope = tf.distribute.get_strategy() if strategy is None else strategy
+    with scope.scope():
+        model, loss, x, y = MODELS[problem]()
+        model = kc.curved(model) if curve else model
+        model.compile(make(), loss, jit_compile=False)
+        model._symbolic_build(data_batch=(x, y, None))  # as `fit` does before its first step
+        model.make_train_function()  # a curved model creates its reports by this
+
+    @tf.function(autograph=False)
+    def step(x, y):
+        return reduce_per_replica(scope.run(model.train_step, args=((x, y),)), scope, "auto")
+
+    slices = [scope.experimental_distribute_values_from_function(lambda _, a=a: a) for a in (x, y)]
+    return step.get_concrete_function(*(slices if strategy else (x, y))).graph, model
+
+
+def forward(problem):
+    """`[flops]` of the products of a forward pass, in order."""
+    model, _, x, _ = MODELS[problem]()
+    graph = tf.function(lambda x: model(x, training=True)).get_concrete_function(x).graph
+    return [flops(op) for op in needed(graph) if op.type in PRODUCTS]
+
+
+def two_replicas():
+    """A `MirroredStrategy` over two logical CPUs that marks in the graph what it reduces."""
+    devices = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    extended, asked = strategy.extended, iter(range(10**9))
+    reduce_one, reduce_many = extended._reduce_to, extended._batch_reduce_to
+
+    def marked(value, number):
+        if not isinstance(value, tf.distribute.DistributedValues) or isinstance(value, tf.Variable):
+            return value
+        first, *rest = value.values
+        return type(value)((tf.identity(first, f"{TAG}_{number}_"), *rest))
+
+    def one(op, value, destinations, options):
+        number = next(asked)
+        return reduce_one(op, tf.nest.map_structure(lambda v: marked(v, number), value), destinations, options)
+
+    def many(op, pairs, options):
+        number = next(asked)
+        return reduce_many(op, [(marked(v, number), to) for v, to in pairs], options)
+
+    extended._reduce_to, extended._batch_reduce_to = one, many
+    return strategy
+
+
+# What is counted of a model.
+
+
+def measures(problem):
+    """`{"examples", "weights", "tensors", "layers", "dense"}` of a model; see `Model` in `costs.py`."""
+    model, _, x, _ = MODELS[problem]()
+    shapes = [w.shape for w in model.trainable_variables]
+    return {
+        "examples": x.shape[0], "weights": sum(map(math.prod, shapes)), "tensors": len(shapes),
+        "layers": forward(problem), "dense": sum(isinstance(layer, keras.layers.Dense) for layer in model.layers),
+    }  # fmt: skip
+
+
+def counted(problem, optimizer, strategy):
+    """Counts of a step by section, numbers in the state, bytes of the peak and of what a first-order step keeps."""
+    graph, model = traced(problem, optimizer)
+    state = sum(math.prod(v.shape) for v in model.optimizer.variables if len(v.shape))
+    floor = min(forward(problem))  # tiny products, of 2x2 systems or second derivatives of losses, are not passes
+    found = {
+        "flops": {name: c.flops for name, c in sections(graph, operations(floor)).items()},
+        "state": state, "peak": peak(graph), "activations": activations(graph),
+    }  # fmt: skip
+    if problem not in FOR_MEMORY:
+        replicated, _ = traced(problem, optimizer, strategy)
+        found["collectives"] = {
+            name: [c.reductions, c.tensors, c.words] for name, c in sections(replicated, reductions).items()
+        }
+    return found
+
+
+def main(problems, optimizers):
+    """Print `{problem: {..., optimizer: counts}}`."""
+    strategy, found = two_replicas(), {}
+    for problem in problems.split(","):
+        found[problem] = measures(problem)
+        names = [o for o in optimizers or OPTIMIZERS if OPTIMIZERS[o][1] or problem not in CURVED]
+        found[problem]["optimizers"] = {name: counted(problem, name, strategy) for name in names}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
