@@ -179,6 +179,8 @@ def test_the_table_tells_medians_edges_and_what_was_not_reached(bench, tmp_path)
     assert "not reached" in other
     assert "0.7" in other
     assert "2 rates to come" in other
+    bench.draw(runs, ["tiny"], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_runs_with_other_settings_are_refused(bench, tmp_path):

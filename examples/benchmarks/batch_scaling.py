@@ -310,7 +310,8 @@ def row(runs, problem, method, size):
     # of the fastest run, the one that other work of the machine disturbed least
     found = {"milliseconds": min(run["milliseconds"] for run in grid), "missing": len(RATES) - len(grid)}
     if best is None:
-        return {**found, "steps": None, "loss": min((r["loss"] for r in grid), key=lambda v: v if v == v else math.inf)}
+        found["loss"] = min(run["loss"] for run in grid if not math.isnan(run["loss"]))
+        return {**found, "steps": None, "tried": max(run["steps"] for run in grid)}
     repeats = [run for seed in REPEATS for run in runs.of(**cell, seed=seed) if run["rate"] == best["rate"]]
     counts = sorted(run["steps"] if run["end"] == "reached" else math.inf for run in [best, *repeats])
     edge = {RATES[0]: "lowest rate", RATES[-1]: "highest rate"}.get(best["rate"], "")
@@ -336,7 +337,7 @@ def _line(size, method, r, smallest, sgd):
     time = f"{r['milliseconds'] / sgd['milliseconds']:>5.1f}" if sgd else f"{'':>5}"
     notes = [f"{r['missing']} rates to come"] if r["missing"] else []
     if r["steps"] is None:
-        notes = [f"not reached; the lowest loss at the end of a run was {r['loss']:.3g}", *notes]
+        notes = [f"not reached in {r['tried']} steps; the lowest loss at the end of a run was {r['loss']:.3g}", *notes]
         return f"{size:>5}  {method:<10} {', '.join(notes)}"
     notes = [r["edge"]] * bool(r["edge"]) + notes
     counts = ", ".join("not" if math.isinf(c) else str(c) for c in r["counts"])
@@ -387,35 +388,52 @@ COLORS = {"SGD": "#e8710a", "Adam": "#7f7f7f", "Neumann": "#1f77b4", "CurveBall"
 
 
 def _panel(axis, runs, problem):
-    """Lines of the medians, bars over the seeds; dashed, perfect scaling from the best of the smallest batch."""
-    ends, first = {}, []
+    """Lines of the medians, bars over the seeds, triangles at the budget where the target was not reached."""
+    labels, first, everything = [], [], []
     for place, (method, color) in enumerate(COLORS.items()):
         rows = {size: row(runs, problem, method, size) for size in SIZES}
-        drawn = {size: r for size, r in rows.items() if r and r["steps"] and math.isfinite(r["steps"])}
-        if not drawn:
-            continue
-        beside = [size * 1.04 ** (place - 1.5) for size in drawn]  # so that bars do not hide one another
-        steps, spans = [r["steps"] for r in drawn.values()], [(r["counts"][0], r["counts"][-1]) for r in drawn.values()]
-        axis.plot(beside, steps, "o-", ms=4, lw=1.8, color=color)
-        axis.vlines(beside, *zip(*spans), color=color, lw=1.2, alpha=0.7)
-        first += [r["steps"] for size, r in drawn.items() if size == SIZES[0]]
-        ends[method] = max(drawn), steps[-1]
+        points = {size: _point(r) for size, r in rows.items() if r}
+        everything += points.values()
+        beside = 1.04 ** (place - 1.5)  # so that bars do not hide one another
+        reached = {size * beside: point for size, point in points.items() if point[2]}
+        axis.plot(list(reached), [steps for steps, _, _ in reached.values()], "o-", ms=4, lw=1.8, color=color)
+        for x, (_, span, _) in reached.items():
+            axis.vlines(x, *span, color=color, lw=1.2, alpha=0.7)
+        missed = {size * beside: steps for size, (steps, _, hit) in points.items() if not hit}
+        axis.plot(list(missed), list(missed.values()), "^", ms=7, mfc="none", color=color)
+        first += [steps for size, (steps, _, hit) in points.items() if size == SIZES[0] and hit]
+        labels += [(max(points), points[max(points)][0], method)] if points else []
     if first:
         low = 0.6 * axis.dataLim.y0  # the line ends there: it would go down to a handful of steps
         last = min(first) * SIZES[0] / low
         axis.plot([SIZES[0], last], [min(first), low], ls=(0, (4, 3)), lw=1.2, color="black", alpha=0.6)
         axis.annotate("perfect scaling ", (last, low), alpha=0.8, va="bottom", ha="right")
-    for (method, (size, _)), height in zip(ends.items(), _apart([math.log(steps) for _, steps in ends.values()])):
-        axis.annotate(method, (size * 1.15, math.exp(height)), color=COLORS[method], va="center")
+    for size in {size for size, _, _ in labels}:
+        here = [(steps, method) for s, steps, method in labels if s == size]
+        for (_, method), height in zip(here, _apart([math.log(steps) for steps, _ in here])):
+            axis.annotate(method, (size * 1.18, math.exp(height)), color=COLORS[method], va="center")
+    if not all(hit for _, _, hit in everything):
+        axis.plot([], [], "^", ms=7, mfc="none", color="black", label="not reached within the budget")
+        axis.legend(frameon=False, loc="upper right")
+    _axes(axis, f"{PROBLEMS[problem].title}\nto a training loss of {runs.settings[problem]['target']:g}")
+
+
+def _point(r):
+    """`(steps, (least, most of the seeds), whether the target was reached)` of a row."""
+    if r["steps"] is None or math.isinf(r["steps"]):
+        return r.get("tried") or r["counts"][0], None, False
+    return r["steps"], (r["counts"][0], max(c for c in r["counts"] if math.isfinite(c))), True
+
+
+def _axes(axis, title):
     axis.set(xscale="log", yscale="log", xlabel="batch size", xlim=(SIZES[0] * 0.8, SIZES[-1] * 4.2))
+    axis.set_title(title, fontsize=10.5)
     axis.set_xticks(SIZES, [str(size) for size in SIZES])
     low, high = axis.get_ylim()
     ticks = [digit * 10**power for power in range(5) for digit in (1, 2, 5) if low <= digit * 10**power <= high]
     axis.set_yticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.grid(alpha=0.25)
-    target = runs.settings[problem]["target"]
-    axis.set_title(f"{PROBLEMS[problem].title}\nto a training loss of {target:g}", fontsize=10.5)
 
 
 def _apart(heights, gap=0.25):
