@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import tensorflow as tf
+
 from keras_curvature import replicas, trees
 from keras_curvature.curvature import products
 from keras_curvature.curvature.recordings import Recordings
@@ -59,15 +61,28 @@ class GaussNewton(LinearOperator):
     def inner(self, left, right):
         """`u' G v` from two tangents, a scalar: no pass at all."""
         product = replicas.total(lambda u, c: products.inner(u, c, self.loss_scale), left.pushed, right.curved)
-        for coefficient, u, v in zip(self.l2, left.vector, right.vector):
-            if coefficient:
-                product += coefficient * trees.dot([u], [v])
-        return product
+        return product + self._l2_inner(left.vector, right.vector)
+
+    def gram(self, *tangents):
+        """All `u_i' G u_j` of some tangents, a symmetric matrix: no pass, and one sum over the replicas."""
+        pairs = [(i, j) for i in range(len(tangents)) for j in range(i, len(tangents))]
+
+        def products_of(pushed, curved):
+            return tf.stack([products.inner(pushed[i], curved[j], self.loss_scale) for i, j in pairs])
+
+        found = replicas.total(products_of, [t.pushed for t in tangents], [t.curved for t in tangents])
+        entry = {pair: found[k] + self._l2_inner(*[tangents[i].vector for i in pair]) for k, pair in enumerate(pairs)}
+        rows = range(len(tangents))
+        return tf.stack([tf.stack([entry[min(i, j), max(i, j)] for j in rows]) for i in rows])
 
     def quadratic_form(self, u, v):
         """`u' G v`: two forward-mode passes, one where `u` is `v`."""
         left = self.push(u)
         return self.inner(left, left if v is u else self.push(v))
+
+    def _l2_inner(self, left, right):
+        weighted = [(c * u, v) for c, u, v in zip(self.l2, left, right) if c]
+        return trees.dot(*zip(*weighted)) if weighted else 0.0
 
     def _add_l2(self, product, vector):
         return [p + c * v if c else p for p, c, v in zip(product, self.l2, vector)]

@@ -79,11 +79,8 @@ class CurveBall(CurvatureOptimizer):
         # curvatures and slopes of the directions dz and z; g = dz - (G + lambda) z, so its slopes need no pass
         dz_dz, dz_z, z_z = trees.squared_norm(dz), trees.dot(dz, z), trees.squared_norm(z)
         lam = tf.cast(damping, dz_dz.dtype)
-        a11 = G.inner(Jdz, Jdz) + lam * dz_dz
-        a12 = G.inner(Jz, Jdz) + lam * dz_z
-        a22 = G.inner(Jz, Jz) + lam * z_z
-        A = tf.stack([tf.stack([a11, a12]), tf.stack([a12, a22])])
-        b = tf.stack([dz_dz - a12, dz_z - a22])
+        A = G.gram(Jdz, Jz) + lam * tf.stack([tf.stack([dz_dz, dz_z]), tf.stack([dz_z, z_z])])
+        b = tf.stack([dz_dz - A[0, 1], dz_z - A[1, 1]])
         c = quadratic.minimize(A, b) if self.beta is None else tf.constant([-self.beta, self.rho], A.dtype)
         z = trees.add(trees.scale(c[1], z), dz, c[0])
 
