@@ -52,8 +52,9 @@ def _signed_sums(recording, place, seed):
 def _sums_of_squares(recording, noted, variables):
     """`sum_i g_i^2` over the examples of one recording, `{index of a variable: tensor}` for those of `Dense` layers."""
     sums, position = {}, {id(v): i for i, v in enumerate(variables)}
-    for tap in _once_each(noted):
-        (said,) = recording.slopes_at([tap.said])  # float32 where the layer computes in half precision
+    found = _once_each(noted)
+    # float32 where a layer computes in half precision; all at once, for one walk down the layers
+    for tap, said in zip(found, recording.slopes_at([tap.said for tap in found])):
         if said is None:
             continue
         kernel, bias = position.get(id(tap.layer.kernel)), position.get(id(tap.layer.bias))

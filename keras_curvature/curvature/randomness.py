@@ -8,9 +8,12 @@ begins amid a step. On the CPU, on a GPU and compiled by XLA for them, masks are
 This goes for tensors with a row, or as many rows, for each example, drawn by `tf.random.stateless_uniform` and
 `stateless_normal`, and so by `keras.random.uniform`, `normal`, `randint`, `dropout` and by Keras' layers; and, but for
 XLA, by `truncated_normal`. Tensors of other lengths are shared by the slices. Of a slice with a single example the two
-cannot be told apart, and all are taken for its own. On a TPU the whole batch draws by another generator: there slices
-differ from it, though not from each other. What `gamma`, `beta`, `binomial` and `categorical` draw depends on the seed
-alone, as in Keras.
+cannot be told apart, and all are taken for its own.
+
+Two slices never get the same numbers, and it does not matter how the batch is cut into them; but they are not those of
+the whole batch (1) on a TPU, which has another generator of its own; (2) under XLA, for normal numbers, which it
+makes in an order that depends on the shape. What `gamma`, `beta`, `binomial` and
+`categorical` draw depends on the seed alone, as in Keras.
 """
 
 import tensorflow as tf
@@ -47,9 +50,10 @@ def _by_rows(original, steps):
         before = _wide(place.start) * row[0] * row[1]
         choices |= {"counter": _moved(counter, before // group * steps(group)), "alg": PHILOX}
         dropped = 0 if any(isinstance(r, int) and r % group == 0 for r in row) else before % group
-        if isinstance(dropped, int) and dropped == 0:
-            return original(shape, **choices)
+        # in a row, because under XLA the order of normal numbers depends on the shape
         size = tf.reduce_prod(tf.cast(shape, tf.int64))
+        if isinstance(dropped, int) and dropped == 0:
+            return tf.reshape(original(size[tf.newaxis], **choices), shape)
         numbers = original(size[tf.newaxis] + (group - 1), **choices)
         return tf.reshape(tf.slice(numbers, tf.cast([dropped], tf.int64), [size]), shape)
 

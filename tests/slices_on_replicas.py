@@ -1,0 +1,141 @@
+"""Everything a `Linearization` gives, on one device and on two replicas; prints the largest differences as JSON.
+
+Run by `test_slices.py` in a process of its own, with cases such as `dropout:5:2`: a batch of 5 (3 + 2) in two
+micro-batches on each replica; or `fit:9`: `fit`, with a batch of 1 (1 + 0) at the end of an epoch.
+"""
+
+import json
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+from cases import flat, float64
+from keras import layers
+
+import keras_curvature as kc
+from keras_curvature import Linearization
+
+KINDS = {
+    "plain": lambda: [layers.Dense(3, kernel_regularizer="l2")],
+    "dropout": lambda: [layers.Dropout(0.5, seed=3)],
+    "noise": lambda: [
+        layers.GaussianNoise(0.3, seed=1), layers.GaussianDropout(0.3, seed=2), layers.AlphaDropout(0.3, seed=4),
+    ],
+    "recurrent_dropout": lambda: [
+        layers.Reshape((5, 1)), layers.SpatialDropout1D(0.3, seed=3),
+        layers.LSTM(3, dropout=0.3, recurrent_dropout=0.3, seed=5),
+    ],
+    "attention": lambda: [layers.Reshape((5, 1)), layers.Dense(4), Attends(), layers.Flatten()],
+    "synchronized": lambda: [layers.BatchNormalization(synchronized=True, momentum=0.5)],
+}  # fmt: skip
+
+
+class Attends(layers.Layer):
+    """Attention of a sequence to itself, with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = layers.MultiHeadAttention(2, 2, dropout=0.3, seed=3)
+
+    def call(self, x):
+        """`(batch, time, units)` to the same."""
+        return self.attention(x, x)
+
+
+def build(kind, optimizer="sgd"):
+    """A small network with the layers of a kind in the middle."""
+    keras.utils.set_random_seed(0)
+    stack = [layers.Dense(5, activation="tanh"), *KINDS[kind](), layers.Dense(3)]
+    model = keras.Sequential([keras.Input((4,)), *stack])
+    model.compile(optimizer, "mse", jit_compile=False)
+    return model
+
+
+def vector(like, seed):
+    """A standard normal vector."""
+    random = np.random.default_rng(seed)
+    return [tf.constant(random.standard_normal(a.shape)) for a in like]
+
+
+def everything(model, x, y, micro_batches):
+    """All that leaves a `Linearization`, a piece of it, and what `commit` leaves in the model."""
+    u, v = vector(model.trainable_variables, 1), vector(model.trainable_variables, 2)
+    lin = Linearization(model, x, y, micro_batches=micro_batches)
+    G, H = lin.gauss_newton(), lin.hessian()
+    pushed = G.push(v)
+    found = {
+        "gradient": lin.gradient, "loss": [lin.loss], "gauss_newton": G @ v, "hessian": H @ v,
+        "inner": [G.inner(pushed, pushed)], "pull_with_gradient": G.pull_with_gradient(pushed),
+        "loss_at": [lin.loss_at(u)], "gradient_at": lin.gradient_at(u), "squared_gradients": lin.squared_gradients(3),
+        "piece": lin.chunk(0.5, 1).gradient,
+    }  # fmt: skip
+    lin.commit()
+    return found
+
+
+def on_one(kind, x, y):
+    """`everything` on one device."""
+    model = build(kind)
+    model._symbolic_build(data_batch=(x, y, None))
+    found = tf.function(lambda: everything(model, tf.constant(x), tf.constant(y), 1), autograph=False)()
+    return found, flat(model.non_trainable_variables or [tf.zeros(1)])
+
+
+def on_two(strategy, kind, x, y, micro_batches):
+    """`everything` on the replicas of a strategy."""
+    with strategy.scope():
+        model = build(kind)
+        model._symbolic_build(data_batch=(x, y, None))
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(len(x))
+        batches = iter(strategy.experimental_distribute_dataset(data))
+
+        @tf.function(autograph=False)
+        def run():
+            x, y = next(batches)
+            return everything(model, x, y, micro_batches)
+
+        return run(), flat(model.non_trainable_variables or [tf.zeros(1)])
+
+
+def fitted(n, x, y):
+    """Losses and weights after two epochs with a batch of `n - 8` at the end of each."""
+    model = kc.curved(build("synchronized", kc.CurveBall()))
+    losses = model.fit(x[:n], y[:n], batch_size=8, epochs=2, shuffle=False, verbose=0).history["loss"]
+    return np.concatenate([losses, flat(model.weights)])
+
+
+def difference(ours, theirs):
+    """Relative to the length of theirs."""
+    ours, theirs = (np.concatenate([np.ravel(a) for a in tf.nest.flatten(nest)]) for nest in (ours, theirs))
+    return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-8))
+
+
+def compared(strategy, case, x, y):
+    """`{quantity: difference}` of a case: `kind:batch:micro-batches`, or `fit:examples`."""
+    kind, batch, *rest = case.split(":")
+    batch = int(batch)
+    if kind == "fit":
+        one = fitted(batch, x, y)
+        with strategy.scope():
+            return {"fit": difference(fitted(batch, x, y), one)}
+    one, state = on_one(kind, x[:batch], y[:batch])
+    two, state_on_two = on_two(strategy, kind, x[:batch], y[:batch], int(rest[0]))
+    if batch < 8:
+        del one["piece"]  # slices that are not equal have other pieces
+    return {**{name: difference(two[name], one[name]) for name in one}, "state": difference(state_on_two, state)}
+
+
+def main(cases):
+    """Prints `{case: {quantity: difference}}`."""
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    random = np.random.default_rng(0)
+    x, y = random.standard_normal((16, 4)), random.standard_normal((16, 3))
+    print(json.dumps({case: compared(strategy, case, x, y) for case in cases}))
+
+
+with float64():
+    main(sys.argv[1:])

@@ -1,0 +1,313 @@
+"""A batch in micro-batches against the whole batch, in float64; passes, memory in the graph, and refusals."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from cases import BATCH, LOSSES, MODELS, float64, normal
+from keras import layers
+
+from keras_curvature import Linearization
+
+CASES = {**MODELS, **{f"loss_{name}": build for name, build in LOSSES.items()}}
+# Normalized by the slice, or a mean over what a mask leaves of it: here the slices are the oracle.
+OF_SLICES = ["batch_normalization", "batch_normalization_2d", "masked_outputs"]
+# Both that and dropout, whose masks are those of the whole.
+MIXED = ["nested", "subclassed", "subclassed_passing_training", "frozen"]
+USUAL = [
+    "conv2d", "dropout", "spatial_dropout", "recurrent_dropout", "attention", "embedding_lstm", "several_outputs",
+    "loss_mse_sum", "loss_sample_weights", "loss_regularized", "loss_activity_regularized", "loss_added_loss",
+    "loss_sparse_from_softmax", "loss_own_compute_loss", "loss_own_compute_loss_without_training",
+]  # fmt: skip
+TRACED = [("dropout", 3), ("spatial_dropout", 2), ("loss_sparse_from_softmax", 4)]
+
+
+@pytest.fixture(autouse=True)
+def _in_float64():
+    with float64():
+        yield
+
+
+def _built(name):
+    case = CASES[name]().compile()
+    case.model._symbolic_build(data_batch=case.batch)
+    return case
+
+
+def _vectors(model):
+    random = np.random.default_rng(1)
+    return [[tf.constant(0.1 * random.standard_normal(w.shape)) for w in model.trainable_variables] for _ in range(2)]
+
+
+def _everything(case, batch=None, **kwargs):
+    """All that is summed over slices, and the outputs."""
+    u, v = _vectors(case.model)
+    lin = Linearization(case.model, *(case.batch if batch is None else batch), **kwargs)
+    G, H = lin.gauss_newton(), lin.hessian()
+    pushed = G.push(v)
+    found = {
+        "outputs": tf.nest.flatten(lin.outputs), "loss": lin.loss, "gradient": lin.gradient, "hessian": H @ v,
+        "gauss_newton": G @ v, "inner": G.inner(G.push(u), pushed), "pull": G.pull(pushed),
+        "pull_with_gradient": G.pull_with_gradient(pushed), "loss_at": lin.loss_at(u),
+        "gradient_at": lin.gradient_at(u), "loss_and_gradient_at": lin.loss_and_gradient_at(u),
+        "squared_gradients": lin.squared_gradients(3),
+    }  # fmt: skip
+    if any(isinstance(layer, layers.RNN) for layer in case.model.layers):
+        found["hidden_gauss_newton"] = lin.hidden_gauss_newton() @ v
+    return found
+
+
+def _close(ours, theirs, tolerance=1e-10):
+    for name, value in theirs.items():
+        one, other = (np.concatenate([np.ravel(a) for a in tf.nest.flatten(v)]) for v in (ours[name], value))
+        assert np.linalg.norm(one - other) <= tolerance * max(np.linalg.norm(other), 1e-6), name
+
+
+SLOW = [name for name in CASES if name not in [*USUAL, *OF_SLICES, *MIXED]]
+
+
+@pytest.mark.parametrize("count", [2, 4])  # of 6 examples: 3 + 3, and 1 + 2 + 1 + 2
+@pytest.mark.parametrize("name", [*USUAL, *[pytest.param(name, marks=pytest.mark.slow) for name in SLOW]])
+def test_sums_over_micro_batches_are_those_of_the_whole(name, count):
+    case = _built(name)
+    _close(_everything(case, micro_batches=count), _everything(case))
+
+
+@pytest.mark.parametrize("name", OF_SLICES)
+def test_normalization_and_masks_are_of_the_slice(name):
+    case = _built(name)
+    expected = None
+    for rows in (slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 6)):
+        part = [None if a is None else a[rows] for a in case.batch]
+        found = _everything(case, part)
+        outputs = found.pop("outputs"), found.pop("squared_gradients")
+        del outputs, found["inner"]
+        share = (rows.stop - rows.start) / BATCH
+        found = tf.nest.map_structure(lambda a, share=share: share * a, found)
+        expected = found if expected is None else tf.nest.map_structure(tf.add, expected, found)
+    _close(_everything(case, micro_batches=4), expected)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_slices_of_normalized_models_in_a_graph_are_those_of_eager_execution(name):
+    case = _built(name)
+    graph = tf.function(lambda: _everything(case, micro_batches=2), autograph=False)()
+    _close(graph, _everything(case, micro_batches=2))
+
+
+@pytest.mark.parametrize(("name", "count"), TRACED)
+def test_in_a_graph_that_does_not_know_the_size(name, count):
+    case = _built(name)
+    specs = [tf.TensorSpec([None, *np.shape(a)[1:]], tf.as_dtype(a.dtype)) for a in case.batch[:2]]
+    traced = tf.function(lambda x, y: _everything(case, (x, y, None), micro_batches=count), specs, autograph=False)
+    _close(traced(*case.batch[:2]), _everything(case))
+
+
+@pytest.mark.parametrize("name", ["dense", "dropout", pytest.param("lstm", marks=pytest.mark.slow)])
+def test_compiled_by_xla(name):
+    case = _built(name)
+    compiled = [
+        tf.function(lambda k=k: _everything(case, micro_batches=k), jit_compile=True, autograph=False)() for k in (1, 3)
+    ]
+    _close(compiled[1], compiled[0])
+
+
+def test_fewer_examples_than_micro_batches():
+    case = _built("dropout")
+    _close(_everything(case, micro_batches=100), _everything(case))
+
+
+def test_a_piece_is_cut_into_micro_batches_too():
+    case = _built("dropout")
+    lin, cut = (Linearization(case.model, *case.batch, micro_batches=k) for k in (1, 2))
+    ours, theirs = cut.chunk(0.5, 1), lin.chunk(0.5, 1)
+    _close({"gradient": ours.gradient, "loss": ours.loss}, {"gradient": theirs.gradient, "loss": theirs.loss})
+
+
+def test_a_loss_scale_changes_no_number():
+    case = _built("loss_sparse_from_softmax")
+    scaled = _everything(case, micro_batches=2, loss_scale=tf.constant(1024.0))
+    _close(scaled, _everything(case, micro_batches=2))
+
+
+def test_mixed_float16_is_near_full_precision():
+    found = []
+    for policy, scale in (("float32", None), ("mixed_float16", tf.constant(128.0))):
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy(policy)
+        case = _built("dense")
+        lin = Linearization(case.model, *case.batch, loss_scale=scale, micro_batches=2)
+        v = [tf.cast(a, tf.float32) for a in _vectors(case.model)[0]]
+        found.append({"gradient": lin.gradient, "gauss_newton": lin.gauss_newton() @ v, "hessian": lin.hessian() @ v})
+    _close(found[1], found[0], 0.03)
+
+
+# What the batch leaves in the model.
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_seeds_and_loss_counters_move_as_in_one_pass(graph):
+    left = []
+    for k in (1, 2):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4,))
+        hidden = layers.Dropout(0.5, seed=1)(layers.Dense(5)(inputs))
+        model = keras.Model(inputs, [layers.Dense(2)(hidden), layers.Dense(1)(hidden)])
+        model.compile("sgd", ["mse", "mae"])
+        random = np.random.default_rng(0)
+        batch = normal(random, 6, 4), [normal(random, 6, 2), normal(random, 6, 1)], None
+        model._symbolic_build(data_batch=batch)
+
+        def step(model=model, batch=batch, k=k):
+            Linearization(model, *batch, micro_batches=k).commit()
+
+        (tf.function(step, autograph=False) if graph else step)()
+        left.append([v.numpy() for v in [*model.non_trainable_variables, *model.metrics_variables]])
+    assert any(np.any(v) for v in left[0][1:])
+    for ours, theirs in zip(*left):
+        np.testing.assert_allclose(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_moving_statistics_take_in_one_slice_after_another(graph):
+    x = normal(np.random.default_rng(0), 6, 3)
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(momentum=0.8), layers.Dense(1)])
+    model.compile("sgd", "mse")
+
+    def step():
+        Linearization(model, x, x[:, :1], micro_batches=2).commit()
+
+    (tf.function(step, autograph=False) if graph else step)()
+    mean, variance = np.zeros(3), np.ones(3)
+    for part in (x[:3], x[3:]):
+        mean, variance = 0.8 * mean + 0.2 * part.mean(0), 0.8 * variance + 0.2 * part.var(0)
+    np.testing.assert_allclose(model.layers[0].moving_mean, mean, 1e-12)
+    np.testing.assert_allclose(model.layers[0].moving_variance, variance, 1e-12)
+
+
+def test_outputs_keep_their_masks_and_logits():
+    case = _built("masked_outputs")
+    outputs = Linearization(case.model, *case.batch, micro_batches=2).outputs
+    np.testing.assert_array_equal(outputs._keras_mask, case.x != 0)
+    case = _built("loss_sparse_from_softmax")
+    outputs = Linearization(case.model, *case.batch, micro_batches=4).outputs
+    np.testing.assert_allclose(tf.nn.softmax(outputs._keras_logits), outputs, 1e-12)
+
+
+# What it costs.
+
+
+class Counted(layers.Layer):
+    """Counts its calls, and how many examples at most one of them had."""
+
+    calls, most = 0, 0
+
+    def call(self, x):
+        """`x`, unchanged."""
+        Counted.calls, Counted.most = Counted.calls + 1, max(Counted.most, x.shape[0] or 0)
+        return x
+
+
+def test_every_pass_goes_over_the_slices_once_and_the_first_tells_the_loss():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(4), Counted(), layers.Dense(2)])
+    model.compile("sgd", "mse")
+    x = normal(np.random.default_rng(0), 6, 3)
+    model._symbolic_build(data_batch=(x, x[:, :2], None))
+    passes = []
+
+    def counted(ask):
+        Counted.calls = Counted.most = 0
+        ask()
+        passes.append(Counted.calls)
+        assert Counted.most <= 2
+
+    lin = Linearization(model, x, x[:, :2], micro_batches=3)
+    v = _vectors(model)[0]
+    counted(lambda: lin.gradient)
+    counted(lambda: (lin.gradient, lin.loss, lin.outputs, lin.commit()))
+    G, H = lin.gauss_newton(), lin.hessian()
+    for ask in (lambda: G @ v, lambda: G.push(v), lambda: H @ v, lambda: lin.loss_at(v), lambda: lin.gradient_at(v)):
+        counted(ask)
+    lin = Linearization(model, x, x[:, :2], micro_batches=3)
+    counted(lambda: (lin.loss, lin.outputs))
+    counted(lambda: (lin.gauss_newton() @ v, lin.loss))
+    assert passes == [3, 0, 3, 3, 3, 3, 3, 3, 3]
+
+
+def _graph_of(micro_batches):
+    """The graph of a gradient and a few products of a batch of 8 with 37 hidden units."""
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(37, activation="tanh"), layers.Dense(2)])
+    model.compile("sgd", "mse")
+    x = tf.constant(normal(np.random.default_rng(0), 8, 3))
+    case = type("Case", (), {"model": model, "batch": (x, x[:, :2], None)})
+    return tf.function(lambda: _everything(case, micro_batches=micro_batches), autograph=False).get_concrete_function()
+
+
+def test_no_tensor_has_the_activations_of_the_whole_batch():
+    def activations(function):
+        shapes = [tuple(t.shape) for op in function.graph.get_operations() for t in op.outputs if t.shape.rank]
+        shapes += [
+            tuple(d.size for d in shape.dim)
+            for f in function.graph.as_graph_def(add_shapes=True).library.function
+            for node in f.node_def
+            for shape in node.attr["_output_shapes"].list.shape
+        ]
+        return {shape[0] for shape in shapes if shape[-1:] == (37,) and len(shape) > 1}
+
+    assert 8 in activations(_graph_of(1))
+    found = activations(_graph_of(4))
+    assert 2 in found and 8 not in found and None not in found and -1 not in found
+
+
+def test_loops_take_one_slice_at_a_time_and_turns():
+    graph = _graph_of(4).graph
+    loops = [op for op in graph.get_operations() if op.type in ("While", "StatelessWhile")]
+    assert len(loops) > 5
+    assert all(op.get_attr("parallel_iterations") == 1 for op in loops)
+    for op, before in zip(loops[1:], loops):
+        waits, seen = [op], set()
+        while waits:
+            now = waits.pop()
+            if now not in seen:
+                seen.add(now)
+                waits += [*[t.op for t in now.inputs], *now.control_inputs]
+        assert before in seen, f"{op.name} does not wait for {before.name}"
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, "2", None, True])
+def test_the_number_is_checked(count):
+    case = _built("dense")
+    with pytest.raises(ValueError, match=rf"`micro_batches` must be an integer.*Received: micro_batches={count!r}"):
+        Linearization(case.model, *case.batch, micro_batches=count)
+
+
+def test_xla_wants_equal_slices():
+    case = CASES["dense"]().compile(jit_compile=True)
+    with pytest.raises(ValueError, match="needs slices of a size that is known and equal. Received: 6 examples"):
+        tf.function(lambda: Linearization(case.model, *case.batch, micro_batches=4).loss, autograph=False)()
+    specs = [tf.TensorSpec([None, *np.shape(a)[1:]], tf.as_dtype(a.dtype)) for a in case.batch[:2]]
+    traced = tf.function(lambda x, y: Linearization(case.model, x, y, micro_batches=3).loss, specs, autograph=False)
+    with pytest.raises(ValueError, match="Received: a number of examples unknown to the graph"):
+        traced(*case.batch[:2])
+
+
+class Outside(keras.Model):
+    """A model whose loss does not read its outputs."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """A function of the inputs and weights."""
+        return tf.reduce_mean(self.layers[-1](x) ** 2)
+
+
+def test_a_loss_past_the_outputs_has_a_gradient_and_no_gauss_newton_matrix():
+    inputs = keras.Input((3,))
+    model = Outside(inputs, layers.Dense(2)(inputs))
+    model.compile("sgd")
+    x = normal(np.random.default_rng(0), 6, 3)
+    whole, cut = (Linearization(model, x, x[:, :2], micro_batches=k) for k in (1, 2))
+    _close({"gradient": cut.gradient, "loss": cut.loss}, {"gradient": whole.gradient, "loss": whole.loss})
+    with pytest.raises(ValueError, match="does not depend on the model's outputs"):
+        cut.gauss_newton() @ cut.gradient
