@@ -35,7 +35,6 @@ class Model:
         tensors: `T`, the variables that they are in.
         layers: Floating-point operations of each product of a forward pass; the first takes the input, and so needs
             no gradient of it.
-        dense: How many of the last of them are plain `Dense` layers on `(examples, d)`.
         activations: Bytes that a forward pass leaves for the backward pass.
         utilization: Share of the accelerator's peak that it reaches, an assumption.
     """
@@ -45,7 +44,6 @@ class Model:
     weights: int
     tensors: int
     layers: tuple
-    dense: int = 0
     activations: int = 0
     utilization: float = 0.4
 
@@ -58,15 +56,6 @@ class Model:
     def backward(self):
         """Operations of a backward pass, or of a forward-mode one: two products for each, one for the first."""
         return 2 * self.forward - self.layers[0]
-
-    @property
-    def slopes(self):
-        """Operations for the derivative in what each `Dense` layer said, beyond one walk down the layers.
-
-        Each of them walks down on its own from the loss; TensorFlow and XLA merge what they have in common.
-        """
-        last = self.layers[len(self.layers) - self.dense :]
-        return sum(j * f for j, f in enumerate(last[2:], 1))
 
 
 def transformer(layers=24, width=1792, heads=14, vocabulary=50304, length=1024, examples=4):
@@ -97,7 +86,6 @@ class Work:
         joined: How many of the scalars travel in the tensor of another.
         forward: Forward passes.
         backward: Backward and forward-mode passes.
-        slopes: Walks down to what every `Dense` layer said.
     """
 
     reductions: int = 0
@@ -106,7 +94,6 @@ class Work:
     joined: int = 0
     forward: int = 0
     backward: int = 0
-    slopes: int = 0
 
     def collectives(self, model):
         """`(reductions, tensors in them, numbers in these)`."""
@@ -115,7 +102,7 @@ class Work:
 
     def flops(self, model):
         """Floating-point operations of the products."""
-        return self.forward * model.forward + self.backward * model.backward + self.slopes * model.slopes
+        return self.forward * model.forward + self.backward * model.backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +158,11 @@ METHODS = {
     # besides the gradient the distance to the average v
     "neumann": _gradient(2, vectors=2),
     "neumann_curved": Method({"step": _with_loss}, state=2, vectors=2),
-    # J z, then G z + g in one backward pass, then J dz; the loss, and the three inner products at once. The check: the next loss
+    # J z, then G z + g in one backward pass, then J dz; the loss, and three inner products at once. The check: a loss
     "curveball": Method(
-        {"step": Work(reductions=3, vectors=1, scalars=4, joined=2, forward=1, backward=3), "cond": _loss},
+        {
+            "step": Work(reductions=3, vectors=1, scalars=4, joined=2, forward=1, backward=3), "cond": _loss,
+        },
         state=1, vectors=2, recordings=3, turns={"cond": 1 / kc.CurveBall().damping.every},
     ),
     # the loop: a gradient at a shifted point, and with it the loss there, which nobody reads
@@ -185,7 +174,7 @@ METHODS = {
     # iterate; a quadratic form. Loops: an iteration, a step of walking back, a trial of the line search
     "hessian_free": Method(
         {
-            "step": Work(reductions=6, vectors=3, scalars=3, forward=3, backward=5, slopes=1),
+            "step": Work(reductions=6, vectors=3, scalars=3, forward=3, backward=5),
             "while": Work(reductions=1, vectors=1, backward=2), "while_1": _loss, "while_2": _loss,
         },
         state=1, vectors=8, recordings=3, turns={"while": ITERATIONS, "while_1": 1, "while_2": 0}, iterates=_stored,

@@ -126,12 +126,12 @@ def two_replicas():
 
 
 def measures(problem):
-    """`{"examples", "weights", "tensors", "layers", "dense"}` of a model; see `Model` in `costs.py`."""
+    """`{"examples", "weights", "tensors", "layers"}` of a model; see `Model` in `costs.py`."""
     model, _, x, _ = MODELS[problem]()
     shapes = [w.shape for w in model.trainable_variables]
     return {
         "examples": x.shape[0], "weights": sum(map(math.prod, shapes)), "tensors": len(shapes),
-        "layers": forward(problem), "dense": sum(isinstance(layer, keras.layers.Dense) for layer in model.layers),
+        "layers": forward(problem),
     }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def traced(problems, *optimizers):
 def model_of(name, found, **kwargs):
     """The `Model` of what was traced."""
     kept = next(iter(found["optimizers"].values()))["activations"]
-    given = {key: found[key] for key in ("examples", "weights", "tensors", "dense")}
+    given = {key: found[key] for key in ("examples", "weights", "tensors")}
     return Model(name, layers=tuple(found["layers"]), activations=kept, **given, **kwargs)
 
 
