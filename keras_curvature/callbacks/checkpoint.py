@@ -19,6 +19,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TFEpochIterator
 
 from keras_curvature import replicas
+from keras_curvature.callbacks import shares
 from keras_curvature.callbacks.chief import is_chief
 from keras_curvature.component import check, check_count
 
@@ -85,8 +86,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     Under `MirroredStrategy` and `MultiWorkerMirroredStrategy` every process has a part in saving, since variables of
     which each replica keeps a share are read by all together; only the chief's files are kept. All processes must see
-    the same `directory`. Of variables of which every replica keeps its own, such as batch statistics that are not
-    synchronized, the first replica's are saved. A run may go on with another number of replicas.
+    the same `directory`. A run may go on with another number of replicas; then all of them begin with the first one's
+    batch statistics, where these are not synchronized.
 
     Args:
         directory: Where the checkpoints of this one run are; `gs://` works too. Created where it is not there.
@@ -216,16 +217,20 @@ class Checkpoint(keras.callbacks.Callback):
         described = {name: [[_plain(v.name), list(v.shape), v.dtype] for v in group] for name, group in groups.items()}
         return {**described, "optimizer_class": type(inner).__name__}
 
-    def _checkpoint(self, groups):
-        return tf.train.Checkpoint(
-            about=self._about, **{name: [v.value for v in group] for name, group in groups.items()}
-        )
+    def _checkpoint(self, groups, tables=()):
+        groups = {name: [v.value for v in group] for name, group in groups.items()}
+        return tf.train.Checkpoint(about=self._about, **groups, shares=[tf.Variable(table) for table in tables])
 
     def _restore(self, metrics):
         """Read the newest checkpoint into the variables, if it is theirs."""
         groups = self._state(metrics)
         self._refuse_another_state(self._describe(groups))
         self._checkpoint(groups).restore(self._resumed["path"]).assert_existing_objects_matched().expect_partial()
+        own = shares.own(self.model, self._strategy)
+        if own and self._resumed["replicas"] == self._strategy.num_replicas_in_sync:
+            reader = tf.train.load_checkpoint(self._resumed["path"])
+            names = [f"shares/{i}/.ATTRIBUTES/VARIABLE_VALUE" for i in range(len(own))]
+            shares.give_back(self._strategy, own, [reader.get_tensor(name) for name in names])
 
     def _refuse_another_state(self, now):
         """Say the first thing in which the checkpoint differs from this run."""
@@ -284,9 +289,10 @@ class Checkpoint(keras.callbacks.Callback):
         groups = self._state(metrics=True)
         self._about.content = {
             "position": position, "steps": self._steps, "length": self.params.get("steps"),
-            "state": self._describe(groups),
+            "replicas": self._strategy.num_replicas_in_sync, "state": self._describe(groups),
         }  # fmt: skip
-        checkpoint = self._checkpoint(groups)
+        own = shares.own(self.model, self._strategy)
+        checkpoint = self._checkpoint(groups, shares.gathered(self._strategy, own))
         if is_chief(self._strategy):
             manager = tf.train.CheckpointManager(checkpoint, self.directory, max_to_keep=self.keep)
             manager.save(checkpoint_number=self._steps)
