@@ -57,8 +57,11 @@ class CurvedMixin:
     @micro_batches.setter
     def micro_batches(self, value):
         check_count(self, "micro_batches", value)
+        if value == self.micro_batches:
+            return
         object.__setattr__(self, "_curved_micro_batches", value)
-        self.train_function = None  # traced again, with the new number
+        if self.train_function is not None:  # traced again, with the new number; also where `fit` is running
+            self.make_train_function(force=True)
 
     def train_step(self, data):
         """Linearize the batch, step, commit batch statistics once; Keras' own step where that does as well."""
@@ -88,7 +91,7 @@ class CurvedMixin:
         leaves the replicas once, for the whole step, and takes Keras' optimizers along.
         """
         ours = isinstance(unwrap(self.optimizer)[0], CurvatureOptimizer)
-        return ours or self.micro_batches > 1 or (replicas.count() > 1 and replicas.uses_merge_calls())
+        return ours or self.micro_batches > 1 or replicas.uses_merge_calls()
 
     def _curved_step(self, x, y, sample_weight):
         """`(loss, outputs, whether the step was taken, reported)`, outside the replicas."""
@@ -97,6 +100,7 @@ class CurvedMixin:
         ours = isinstance(optimizer, CurvatureOptimizer)
         if ours:
             optimizer.require(self.trainable_variables)
+            self._reports(optimizer)  # created here, if nobody has yet: inside the replicas it cannot be done
         lin = Linearization(
             self, x, y, sample_weight, micro_batches=self.micro_batches,
             shift=optimizer.shift() if ours else None,
@@ -135,6 +139,8 @@ class CurvedMixin:
         optimizer, _ = unwrap(self.optimizer)
         if isinstance(optimizer, CurvatureOptimizer):
             self._reports(optimizer)
+        if self.micro_batches > 1 and self.get_compile_config()["jit_compile"] == "auto":
+            self.jit_compile = False  # on a GPU Keras chooses XLA, for which slices must be of a size that is known
         return super().make_train_function(force)
 
     # Two private names of Keras' trainer, where `fit` begins and where a step's logs leave the replicas.
@@ -144,7 +150,8 @@ class CurvedMixin:
 
         Keras would average the slices: on several workers, or where they are uneven, it cannot.
         """
-        self._check_scope()
+        if iterator is not None or self.train_function is None:
+            self._check_scope()
         if iterator is not None and self._distribute_strategy is not None:
             data_batch = replicas.one_of(self.distribute_strategy, next(next(iter(iterator))[-1]))
             iterator = None
@@ -174,7 +181,7 @@ class CurvedMixin:
             return keras.tree.map_structure(lambda value: tf.convert_to_tensor(value)[tf.newaxis], step_function(data))
 
         with self.distribute_strategy.scope():
-            alone = replicas.count() == 1 or not replicas.uses_merge_calls()
+            alone = not replicas.uses_merge_calls()
         several_workers = replicas.of_several_workers(self.distribute_strategy)
         function = super()._make_function(with_an_axis if several_workers else step_function)
         return function if alone else self._one_by_one(function)
@@ -186,6 +193,19 @@ class CurvedMixin:
         step that asks for a batch after the last one adds an empty batch to the metrics before it fails.
         """
 
+        traced = {}
+
+        def step(iterator, batch):
+            if self.run_eagerly:
+                return function([batch])
+            spec = iterator.element_spec
+            name = repr(spec)  # a nest, which has no hash
+            if name not in traced:
+                # for batches of any length that the data may have: several workers must run the same program, also
+                # where the last batch leaves one of them with fewer examples than another
+                traced[name] = tf.function(lambda batch: function([batch]), input_signature=[spec], autograph=False)
+            return traced[name](batch)
+
         def several(iterator):
             if not replicas.is_iterator(iterator):
                 return function(iterator)
@@ -194,7 +214,7 @@ class CurvedMixin:
                 batch = iterator.get_next_as_optional()
                 if not batch.has_value():
                     break
-                logs = function([batch.get_value()])
+                logs = step(iterator, batch.get_value())
             if logs is None:
                 raise StopIteration
             return logs
@@ -222,7 +242,7 @@ class CurvatureModel(CurvedMixin, keras.Model):
 
     Attributes:
         micro_batches: Number of slices that each replica's share of a batch is computed in; see `curved`. An argument
-            too, where the model is made from inputs and outputs. Defaults to `1`.
+            of the constructor too. `keras.models.clone_model` begins with `1` again. Defaults to `1`.
 
     Example:
 
@@ -311,7 +331,7 @@ def curved(model, micro_batches=None):
     if micro_batches is not None:
         check_count(curved, "micro_batches", micro_batches)
     if isinstance(model, CurvedMixin):
-        model.micro_batches = micro_batches or model.micro_batches
+        model.micro_batches = model.micro_batches if micro_batches is None else micro_batches
         return model
     if type(model).train_step is not keras.Model.train_step:
         raise ValueError(
@@ -320,7 +340,8 @@ def curved(model, micro_batches=None):
         )
     # object's own setter: Keras' would take the class for an attribute to track
     object.__setattr__(model, "__class__", _curved_class(type(model)))
-    model.micro_batches = micro_batches or 1  # and the train function is traced again, with the new step
+    model.train_function = None  # traced again, with the new step
+    model.micro_batches = 1 if micro_batches is None else micro_batches
     return model
 
 

@@ -15,6 +15,8 @@ calls (TPUs, and the default strategy) `cross` stays where it is, and `total` is
 """
 
 import contextlib
+import contextvars
+import functools
 
 import tensorflow as tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
@@ -58,9 +60,13 @@ def here():
 def cross(fn, *args):
     """Run `fn(*args)` once for all replicas. `args` are what this replica has; `fn` sees the values of all."""
     context = tf.distribute.get_replica_context()
-    if context is None or count() == 1 or not uses_merge_calls():
+    if context is None or not uses_merge_calls():
         return fn(*args)
     return context.merge_call(lambda strategy, *args: fn(*args), args=args)
+
+
+# per thread: another may be training a plain model
+_outside = contextvars.ContextVar("outside", default=False)
 
 
 @contextlib.contextmanager
@@ -70,25 +76,34 @@ def keras_outside():
     Keras leaves the replicas by one merge call for each thing that an optimizer does, and in the middle of a `tf.cond`
     (accumulated gradients, averages of the weights) that is refused. Outside already, there is nothing to leave.
     """
-    interim = tf.__internal__.distribute.interim
-    originals = interim.maybe_merge_call, TFOptimizer._all_reduce_sum_gradients
-
-    def maybe_merge_call(fn, strategy, *args, **kwargs):
-        if tf.distribute.in_cross_replica_context():
-            return fn(strategy, *args, **kwargs)
-        return originals[0](fn, strategy, *args, **kwargs)
-
-    interim.maybe_merge_call = maybe_merge_call
-    TFOptimizer._all_reduce_sum_gradients = lambda optimizer, grads_and_vars: grads_and_vars
+    _let_keras_ask()
+    token = _outside.set(True)
     try:
         yield
     finally:
-        interim.maybe_merge_call, TFOptimizer._all_reduce_sum_gradients = originals
+        _outside.reset(token)
+
+
+@functools.cache
+def _let_keras_ask():
+    """Two functions of TensorFlow's and Keras' look at `_outside` from now on."""
+    interim = tf.__internal__.distribute.interim
+    leave, add_up_gradients = interim.maybe_merge_call, TFOptimizer._all_reduce_sum_gradients
+
+    def maybe_merge_call(fn, strategy, *args, **kwargs):
+        if _outside.get() and tf.distribute.in_cross_replica_context():
+            return fn(strategy, *args, **kwargs)
+        return leave(fn, strategy, *args, **kwargs)
+
+    def all_reduce_sum_gradients(optimizer, grads_and_vars):
+        return grads_and_vars if _outside.get() else add_up_gradients(optimizer, grads_and_vars)
+
+    interim.maybe_merge_call, TFOptimizer._all_reduce_sum_gradients = maybe_merge_call, all_reduce_sum_gradients
 
 
 def each(fn, *args):
     """Run `fn(*args)` on every replica; the result stays there, fit to be an argument of `each` or `total`."""
-    if count() > 1 and tf.distribute.in_cross_replica_context():
+    if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
         return tf.distribute.get_strategy().run(fn, args=args)
     return fn(*args)
 

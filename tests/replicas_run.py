@@ -1,4 +1,4 @@
-"""Trains on one replica and on several, over logical CPUs; prints the weights as JSON.
+"""Trains on one replica and on several, over logical CPUs; prints what is left as JSON.
 
     python replicas_run.py REPLICAS FLOATX OPTIMIZER:KIND ...
 
@@ -36,23 +36,27 @@ def by_slices(kind):
     )
 
 
-def trained(name, kind, micro_batches=1, **settings):
-    """The trainable weights after `STEPS` steps, and how often they were looked at."""
+def trained(name, kind, micro_batches=1):
+    """What is left after `STEPS` steps: how far the weights have come, they themselves, batch statistics, the loss."""
     case = MODELS[kind]()
     if name in KERAS:
         model, optimizer = kc.curved(case.model), KERAS[name]()
     else:
         model, optimizer = prepare(name, case.model)
-    if micro_batches > 1:
-        model.micro_batches = micro_batches
-    case.compile(optimizer, jit_compile=False, **settings)
+    model.micro_batches = micro_batches
+    case.compile(optimizer, jit_compile=False)
     x, y = rows(case.x), rows(case.y)
-    model.fit(x, y, batch_size=len(ROWS), epochs=1, shuffle=False, verbose=0)
-    return flat(model.trainable_variables).tolist()
+    start = flat(model.trainable_variables)
+    history = model.fit(x, y, batch_size=len(ROWS), epochs=1, shuffle=False, verbose=0).history
+    weights = flat(model.trainable_variables)
+    return {
+        "way": float(np.abs(weights - start).max()), "skipped": sum(history.get("skipped_steps", [0])),
+        "weights": weights.tolist(), "loss": history["loss"],
+    }  # fmt: skip
 
 
 def compared(strategy, item):
-    """`{"one": weights, "many": weights}` of an item `optimizer:kind`."""
+    """`{"one": what is left, "many": what is left}` of an item `optimizer:kind`."""
     name, kind = item.split(":")
     slices = strategy.num_replicas_in_sync if by_slices(kind) else 1
     one = trained(name, kind, micro_batches=slices)
@@ -61,7 +65,7 @@ def compared(strategy, item):
 
 
 def main(replicas, floatx, *items):
-    """Prints `{item: {"one": weights, "many": weights}}`."""
+    """Prints `{item: {"one": what is left, "many": what is left}}`."""
     warnings.filterwarnings("ignore")
     replicas = int(replicas)
     tf.config.set_logical_device_configuration(

@@ -245,6 +245,14 @@ def test_two_replicas_train_as_one_device(name, two_replicas):
     np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6 if name in PLAIN else 0)
 
 
+@pytest.mark.parametrize("statistics", ["each replica's", "synchronized"])
+def test_batch_statistics_are_of_a_replica_or_of_all(statistics, two_replicas):
+    found = two_replicas[statistics]
+    np.testing.assert_allclose(found["two"], found["hand"], rtol=1e-5, atol=1e-6)
+    other = two_replicas["synchronized" if statistics == "each replica's" else "each replica's"]
+    assert np.abs(np.subtract(found["hand"], other["hand"])).max() > 1e-3  # the two can be told apart
+
+
 def test_what_is_done_every_so_many_steps_is_skipped_in_between_on_replicas_too(two_replicas):
     passes = two_replicas["forward passes"]
     assert passes == {"one": [2, 1, 1, 2], "two": [4, 2, 2, 4]}

@@ -19,14 +19,18 @@ from workers import KERAS
 
 HERE = pathlib.Path(__file__).parent
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+# conjugate gradients on an indefinite matrix: the rounding of the first step, 1e-16, grows tenfold with every other
+AMPLIFIES = {"hessian_free_hessian"}
 ALL = [*OPTIMIZERS, *KERAS]
 # each kind once and each optimizer several times
 PAIRS = [f"{ALL[i % len(ALL)]}:{kind}" for i, kind in enumerate(MODELS)]
 FEW = [
-    "neumann_resets:batch_normalization", "curveball:dropout", "hessian_free:recurrent_dropout",
-    "hessian_free_hessian:attention", "hessian_free_chunk:spatial_dropout", "two_loop_convexified:embedding_lstm",
-    "curveball_fixed:masked_outputs", "adam_accumulating:several_outputs", "sgd:nested",
-    "adam_averaging:gaussian_noise",
+    "neumann_resets:batch_normalization", "curveball:dropout", "hessian_free_chunk:spatial_dropout",
+    "adam_accumulating:several_outputs", "adam_averaging:gaussian_noise",
+]
+MORE = [
+    "hessian_free:recurrent_dropout", "hessian_free_hessian:attention", "two_loop_convexified:embedding_lstm",
+    "curveball_fixed:masked_outputs", "sgd:nested",
 ]  # fmt: skip
 
 
@@ -41,32 +45,43 @@ def run(replicas, floatx, *items):
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def worst(found):
-    """The largest difference between the weights of one and of several replicas."""
+def agree(found, item, floatx):
+    """The weights of one and of several replicas agree, and they have trained."""
     assert "error" not in found, found["error"]
-    return float(np.abs(np.subtract(found["one"], found["many"])).max())
+    one, many = found["one"], found["many"]
+    assert one["way"] > 1e-3 and one["skipped"] == many["skipped"] == 0
+    tolerance = 1e-5 if item.split(":")[0] in AMPLIFIES else TOLERANCE[floatx]
+    np.testing.assert_allclose(many["weights"], one["weights"], rtol=0, atol=tolerance, equal_nan=False)
+    np.testing.assert_allclose(many["loss"], one["loss"], rtol=1e-5, equal_nan=False)
 
 
 few = functools.cache(lambda replicas, floatx: run(replicas, floatx, *FEW))
+more = functools.cache(lambda replicas, floatx: run(replicas, floatx, *FEW, *MORE))
 every = functools.cache(lambda replicas, floatx: run(replicas, floatx, *PAIRS))
 crossed = functools.cache(lambda name: run(2, "float64", *[f"{name}:{kind}" for kind in MODELS]))
 
 
 @pytest.mark.parametrize("item", FEW)
-@pytest.mark.parametrize(("replicas", "floatx"), [(2, "float64"), pytest.param(4, "float32", marks=pytest.mark.slow)])
-def test_replicas_end_with_the_weights_of_one(replicas, floatx, item):
-    assert worst(few(replicas, floatx)[item]) < TOLERANCE[floatx]
+def test_replicas_end_with_the_weights_of_one(item):
+    agree(few(2, "float64")[item], item, "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("item", [*FEW, *MORE])
+@pytest.mark.parametrize(("replicas", "floatx"), [(1, "float64"), (2, "float64"), (4, "float32")])
+def test_more_replicas_end_with_the_weights_of_one(replicas, floatx, item):
+    agree(more(replicas, floatx)[item], item, floatx)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("item", PAIRS)
 @pytest.mark.parametrize(("replicas", "floatx"), [(4, "float64"), (2, "float32")])
 def test_with_every_kind_of_layer(replicas, floatx, item):
-    assert worst(every(replicas, floatx)[item]) < TOLERANCE[floatx]
+    agree(every(replicas, floatx)[item], item, floatx)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", ALL)
 def test_every_optimizer_with_every_kind_of_layer(name, kind):
-    assert worst(crossed(name)[f"{name}:{kind}"]) < TOLERANCE["float64"]
+    agree(crossed(name)[f"{name}:{kind}"], f"{name}:{kind}", "float64")

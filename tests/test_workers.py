@@ -9,9 +9,10 @@ import sys
 
 import numpy as np
 import pytest
-from optimizers import ONE_OF_EACH, OPTIMIZERS
+from optimizers import OPTIMIZERS
 from workers import KERAS
 
+FEW = ["neumann_resets", "hessian_free", "adam_accumulating"]
 HERE = pathlib.Path(__file__).parent
 ENVIRONMENT = {
     **os.environ,
@@ -69,18 +70,19 @@ def compare(names, tmp_path):
         assert two[0][name].keys() == one[name].keys()
         for key, values in one[name].items():
             np.testing.assert_allclose(two[0][name][key], values, rtol=1e-5, err_msg=f"{name} {key}")
-        assert "val_loss" in one[name]
+        for key in ("loss", "val_loss"):
+            assert np.isfinite(one[name][key]).all() and one[name][key][-1] < one[name][key][0]
         assert list((directories[0] / name / "train").iterdir())
     assert not directories[1].exists()
 
 
 def test_two_workers_fit_as_one_process(tmp_path):
-    compare([*ONE_OF_EACH, *KERAS], tmp_path)
+    compare(FEW, tmp_path)
 
 
 @pytest.mark.slow
 def test_two_workers_fit_as_one_process_with_every_optimizer(tmp_path):
-    compare([name for name in OPTIMIZERS if name not in ONE_OF_EACH], tmp_path)
+    compare([name for name in [*OPTIMIZERS, *KERAS] if name not in FEW], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["curveball", pytest.param("hessian_free", marks=pytest.mark.slow)])

@@ -49,10 +49,6 @@ def operations(graph):
     return {node.op for node in nodes}
 
 
-def shapes_are_known(graph):
-    return all(output.shape.is_fully_defined() for op in graph.get_operations() for output in op.outputs)
-
-
 CASES = [
     *[(name, "float32", 1) for name in OPTIMIZERS],
     *[(name, "mixed_bfloat16", 1) for name in OPTIMIZERS],
@@ -78,7 +74,6 @@ def test_the_whole_step_is_one_program_without_the_host(name, policy, micro_batc
     step = tf.function(lambda x, y: model.train_step((x, y)), jit_compile=True)
     graph = step.get_concrete_function(x, y).graph
     assert not operations(graph) & NOT_FOR_XLA
-    assert shapes_are_known(graph)
     program = step.experimental_get_compiler_ir(x, y)(stage="hlo")
     assert not HOST.search(program), HOST.search(program)
     assert "<=" not in re.sub(r"metadata=\{.*?\}", "", program)

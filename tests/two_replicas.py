@@ -60,6 +60,38 @@ def forward_passes(x, y):
     return np.diff([0, *seen]).tolist()
 
 
+def normalized(synchronized):
+    """A model with batch statistics; equal weights every time."""
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    return keras.Sequential([
+        keras.Input((4,)), layers.Dense(5), layers.BatchNormalization(synchronized=synchronized),
+        layers.Activation("tanh"), layers.Dense(3),
+    ])  # fmt: skip
+
+
+def weights_by_hand(x, y, slices):
+    """After one step of gradient descent on the mean over slices, each with statistics of its own; plain TensorFlow."""
+    model = normalized(False)
+    with tf.GradientTape() as tape:
+        losses = []
+        for rows in np.split(np.arange(BATCH), slices):
+            log_p = tf.nn.log_softmax(model(x[:BATCH][rows], training=True))
+            losses.append(-tf.reduce_mean(tf.gather(log_p, y[:BATCH][rows], batch_dims=1)))
+        loss = tf.reduce_mean(losses)
+    gradients = tape.gradient(loss, [w.value for w in model.trainable_variables])
+    return np.concatenate([(w.numpy() - 0.5 * g.numpy()).ravel() for w, g in zip(model.trainable_variables, gradients)])
+
+
+def weights_after_a_step(x, y, synchronized):
+    """The same, by a curved model under the strategy of the caller."""
+    model = kc.curved(normalized(synchronized))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.5), loss, jit_compile=False)
+    model.fit(x[:BATCH], y[:BATCH], batch_size=BATCH, epochs=1, shuffle=False, verbose=0)
+    return np.concatenate([w.numpy().ravel() for w in model.trainable_variables])
+
+
 def main(names):
     """Prints `{name: {"one": numbers, "two": numbers}}`."""
     tf.config.set_logical_device_configuration(
@@ -71,6 +103,10 @@ def main(names):
     results = {"forward passes": {"one": forward_passes(x, y)}}
     with strategy.scope():
         results["forward passes"]["two"] = forward_passes(x, y)
+    for key, slices in (("each replica's", 2), ("synchronized", 1)):
+        with strategy.scope():
+            two = weights_after_a_step(x, y, synchronized=slices == 1)
+        results[key] = {"hand": weights_by_hand(x, y, slices).tolist(), "two": two.tolist()}
     for name in names:
         try:
             one = trained(name, x, y)

@@ -191,7 +191,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
-        self.skipped_steps = self.add_variable((), dtype="int", name="skipped_steps", aggregation="only_first_replica")
+        self.skipped_steps = self.add_variable((), dtype="int", name="skipped_steps", aggregation="none")
         self.create_state(list(variables))
         if self._unloaded is not None:
             stored, self._unloaded = self._unloaded, None
@@ -204,7 +204,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         def initial(shape, dtype):  # Keras' `Constant` rounds to float32 on the way
             return tf.constant(value, dtype)
 
-        return self.add_variable((), initializer=initial, name=name, aggregation="only_first_replica")
+        return self.add_variable((), initializer=initial, name=name, aggregation="none")
 
     def load_own_variables(self, store):
         """Load the state; an optimizer that is not built yet keeps it until it is, and loses nothing."""

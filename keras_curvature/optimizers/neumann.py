@@ -117,7 +117,7 @@ class Neumann(CurvatureOptimizer):
         """`m`, `v` (which the first step puts at the weights), the next reset and the period after it."""
         self._m = self.add_optimizer_variables(variables, "m")
         self._v = self.add_optimizer_variables(variables, "v")
-        counter = {"shape": (), "dtype": "int", "aggregation": "only_first_replica"}
+        counter = {"shape": (), "dtype": "int", "aggregation": "none"}
         self._next_reset = self.add_variable(initializer="ones", name="next_reset", **counter)
         self._period = self.add_variable(
             initializer=keras.initializers.Constant(self.reset_every or 0), name="reset_period", **counter
