@@ -290,6 +290,30 @@ def test_training_noise_is_there_and_the_same_in_every_evaluation(name):
     np.testing.assert_array_equal(_flat(lin.gradient_at(zero)), _flat(lin.gradient_at(zero)))
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("name", ["max_pooling", "lstm"])
+def test_without_products_keras_own_kernels_compute_the_gradient(name, micro_batches, monkeypatch):
+    case = CASES[name]().compile()
+    case.model._symbolic_build(data_batch=case.batch)
+    v, asked = _vector(case.model.trainable_variables, 1), []
+    for module, function in ((differentiable.keras_rnn, "cudnn_ok"), (keras_nn, "max_pool")):
+        own = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *args, own=own, **kw: asked.append(own) or own(*args, **kw))
+
+    def gradients(products):
+        asked.clear()
+        lin = Linearization(case.model, *case.batch, micro_batches=micro_batches, products=products)
+        found = [lin.loss, *lin.gradient, lin.loss_at(v), *lin.gradient_at(v), *lin.chunk(0.5).gradient]
+        return lin, found, len(asked)
+
+    (usual, expected, never), (lin, found, times) = gradients(True), gradients(False)
+    assert never == 0 and times >= 4
+    assert _error(found, expected) < 1e-12
+    # those who ask all the same get what they asked for
+    assert _error(lin.gauss_newton() @ v, usual.gauss_newton() @ v) < 1e-12
+    assert _error(lin.hessian() @ v, usual.hessian() @ v) < 1e-12
+
+
 def test_a_call_without_training_argument_is_run_as_keras_runs_it():
     m = measured("subclassed_without_training")
     lin = Linearization(m.case.model, *m.case.batch)

@@ -132,22 +132,23 @@ def replaced(*names):
             setattr(owner, name, value)
 
 
-def differentiable_keras(twice=False):
+def differentiable_keras(twice=False, products=True):
     """While open, Keras computes what can be differentiated as often as a product needs, on any slice of a batch.
 
     Max pooling gets a cheap forward mode; recurrent layers on a GPU run their loop and not cuDNN's kernel, whose
     backward pass has no derivative; and, if `twice`, normalization has second derivatives. Gauss-Newton products are
     of first order (a product with `J` and one with `J'`), and exact with Keras' own moments, whose gradient is the
-    cheaper one. On a slice of the batch, losses and random numbers are those of the whole; see `slices.py`.
+    cheaper one. On a slice of the batch, losses and random numbers are those of the whole; see `slices.py`. Without
+    `products`, for losses and gradients alone, recurrent layers and pooling stay as they are.
 
     Open it around the replicas and not inside one: the threads of a `MirroredStrategy` take turns, and the names
     that are replaced here are shared by all of them.
     """
+    for_products = [(keras_nn, "max_pool", _max_pool), (keras_rnn, "cudnn_ok", lambda *args, **kwargs: False)]
     return replaced(
         (keras_nn, "_compute_moments", _plain_moments if twice else keras_nn._compute_moments),
         (keras_nn, "_compute_moments_sync", _synchronized_moments),
-        (keras_nn, "max_pool", _max_pool),
-        (keras_rnn, "cudnn_ok", lambda *args, **kwargs: False),
+        *(for_products if products else []),
         (keras_loss, "scale_loss_for_distribution", _scale),
         (keras_loss, "unscale_loss_for_distribution", _unscale),
         (FuncGraph, "control_dependencies", _data_dependencies),

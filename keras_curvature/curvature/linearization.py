@@ -7,12 +7,13 @@ it says what to do.
 """
 
 import contextlib
-import numbers
+import functools
 
 import keras
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
+from keras_curvature.component import check_count
 from keras_curvature.curvature import diagonal, likelihoods, products, slices, taps
 from keras_curvature.curvature.differentiable import differentiable_keras
 from keras_curvature.curvature.functional import PureModel, build_for
@@ -32,6 +33,10 @@ class Linearization:
     lists of tensors in the order and with the shapes of `model.trainable_variables`; losses are scalars, the
     compiled loss with everything that belongs to it (sample weights, masks, regularizers, added losses).
 
+    However the batch is cut (into slices of replicas, `micro_batches`), the sum over the slices is the whole batch's,
+    but for batch normalization and for two kinds of losses, which are means of the means of the slices: masked ones,
+    and those with `reduction="mean_with_sample_weight"`; see `curvature/slices.py`.
+
     Works eagerly, in a `tf.function`, compiled by XLA, and in `fit` under a distribution strategy. Nothing is
     computed that is not asked for; a forward pass is shared by the products that need it.
 
@@ -46,6 +51,9 @@ class Linearization:
         part: `(size, index)` of a piece of the batch to use. Optional; see `chunk`.
         micro_batches: Number of slices that each replica's batch is cut into, an integer: passes go over one slice
             at a time, with the memory of one; see `curvature/micro_batches.py`. Defaults to `1`.
+        products: Whether Gauss-Newton products will be asked for. If not, losses and gradients are computed by Keras'
+            own kernels (cuDNN's recurrent layers, max pooling), which cannot be differentiated twice or only at a
+            price; products are there all the same, and record a forward pass of their own. Defaults to `True`.
 
     Attributes:
         variables: The model's trainable variables.
@@ -71,14 +79,15 @@ class Linearization:
     """
 
     def __init__(
-        self, model, x, y=None, sample_weight=None, *, shift=None, loss_scale=None, part=None, micro_batches=1
+        self, model, x, y=None, sample_weight=None, *,
+        shift=None, loss_scale=None, part=None, micro_batches=1, products=True,
     ):  # fmt: skip
         _check_model(model)
-        _check_micro_batches(micro_batches)
+        check_count(Linearization, "micro_batches", micro_batches)
         build_for(model, x, y, sample_weight)
         self.model, self.variables = model, list(model.trainable_variables)
         self._batch, self._part, self._micro_batches = (x, y, sample_weight), part, micro_batches
-        self._shift, self._loss_scale = shift, loss_scale
+        self._shift, self._loss_scale, self._products, self._reached = shift, loss_scale, products, None
         # one pure model per replica; what is computed once is kept in `_known` (`cached_property` holds a lock while it
         # computes, on which the threads of replicas would wait for each other)
         self._slices, self._pure, self._known, self._graph = {}, {}, {}, slices.graph()
@@ -107,11 +116,22 @@ class Linearization:
         """`df/dw`, a vector; one backward pass, however often it is asked for."""
 
         def gradient():
-            gradient = self._recordings().total(lambda recording: recording.gradient())
+            gradient = self._recordings().total(self._local_gradient)
             self._forward()  # known by now
             return gradient
 
         return self._once("gradient", gradient)
+
+    @property
+    def reached(self):
+        """Whether the loss depends on each variable at all, a tuple of bools in the order of `variables`.
+
+        Where it does not, the `gradient` is zeros, of which an optimizer with weight decay would make a step; Keras
+        passes such variables over. Known with the gradient, which is computed where it was not.
+        """
+        if self._reached is None:
+            _ = self.gradient
+        return self._reached
 
     # Other points.
 
@@ -123,7 +143,7 @@ class Linearization:
             evaluation = pure.evaluate(self._local_weights(step))
             return evaluation, evaluation.loss
 
-        with differentiable_keras():
+        with differentiable_keras(products=self._products):
             return self._sum(loss, step)
 
     def gradient_at(self, step):
@@ -138,7 +158,7 @@ class Linearization:
             evaluation, gradient = products.gradient(pure, self._local_weights(step), self._loss_scale)
             return evaluation, (evaluation.loss, gradient)
 
-        with differentiable_keras():
+        with differentiable_keras(products=self._products):
             return self._sum(gradient, step)
 
     # Curvature.
@@ -169,7 +189,7 @@ class Linearization:
         is convex in the outputs; see `curvature/likelihoods.py`.
         """
         not_convex = tuple(likelihoods.not_convex(self.model))
-        return GaussNewton(self.variables, self._recordings(), self._loss_scale, self.l2, not_convex)
+        return GaussNewton(self.variables, self._recordings(products=True), self._loss_scale, self.l2, not_convex)
 
     def hidden_gauss_newton(self):
         """`J_h' J_h / N`, for `h` the hidden states of the recurrent layers and `N` the number of examples.
@@ -241,7 +261,7 @@ class Linearization:
         """
         return Linearization(
             self.model, *self._batch, shift=self._shift, loss_scale=self._loss_scale, part=(size, index),
-            micro_batches=self._micro_batches,
+            micro_batches=self._micro_batches, products=self._products,
         )  # fmt: skip
 
     def commit(self):
@@ -256,8 +276,11 @@ class Linearization:
 
     # One forward pass, recorded on every replica.
 
-    def _recordings(self):
-        return self._once("recordings", lambda: Recordings(self._here, self._record_loss))
+    def _recordings(self, products=False):
+        """The recorded pass; for `products` where nobody expected any, another one."""
+        fit = products or self._products
+        around = functools.partial(differentiable_keras, products=fit)
+        return self._once(("recordings", fit), lambda: Recordings(self._here, self._record_loss, around))
 
     def _forward(self):
         """`(loss, outputs)` of the recorded pass."""
@@ -280,6 +303,12 @@ class Linearization:
     def _record_loss(self, pure):
         """A `LossRecording` of a `PureModel` at the weights."""
         return products.LossRecording(pure, self._local_weights(), self._loss_scale)
+
+    def _local_gradient(self, recording):
+        gradient = recording.gradient()
+        # of any slice: eagerly, a model may take another way on each of them
+        self._reached = tuple(map(max, self._reached or recording.reached, recording.reached))
+        return gradient
 
     def _take(self, *batch):
         """Take this replica's slice of the batch, or of that the piece, and count its examples."""
@@ -343,11 +372,6 @@ def _l2(variables):
         return 2.0 * float(regularizer.l2) if known else 0.0
 
     return tuple(coefficient(getattr(v, "regularizer", None)) for v in variables)
-
-
-def _check_micro_batches(count):
-    if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"`micro_batches` must be an integer of at least 1. Received: micro_batches={count!r}")
 
 
 def _check_model(model):

@@ -71,6 +71,7 @@ class LossRecording(Jacobian):
         evaluation: The `Evaluation` at the point.
         leaves: The leaves that the loss really depends on.
         slope: `dL/dz`, one tensor per leaf, times the loss scale.
+        reached: Whether the loss depends on each weight, a tuple of bools; `None` before the gradient is asked for.
     """
 
     def __init__(self, pure, weights, loss_scale=None):
@@ -84,7 +85,7 @@ class LossRecording(Jacobian):
         used = [(leaf, slope) for leaf, slope in zip(evaluation.leaves, slopes) if slope is not None]
         super().__init__(tape, weights, [leaf for leaf, _ in used], evaluation)
         self.slope = [slope for _, slope in used]
-        self._loss_tape, self._loss_scale = loss_tape, loss_scale
+        self._loss_tape, self._loss_scale, self.reached = loss_tape, loss_scale, None
 
     def require_leaves(self):
         """Refuse a loss that does not pass through the model's outputs: it has no Gauss-Newton matrix."""
@@ -102,6 +103,8 @@ class LossRecording(Jacobian):
         if cotangents is not None:
             targets, weights_of = targets + self.leaves, weights_of + cotangents
         gradients = self._tape.gradient(targets, self.weights, output_gradients=weights_of)
+        if cotangents is None:
+            self.reached = tuple(g is not None for g in gradients)
         return _unscaled(densely(gradients, self.weights), self._loss_scale)
 
     def slopes_at(self, tensors):
