@@ -1,7 +1,8 @@
 """Everything a `Linearization` gives, on one device and on two replicas; prints the largest differences as JSON.
 
 Run by `test_slices.py` in a process of its own, with cases such as `dropout:5:2`: a batch of 5 (3 + 2) in two
-micro-batches on each replica; or `fit:9`: `fit`, with a batch of 1 (1 + 0) at the end of an epoch.
+micro-batches on each replica; or `fit:9`: `fit`, with a batch of 1 (1 + 0) at the end of an epoch; or `ragged:7` and
+`sparse:7`, of inputs that are not dense.
 """
 
 import json
@@ -17,7 +18,7 @@ import keras_curvature as kc
 from keras_curvature import Linearization
 
 KINDS = {
-    "plain": lambda: [layers.Dense(3, kernel_regularizer="l2")],
+    "plain": lambda: [layers.Dense(3, kernel_regularizer="l2"), Idle()],
     "dropout": lambda: [layers.Dropout(0.5, seed=3)],
     "noise": lambda: [
         layers.GaussianNoise(0.3, seed=1), layers.GaussianDropout(0.3, seed=2), layers.AlphaDropout(0.3, seed=4),
@@ -29,6 +30,18 @@ KINDS = {
     "attention": lambda: [layers.Reshape((5, 1)), layers.Dense(4), Attends(), layers.Flatten()],
     "synchronized": lambda: [layers.BatchNormalization(synchronized=True, momentum=0.5)],
 }  # fmt: skip
+
+
+class Idle(layers.Layer):
+    """Has a weight that is not used."""
+
+    def build(self, input_shape):
+        """Creates it."""
+        self.add_weight((2,))
+
+    def call(self, x):
+        """`x`, unchanged."""
+        return x
 
 
 class Attends(layers.Layer):
@@ -68,7 +81,7 @@ def everything(model, x, y, micro_batches):
         "gradient": lin.gradient, "loss": [lin.loss], "gauss_newton": G @ v, "hessian": H @ v,
         "inner": [G.inner(pushed, pushed)], "pull_with_gradient": G.pull_with_gradient(pushed),
         "loss_at": [lin.loss_at(u)], "gradient_at": lin.gradient_at(u), "squared_gradients": lin.squared_gradients(3),
-        "piece": lin.chunk(0.5, 1).gradient,
+        "piece": lin.chunk(0.5, 1).gradient, "reached": [tf.cast(lin.reached, tf.float64)],
     }  # fmt: skip
     lin.commit()
     return found
@@ -105,6 +118,20 @@ def fitted(n, x, y):
     return np.concatenate([losses, flat(model.weights)])
 
 
+def fitted_to(kind, n, y):
+    """Weights after an epoch on inputs that are not dense, of Adam, with a batch of `n - 4` at the end."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,), **{kind: True})
+    # reduced, and not made dense: Keras tries models out on symbols of dense tensors
+    means = layers.Lambda(lambda x: tf.reduce_mean(x, 1, keepdims=True), (1,))
+    model = kc.curved(keras.Model(inputs, layers.Dense(3)(means(inputs) if kind == "ragged" else inputs)))
+    model.compile("adam", "mse", jit_compile=False)
+    x = np.tril(np.arange(1.0, 3 * n + 1).reshape(n, 3))
+    x = tf.RaggedTensor.from_tensor(x, padding=0.0) if kind == "ragged" else tf.sparse.from_dense(x)
+    model.fit(tf.data.Dataset.from_tensor_slices((x, y[:n])).batch(4), verbose=0)
+    return flat(model.weights)
+
+
 def difference(ours, theirs):
     """Relative to the length of theirs."""
     ours, theirs = (np.concatenate([np.ravel(a) for a in tf.nest.flatten(nest)]) for nest in (ours, theirs))
@@ -119,6 +146,10 @@ def compared(strategy, case, x, y):
         one = fitted(batch, x, y)
         with strategy.scope():
             return {"fit": difference(fitted(batch, x, y), one)}
+    if kind in ("ragged", "sparse"):
+        one = fitted_to(kind, batch, y)
+        with strategy.scope():
+            return {"fit": difference(fitted_to(kind, batch, y), one)}
     one, state = on_one(kind, x[:batch], y[:batch])
     two, state_on_two = on_two(strategy, kind, x[:batch], y[:batch], int(rest[0]))
     if batch < 8:

@@ -1,5 +1,7 @@
 """A batch in micro-batches against the whole batch, in float64; passes, memory in the graph, and refusals."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -194,6 +196,47 @@ def test_outputs_keep_their_masks_and_logits():
     np.testing.assert_allclose(tf.nn.softmax(outputs._keras_logits), outputs, 1e-12)
 
 
+def _with_an_idle_head():
+    inputs = keras.Input((3,))
+    hidden = layers.Dense(4, activation="tanh", name="hidden")(inputs)
+    model = keras.Model(inputs, [layers.Dense(2, name="used")(hidden), layers.Dense(2, name="idle")(hidden)])
+    model.compile("sgd", ["mse", None])
+    x = normal(np.random.default_rng(0), 6, 3)
+    batch = x, [x[:, :2], x[:, :2]], None
+    model._symbolic_build(data_batch=batch)
+    return model, batch
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+@pytest.mark.parametrize("graph", [False, True])
+def test_weights_that_the_loss_does_not_reach_are_told_from_those_with_no_gradient(graph, micro_batches):
+    model, batch = _with_an_idle_head()
+    found = []
+
+    def ask():
+        lin = Linearization(model, *batch, micro_batches=micro_batches)
+        found.append(lin.reached)
+        return lin.gradient
+
+    gradient = (tf.function(ask, autograph=False) if graph else ask)()
+    paths = [v.path for v in model.trainable_variables]
+    assert found == [tuple("idle" not in path for path in paths)] and found[0].count(False) == 2
+    assert [bool(np.any(g)) for g in gradient] == list(found[0])
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_what_is_reached_is_known_from_a_gradient_inside_a_condition(micro_batches):
+    model, batch = _with_an_idle_head()
+
+    @tf.function(autograph=False)
+    def ask(yes):
+        lin = Linearization(model, *batch, micro_batches=micro_batches)
+        tf.cond(yes, lambda: lin.gradient[0], lambda: tf.zeros([3, 4], tf.float64))
+        return tf.constant(lin.reached)
+
+    np.testing.assert_array_equal(ask(tf.constant(True)), ["idle" not in v.path for v in model.trainable_variables])
+
+
 # What it costs.
 
 
@@ -277,21 +320,82 @@ def test_loops_take_one_slice_at_a_time_and_turns():
 # Refusals.
 
 
-@pytest.mark.parametrize("count", [0, -1, 1.5, "2", None, True])
+@pytest.mark.parametrize("count", [0, -1, 1.5, "2", None, True, np.int64(2)])
 def test_the_number_is_checked(count):
     case = _built("dense")
-    with pytest.raises(ValueError, match=rf"`micro_batches` must be an integer.*Received: micro_batches={count!r}"):
+    received = re.escape(f"Received: micro_batches={count!r}")
+    with pytest.raises(ValueError, match=rf"`Linearization`: `micro_batches` must be an integer.*{received}"):
         Linearization(case.model, *case.batch, micro_batches=count)
 
 
 def test_xla_wants_equal_slices():
-    case = CASES["dense"]().compile(jit_compile=True)
-    with pytest.raises(ValueError, match="needs slices of a size that is known and equal. Received: 6 examples"):
-        tf.function(lambda: Linearization(case.model, *case.batch, micro_batches=4).loss, autograph=False)()
+    case = CASES["dense"]().compile()  # whatever the model is compiled for, it is this function that counts
+
+    def loss():
+        return Linearization(case.model, *case.batch, micro_batches=4).loss
+
+    def inside_another():
+        return tf.function(loss, autograph=False)()
+
+    for function in (loss, inside_another):
+        with pytest.raises(ValueError, match="slices of a size that is known and equal. Received: 6 examples"):
+            tf.function(function, jit_compile=True, autograph=False)()
     specs = [tf.TensorSpec([None, *np.shape(a)[1:]], tf.as_dtype(a.dtype)) for a in case.batch[:2]]
-    traced = tf.function(lambda x, y: Linearization(case.model, x, y, micro_batches=3).loss, specs, autograph=False)
+    traced = tf.function(
+        lambda x, y: Linearization(case.model, x, y, micro_batches=3).loss, specs, jit_compile=True, autograph=False
+    )
     with pytest.raises(ValueError, match="Received: a number of examples unknown to the graph"):
         traced(*case.batch[:2])
+
+
+def test_slices_may_be_uneven_where_xla_does_not_compile_them():
+    case = CASES["dense"]().compile(jit_compile=True)
+    uneven = tf.function(lambda: Linearization(case.model, *case.batch, micro_batches=4).loss, autograph=False)()
+    np.testing.assert_allclose(uneven, Linearization(case.model, *case.batch).loss, 1e-12)
+
+
+class Norm(layers.Layer):
+    """The length of a batch of vectors, a scalar."""
+
+    def call(self, x):
+        """`(batch, units)` to `()`."""
+        return tf.norm(x)
+
+    def compute_output_shape(self, input_shape):
+        """Of a scalar."""
+        return ()
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("ask", ["loss", "gradient", "push"])
+def test_outputs_without_the_batch_as_first_axis_are_named(ask, graph):
+    inputs = keras.Input((3,))
+    hidden = layers.Dense(2, name="said")(inputs)
+    model = keras.Model(inputs, [hidden, Norm(name="length")(hidden)])
+    model.compile("sgd", ["mse", None])
+    x = normal(np.random.default_rng(0), 6, 3)
+    v = _vectors(model)[0]
+
+    def asked(micro_batches):
+        lin = Linearization(model, x, [x[:, :2], x[:, 0]], micro_batches=micro_batches)
+        return lin.gauss_newton().push(v).pushed if ask == "push" else getattr(lin, ask)
+
+    function = tf.function(asked, autograph=False) if graph else asked
+    function(1)
+    with pytest.raises(ValueError, match=r"Received: output 1 \('length'\) of the model .*, of shape \(\)"):
+        function(2)
+
+
+@pytest.mark.parametrize("kind", ["RaggedTensor", "SparseTensor"])
+def test_what_is_not_dense_cannot_be_cut(kind):
+    x = tf.sparse.from_dense(np.eye(6, 3)) if kind == "SparseTensor" else tf.ragged.constant([[1.0], [2.0, 3.0]] * 3)
+    y = np.ones([6, 2])
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    model.compile("sgd", "mse")
+    model._symbolic_build(data_batch=(np.ones([6, 3]), y, None))
+    for cut in (lambda: Linearization(model, x, y, micro_batches=2).loss, lambda: Linearization(model, x, y).chunk(3)):
+        with pytest.raises(ValueError, match=rf"Received: a `{kind}` of shape .*micro_batches=1"):
+            cut()
 
 
 class Outside(keras.Model):

@@ -135,6 +135,17 @@ def test_a_place_holds_while_it_is_open_and_on_its_thread():
     assert slices.here() is None
 
 
+def test_examples_of_any_kind_of_array_are_counted():
+    dense, ragged = np.ones([4, 3]), tf.ragged.constant([[1.0, 2.0], [3.0], [], [4.0]])
+    sparse = tf.sparse.from_dense(dense)
+    for x in (dense, [None, {"a": dense}], tf.constant(dense), ragged, sparse):
+        assert slices.examples(x) == 4
+    specs = [tf.TensorSpec([None, 3]), tf.RaggedTensorSpec([None, None]), tf.SparseTensorSpec([None, 3])]
+    for x, spec in zip((tf.ones([4, 3]), ragged, tf.cast(sparse, tf.float32)), specs):
+        counted = tf.function(slices.examples, [spec], autograph=False)(x)
+        assert counted == 4 and counted.dtype == tf.int32
+
+
 @pytest.mark.parametrize("size", [0.25, 0.5, 1.0])
 def test_pieces_of_equal_slices_make_up_the_piece_of_the_whole(size):
     x = np.arange(16.0)[:, np.newaxis]
@@ -147,7 +158,7 @@ def test_pieces_of_equal_slices_make_up_the_piece_of_the_whole(size):
 
 # Two replicas, in a process of its own: two strategies in one collide.
 
-CASES = ["noise:8:1", "dropout:5:2", "synchronized:5:1", "plain:1:1", "fit:13", "fit:9"]
+CASES = ["noise:8:1", "dropout:5:2", "synchronized:5:1", "plain:1:1", "fit:13", "fit:9", "ragged:7", "sparse:7"]
 KINDS = ["plain", "dropout", "noise", "recurrent_dropout", "attention", "synchronized"]
 SIZES = ["8:1", "5:1", "1:1", "8:2", "5:2"]
 ALL = [f"{kind}:{size}" for kind in KINDS for size in SIZES if not (kind == "synchronized" and size[-1] == "2")]

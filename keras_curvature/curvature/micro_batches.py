@@ -8,12 +8,14 @@ The price is a forward pass for each product, which the recordings of a whole ba
 
 The slices see what they would see as parts of the batch: dropout masks are its rows, and seeds move on as in one
 pass. `BatchNormalization` alone normalizes each slice by itself, and its moving statistics take in one after another.
+Every output of the model must have the batch as its first axis, for the slices' to be put together again.
 """
 
 import weakref
 
 import keras
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 from keras_curvature import replicas
 from keras_curvature.curvature import slices
@@ -39,7 +41,7 @@ class MicroBatches:
         self._count = max(1, min(count, place.examples)) if known else tf.clip_by_value(place.examples, 1, count)
         self._length = place.examples // self._count if known and place.examples % self._count == 0 else None
         if self._length is None and not tf.executing_eagerly():
-            _check_not_compiled(model, count, place.examples)
+            _check_not_compiled(count, place.examples)
 
     def sum(self, local):
         """Of `local(pure) -> (evaluation, sums)` the sums, a nest of tensors, added up over the slices."""
@@ -157,6 +159,7 @@ class RecordedAnew:
 
         def on_slice(pure, *rows):
             recording = self._make(pure)
+            _check_rows(pure, recording.evaluation.outputs)
             evaluation, found = recording.evaluation, local(recording, *rows)
             if not (keep or note):
                 return evaluation, *[[part] for part in found]
@@ -217,12 +220,32 @@ def _check_layers(model):
         )
 
 
-def _check_not_compiled(model, count, examples):
-    if model.jit_compile:
+def _check_rows(pure, outputs):
+    """Refuse outputs whose first axis is known not to be the examples of the slice."""
+    flat = keras.tree.flatten(outputs)
+    names = getattr(pure.model, "output_names", None) or []
+    for i, y in enumerate(flat):
+        if tf.is_tensor(y) and y.shape.rank is not None and _has_other_rows(y.shape, pure.place.examples):
+            name = f"{i} ({names[i]!r})" if len(names) == len(flat) else str(i)
+            raise ValueError(
+                "`micro_batches` needs outputs with the batch as their first axis, to put those of slices together. "
+                f"Received: output {name} of the model {pure.model.name!r}, of shape {tuple(y.shape)} on a slice of "
+                "the batch. Give it a row for each example, hand a loss of the model's own to `add_loss`, or use "
+                "micro_batches=1."
+            )
+
+
+def _has_other_rows(shape, examples):
+    # a slice of unknown size gives no length that is known
+    return shape.rank == 0 or (shape[0] is not None and not (isinstance(examples, int) and shape[0] == examples))
+
+
+def _check_not_compiled(count, examples):
+    if control_flow_util.GraphOrParentsInXlaContext(slices.graph()):
         here = f"{examples} examples" if isinstance(examples, int) else "a number of examples unknown to the graph"
         raise ValueError(
-            f"`micro_batches={count}` under XLA (`jit_compile=True`) needs slices of a size that is known and equal. "
-            f"Received: {here} on each replica. Give batches of a fixed size that micro_batches (times the number of "
-            "replicas) divides, such as `dataset.batch(batch_size, drop_remainder=True)`; or compile the model with "
-            "`jit_compile=False`."
+            f"`micro_batches={count}` under XLA (`jit_compile=True`, or a TPU) needs slices of a size that is known "
+            f"and equal. Received: {here} on each replica. Give batches of a fixed size that micro_batches (times the "
+            "number of replicas) divides, such as `dataset.batch(batch_size, drop_remainder=True)`; or do without XLA, "
+            "on a GPU or CPU by `jit_compile=False`."
         )

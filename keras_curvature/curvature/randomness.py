@@ -7,8 +7,10 @@ begins amid a step. On the CPU, on a GPU and compiled by XLA for them, masks are
 
 This goes for tensors with a row, or as many rows, for each example, drawn by `tf.random.stateless_uniform` and
 `stateless_normal`, and so by `keras.random.uniform`, `normal`, `randint`, `dropout` and by Keras' layers; and, but for
-XLA, by `truncated_normal`. Tensors of other lengths are shared by the slices. Of a slice with a single example the two
-cannot be told apart, and all are taken for its own.
+XLA, by `truncated_normal`. Tensors of other lengths are shared by the slices. The length of the first axis is all that
+tells the two apart: a tensor that is meant to be shared, but is as long as the slice or a multiple of that, is drawn by
+rows too. On a slice with a single example this is every tensor with an axis, and in a graph that does not know the
+length, every one of an unknown length.
 
 Two slices never get the same numbers, and it does not matter how the batch is cut into them; but they are not those of
 the whole batch (1) on a TPU, which has another generator of its own; (2) under XLA, for normal numbers, which it

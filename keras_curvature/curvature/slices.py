@@ -4,7 +4,10 @@ Into the slices of replicas, into micro-batches (`micro_batches.py`), and, where
 A `Place` says which rows of the whole batch a slice has. An evaluation runs `at` its place, and two things follow:
 
 * A loss that is a mean over the examples counts by the slice's share of them: the sum over slices is the mean over
-  the batch, also where slices are uneven. Keras gives every replica the same share.
+  the batch, also where slices are uneven. Keras gives every replica the same share. Two kinds of means are not over
+  the examples, and the sum is the mean of the slices' means: of a masked loss, over the steps that the mask leaves; and
+  with `reduction="mean_with_sample_weight"`, over the weights. Where slices have the same number of steps, or sum of
+  weights, for each example, these are the whole batch's too.
 * What is drawn at random for each example (dropout masks, noise) is what the whole batch would draw for it; see
   `randomness.py`.
 """
@@ -97,15 +100,16 @@ def graph():
 
 def examples(batch):
     """Number of examples of a nest of arrays: an integer where the shape says so, else a tensor."""
-    first = tf.convert_to_tensor(next(a for a in keras.tree.flatten(batch) if a is not None))
-    return tf.shape(first)[0] if first.shape[0] is None else first.shape[0]
+    first = next(a for a in keras.tree.flatten(batch) if a is not None)
+    # not made dense: ragged and sparse ones have a shape too, of int64
+    return tf.cast(tf.shape(first)[0], tf.int32) if first.shape[0] is None else first.shape[0]
 
 
 def rows(batch, start, length):
     """Rows `start .. start + length` of every array in a nest; `None` stays."""
 
     def cut(a):
-        a = tf.convert_to_tensor(a)
+        a = _dense(a)
         sizes = [length] + [-1] * (a.shape.rank - 1)
         return _known(tf.slice(a, [start] + [0] * (a.shape.rank - 1), sizes), length, a.shape)
 
@@ -127,10 +131,21 @@ def piece(batch, size, index):
     first = tf.cast(index, tf.int32) % pieces
 
     def cut(a):
-        a = tf.convert_to_tensor(a)
+        a = _dense(a)
         return _known(tf.gather(a, first + pieces * tf.range(tf.minimum(length, available))), length, a.shape)
 
     return keras.tree.map_structure(lambda a: None if a is None else cut(a), batch)
+
+
+def _dense(a):
+    if isinstance(a, (tf.RaggedTensor, tf.SparseTensor)):
+        raise ValueError(
+            "A batch can be cut into micro-batches or pieces where it is made of dense arrays. Received: a "
+            f"`{type(a).__name__}` of shape {tuple(a.shape)}. Give dense inputs (`x.to_tensor()`, "
+            "`tf.sparse.to_dense(x)`), or use the batch whole: micro_batches=1, and an optimizer without a "
+            "`curvature_batch`."
+        )
+    return tf.convert_to_tensor(a)
 
 
 def _known(a, length, shape):
