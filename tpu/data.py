@@ -121,7 +121,11 @@ class ImageNet:
         return -(-largest // (replicas * self.per_replica_batch))
 
     def evaluation(self, strategy):
-        """A distributed dataset of `(images, one-hot labels, weights)`; every image has weight 1 exactly once."""
+        """A distributed dataset of `(images, one-hot labels, weights)`; every image has weight 1 exactly once.
+
+        It begins again after `evaluation_steps`: Keras draws a batch from an iterator that it has used up before it
+        makes a new one.
+        """
 
         def pipeline(context):
             split = tfds.even_splits("validation", context.num_input_pipelines, drop_remainder=False)
@@ -130,7 +134,7 @@ class ImageNet:
             replicas = strategy.num_replicas_in_sync // context.num_input_pipelines
             batches = replicas * self.evaluation_steps(strategy, context.num_input_pipelines)
             images = images.concatenate(pads).batch(self.per_replica_batch, drop_remainder=True)
-            return images.take(batches).prefetch(2)
+            return images.take(batches).repeat().prefetch(2)
 
         return strategy.distribute_datasets_from_function(pipeline)
 

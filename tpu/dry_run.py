@@ -40,9 +40,9 @@ def run(folder=None):
     print(f"wrote {TRAIN} + {VALIDATION} images to {folder / 'data'}, {time.perf_counter() - began:.0f} s")
     options = [*OPTIONS, "--data_dir", str(folder / "data"), "--run_dir", str(folder / "run")]
     print(f"\n$ python tpu/train.py {shlex.join(options)}")
-    killed, code = started(options, STOP_AFTER)
+    killed, code = started(options, folder, STOP_AFTER)
     print(f"exit status {code} (128 + SIGTERM is 143)\n\n$ the same command again")
-    resumed, again = started(options)
+    resumed, again = started(options, folder)
     print(f"exit status {again}")
     stopped, begun = found(killed, r"stopped by SIGTERM after (\d+) steps"), found(resumed, r"resumed at step (\d+)")
     final = found(resumed, r"final: top-1 error ([\d.]+%)"), found(resumed, r"top-5 error ([\d.]+%)")
@@ -51,16 +51,22 @@ def run(folder=None):
         f"\nkilled at step {stopped}, resumed at step {begun}; top-1 error {final[0]}, top-5 error {final[1]}; "
         f"{time.perf_counter() - began:.0f} s in all: {'passed' if passed else 'FAILED'}"
     )
+    if not passed:
+        print((folder / "stderr.txt").read_text()[-3000:], file=sys.stderr)
     return 0 if passed else 1
 
 
-def started(options, stop_after=None):
-    """`(lines, exit status)` of the program; SIGTERM goes to it when it shows step `stop_after`."""
+def started(options, folder, stop_after=None):
+    """`(lines, exit status)` of the program; SIGTERM goes to it when it shows step `stop_after`.
+
+    What it says beside its output, TensorFlow's warnings or a traceback, is in `folder`/stderr.txt.
+    """
     paths = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "train.py"), *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"},
-    )  # fmt: skip
+    with open(folder / "stderr.txt", "a") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "train.py"), *options], stdout=subprocess.PIPE, stderr=stderr, text=True,
+            env={**os.environ, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        )  # fmt: skip
     lines = []
     for line in process.stdout:
         lines.append(line)

@@ -289,6 +289,7 @@ def train(args, recipe, strategy, passes, imagenet):
 
 def main(argv=None):
     """The program."""
+    tf.get_logger().setLevel("ERROR")
     args, parser = arguments(argv)
     args.data_dir = args.data_dir or os.environ.get("TFDS_DATA_DIR")
     if args.list_presets:

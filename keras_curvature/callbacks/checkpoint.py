@@ -19,8 +19,8 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TFEpochIterator
 
 from keras_curvature import replicas
-from keras_curvature.callbacks import shares
 from keras_curvature.callbacks.chief import is_chief
+from keras_curvature.callbacks.shares import Shares
 from keras_curvature.component import check, check_count
 
 # In several processes a signal to one of them stops all. So many steps are between two looks around.
@@ -137,7 +137,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Go on where the newest checkpoint was."""
-        self._signalled, self._saved, self._looked_around = False, None, 0
+        self._signalled, self._saved, self._looked_around, self._shares = False, None, 0, None
         self._strategy, self._resumed = self.model.distribute_strategy, self._newest()
         self._about, self._epoch, self._step, self._steps = _About(), 0, 0, 0
         self._several = replicas.of_several_workers(self._strategy)
@@ -217,20 +217,26 @@ class Checkpoint(keras.callbacks.Callback):
         described = {name: [[_plain(v.name), list(v.shape), v.dtype] for v in group] for name, group in groups.items()}
         return {**described, "optimizer_class": type(inner).__name__}
 
-    def _checkpoint(self, groups, tables=()):
-        groups = {name: [v.value for v in group] for name, group in groups.items()}
-        return tf.train.Checkpoint(about=self._about, **groups, shares=[tf.Variable(table) for table in tables])
+    def _checkpoint(self, groups, rows=None):
+        parts = {name: [v.value for v in group] for name, group in groups.items()}
+        if rows is not None:
+            parts["shares"] = tf.Variable(rows)
+        return tf.train.Checkpoint(about=self._about, **parts)
 
     def _restore(self, metrics):
         """Read the newest checkpoint into the variables, if it is theirs."""
         groups = self._state(metrics)
         self._refuse_another_state(self._describe(groups))
         self._checkpoint(groups).restore(self._resumed["path"]).assert_existing_objects_matched().expect_partial()
-        own = shares.own(self.model, self._strategy)
-        if own and self._resumed["replicas"] == self._strategy.num_replicas_in_sync:
+        own = self._own_shares()
+        if own.variables and self._resumed["replicas"] == self._strategy.num_replicas_in_sync:
             reader = tf.train.load_checkpoint(self._resumed["path"])
-            names = [f"shares/{i}/.ATTRIBUTES/VARIABLE_VALUE" for i in range(len(own))]
-            shares.give_back(self._strategy, own, [reader.get_tensor(name) for name in names])
+            own.write(reader.get_tensor("shares/.ATTRIBUTES/VARIABLE_VALUE"))
+
+    def _own_shares(self):
+        """The `Shares`, made where the model is built."""
+        self._shares = self._shares or Shares(self.model, self._strategy)
+        return self._shares
 
     def _refuse_another_state(self, now):
         """Say the first thing in which the checkpoint differs from this run."""
@@ -291,8 +297,8 @@ class Checkpoint(keras.callbacks.Callback):
             "position": position, "steps": self._steps, "length": self.params.get("steps"),
             "replicas": self._strategy.num_replicas_in_sync, "state": self._describe(groups),
         }  # fmt: skip
-        own = shares.own(self.model, self._strategy)
-        checkpoint = self._checkpoint(groups, shares.gathered(self._strategy, own))
+        own = self._own_shares()
+        checkpoint = self._checkpoint(groups, own.read() if own.variables else None)
         if is_chief(self._strategy):
             manager = tf.train.CheckpointManager(checkpoint, self.directory, max_to_keep=self.keep)
             manager.save(checkpoint_number=self._steps)

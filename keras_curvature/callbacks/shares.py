@@ -3,34 +3,43 @@
 import tensorflow as tf
 
 
-def own(model, strategy):
-    """The variables of which each replica may have another value; none where there is one replica."""
-    if strategy.num_replicas_in_sync == 1:
-        return []
-    return [v for v in model.non_trainable_variables if tf.as_dtype(v.dtype).is_floating]
+class Shares:
+    """The variables of which each replica of `strategy` may have a value of its own; none where there is one replica.
 
+    Laid end to end they are one row per replica, `(replicas, entries)`: one collective, traced once.
+    """
 
-def gathered(strategy, variables):
-    """For each variable a tensor (replicas, ...) of what the replicas hold; every process must call this."""
+    def __init__(self, model, strategy):
+        several = strategy.num_replicas_in_sync > 1
+        floating = [v for v in model.non_trainable_variables if tf.as_dtype(v.dtype).is_floating]
+        self.strategy, self.variables = strategy, floating if several else []
+        self._sizes = [int(v.shape.num_elements()) for v in self.variables]
+        wide = any(v.dtype == "float64" for v in self.variables)
+        self._dtype = tf.float64 if wide else tf.float32
+        self._gather, self._assign = tf.function(self._gather_rows), tf.function(self._assign_row)
 
-    @tf.function
-    def gather():
-        held = strategy.run(lambda: [tf.convert_to_tensor(v)[tf.newaxis] for v in variables])
-        return [strategy.gather(value, axis=0) for value in held]
+    def read(self):
+        """What the replicas hold, (replicas, entries); every process must call this."""
+        with self.strategy.scope():
+            return self._gather()
 
-    with strategy.scope():
-        return gather() if variables else []
+    def write(self, rows):
+        """Give each replica its row."""
+        with self.strategy.scope():
+            row = self.strategy.experimental_distribute_values_from_function(
+                lambda context: tf.constant(rows[context.replica_id_in_sync_group], self._dtype)
+            )
+            self._assign(row)
 
+    def _gather_rows(self):
+        def row():
+            return tf.concat([tf.cast(tf.reshape(v, [-1]), self._dtype) for v in self.variables], axis=0)[tf.newaxis]
 
-def give_back(strategy, variables, tables):
-    """Give each replica its row of the tables."""
+        return self.strategy.gather(self.strategy.run(row), axis=0)
 
-    @tf.function
-    def assign(rows):
-        strategy.run(lambda rows: [v.assign(row) for v, row in zip(variables, rows)] and None, args=(rows,))
+    def _assign_row(self, row):
+        def assign(row):
+            for v, part in zip(self.variables, tf.split(row, self._sizes)):
+                v.assign(tf.cast(tf.reshape(part, v.shape), v.dtype))
 
-    def rows_of(context):
-        return [tf.constant(table[context.replica_id_in_sync_group]) for table in tables]
-
-    with strategy.scope():
-        assign(strategy.experimental_distribute_values_from_function(rows_of))
+        self.strategy.run(assign, args=(row,))
