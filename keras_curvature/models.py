@@ -8,7 +8,7 @@ from keras.src.models.functional import Functional
 
 from keras_curvature import replicas, trees
 from keras_curvature.component import check_count, register
-from keras_curvature.curvature.functional import build_for
+from keras_curvature.curvature.functional import all_built, build_for
 from keras_curvature.curvature.linearization import Linearization
 from keras_curvature.optimizers.base import CurvatureOptimizer
 
@@ -103,7 +103,7 @@ class CurvedMixin:
             self._reports(optimizer)  # created here, if nobody has yet: inside the replicas it cannot be done
         lin = Linearization(
             self, x, y, sample_weight, micro_batches=self.micro_batches,
-            shift=optimizer.shift() if ours else None,
+            shift=optimizer.shift() if ours else None, products=ours and not optimizer.by_gradient,
             loss_scale=optimizer.loss_scale_factor if scaler is None else tf.identity(scaler.dynamic_scale.value),
         )  # fmt: skip
         if ours:
@@ -148,11 +148,14 @@ class CurvedMixin:
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         """Build what waits for a first batch, from the slice of one replica.
 
-        Keras would average the slices: on several workers, or where they are uneven, it cannot.
+        Keras would average the slices: on several workers, or where they are uneven, it cannot. And it would draw a
+        batch where nothing waits, which a validation that goes on in its data would miss.
         """
         if iterator is not None or self.train_function is None:
             self._check_scope()
         if iterator is not None and self._distribute_strategy is not None:
+            if all_built(self):
+                return
             data_batch = replicas.one_of(self.distribute_strategy, next(next(iter(iterator))[-1]))
             iterator = None
         super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
@@ -364,10 +367,12 @@ def _step_of_keras(optimizer, lin, checked):
     As Keras does, it is passed over where the gradient is not finite under a loss scale, and only there.
     """
     gradient, scale = lin.gradient, optimizer.loss_scale_factor
+    handed = gradient if scale is None else trees.scale(scale, gradient)
+    handed = [g if reached else None for g, reached in zip(handed, lin.reached)]  # Keras passes these over
 
     def take():
         with replicas.keras_outside():
-            optimizer.apply(gradient if scale is None else trees.scale(scale, gradient), lin.variables)
+            optimizer.apply(handed, lin.variables)
         return tf.constant(True)
 
     return tf.cond(trees.is_finite(gradient), take, lambda: tf.constant(False)) if checked else take()

@@ -253,6 +253,12 @@ def test_batch_statistics_are_of_a_replica_or_of_all(statistics, two_replicas):
     assert np.abs(np.subtract(found["hand"], other["hand"])).max() > 1e-3  # the two can be told apart
 
 
+def test_weights_that_the_loss_does_not_reach_are_left_alone_by_keras_optimizers(two_replicas):
+    one, two = two_replicas["decayed"]["one"], two_replicas["decayed"]["two"]
+    assert one[0] == two[0] == 0.0
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
 def test_what_is_done_every_so_many_steps_is_skipped_in_between_on_replicas_too(two_replicas):
     passes = two_replicas["forward passes"]
     assert passes == {"one": [2, 1, 1, 2], "two": [4, 2, 2, 4]}

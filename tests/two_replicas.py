@@ -60,6 +60,21 @@ def forward_passes(x, y):
     return np.diff([0, *seen]).tolist()
 
 
+def decayed():
+    """After an epoch of AdamW: the weight of a layer that the loss does not reach, and one that it does."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    heads = {"value": keras.layers.Dense(3, name="value")(inputs), "idle": keras.layers.Dense(2, name="idle")(inputs)}
+    model = kc.curved(keras.Model(inputs, heads))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.AdamW(0.1, weight_decay=0.5), {"value": loss}, jit_compile=False)
+    x = np.random.default_rng(0).standard_normal((BATCH, 4)).astype("float32")
+    before = model.get_layer("idle").kernel.numpy()
+    model.fit(x, {"value": np.argmax(x[:, :3], axis=1)}, batch_size=BATCH, epochs=2, verbose=0)
+    idle = model.get_layer("idle").kernel.numpy()
+    return [float(np.abs(idle - before).max()), *model.get_layer("value").kernel.numpy().ravel().tolist()]
+
+
 def normalized(synchronized):
     """A model with batch statistics; equal weights every time."""
     keras.utils.set_random_seed(0)
@@ -103,6 +118,9 @@ def main(names):
     results = {"forward passes": {"one": forward_passes(x, y)}}
     with strategy.scope():
         results["forward passes"]["two"] = forward_passes(x, y)
+    results["decayed"] = {"one": decayed()}
+    with strategy.scope():
+        results["decayed"]["two"] = decayed()
     for key, slices in (("each replica's", 2), ("synchronized", 1)):
         with strategy.scope():
             two = weights_after_a_step(x, y, synchronized=slices == 1)

@@ -198,11 +198,13 @@ def build_for(model, x, y, sample_weight):
 
     Keras does so when its train step is traced; under a `StatelessScope` it would be too late for variables.
     """
-    if all(_is_built(part) for part in (model, model.optimizer, model._compile_loss, model._compile_metrics)):
+    if all_built(model):
         return
     with tf.init_scope():
         model._symbolic_build(data_batch=(x, y, sample_weight))
 
 
-def _is_built(part):
-    return part is None or part.built
+def all_built(model):
+    """Whether nothing of the model, its loss, metrics and optimizer waits to see a first batch."""
+    parts = (model, model.optimizer, model._compile_loss, model._compile_metrics)
+    return all(part is None or part.built for part in parts)
