@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,6 +337,22 @@ def test_another_first_epoch_or_other_metrics_are_refused(tmp_path):
     with pytest.raises(ValueError, match="another metric"):
         fit(model, Checkpoint(tmp_path))
     fit(compiled(), Checkpoint(tmp_path))  # and a refusal leaves nothing behind
+
+
+def test_a_fit_that_fails_as_it_begins_leaves_nothing_behind(tmp_path):
+    with pytest.raises(Killed):
+        fit(compiled(), Checkpoint(tmp_path / "one", every=1), Note(2, kill))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(ValueError, match="there are two of these callbacks"):
+        fit(compiled(), Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "two"))
+    after = Note()
+    fit(compiled(), after, epochs=1)
+    assert [batch for batch, _ in after.seen] == [0, 1, 2]
+    with pytest.raises(Killed):
+        fit(compiled(), Checkpoint(tmp_path / "one"), keras.callbacks.LambdaCallback(on_epoch_begin=lambda *_: kill()))
+    after = Note()
+    fit(compiled(), Checkpoint(tmp_path / "two"), after)
+    assert after.seen[0][0] == 2
 
 
 @pytest.mark.parametrize(

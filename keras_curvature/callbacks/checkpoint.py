@@ -137,6 +137,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Go on where the newest checkpoint was."""
+        _forget_what_was_left_out()
+        self.model._initial_epoch = None
         self._signalled, self._saved, self._looked_around, self._shares = False, None, 0, None
         self._strategy, self._resumed = self.model.distribute_strategy, self._newest()
         self._about, self._epoch, self._step, self._steps = _About(), 0, 0, 0
@@ -354,8 +356,12 @@ def _first_steps_left_out(step, draw, ready):
     With `draw`, the batches of the steps left out are drawn and dropped.
     """
 
+    if "_enumerate_iterator" in vars(TFEpochIterator):
+        _forget_what_was_left_out()
+        raise ValueError("`Checkpoint`: one `fit` goes on from one checkpoint, and there are two of these callbacks.")
+
     def once(epoch_iterator):
-        del TFEpochIterator._enumerate_iterator  # its own is inherited
+        _forget_what_was_left_out()
         ready(epoch_iterator)
         return (left for left in epoch_iterator._enumerate_iterator() if not leave_out(*left, epoch_iterator))
 
@@ -368,6 +374,12 @@ def _first_steps_left_out(step, draw, ready):
         return True
 
     TFEpochIterator._enumerate_iterator = once
+
+
+def _forget_what_was_left_out():
+    """Keras' own generator again, which is inherited; a `fit` that failed as it began has left ours behind."""
+    if "_enumerate_iterator" in vars(TFEpochIterator):
+        del TFEpochIterator._enumerate_iterator
 
 
 def _of_one_replica(spec):
