@@ -3,8 +3,8 @@
     pip install ".[examples]"
     python examples/benchmarks/batch_scaling.py --data_dir ~/tensorflow_datasets
 
-For SGD with Nesterov momentum, Adam, Neumann and CurveBall, on MNIST and CIFAR-10, in under three quarters of an hour
-of two cores. Every finished run is a line of `batch_scaling.jsonl`; the same command takes a killed program up at the
+For SGD with Nesterov momentum, Adam, Neumann and CurveBall, on MNIST and CIFAR-10; about three quarters of an hour of
+two free cores. Every finished run is a line of `batch_scaling.jsonl`; the same command takes a killed program up at the
 run that it was in. The end writes a table, `batch_scaling.txt`, and a figure, `batch_scaling.png`. Those in this
 repository are drawn from their runs again, without training, by
 
