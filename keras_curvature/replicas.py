@@ -119,10 +119,9 @@ def add_up(values):
         return values
     strategy, context = tf.distribute.get_strategy(), tf.distribute.get_replica_context()
     if context is None:
-        # all at once, for the strategy to pack them; and on accelerators to where they are: a sum that is wanted on one
-        # device alone would be gathered there, past the collectives
-        device = strategy.extended.worker_devices[0]
-        parts = [(value, device if "CPU" in device else value) for value in tf.nest.flatten(values)]
+        # all at once, for the strategy to pack them; and to where they are: a sum that is wanted on one device alone
+        # would be gathered there, past the collectives
+        parts = [(value, value) for value in tf.nest.flatten(values)]
         sums = strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, parts)
         return one_of(strategy, tf.nest.pack_sequence_as(values, sums))
     return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
