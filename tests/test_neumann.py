@@ -333,3 +333,22 @@ def logistic():
 def test_neumann_is_ahead_of_sgd_on_the_logistic_regression(logistic, batch_size):
     ends = {name: logistic.losses(name, batch_size)[-1] for name in ("SGD", "Neumann")}
     assert ends["Neumann"] < 0.65 * ends["SGD"]
+
+
+@pytest.mark.parametrize("curve", [True, False])
+def test_accumulated_gradients_train_as_micro_batches_do(curve):
+    x = np.random.default_rng(0).standard_normal((96, 4))
+    y = np.tanh(x @ np.random.default_rng(1).standard_normal((4, 2)))
+
+    def weights(batch_size, curve, micro_batches=1, **options):
+        keras.utils.set_random_seed(0)
+        layers = [keras.layers.Dense(5, activation="tanh"), keras.layers.Dense(2)]
+        model = keras.Sequential([keras.Input((4,)), *layers])
+        model = curved(model, micro_batches=micro_batches) if curve else model
+        model.compile(Neumann(0.1, warmup_steps=2, reset_every=2, **options), "mse", jit_compile=False)
+        model.fit(x, y, batch_size=batch_size, epochs=2, shuffle=False, verbose=0)
+        return flat(model.trainable_variables)
+
+    accumulated = weights(4, curve, gradient_accumulation_steps=4)
+    np.testing.assert_allclose(accumulated, weights(16, True, micro_batches=4), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(accumulated, weights(16, curve), rtol=0, atol=1e-10)

@@ -19,8 +19,8 @@ from workers import KERAS
 
 HERE = pathlib.Path(__file__).parent
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
-# conjugate gradients on an indefinite matrix: the rounding of the first step, 1e-16, grows tenfold with every other
-AMPLIFIES = {"hessian_free_hessian"}
+# steps of conjugate gradients amplify the rounding of the first step, 1e-16, up to tenfold with each further one
+AMPLIFIES = {"hessian_free", "hessian_free_hessian"}
 ALL = [*OPTIMIZERS, *KERAS]
 # each kind once and each optimizer several times
 PAIRS = [f"{ALL[i % len(ALL)]}:{kind}" for i, kind in enumerate(MODELS)]
