@@ -19,8 +19,8 @@ from workers import KERAS
 
 HERE = pathlib.Path(__file__).parent
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
-# Steps of conjugate gradients amplify the rounding of the first step, up to tenfold with each further one: from 1e-16 to
-# 1e-5 at worst in ten steps. From the 1e-7 of float32 there is nothing left to compare.
+# Steps of conjugate gradients amplify the rounding of the first step, up to tenfold with each further one: from 1e-16
+# to 1e-5 at worst in ten steps. From the 1e-7 of float32 there is nothing left to compare.
 AMPLIFIES = {"hessian_free", "hessian_free_hessian"}
 ALL = [*OPTIMIZERS, *KERAS]
 # each kind once and each optimizer several times
