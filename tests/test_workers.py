@@ -91,10 +91,10 @@ def test_a_job_with_a_killed_worker_is_started_again_and_ends_bit_for_bit_the_sa
 
     # dead in the middle of the second epoch: after step 8 of 15, one step after the last checkpoint
     first, second = start_two([tmp_path / "killed"] * 2, "resume", name, DIE_AT="9")
-    second.wait(timeout=240)
+    second.communicate(timeout=240)
     assert second.returncode == -9
     first.kill()  # by the scheduler, as a job is that has lost a worker
-    first.wait()
+    first.communicate()
 
     again = finished(start_two([tmp_path / "killed"] * 2, "resume", name))
     assert again[0]["weights"] == again[1]["weights"] == whole[0]["weights"]
