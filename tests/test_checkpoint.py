@@ -394,6 +394,7 @@ for name in ("whole", "killed") if out == "whole" else ("killed",):
 """
 
 
+@SLOW
 def test_replicas_go_on_after_a_kill(tmp_path):
     paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     for arguments, code in ((("0", "5", "whole"), -signal.SIGKILL), (("1", "99", "killed"), 0)):

@@ -369,6 +369,7 @@ for name in names:
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path):
     names = ["plain_neumann_resets", "hessian_free", "curveball"]
     here = pathlib.Path(__file__).parent

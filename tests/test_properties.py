@@ -231,14 +231,14 @@ def two_replicas():
     here = pathlib.Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, here / "two_replicas.py", *OPTIMIZERS, *PLAIN],
+        [sys.executable, here / "two_replicas.py", *ONE_OF_EACH, *PLAIN],
         env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, *PLAIN])
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, *PLAIN])  # all of them, with all kinds of layers: test_replicas.py
 def test_two_replicas_train_as_one_device(name, two_replicas):
     assert "error" not in two_replicas[name], two_replicas[name]["error"]
     one, two = two_replicas[name]["one"], two_replicas[name]["two"]
