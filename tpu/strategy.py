@@ -111,15 +111,6 @@ def of_devices():
     return tf.distribute.MirroredStrategy([device.name for device in gpus or tf.config.list_logical_devices("CPU")])
 
 
-def is_chief(strategy):
-    """Whether this process prints and writes for all."""
-    resolver = getattr(strategy, "cluster_resolver", None)
-    if not several_processes(strategy):
-        return True
-    jobs = resolver.cluster_spec().jobs
-    return resolver.task_type == "chief" or ("chief" not in jobs and resolver.task_id == 0)
-
-
 def several_processes(strategy):
     """Whether other processes run this program too; the hosts of a TPU do not."""
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and workers() > 1

@@ -29,6 +29,7 @@ from schedule import RampThenStairs
 
 import keras_curvature as kc
 from keras_curvature.callbacks import Checkpoint, ChiefOnly, Terminated
+from keras_curvature.callbacks.chief import is_chief
 
 # name: the learning rate per 256 images at the top of the ramp. The first two are those of Goyal et al. (2017), LAMB's
 # is that of You et al. (2020) at a batch of 32000; none was tuned here. CurveBall and Hessian-free find their own step.
@@ -239,13 +240,13 @@ def prepare(args):
     imagenet.steps_per_epoch(recipe.batch_size)
     settings = {**dataclasses.asdict(recipe), "seed": args.seed, "image_size": size, "color": args.color}
     settings = {k: v for k, v in settings.items() if k not in ("epochs", "published", "source")}
-    claim(args.run_dir, settings, strategies.is_chief(strategy))
+    claim(args.run_dir, settings, is_chief(strategy))
     return recipe, strategy, passes, imagenet
 
 
 def train(args, recipe, strategy, passes, imagenet):
     """Train, or go on training, and report."""
-    chief, steps = strategies.is_chief(strategy), imagenet.steps_per_epoch(recipe.batch_size)
+    chief, steps = is_chief(strategy), imagenet.steps_per_epoch(recipe.batch_size)
     say = (lambda *words: print(*words, flush=True)) if chief else (lambda *words: None)
     say(
         f"{recipe.model}, {recipe.optimizer}, {type(strategy).__name__}; batch {recipe.batch_size} = "
