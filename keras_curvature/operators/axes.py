@@ -1,0 +1,107 @@
+"""Tensors seen along their axes: products with a matrix per axis, second moments of an axis, merged axes, blocks.
+
+A Kronecker product `A_1 x A_2 x ...` multiplies the vectorized tensor, and is never formed: each factor multiplies
+its own axis. All functions take leading batch axes, `batch` of them, for stacks of equal tensors with a matrix each.
+Axes are counted after these.
+"""
+
+import math
+
+import tensorflow as tf
+
+
+def multiply(tensor, matrices, batch=0):
+    """`matrices[k]` times `tensor` along axis `k`, for every `k`; `None` leaves its axis as it is.
+
+        out[i, j, ...] = sum_kl  matrices[0][i, k] matrices[1][j, l] ... tensor[k, l, ...]
+
+    For an axis of length `n` a matrix is `(..., m, n)`, with the batch axes in front.
+    """
+    for axis, matrix in enumerate(matrices):
+        if matrix is not None:
+            tensor = _multiply_axis(tensor, matrix, axis, batch)
+    return tensor
+
+
+def multiply_transposed(tensor, matrices, batch=0):
+    """The same with the transpose of each matrix, such as from a basis of eigenvectors in columns into it."""
+    for axis, matrix in enumerate(matrices):
+        if matrix is not None:
+            tensor = _multiply_axis(tensor, matrix, axis, batch, transposed=True)
+    return tensor
+
+
+def _multiply_axis(tensor, matrix, axis, batch, transposed=False):
+    own = tensor.shape[batch:]
+    if axis == len(own) - 1:  # from the right, without moving the memory
+        rows = tf.reshape(tensor, [*tensor.shape[:batch], math.prod(own[:-1]), own[-1]])
+        product = tf.matmul(rows, matrix, transpose_b=not transposed)
+        return tf.reshape(product, [*tensor.shape[:-1], product.shape[-1]])
+    lead, rest = math.prod(own[:axis]), math.prod(own[axis + 1 :])
+    if lead == 1:
+        columns = tf.reshape(tensor, [*tensor.shape[:batch], own[axis], rest])
+        product = tf.matmul(matrix, columns, transpose_a=transposed)
+    else:  # in the middle: one product for each of the axes before it
+        columns = tf.reshape(tensor, [*tensor.shape[:batch], lead, own[axis], rest])
+        product = tf.matmul(tf.expand_dims(matrix, batch), columns, transpose_a=transposed)
+    return tf.reshape(product, [*tensor.shape[: batch + axis], product.shape[-2], *own[axis + 1 :]])
+
+
+def second_moment(tensor, axis, batch=0, other=None):
+    """`T T'` of the tensor unfolded along an axis: `sum over all others tensor[i, ...] other[j, ...]`, a matrix.
+
+    `other` is the tensor itself, where it is not given.
+    """
+    rows = unfold(tensor, axis, batch)
+    return tf.matmul(rows, rows if other is None else unfold(other, axis, batch), transpose_b=True)
+
+
+def unfold(tensor, axis, batch=0):
+    """The tensor as a matrix with `axis` in the rows and all others, in their order, in the columns."""
+    own = tensor.shape[batch:]
+    if axis:
+        order = [*range(batch), batch + axis, *[i for i in range(batch, tensor.shape.rank) if i != batch + axis]]
+        tensor = tf.transpose(tensor, order)
+    return tf.reshape(tensor, [*tensor.shape[:batch], own[axis], math.prod(own) // own[axis]])
+
+
+def merged_shape(shape, limit, at_least=2):
+    """The shape with axes of length one left out, and neighbours merged while they are at most `limit` long together.
+
+    Merging begins at the front, where a kernel `(height, width, in, out)` has its small axes, and stops at `at_least`
+    axes: a matrix stays a matrix.
+    """
+    lengths = [n for n in shape if n != 1] or [1]
+    merged = [lengths[0]]
+    for position, length in enumerate(lengths[1:], start=1):
+        axes_if_kept = len(merged) + len(lengths) - position
+        if axes_if_kept > at_least and merged[-1] * length <= limit:
+            merged[-1] *= length
+        else:
+            merged.append(length)
+    return tuple(merged)
+
+
+def cut(length, size):
+    """The lengths of the blocks of at most `size` that an axis is cut into; the last one may be shorter."""
+    return [min(size, length - start) for start in range(0, length, size)]
+
+
+def split(tensor, size):
+    """The blocks of at most `size` along every axis, a list, the last axis running fastest."""
+    blocks = [tensor]
+    for axis, length in enumerate(tensor.shape):
+        lengths = cut(length, size)
+        if len(lengths) > 1:
+            blocks = [part for block in blocks for part in tf.split(block, lengths, axis)]
+    return blocks
+
+
+def join(blocks, shape, size):
+    """The tensor of the given shape that `split` has cut into `blocks`."""
+    for axis in reversed(range(len(shape))):
+        parts = len(cut(shape[axis], size))
+        if parts > 1:
+            blocks = [tf.concat(blocks[i : i + parts], axis) for i in range(0, len(blocks), parts)]
+    (whole,) = blocks
+    return whole
