@@ -63,6 +63,19 @@ class CurvedMixin:
         if self.train_function is not None:  # traced again, with the new number; also where `fit` is running
             self.make_train_function(force=True)
 
+    @property
+    def optimizer(self):
+        """The compiled optimizer, which has met the model: it may be built by its layers."""
+        if "optimizer" not in self.__dict__:
+            raise AttributeError(f"The model {self.name!r} is not compiled: it has no optimizer.")
+        return self.__dict__["optimizer"]
+
+    @optimizer.setter
+    def optimizer(self, optimizer):
+        self.__dict__["optimizer"] = optimizer
+        if isinstance(unwrap(optimizer)[0], CurvatureOptimizer):
+            unwrap(optimizer)[0].meet(self)
+
     def train_step(self, data):
         """Linearize the batch, step, commit batch statistics once; Keras' own step where that does as well."""
         if not self._steps_by_linearization():
@@ -345,6 +358,8 @@ def curved(model, micro_batches=None):
     object.__setattr__(model, "__class__", _curved_class(type(model)))
     model.train_function = None  # traced again, with the new step
     model.micro_batches = 1 if micro_batches is None else micro_batches
+    if getattr(model, "optimizer", None) is not None:
+        model.optimizer = model.optimizer  # which meets the model
     return model
 
 

@@ -4,8 +4,9 @@ A subclass writes exactly one of
 
 * `direction(linearization)`: the step, before the learning rate, from a `Linearization` of the batch. Runs on a
   curved model (`keras_curvature.curved`), or on any model where the gradient is all it asks for.
-* `update_step(gradient, variable, learning_rate)`: Keras' own, where the gradient of each variable is enough; such
-  a method says `by_gradient = True`.
+* `precondition(gradients)`: the same from the gradient alone, which Keras has clipped and accumulated; or Keras' own
+  `update_step(gradient, variable, learning_rate)`, where each variable is a matter of its own. Either runs on any
+  model, and says `by_gradient = True`.
 
 and `create_state(variables)` for what it remembers. Keras keeps everything that Keras does: learning-rate
 schedules, weight decay, clipping, averages of the weights, constraints, gradient accumulation, checkpoints.
@@ -17,6 +18,7 @@ state stay bit-identical and `skipped_steps` counts one.
 
 import inspect
 import warnings
+import weakref
 
 import keras
 import tensorflow as tf
@@ -37,11 +39,14 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
     Attributes:
         reports: `{name: "mean" | "last" | "sum"}`: the numbers that a curved model shows in its logs, and how an
             epoch sums them up.
-        by_gradient: Whether the method is an `update_step` and not a `direction`.
+        by_gradient: Whether the method is a `precondition` or an `update_step`, and not a `direction`.
+        needs_model: Whether `create_state` looks at the layers of `model`; such an optimizer is built when it meets it.
+        model: The curved `keras.Model` that the optimizer trains, where `needs_model`; `None` before they meet.
     """
 
     reports = {"skipped_steps": "sum"}
     by_gradient = False
+    needs_model = False
 
     def __init__(self, learning_rate, **kwargs):
         super().__init__(learning_rate=learning_rate, **kwargs)
@@ -51,7 +56,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
                 "be accumulated. Use a larger batch. Received: "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
-        self._noted, self._reported, self._unloaded = [], {}, None
+        self._noted, self._reported, self._unloaded, self._model = [], {}, None, None
         self._unbuilt_count = len(self.variables)  # iterations, and a learning rate that is no schedule
 
     # To be written by a method.
@@ -62,6 +67,10 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
     def direction(self, linearization):
         """The step to take before the learning rate, a vector."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `direction(linearization)`.")
+
+    def precondition(self, gradients):
+        """The step to take before the learning rate, from the gradients of all variables, both vectors."""
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `precondition(gradients)`.")
 
     def update_step(self, gradient, variable, learning_rate):
         """`variable += learning_rate * direction`: what Keras carries as the gradient is the direction here."""
@@ -85,6 +94,28 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         """Report scalars by the names in `reports`; a NaN means that there is nothing to report this time."""
         self._reported.update(numbers)
 
+    def refresh(self, variables, every, compute):
+        """What each of a list of variables becomes: `compute()` at the first and each `every`-th step, else itself.
+
+        Of what is computed, a tensor that is not finite is dropped for the one that was there; the report
+        `failed_refreshes` counts them. The values are remembered.
+        """
+        kept = trees.values(variables)
+
+        def anew():
+            computed = [(tf.cast(new, old.dtype), old) for new, old in zip(compute(), kept, strict=True)]
+            good = [tf.reduce_all(tf.math.is_finite(new)) for new, _ in computed]
+            values = [tf.where(fine, new, old) for fine, (new, old) in zip(good, computed)]
+            return values, tf.add_n([tf.cast(tf.logical_not(fine), tf.float32) for fine in good])
+
+        if every == 1:
+            values, failed = anew()
+        else:
+            values, failed = tf.cond(tf.equal(self.iterations % every, 0), anew, lambda: (kept, tf.constant(0.0)))
+        self.remember(list(variables), values)
+        self.report(failed_refreshes=failed + self._reported.get("failed_refreshes", 0.0))
+        return values
+
     def shift(self):
         """Where a curved model shall linearize, as a vector from the stored weights; nothing: at the weights."""
 
@@ -96,8 +127,10 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         Returns:
             The reported numbers, `{name: scalar}`, with `skipped_steps` 1 where the step was not taken.
         """
+        self.meet(getattr(linearization, "model", None))
         self.require(linearization.variables)
         self._noted, self._reported = [], {}
+        names = list(self._later_reports())
         with tf.name_scope(self.name):
             handed = linearization.gradient if self.by_gradient else self.direction(linearization)
             length = self._reported.get("step_norm")  # known to a method that has the inner products at hand
@@ -110,21 +143,54 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
             noted = list(self._noted)
 
             def take():
-                for variable, value in noted:
-                    variable.assign(value)
+                before = tf.identity(self.skipped_steps.value)
+                _assign(noted)
                 self._hand_to_keras(handed)
-                return tf.constant(0.0)
+                # a direction made of a finite gradient may have overflowed, and was skipped further down
+                return tf.cast(self.skipped_steps.value - before, tf.float32), self._found_since(names)
 
             def skip():
                 self.skipped_steps.assign_add(1)
-                return tf.constant(1.0)
+                return tf.constant(1.0), [tf.constant(float("nan"))] * len(names)
 
-            skipped = tf.cond(finite, take, skip)
-        self.report(step_norm=length, skipped_steps=skipped)
+            skipped, later = tf.cond(finite, take, skip)
+        self.report(**{"step_norm": length, **dict(zip(names, later)), "skipped_steps": skipped})
         wanted = {"skipped_steps", *self.reports}
         reported = {name: tf.cast(value, tf.float32) for name, value in self._reported.items() if name in wanted}
         self._noted, self._reported = [], {}
         return reported
+
+    def _later_reports(self):
+        """Names that `precondition` reports, deep in Keras' own `apply`."""
+        preconditions = self.by_gradient and type(self).precondition is not CurvatureOptimizer.precondition
+        return [name for name in self.reports if name != "skipped_steps"] if preconditions else []
+
+    def _found_since(self, names):
+        """The numbers reported by now; NaN where Keras' loop over accumulated gradients has kept them inside."""
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        found = [self._reported.get(name, float("nan")) for name in names]
+        return [
+            tf.cast(value if graph is None or getattr(value, "graph", graph) is graph else float("nan"), tf.float32)
+            for value in found
+        ]
+
+    def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
+        """Keras calls it once for all variables, outside the replicas, with gradients clipped and accumulated."""
+        each_variable = super()._distributed_tf_update_step
+        if not self.by_gradient or type(self).precondition is CurvatureOptimizer.precondition:
+            each_variable(distribution, grads_and_vars, learning_rate)
+            return
+        self._noted = []
+        directions = self.precondition([gradient for gradient, _ in grads_and_vars])
+        noted, self._noted = list(self._noted), []
+        self.report(step_norm=trees.norm(directions))
+
+        def take():
+            _assign(noted)
+            pairs = [(direction, variable) for direction, (_, variable) in zip(directions, grads_and_vars)]
+            each_variable(distribution, pairs, learning_rate)
+
+        tf.cond(trees.is_finite(directions), take, lambda: _nothing(self.skipped_steps.assign_add(1)))
 
     def _hand_to_keras(self, gradients):
         if self.loss_scale_factor is not None:  # Keras divides by it; the step has its true size already
@@ -166,6 +232,16 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         values = [tf.zeros_like(v) if g is None else tf.convert_to_tensor(g) for g, v in zip(grads, variables)]
         return [tf.cast(g, v.dtype) for g, v in zip(values, variables)]
 
+    def meet(self, model):
+        """Take note of the model, where the state is made of its layers."""
+        if self.needs_model and model is not None and self.model is not model:
+            object.__setattr__(self, "_model", weakref.ref(model))  # past Keras' tracking
+
+    @property
+    def model(self):
+        """The model that the optimizer has met."""
+        return None if self._model is None else self._model()
+
     def require(self, variables):
         """Build for these variables; refuse variables that are not those the state belongs to."""
         if not variables:
@@ -173,6 +249,12 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         if not self.built:
             with keras.name_scope(self.name, caller=self):
                 self.build(variables)
+        if not self.built:
+            raise ValueError(
+                f"`{type(self).__name__}` looks at the layers of the model, and a plain `keras.Model` hands its "
+                "optimizer gradients and nothing else. Curve the model before `compile`:\n\n"
+                "    model = keras_curvature.curved(model)\n"
+            )
         known = [self._var_key(v) for v in self._trainable_variables]
         given = [self._var_key(v) for v in variables]
         if known != given:
@@ -187,8 +269,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
     # Keras' life cycle.
 
     def build(self, variables):
-        """Create all state for `variables`; called once, by Keras."""
-        if self.built:
+        """Create all state for `variables`; called by Keras, and without effect while a needed model is missing."""
+        if self.built or (self.needs_model and self.model is None):
             return
         super().build(variables)
         self.skipped_steps = self.add_variable((), dtype="int", name="skipped_steps", aggregation="none")
@@ -252,3 +334,12 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
 def _names(variables):
     names = [getattr(v, "path", v.name) for v in variables]
     return ", ".join(names if len(names) <= 4 else [*names[:3], f"... {names[-1]}"])
+
+
+def _assign(noted):
+    for variable, value in noted:
+        variable.assign(value)
+
+
+def _nothing(_):
+    """What a branch of a `tf.cond` returns that is there for its effects."""
