@@ -9,3 +9,22 @@ def in_float64():
     """Keras in float64 for the length of a test; a module asks for it with `pytest.mark.usefixtures`."""
     with float64():
         yield
+
+
+def _owner(item):
+    """What shares with others what one of them computes: a fixture of the module, a cached function, a case."""
+    module = item.module.__name__
+    if module == "test_products":  # everything about a case is computed once
+        return f"{module} {item.callspec.params.get('name') if hasattr(item, 'callspec') else ''}"
+    fixtures = {"two_replicas", "logistic"} & set(item.fixturenames)
+    whole = {"test_replicas", "test_scaling", "test_slices", "test_table_1", "test_tpu"}
+    return module if module in whole or fixtures else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Keep in one process of `pytest -n` what belongs together, and share out the rest."""
+    for item in items:
+        owner = _owner(item)
+        if owner is not None:
+            item.add_marker(pytest.mark.xdist_group(owner))
