@@ -11,50 +11,50 @@ unbiased estimate from one more backward pass: with a random sign `s_i` per exam
 import tensorflow as tf
 
 from keras_curvature import replicas
-from keras_curvature.curvature import slices, taps
+from keras_curvature.curvature import sampling, slices, taps
 from keras_curvature.curvature.differentiable import differentiable_keras
 
 
-def squared_gradients(linearization, seed):
+def squared_gradients(linearization, seed, fisher="empirical"):
     """Mean over the batch of the squared per-example gradients, a vector.
 
     Args:
         linearization: A `Linearization` of a loss that is a mean over examples.
         seed: Integer tensor or number: the random signs are a function of it and of the example's row in the batch.
+        fisher: `"empirical"`, with the true labels, or `"sampled"`, with labels drawn from what the model says.
     """
+    sampling.check_fisher(squared_gradients, "fisher", fisher, ("empirical", "sampled"))
     exact = set()
     with differentiable_keras(), taps.dense() as noted:
 
         def local(pure):
             recording = linearization._record_loss(pure)
-            signed = _signed_sums(recording, pure.place, seed)
-            squares = _sums_of_squares(recording, noted.pop(replicas.identity(), []), linearization.variables)
+            cotangents = recording.cotangents(fisher, seed)
+            signed = recording.pull(_signed(cotangents, pure.place, seed))
+            taps = noted.pop(replicas.identity(), [])
+            squares = _sums_of_squares(recording, cotangents, taps, linearization.variables)
             exact.update(squares)
             sums = [tf.cast(squares.get(i, h), h.dtype) for i, h in enumerate(signed)]
             return recording.evaluation, sums
 
         sums = linearization._sum(local)
     # squared here, when the slices of all replicas are in: the estimate does not depend on how the batch is cut
-    sums = [s if i in exact else tf.square(s) for i, s in enumerate(sums)]
-    # each example's share of the mean loss is 1/N of its own loss: N^2 from the squares, 1/N from the mean
-    return [tf.cast(linearization.examples, s.dtype) * s for s in sums]
+    return [s if i in exact else tf.square(s) for i, s in enumerate(sums)]
 
 
-def _signed_sums(recording, place, seed):
-    """`sum_i s_i g_i` over the examples of one recording, a vector."""
-    recording.require_leaves()
+def _signed(cotangents, place, seed):
+    """`s_i c_i` with a random sign for each example."""
     with slices.at(place):
         signs = tf.random.stateless_uniform([place.examples], [0, seed], 0, 2, tf.int32) * 2 - 1
-    cotangents = [s * _along_batch(tf.cast(signs, s.dtype), s) for s in recording.slope]
-    return recording.pull(cotangents)
+    return [c * _along_batch(tf.cast(signs, c.dtype), c) for c in cotangents]
 
 
-def _sums_of_squares(recording, noted, variables):
+def _sums_of_squares(recording, cotangents, noted, variables):
     """`sum_i g_i^2` over the examples of one recording, `{index of a variable: tensor}` for those of `Dense` layers."""
     sums, position = {}, {id(v): i for i, v in enumerate(variables)}
     found = _once_each(noted)
     # float32 where a layer computes in half precision; all at once, for one walk down the layers
-    for tap, said in zip(found, recording.slopes_at([tap.said for tap in found])):
+    for tap, said in zip(found, recording.slopes_at([tap.said for tap in found], cotangents)):
         if said is None:
             continue
         kernel, bias = position.get(id(tap.layer.kernel)), position.get(id(tap.layer.bias))

@@ -116,6 +116,11 @@ class PureModel:
         moved = [None if new is old else self._next(new, old) for new, old in zip(after, before)]
         return Evaluation(outputs, leaves, loss, moved[: len(self.stateful)], moved[len(self.stateful) :])
 
+    def loss_of(self, outputs):
+        """The loss of outputs that an evaluation has given, once more; moves nothing."""
+        with keras.StatelessScope(collect_losses=True):
+            return self._loss(outputs)
+
     def _loss(self, outputs):
         own = type(self.model).compute_loss is not keras.Model.compute_loss
         with slices.at(dataclasses.replace(self.place, weighs_means=not own)):

@@ -20,6 +20,7 @@ gradients) pays for the products alone and not for the forward pass again.
 import tensorflow as tf
 
 from keras_curvature import trees
+from keras_curvature.curvature import sampling
 from keras_curvature.curvature.differentiable import without_control_edges
 
 
@@ -72,6 +73,7 @@ class LossRecording(Jacobian):
         leaves: The leaves that the loss really depends on.
         slope: `dL/dz`, one tensor per leaf, times the loss scale.
         reached: Whether the loss depends on each weight, a tuple of bools; `None` before the gradient is asked for.
+        pure, loss_scale: As given.
     """
 
     def __init__(self, pure, weights, loss_scale=None):
@@ -85,7 +87,8 @@ class LossRecording(Jacobian):
         used = [(leaf, slope) for leaf, slope in zip(evaluation.leaves, slopes) if slope is not None]
         super().__init__(tape, weights, [leaf for leaf, _ in used], evaluation)
         self.slope = [slope for _, slope in used]
-        self._loss_tape, self._loss_scale, self.reached = loss_tape, loss_scale, None
+        self._loss_tape, self.loss_scale, self.reached = loss_tape, loss_scale, None
+        self.pure = pure
 
     def require_leaves(self):
         """Refuse a loss that does not pass through the model's outputs: it has no Gauss-Newton matrix."""
@@ -105,14 +108,35 @@ class LossRecording(Jacobian):
         gradients = self._tape.gradient(targets, self.weights, output_gradients=weights_of)
         if cotangents is None:
             self.reached = tuple(g is not None for g in gradients)
-        return _unscaled(densely(gradients, self.weights), self._loss_scale)
+        return _unscaled(densely(gradients, self.weights), self.loss_scale)
 
-    def slopes_at(self, tensors):
-        """Derivative of the loss in intermediate tensors of the model; `None` where it does not depend on one."""
-        slopes = self._tape.gradient(self._loss, tensors)
+    def slopes_at(self, tensors, cotangents=None):
+        """Derivative in intermediate tensors of the model, of the loss or, if given, of `<c, leaves>`; `None`: none."""
+        if cotangents is None:
+            slopes = self._tape.gradient(self._loss, tensors)
+        else:
+            slopes = self._tape.gradient(self.leaves, tensors, output_gradients=cotangents)
         # unscaled in half precision, what the loss scale has saved would be lost again
         wide = [s if s is None or s.dtype.size >= 4 else tf.cast(s, tf.float32) for s in slopes]
-        return [None if s is None else _unscaled([s], self._loss_scale)[0] for s in wide]
+        return [None if s is None else _unscaled([s], self.loss_scale)[0] for s in wide]
+
+    def cotangents(self, fisher, seed=0):
+        """Cotangents `c`, shaped as the leaves and times the loss scale, whose `J' c` make up a Fisher matrix.
+
+        Args:
+            fisher: `"sampled"`: labels drawn from what the model says; `"empirical"`: the true labels; `"exact"`: the
+                result is a list of cotangents, one for each label (or entry of the outputs) that there is. See
+                `curvature/sampling.py`.
+            seed: Integer tensor or number that the labels are a function of, besides the example's row in the batch.
+
+        Raises:
+            ValueError: There is no likelihood known for the loss; `fisher` is none of these.
+        """
+        return sampling.cotangents(self, fisher, seed)
+
+    def sampled_slope(self, seed=0):
+        """`dL/dz`, as `slope`, with labels drawn from what the model says instead of the true ones."""
+        return sampling.slopes(self, seed)
 
     def push(self, vector):
         """`(J v, H_L J v)`."""
@@ -126,7 +150,7 @@ class LossRecording(Jacobian):
 
     def pull(self, cotangents):
         """`J' c` for cotangents that carry the loss scale, such as `curve` returns."""
-        return _unscaled(self.vjp(cotangents), self._loss_scale)
+        return _unscaled(self.vjp(cotangents), self.loss_scale)
 
     def curve(self, tangents):
         """`H_L u`, times the loss scale: the second derivative of the loss in the leaves."""

@@ -1,0 +1,221 @@
+"""Sampled, exact and empirical cotangents against dense Fisher and Gauss-Newton matrices, in float64."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from cases import BATCH, LOSSES, MODELS, Case, float64, normal
+from keras import layers
+
+from keras_curvature import Linearization
+from keras_curvature.curvature import likelihoods
+from keras_curvature.operators import dense
+
+
+def masked(seed=0):
+    """A class for each of four steps, of which some are masked."""
+    random = np.random.default_rng(seed)
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential([keras.Input((4, 3)), layers.Masking(), layers.Dense(3)])
+    x = normal(random, BATCH, 4, 3)
+    x[0, 2:] = x[3, 1] = 0.0
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return Case(model, x, random.integers(0, 3, (BATCH, 4)).astype("int32"), loss)
+
+
+CASES = {"masked": masked, **MODELS, **{f"loss_{name}": build for name, build in LOSSES.items()}}
+LIKELY = [
+    "mse", "mse_sum", "mae", "poisson", "kl_divergence", "binary_from_logits", "binary_from_sigmoid", "binary_smoothed",
+    "categorical_from_logits", "categorical_from_softmax", "categorical_smoothed", "sparse_from_logits",
+    "sparse_from_softmax",
+]  # fmt: skip
+UNLIKELY = ["hinge", "huber", "focal", "cosine_similarity", "own_compute_loss"]
+# Where the second derivative of the loss in what it reads does not depend on the labels, it is the Fisher information.
+GAUSS_NEWTON = [
+    "loss_mse", "loss_mse_sum", "loss_binary_from_logits", "loss_binary_from_sigmoid", "loss_binary_smoothed",
+    "loss_categorical_from_logits", "loss_categorical_from_softmax", "loss_categorical_smoothed",
+    "loss_sparse_from_logits", "loss_sparse_from_softmax", "loss_sample_weights", "loss_loss_weights_list",
+    "loss_one_output_without_loss", "loss_added_loss", "loss_activity_regularized", "several_outputs", "masked",
+    *[pytest.param(name, marks=pytest.mark.slow) for name in ("masked_outputs", "embedding_lstm")],
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_float64():
+    with float64():
+        yield
+
+
+def recorded(case):
+    """`(linearization, its recording)` of a compiled case."""
+    lin = Linearization(case.model, *case.batch)
+    return lin, lin._recordings(products=True).here()._recording
+
+
+def pulled_apart(recording, cotangents):
+    """`J_i' c_i` for each example `i`, an array `(examples, weights)`."""
+    rows = []
+    for i in range(BATCH):
+        alone = [tf.concat([0 * c[:i], c[i : i + 1], 0 * c[i + 1 :]], 0) for c in cotangents]
+        rows.append(np.concatenate([g.numpy().ravel() for g in recording.pull(alone)]))
+    return np.stack(rows)
+
+
+def outer(recording, cotangents):
+    """`sum_i (J_i' c_i) (J_i' c_i)'`."""
+    rows = pulled_apart(recording, cotangents)
+    return rows.T @ rows
+
+
+def information(name, says):
+    """The Fisher information of one example by the books, `(d, d)`, in what the model says before any activation."""
+    d = len(says)
+    if name.startswith("mse"):
+        return 2 * np.eye(d) / d
+    if name == "mae":
+        return np.eye(d) / d
+    if name == "poisson":  # of a rate softplus(says): its derivative is the sigmoid
+        return np.diag((1 / (1 + np.exp(-says))) ** 2 / np.log1p(np.exp(says))) / d
+    if name.startswith("binary"):
+        p = 1 / (1 + np.exp(-says))
+        return np.diag(p * (1 - p)) / d
+    p = np.exp(says) / np.exp(says).sum()
+    return np.diag(p) - np.outer(p, p)
+
+
+def by_the_books(name, case):
+    """The Fisher matrix of the batch loss, dense: no label, no sampling, no Keras loss."""
+    model = case.model
+    hidden, last = model.layers
+    with tf.GradientTape() as tape:
+        says = hidden(case.x) @ last.kernel + last.bias
+    jacobian = tape.jacobian(says, [v.value for v in model.trainable_variables])
+    J = np.concatenate([j.numpy().reshape(*says.shape, -1) for j in jacobian], -1)  # (batch, d, weights)
+    mean = 1.0 if name == "mse_sum" else 1.0 / BATCH
+    return mean * sum(j.T @ information(name, s) @ j for j, s in zip(J, says.numpy()))
+
+
+@pytest.mark.parametrize("name", LIKELY)
+def test_exact_cotangents_make_up_the_fisher_matrix(name):
+    case = LOSSES[name]().compile()
+    _, recording = recorded(case)
+    found = sum(outer(recording, c) for c in recording.cotangents("exact"))
+    # Keras' epsilon stands in the Poisson and Kullback-Leibler losses
+    rtol = 1e-5 if name in ("poisson", "kl_divergence") else 1e-10
+    expected = by_the_books(name, case)
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", GAUSS_NEWTON)
+def test_exact_cotangents_make_up_the_gauss_newton_matrix_with_all_its_weights(name):
+    lin, recording = recorded(CASES[name]().compile())
+    found = sum(outer(recording, c) for c in recording.cotangents("exact"))
+    if name in ("masked", "several_outputs"):  # positions and outputs one by one
+        assert len(recording.cotangents("exact")) == {"masked": 4 * 3, "several_outputs": 2 + 3}[name]
+    expected = dense(lin.gauss_newton(), lin.variables)
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def many(name, examples=40000):
+    """The case of a loss with one and the same example many times over, and labels of each."""
+    case = LOSSES[name]()
+    repeat = examples // BATCH
+    x = np.repeat(case.x[:1], repeat * BATCH, 0)
+    return Case(case.model, x, np.tile(case.y, [repeat] + [1] * (case.y.ndim - 1)), case.loss).compile()
+
+
+@pytest.mark.parametrize("name", LIKELY)
+def test_sampled_cotangents_have_the_fisher_information_as_their_mean(name):
+    case = many(name)
+    _, recording = recorded(case)
+    (c,) = [c.numpy() for c in recording.cotangents("sampled", seed=3)]
+    exact = sum(np.einsum("i,j->ij", e[0].numpy()[0], e[0].numpy()[0]) for e in recording.cotangents("exact"))
+    exact = exact * len(c)
+    found = c.T @ c
+    np.testing.assert_allclose(found, exact, atol=0.04 * np.abs(exact).max())
+    if name != "kl_divergence":  # which is one of probabilities that sum up to 1, where they may go
+        assert np.abs(c.mean(0)).max() < 0.02 * np.abs(c).max()  # no slope on the average
+    other = recording.cotangents("sampled", seed=4)[0].numpy()
+    assert np.abs(other - c).max() > 0
+
+
+def test_sampled_labels_of_a_poisson_model_are_poisson():
+    rates = np.repeat([[0.3, 4.0, 30.0, 90.0]], 50000, 0)
+    uniform = np.random.default_rng(0).uniform(size=rates.shape)
+    found = likelihoods.Poisson({}, False).sample(tf.constant(rates), lambda shape: tf.constant(uniform)).numpy()
+    assert (found == np.round(found)).all() and found.min() == 0
+    np.testing.assert_allclose(found.mean(0), rates[0], rtol=0.02)
+    np.testing.assert_allclose(found.var(0), rates[0], rtol=0.03)
+    np.testing.assert_allclose((found[:, 0] == 0).mean(), np.exp(-0.3), rtol=0.01)
+
+
+@pytest.mark.parametrize("name", ["sample_weights", "several_outputs"])
+def test_sampled_slopes_are_those_of_the_compiled_loss_with_other_labels(name):
+    lin, recording = recorded((LOSSES.get(name) or MODELS[name])().compile())
+    slopes, drawn = recording.sampled_slope(seed=5), recording.cotangents("sampled", seed=5)
+    exact = recording.cotangents("exact")
+    for i, (slope, c) in enumerate(zip(slopes, drawn)):
+        # omega s and sqrt(omega) s: parallel, and their ratio is sqrt(omega)
+        curvature = sum(np.square(e[i].numpy()).sum(-1) for e in exact)  # omega times the trace of the information
+        ratio = np.linalg.norm(slope, axis=-1) / np.where(curvature > 0, np.linalg.norm(c, axis=-1), 1)
+        np.testing.assert_allclose(slope, ratio[:, None] * c, atol=1e-14)
+        assert (curvature > 0).sum() >= BATCH - 1
+    total = lin.sampled_gradient(5)
+    for a, b in zip(total, recording.pull(slopes)):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_empirical_cotangents_are_the_slopes_of_the_true_labels():
+    _, recording = recorded(LOSSES["sparse_from_logits"]().compile())
+    for c, slope in zip(recording.cotangents("empirical"), recording.slope):
+        np.testing.assert_allclose(c, np.sqrt(BATCH) * slope.numpy(), rtol=1e-14)
+
+
+@pytest.mark.parametrize("left_out", [-1, 1])
+def test_a_class_that_the_loss_leaves_out_has_no_weight(left_out):
+    case = LOSSES["sparse_from_logits"]()
+    case.loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=left_out)
+    case.y = np.where(np.arange(BATCH) < 2, left_out, 2).astype("int32")
+    lin, recording = recorded(case.compile())
+    found = sum(outer(recording, c) for c in recording.cotangents("exact"))
+    np.testing.assert_allclose(found, dense(lin.gauss_newton(), lin.variables), atol=1e-12)
+    assert not np.any(recording.cotangents("sampled")[0][:2])
+
+
+@pytest.mark.parametrize("name", UNLIKELY)
+def test_a_loss_that_is_no_likelihood_is_named(name):
+    _, recording = recorded(LOSSES[name]().compile())
+    with pytest.raises(ValueError, match=r'Labels cannot be sampled for loss=\w.*fisher="empirical"'):
+        recording.cotangents("sampled")
+    assert len(recording.cotangents("empirical")) == len(recording.leaves)
+
+
+def test_what_is_no_fisher_matrix_is_refused():
+    _, recording = recorded(LOSSES["mse"]().compile())
+    with pytest.raises(ValueError, match='`fisher` must be one of "sampled", "empirical", "exact". Received: fisher=1'):
+        recording.cotangents(1)
+
+
+def test_a_loss_of_ones_own_names_its_likelihood():
+    def half_squares(y, z):
+        return 0.5 * keras.ops.sum(keras.ops.square(y - z), -1)
+
+    half_squares.likelihood = likelihoods.Gaussian
+    case = LOSSES["mse"]()
+    case.loss = half_squares
+    lin, recording = recorded(case.compile())
+    found = sum(outer(recording, c) for c in recording.cotangents("exact"))
+    np.testing.assert_allclose(found, dense(lin.gauss_newton(), lin.variables), atol=1e-12)
+
+
+def test_labels_are_those_of_the_whole_batch_however_it_is_cut():
+    random = np.random.default_rng(0)
+    x, y = normal(random, 12, 3), random.integers(0, 3, (12, 4)).astype("int32")
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((3,)), layers.RepeatVector(4), layers.Dense(3)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    whole = Linearization(model, x, y).sampled_gradient(7)
+    cut = Linearization(model, x, y, micro_batches=3).sampled_gradient(7)
+    for a, b in zip(whole, cut):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
+        assert np.abs(a).max() > 1e-3
