@@ -1,0 +1,83 @@
+"""Damped inverses of small matrices, by structure. Pure functions of tensors.
+
+A curvature block is kept as a matrix, as its diagonal, or as two factors whose Kronecker product it is, and is inverted
+as what it is:
+
+    (M + lambda I)^-1                    Cholesky, d^3
+    1 / (m + lambda)                     a diagonal, where M is given as one
+    (A (x) G + lambda I)^-1              by factors: (A + pi sqrt(lambda) I)^-1 (x) (G + sqrt(lambda)/pi I)^-1
+
+A Kronecker product plus a multiple of the identity is no Kronecker product; the damping is split over the factors
+instead, in proportion to their mean eigenvalues (`pi`), so that it does not matter which factor holds the scale. In
+the eigenbases of both factors there is nothing to split, and the inverse is that of a diagonal.
+
+Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015),
+section 6.3, with the trace norm.
+
+What cannot be inverted comes back as NaN, and never raises: whoever asked has an older inverse to go on with.
+"""
+
+import tensorflow as tf
+
+
+def inverse(matrix, damping):
+    """`(M + damping I)^-1` of a symmetric positive semi-definite `M`; NaN where Cholesky fails.
+
+    Args:
+        matrix: `(d, d)`, or several of them `(..., d, d)`.
+        damping: A scalar, or one for each of several matrices.
+    """
+    damping = _as(damping, matrix.dtype)
+    unit = tf.eye(matrix.shape[-1], dtype=matrix.dtype)
+    lower = tf.linalg.cholesky(symmetric(matrix) + damping[..., tf.newaxis, tf.newaxis] * unit)
+    # of the triangle's inverse, and not by `cholesky_solve`: the product is symmetric to the last bit
+    half = tf.linalg.triangular_solve(lower, tf.broadcast_to(unit, matrix.shape))
+    return tf.matmul(half, half, transpose_a=True)
+
+
+def inverse_of_diagonal(entries, damping):
+    """`1 / (m + damping)`, of a diagonal `(..., d)`; NaN where that is not positive, and has no Cholesky factor either."""
+    damped = entries + _as(damping, entries.dtype)[..., tf.newaxis]
+    return tf.where(damped > 0, 1.0 / damped, tf.constant(float("nan"), damped.dtype))
+
+
+def split_damping(of_A, of_G, damping):
+    """`(damping of A, damping of G)`, two numbers (or one for each group) whose product is `damping`.
+
+    The first is `pi sqrt(damping)` and the second `sqrt(damping) / pi`, where `pi^2` is the mean eigenvalue of `A` over
+    that of `G`; 1 where one of the two is zero.
+
+    Args:
+        of_A: `mean_eigenvalue(A)`.
+        of_G: `mean_eigenvalue(G)`.
+        damping: A scalar.
+    """
+    known = (of_A > 0) & (of_G > 0)
+    one = tf.ones_like(of_A)
+    pi = tf.sqrt(tf.where(known, of_A, one)) / tf.sqrt(tf.where(known, of_G, one))
+    root = tf.sqrt(_as(damping, pi.dtype))
+    return pi * root, root / pi
+
+
+def mean_eigenvalue(matrix):
+    """`tr(M) / d` of a matrix, or of each of several."""
+    return tf.reduce_mean(tf.linalg.diag_part(matrix), -1)
+
+
+def eigenbasis(matrix):
+    """`(eigenvalues (..., d), eigenvectors (..., d, d) as columns)` of a symmetric matrix; NaN where it is not finite."""
+    finite = tf.reduce_all(tf.math.is_finite(matrix))
+    unit = tf.eye(matrix.shape[-1], batch_shape=matrix.shape[:-2], dtype=matrix.dtype)
+    values, vectors = tf.linalg.eigh(tf.where(finite, symmetric(matrix), unit))  # TensorFlow raises on a NaN
+    nan = tf.constant(float("nan"), matrix.dtype)
+    return tf.where(finite, values, nan), tf.where(finite, vectors, nan)
+
+
+def symmetric(matrix):
+    """The symmetric part: sums of products are symmetric up to rounding only."""
+    return 0.5 * (matrix + tf.linalg.matrix_transpose(matrix))
+
+
+def _as(number, dtype):
+    """A number or tensor in `dtype`; `tf.cast` would round a Python number to float32 on the way."""
+    return tf.cast(number, dtype) if tf.is_tensor(number) else tf.constant(number, dtype)
