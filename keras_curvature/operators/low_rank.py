@@ -1,0 +1,55 @@
+"""A diagonal and a few outer products, over all weights at once."""
+
+import dataclasses
+
+import tensorflow as tf
+
+from keras_curvature.operators.base import LinearOperator
+
+
+def columns(vector):
+    """A vector as a list of columns `(n_i, 1)`."""
+    return [tf.reshape(a, [-1, 1]) for a in vector]
+
+
+def gram(A, B):
+    """`A'B` for tall matrices cut into the rows of each weight, `(n_i, r)` and `(n_i, k)`: a matrix `(r, k)`."""
+    return tf.add_n([tf.matmul(a, b, transpose_a=True) for a, b in zip(A, B)])
+
+
+def times(A, B):
+    """`A B` for a tall matrix in rows of each weight and a small one `(r, k)`."""
+    return [tf.matmul(a, B) for a in A]
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankSquare(LinearOperator):
+    """`P = Q'Q` with `Q = (I + U V') diag(d)`, a diagonal and at most `2 r` outer products.
+
+    Args:
+        U: The rows of each weight, a list of matrices `(n_i, r)`.
+        V: Likewise.
+        d: Likewise, a list of columns `(n_i, 1)`.
+    """
+
+    U: list
+    V: list
+    d: list
+    psd = True
+
+    def multiply(self, vector):
+        product = self.transposed_root(self.root(columns(vector)))
+        return [tf.reshape(p, a.shape) for p, a in zip(product, vector)]
+
+    def root(self, x):
+        """`Q x`, both in columns."""
+        return _plus(self.U, self.V, [d * a for d, a in zip(self.d, x)])
+
+    def transposed_root(self, y):
+        """`Q' y`, both in columns."""
+        return [d * a for d, a in zip(self.d, _plus(self.V, self.U, y))]
+
+
+def _plus(A, B, x):
+    """`(I + A B') x`."""
+    return [a + b for a, b in zip(x, times(A, gram(B, x)))]

@@ -1,0 +1,149 @@
+"""PSGD: a preconditioner that is fitted, step by step, to what it shall do."""
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check, check_component, check_count, check_number, is_number, register
+from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.solvers.low_rank import LowRankGeometry
+from keras_curvature.solvers.whitening import Draws, KroneckerGeometry
+
+GEOMETRIES = {"kronecker": KroneckerGeometry, "low_rank": LowRankGeometry}
+# The reference's learning rate, and its bounds on the mean and on the largest entry of a step.
+KINDS = {"whitening": (0.001, (2.0, 10.0)), "momentum": (0.001, (2.0, 10.0)), "newton": (0.01, None)}
+
+
+@register
+class PSGD(CurvatureOptimizer):
+    """PSGD: the gradient times a matrix `P` that is itself found by stochastic descent.
+
+        P = Q'Q  minimizes  E[h'P h + v'P^-1 v],   v ~ N(0, I)            one relative step per update
+        w  <- w - learning_rate * clip(P m)                               m: the gradient's moving average
+
+    With `h = g` (`kind="whitening"`) `P` tends to `(E g g')^-1/2`, from gradients alone, on any model. With `h = H v`
+    (`kind="newton"`) it tends to `|H|^-1`, also where `H` is indefinite, for one Hessian product per refresh; this
+    takes a curved model. `geometry` says which `Q` are tried: a factor for each axis of each weight, or a diagonal
+    and a few outer products over all weights. No matrix larger than the rank is inverted.
+
+    Reference: Li, "Preconditioned stochastic gradient descent" (arXiv:1512.04202), "Black box Lie group
+    preconditioners for SGD" (arXiv:2211.04422), "Stochastic Hessian fittings with Lie groups" (arXiv:2402.11858), and
+    the author's psgd_torch: `KronWhiten, KronNewton, LRAWhiten, LRANewton`. Differences from that code: (1) the
+    preconditioner is fitted every so many steps, not with a probability; (2) a fit that fails keeps the last one;
+    (3) those of `LowRankGeometry`.
+
+    Args:
+        learning_rate: Defaults to `None`: `0.001` for the two whitening kinds, `0.01` for `"newton"` (the reference).
+        geometry: `"kronecker"`, `"low_rank"`, or a component with the choices of the fitting, such as
+            `KroneckerGeometry(rate=0.05)`, `LowRankGeometry(rank=20)`. Defaults to `"kronecker"`.
+        kind: `"whitening"` (of the gradient), `"momentum"` (whitening of its moving average, for sparse gradients; the
+            learning rate is to be divided by `sqrt((1 + momentum) / (1 - momentum))`), `"newton"`. Defaults to
+            `"whitening"`.
+        momentum: Decay of the moving average, in [0, 1); the first steps average evenly. Defaults to `0.0` (the
+            reference).
+        every: Steps from one fit of the preconditioner to the next. Defaults to `1`.
+        clip: `(mean, entry)`: the preconditioned gradient is scaled down to this root of its mean square, of each
+            weight or, with low rank, of all, and each entry is clipped to that size; `None`: neither; `"auto"`:
+            `(2.0, 10.0)` for the whitening kinds, where a step of 1 is the rule, and `None` for `"newton"` (the
+            reference), for which there is Keras' `global_clipnorm`. Defaults to `"auto"`.
+        **kwargs: See `CurvatureOptimizer`.
+
+    Reports: `failed_refreshes` (tensors of the state that a fit could not renew), `step_norm`, `skipped_steps`.
+
+    Example:
+
+    ```python
+    model.compile(optimizer=keras_curvature.PSGD(), loss="mse")
+
+    model = keras_curvature.curved(model)
+    model.compile(optimizer=keras_curvature.PSGD(geometry="low_rank", kind="newton"), loss="mse")
+    ```
+    """
+
+    reports = {"failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
+    by_gradient = True
+
+    def __init__(
+        self, learning_rate=None, geometry="kronecker", kind="whitening", momentum=0.0, every=1, clip="auto",
+        name="psgd", **kwargs,
+    ):  # fmt: skip
+        check(self, "kind", kind, kind in tuple(KINDS), f"one of {tuple(KINDS)}")
+        rate, bounds = KINDS[kind]
+        # the base asks for it; past Keras, which wants its own `__init__` first
+        object.__setattr__(self, "by_gradient", kind != "newton")
+        super().__init__(rate if learning_rate is None else learning_rate, name=name, **kwargs)
+        self.geometry, self.kind, self.momentum, self.every = geometry, kind, momentum, every
+        self.clip = list(clip) if isinstance(clip, tuple) else clip  # as a file gives it back
+        self._clip = bounds if clip == "auto" else self._checked(clip)
+        self._geometry = self._as_geometry(geometry)
+        check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
+        check(self, "momentum", momentum, momentum > 0 or kind != "momentum", 'more than 0 with `kind="momentum"`')
+        check_count(self, "every", every)
+
+    def _as_geometry(self, geometry):
+        if isinstance(geometry, str):
+            check(self, "geometry", geometry, geometry in GEOMETRIES, f"one of {tuple(GEOMETRIES)} or a component")
+            return GEOMETRIES[geometry]()
+        check_component(self, "geometry", geometry, "fit", "LowRankGeometry(rank=20)")
+        return geometry
+
+    def _checked(self, clip):
+        valid = clip is None or (
+            isinstance(clip, (list, tuple)) and len(clip) == 2 and all(is_number(c) and c > 0 for c in clip)
+        )
+        check(self, "clip", clip, valid, '`"auto"`, `None`, or two positive numbers such as `(2.0, 10.0)`')
+        return clip
+
+    def create_state(self, variables):
+        """The moving average, and the preconditioner."""
+        self._m = self.add_optimizer_variables(variables, "m") if self.momentum else []
+        dtype = trees.scalar_dtype(variables).name
+        self._fitted = [
+            self.add_variable(shape, initializer=initial, dtype=dtype, name=name, aggregation="none")
+            for name, shape, initial in self._geometry.specs([tuple(v.shape) for v in variables])
+        ]
+
+    def precondition(self, gradients):
+        """The whitening kinds."""
+        m, draws = self._averaged(gradients), Draws(self.iterations)
+        h = m if self.kind == "momentum" else gradients
+        return self._step(m, lambda state: self._geometry.fit(state, None, self._cast(h), draws))
+
+    def direction(self, lin):
+        """The Newton type."""
+        m, draws = self._averaged(lin.gradient), Draws(self.iterations)
+
+        def fit(state):
+            v = draws.normal_like(lin.gradient)
+            return self._geometry.fit(state, self._cast(v), self._cast(lin.hessian() @ v), draws)
+
+        return self._step(m, fit)
+
+    def _step(self, m, fit):
+        """Refresh the preconditioner, and apply it."""
+        state = trees.values(self._fitted)
+        state = self.refresh(self._fitted, self.every, lambda: fit(state))
+        P = self._geometry.operator(state, [a.shape for a in m])
+        step = trees.negative(P @ self._cast(m))
+        if self._clip is None:
+            return step
+        return [a for group in self._geometry.groups(step) for a in _clipped(group, *self._clip)]
+
+    def _averaged(self, gradients):
+        """The next `m`; its decay grows from zero, so that the first steps average evenly."""
+        if not self.momentum:
+            return gradients
+        t = tf.cast(self.iterations, trees.scalar_dtype(gradients))
+        beta = tf.minimum(t / (1 + t), self.momentum)
+        m = trees.add(trees.scale(beta, trees.values(self._m)), gradients, 1 - beta)
+        self.remember(self._m, m)
+        return m
+
+    def _cast(self, vector):
+        return [tf.cast(a, self._fitted[0].dtype) for a in vector]
+
+
+def _clipped(vector, mean, entry):
+    """A vector with a root mean square of at most `mean`, and entries of at most `entry`."""
+    size = trees.norm(vector) / trees.count(vector) ** 0.5
+    scaled = trees.scale(tf.where(size > mean, mean / size, tf.ones_like(size)), vector)
+    return [tf.clip_by_value(a, -entry, entry) for a in scaled]
