@@ -1,0 +1,404 @@
+"""Training loss against steps and seconds: every optimizer of the package beside Keras' SGD, Adam and Muon.
+
+    pip install ".[examples]"
+    python examples/benchmarks/time_to_target.py autoencoder --data_dir ~/tensorflow_datasets
+    python examples/benchmarks/time_to_target.py cifar10 --data_dir ~/tensorflow_datasets
+
+`autoencoder` is the deep autoencoder of the Hessian-free literature (784-1000-500-250-30 and back, MNIST), `cifar10` a
+small convolutional network with batch normalization; each takes under 45 minutes of two free cores. Every finished run
+is a line of `time_to_target_<problem>.jsonl`, and the same command takes a killed program up at the run that it was in.
+The end writes a table and a figure beside it; `--only_draw` draws them again without training.
+
+How it measures:
+
+* A run trains for a budget of seconds. Only steps count: not tracing, not the looks at the loss, which is that of a
+  fixed sample of the training data, normalized by the statistics of the sample.
+* Every method has the same grid of learning rates, two to a decade, the same rule to choose from it and the same
+  budget; everything else is at its default, or as the table of methods below says. The rule: on one seed, runs of a fifth
+  of the budget, from the rate nearest to the default uphill as long as the loss at the end is lower on one of the
+  sides. The best rate is run for the whole budget on three seeds.
+* The target is what the best of Keras' own optimizers reaches at the end of its budget, the median over its seeds; a
+  second one is what it has after a third of it. A time to target is the median over the seeds of the first look at
+  which the loss is there.
+* With `--threads 1` all computation is in one thread and the seconds are those of the processor, which other work on
+  the machine disturbs little; without, they are the clock's.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings, before it is imported
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+import keras_curvature as kc
+
+tf.get_logger().setLevel("ERROR")  # a graph for every method, which TensorFlow takes for a mistake
+
+RATES = tuple(float(f"{10 ** (k / 2):.2g}") for k in range(-9, 5))  # 0.000032 to 100
+SAMPLE = 2000  # training examples whose loss is looked at
+SEEDS = (0, 1, 2)
+SCREENING = 0.2  # of the budget, for each rate of the grid
+LOOKS = 40  # in a whole budget
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A network, its data and the budget of a run."""
+
+    title: str
+    model: Callable  # of a seed
+    data: Callable  # of a folder; (x, y)
+    loss: Callable
+    batch: int
+    seconds: float
+
+
+def small_cnn():
+    """Three convolutions with batch normalization and a dense layer: (batch, 32, 32, 3) in [0, 1] -> (batch, 10)."""
+    stack = [keras.Input((32, 32, 3)), layers.Rescaling(4.0, offset=-2.0)]
+    for filters in (16, 32, 32):
+        stack += [layers.Conv2D(filters, 3, strides=2, padding="same", use_bias=False), layers.BatchNormalization()]
+        stack += [layers.ReLU()]
+    return keras.Sequential([*stack, layers.Flatten(), layers.Dense(10)])  # (batch, 4, 4, 32) before
+
+
+_autoencoder = kc.problems.get("autoencoder")
+PROBLEMS = {
+    "autoencoder": Setting(
+        "MNIST, deep autoencoder 784-1000-500-250-30", _autoencoder.model, lambda folder: _autoencoder.data(folder)[0],
+        _autoencoder.loss, batch=250, seconds=30,
+    ),
+    "cifar10": Setting(
+        "CIFAR-10, small convolutional network with batch normalization", kc.problems.seeded(small_cnn),
+        lambda folder: kc.problems.data("cifar10", folder)[0],
+        lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True), batch=128, seconds=15,
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An optimizer at its defaults, but for what is said here.
+
+    Attributes:
+        make: The optimizer; its learning rate is where the search begins.
+        kerass: Whether it is one of Keras' own.
+        batch: Examples in a batch by problem, where that is not the problem's own.
+    """
+
+    make: Callable
+    kerass: bool = False
+    batch: dict = dataclasses.field(default_factory=dict)
+
+
+METHODS = {
+    "SGD": Method(lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True), kerass=True),
+    "Adam": Method(lambda: keras.optimizers.Adam(0.001), kerass=True),
+    "Muon": Method(lambda: keras.optimizers.Muon(0.001), kerass=True),
+    "Adam, large batch": Method(
+        lambda: keras.optimizers.Adam(0.001), kerass=True, batch={"autoencoder": 1000, "cifar10": 512}
+    ),
+    "Neumann": Method(lambda: kc.Neumann(0.05, warmup_steps=10)),
+    "CurveBall": Method(kc.CurveBall),
+}
+
+
+# One run.
+
+
+def batches(examples, size, seed):
+    """Rows (size,) without end: shuffled epoch after epoch, cut without regard to where one ends."""
+    random, rest = np.random.RandomState(seed), np.empty(0, "int32")
+    while True:
+        while len(rest) < size:
+            rest = np.concatenate([rest, random.permutation(examples).astype("int32")])
+        yield rest[:size]
+        rest = rest[size:]
+
+
+class Runner:
+    """Runs of one method, on one model and one traced graph.
+
+    Args:
+        setting: A `Setting`.
+        method: A key of `METHODS`.
+        size: The batch size.
+        x, y: The training data.
+        clock: What time it is, in seconds.
+    """
+
+    def __init__(self, setting, method, size, x, y, clock):
+        self.setting, self.size, self.x, self.y, self.clock = setting, size, x, y, clock
+        self.model, self.optimizer = setting.model(0), METHODS[method].make()
+        own = isinstance(self.optimizer, kc.CurvatureOptimizer)
+        self.model = kc.curved(self.model) if own else self.model
+        self.model.compile(self.optimizer, loss=setting.loss(), jit_compile=False)
+        self.optimizer.build(self.model.trainable_variables)
+        # Keras creates the loss and its metric at the first call; here, because variables cannot be born in a loop
+        self.model.compute_loss(x[:1], y[:1], self.model(x[:1]))
+        self.model.make_train_function()
+        self._fresh = [v.numpy() for v in self.optimizer.variables]
+        self._step = tf.autograph.experimental.do_not_convert(self.model.train_step)  # as in Keras' train function
+        self._steps = tf.function(self._several_steps, [tf.TensorSpec((None, size), "int32")])
+        self._loss = tf.function(self._loss_of_sample)
+
+    def begin(self, rate, seed):
+        """Weights, statistics and state as at the very beginning."""
+        for variable, value in zip(self.model.variables, self.setting.model(seed).get_weights()):
+            variable.assign(value)
+        for variable, value in zip(self.optimizer.variables, self._fresh):
+            variable.assign(value)
+        self.optimizer.learning_rate.assign(rate)
+
+    def run(self, rate, seed, seconds):
+        """One run of so many seconds, a dictionary; looks after equal times."""
+        self.begin(rate, seed)
+        self._steps(tf.constant(np.stack([np.arange(self.size, dtype="int32")])))  # traced, and warm
+        self.begin(rate, seed)
+        stream, steps, spent, looks = batches(len(self.x), self.size, seed), 0, 0.0, [(0, 0.0, self._look())]
+        start, last, each = looks[0][2], 0.0, None
+        while spent < seconds and (math.isfinite(looks[-1][2]) and looks[-1][2] < 100 * start):
+            due = max(self.setting.seconds / LOOKS - (spent - last), 0.0)
+            count = 1 if each is None else max(1, min(50, int(due / each)))
+            rows = tf.constant(np.stack([next(stream) for _ in range(count)]))
+            begin = self.clock()
+            self._steps(rows)
+            each = (self.clock() - begin) / count
+            steps, spent = steps + count, spent + each * count
+            if spent - last >= 0.9 * self.setting.seconds / LOOKS or spent >= seconds:
+                looks.append((steps, round(spent, 3), self._look()))
+                last = spent
+        return {"rate": rate, "seed": seed, "batch": self.size, "steps": steps, "seconds": spent, "looks": looks}
+
+    def _look(self):
+        return float(f"{float(self._loss()):.5g}")
+
+    def _several_steps(self, rows):
+        """`fit` on the batches of `rows`, (steps, size), without leaving the graph in between."""
+        for batch in rows:
+            self._step((tf.gather(self.x, batch), tf.gather(self.y, batch)))
+
+    def _loss_of_sample(self):
+        # on a curved model Neumann's weights are its answer; with statistics of the sample, since the moving averages
+        # of batch normalization take longer to settle than a step
+        return self.setting.loss()(self.y[:SAMPLE], self.model(self.x[:SAMPLE], training=True))
+
+
+# All runs.
+
+
+class Runs:
+    """The finished runs, one line of a file each."""
+
+    def __init__(self, path):
+        self.path, self.runs = path, []
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        if os.path.exists(path):
+            with open(path, "rb+") as file:
+                text = file.read()
+                whole = text[: text.rfind(b"\n") + 1]
+                file.truncate(len(whole))  # where it was killed while writing
+            self.runs = [json.loads(line) for line in whole.decode().splitlines()]
+
+    def append(self, entry):
+        """One more line, on the disk when this returns."""
+        self.runs.append(entry)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def of(self, method, kind):
+        """The runs of a method: "rates" or "seeds"."""
+        return [run for run in self.runs if run["method"] == method and run["kind"] == kind]
+
+    def settings(self):
+        """What all runs must share."""
+        return self.runs[0]["settings"] if self.runs else None
+
+
+def score(run):
+    """The loss at the end; infinite where it diverged."""
+    loss = run["looks"][-1][2]
+    return loss if math.isfinite(loss) and loss < run["looks"][0][2] else math.inf
+
+
+def next_rate(found, default):
+    """The rate to try next, or `None` where the best has both neighbours; `found` is `{rate: score}`."""
+    if not found:
+        return min(RATES, key=lambda rate: abs(math.log(rate / default)))
+    if all(math.isinf(value) for value in found.values()):  # every rate so far was too high
+        lower = [rate for rate in RATES if rate < min(found)]
+        return lower[-1] if lower else None
+    best = RATES.index(min(found, key=found.get))
+    around = [RATES[i] for i in (best - 1, best + 1) if 0 <= i < len(RATES)]
+    return next((rate for rate in around if rate not in found), None)
+
+
+def train(runs, problem, methods, data, clock, settings, seconds):
+    """All runs that are not there yet."""
+    setting = dataclasses.replace(PROBLEMS[problem], seconds=seconds)
+    for name in methods:
+        method, runner = METHODS[name], None
+        default = float(method.make().learning_rate)
+
+        def run(rate, seed, seconds, kind):
+            nonlocal runner
+            size = method.batch.get(problem, setting.batch)
+            runner = runner or Runner(setting, name, size, *data, clock)
+            found = runner.run(rate, seed, seconds)
+            runs.append({"method": name, "kind": kind, "settings": settings, **found})
+            print(f"{name:<20} {kind} {rate:<8g} seed {seed}  {found['steps']:>5} steps  {found['looks'][-1][2]:.5g}",
+                  flush=True)
+
+        while True:
+            tried = {r["rate"]: score(r) for r in runs.of(name, "rates")}
+            rate = next_rate(tried, default)
+            if rate is None:
+                break
+            run(rate, SEEDS[0], SCREENING * setting.seconds, "rates")
+        best = min(tried, key=tried.get)
+        for seed in SEEDS:
+            if not any(r["seed"] == seed for r in runs.of(name, "seeds")):
+                run(best, seed, setting.seconds, "seeds")
+        runner = None
+        tf.keras.backend.clear_session()
+
+
+# The table and the figure.
+
+
+def reached(run, target):
+    """`(steps, seconds)` of the first look at which the loss is at the target; infinite where none is."""
+    return next(((s, t) for s, t, loss in run["looks"] if loss <= target), (math.inf, math.inf))
+
+
+def loss_at(run, share):
+    """The loss after a share of the run's seconds."""
+    return [loss for _, t, loss in run["looks"] if t <= share * run["seconds"] + 1e-6][-1]
+
+
+def targets(runs):
+    """`(the best of Keras' own optimizers, [its loss after a third of the budget, and at the end])`."""
+    ends = {
+        name: statistics.median(score(run) for run in runs.of(name, "seeds"))
+        for name, method in METHODS.items() if method.kerass and runs.of(name, "seeds")
+    }  # fmt: skip
+    best = min(ends, key=ends.get)
+    early = statistics.median(loss_at(run, 1 / 3) for run in runs.of(best, "seeds"))
+    return best, [early, ends[best]]
+
+
+def number(value, form):
+    return "-" if math.isinf(value) else format(value, form)
+
+
+def report(runs, problem):
+    """The lines of the table."""
+    best, goals = targets(runs)
+    head = f"{'':<20} {'batch':>6} {'rate':>8} {'ms/step':>8} {'steps':>6} {'loss at the end':>22}"
+    lines = [
+        f"== {PROBLEMS[problem].title}", "", runs.settings(),
+        f"targets: {goals[0]:.5g} and {goals[1]:.5g}, of {best} after a third of its budget and at the end", "",
+        head + "".join(f"   | {'steps':>6} {'seconds':>8} {'of ' + best:>9}" for _ in goals),
+    ]  # fmt: skip
+    base = [statistics.median(reached(run, goal)[1] for run in runs.of(best, "seeds")) for goal in goals]
+    for name in METHODS:
+        found = runs.of(name, "seeds")
+        if len(found) < len(SEEDS):
+            continue
+        rate, ends = found[0]["rate"], sorted(score(run) for run in found)
+        edge = "*" if rate in (RATES[0], RATES[-1]) else ""
+        pace = 1e3 * statistics.median(run["seconds"] / run["steps"] for run in found)
+        line = f"{name:<20} {found[0]['batch']:>6} {rate:>7g}{edge or ' '} {pace:>8.1f} {found[0]['steps']:>6}"
+        line += f" {'/'.join(number(end, '.4g') for end in ends):>22}"
+        for goal, own in zip(goals, base):
+            steps, seconds = (statistics.median(reached(run, goal)[i] for run in found) for i in (0, 1))
+            line += f"   | {number(steps, '.0f'):>6} {number(seconds, '.1f'):>8} {number(seconds / own, '.2f'):>9}"
+        lines.append(line)
+    return [*lines, "", "loss at the end: of three seeds, sorted; -: not reached within the budget, or diverged"]
+
+
+def draw(runs, problem, path):
+    """Loss against steps and against seconds, one line per method, the median seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
+    _, goals = targets(runs)
+    names = [name for name in METHODS if len(runs.of(name, "seeds")) == len(SEEDS)]
+    ours = [name for name in names if not METHODS[name].kerass]
+    colors = dict(zip(ours, plt.get_cmap("tab20").colors))
+    colors |= dict(zip([name for name in names if name not in ours], ("black", "dimgray", "darkgray", "lightgray")))
+    for name in names:
+        run = sorted(runs.of(name, "seeds"), key=score)[len(SEEDS) // 2]
+        for axis, column in zip(axes, (0, 1)):
+            style = {"color": colors[name], "linewidth": 2.2 if METHODS[name].kerass else 1.4}
+            style["linestyle"] = "--" if METHODS[name].kerass else "-"
+            points = run["looks"][1:]
+            axis.plot([p[column] for p in points], [p[2] for p in points], label=name, **style)
+    lowest = min(score(run) for name in names for run in runs.of(name, "seeds"))
+    highest = max(run["looks"][0][2] for name in names for run in runs.of(name, "seeds"))
+    for axis, label in zip(axes, ("steps", "seconds")):
+        axis.axhline(goals[1], color="black", linewidth=0.7, linestyle=":")
+        axis.set(xlabel=label, yscale="log", ylim=(0.95 * lowest, 1.1 * highest))
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set(ylabel="training loss", xscale="log", title=PROBLEMS[problem].title)
+    axes[1].legend(fontsize=8, ncol=1, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes[1].set_title("dotted: the best of Keras' own at the end (dashed lines)", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Training loss against steps and seconds.")
+    parser.add_argument("problem", choices=list(PROBLEMS))
+    parser.add_argument("--data_dir", help="TensorFlow Datasets' folder; by default the variable TFDS_DATA_DIR")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seconds", type=float, help="budget of a run; by default the problem's own")
+    parser.add_argument("--threads", type=int, choices=[1], help="one thread, and the processor's seconds")
+    parser.add_argument("--only_draw", action="store_true")
+    parser.add_argument("--out", default="time_to_target", help="the files' beginning")
+    parser.add_argument("--figure", help="the figure's path")
+    args = parser.parse_args()
+    clock, how = time.perf_counter, f"{os.cpu_count()} cores"
+    if args.threads:
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+        clock, how = time.process_time, "one thread, seconds of the processor"
+    out, seconds = f"{args.out}_{args.problem}", args.seconds or PROBLEMS[args.problem].seconds
+    runs = Runs(out + ".jsonl")
+    if not args.only_draw:
+        versions = f"TensorFlow {tf.__version__}, Keras {keras.__version__}, keras_curvature {kc.__version__}"
+        settings = f"{versions}; {how} ({platform.machine()}), {seconds:g} seconds each, {SCREENING:g} of that per rate"
+        if runs.settings() not in (None, settings):
+            raise SystemExit(f"{runs.path} has runs with other settings: {runs.settings()}. Pass another --out.")
+        try:
+            data = [tf.constant(a) for a in PROBLEMS[args.problem].data(args.data_dir)]
+        except (ValueError, FileNotFoundError, ImportError) as error:
+            parser.error(f"--data_dir: {error}")
+        train(runs, args.problem, args.methods, data, clock, settings, seconds)
+    if not runs.runs:
+        raise SystemExit(f"There are no runs in {runs.path}. Leave out --only_draw, or pass the --out that has them.")
+    text = "\n".join(report(runs, args.problem)) + "\n"
+    print(text)
+    with open(out + ".txt", "w") as file:
+        file.write(text)
+    draw(runs, args.problem, args.figure or out + ".png")
+
+
+if __name__ == "__main__":
+    main()
