@@ -94,8 +94,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         """Report scalars by the names in `reports`; a NaN means that there is nothing to report this time."""
         self._reported.update(numbers)
 
-    def refresh(self, variables, every, compute):
-        """What each of a list of variables becomes: `compute()` at the first and each `every`-th step, else itself.
+    def refresh(self, variables, every, compute, phase=0):
+        """What each of a list of variables becomes: `compute()` at steps `phase`, `phase + every`, ..., else itself.
 
         Of what is computed, a tensor that is not finite is dropped for the one that was there; the report
         `failed_refreshes` counts them. The values are remembered.
@@ -111,7 +111,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         if every == 1:
             values, failed = anew()
         else:
-            values, failed = tf.cond(tf.equal(self.iterations % every, 0), anew, lambda: (kept, tf.constant(0.0)))
+            due = tf.equal(self.iterations % every, phase)
+            values, failed = tf.cond(due, anew, lambda: (kept, tf.constant(0.0)))
         self.remember(list(variables), values)
         self.report(failed_refreshes=failed + self._reported.get("failed_refreshes", 0.0))
         return values

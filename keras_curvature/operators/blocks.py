@@ -1,0 +1,55 @@
+"""Variables as blocks: tensors of few axes, none of them too long for a matrix of its own."""
+
+import dataclasses
+
+import tensorflow as tf
+
+from keras_curvature.operators import axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a list of variables is cut up: small neighbouring axes merged first, then blocks along every axis.
+
+    Args:
+        variables: Shapes of the variables, a list of tuples.
+        merge: Longest axis that is made of several, an integer.
+        size: Longest side of a block, an integer, or `None` for whole variables.
+    """
+
+    variables: list
+    merge: int
+    size: int | None = None
+
+    @property
+    def shapes(self):
+        """The shapes of all blocks, variable by variable."""
+        found = []
+        for shape in self._merged():
+            rows = [()]
+            for length in shape:
+                rows = [(*row, part) for row in rows for part in axes.cut(length, self.size or length)]
+            found += rows
+        return found
+
+    def split(self, vector):
+        """The blocks of a list of tensors, one list."""
+        blocks = []
+        for tensor, shape in zip(vector, self._merged(), strict=True):
+            blocks += axes.split(tf.reshape(tensor, shape), self.size or max(shape))
+        return blocks
+
+    def join(self, blocks):
+        """The list of tensors that `split` has cut up."""
+        vector, blocks = [], list(blocks)
+        for whole, shape in zip(self.variables, self._merged()):
+            size = self.size or max(shape)
+            parts = 1
+            for length in shape:
+                parts *= len(axes.cut(length, size))
+            tensor, blocks = axes.join(blocks[:parts], shape, size), blocks[parts:]
+            vector.append(tf.reshape(tensor, whole))
+        return vector
+
+    def _merged(self):
+        return [axes.merged_shape(shape, self.merge) for shape in self.variables]

@@ -1,0 +1,80 @@
+"""What Shampoo, SOAP and KL-Shampoo share: variables in blocks, and a matrix for each axis of a block.
+
+A block is a variable, its small neighbouring axes merged and its long ones cut. State is kept block by block: a
+moment has the block's shape, a factor is `(n, n)` for an axis of length `n`. Lists of factors are flat, in the order of
+`_places`, which names the block and the axis of each.
+"""
+
+import math
+
+import keras
+import tensorflow as tf
+
+from keras_curvature.operators.blocks import Blocks
+from keras_curvature.optimizers.base import CurvatureOptimizer
+
+
+class ByAxis(CurvatureOptimizer):
+    """Base of the methods with a matrix per axis; see the module."""
+
+    by_gradient = True
+    reports = {"failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
+
+    def create_blocks(self, variables, merge, size=None, longest=None, vectors=True):
+        """Choose blocks and places; an axis longer than `longest` gets no matrix, nor does that of a vector perhaps."""
+        self._blocks = Blocks([tuple(v.shape) for v in variables], merge, size)
+        self._shapes = self._blocks.shapes
+        # eigendecompositions know no half precision
+        wide = any(keras.backend.standardize_dtype(v.dtype) == "float64" for v in variables)
+        self._dtype = "float64" if wide else "float32"
+        self._places = [
+            (i, k) for i, shape in enumerate(self._shapes) for k, n in enumerate(shape)
+            if (longest is None or n <= longest) and (vectors or len(shape) > 1)
+        ]  # fmt: skip
+
+    def add_moments(self, name):
+        """A variable of zeros for each block."""
+        return [
+            self.add_variable(shape, dtype=self._dtype, name=f"{name}_{i}") for i, shape in enumerate(self._shapes)
+        ]
+
+    def add_matrices(self, name, initializer="zeros"):
+        """A square variable for each place."""
+        lengths = [(i, k, self._shapes[i][k]) for i, k in self._places]
+        return [
+            self.add_variable((n, n), initializer=initializer, dtype=self._dtype, name=f"{name}_{i}_{k}")
+            for i, k, n in lengths
+        ]  # fmt: skip
+
+    def split(self, gradients):
+        """The gradients' blocks, in the precision of the state."""
+        return [tf.cast(block, self._dtype) for block in self._blocks.split(gradients)]
+
+    def join(self, blocks, like):
+        """The vector that is made of the blocks, in the precisions of `like`."""
+        return [tf.cast(tensor, other.dtype) for tensor, other in zip(self._blocks.join(blocks), like)]
+
+    def by_block(self, flat):
+        """Of a flat list, what belongs to each block: a list for its axes, with `None` where there is nothing."""
+        found = [[None] * len(shape) for shape in self._shapes]
+        for (i, k), value in zip(self._places, flat):
+            found[i][k] = value
+        return found
+
+    def correction(self, beta, steps):
+        """`1 - beta^steps`, the sum of the weights in an average from zero; 1 where `beta` is 1, which means a sum."""
+        if beta in (0.0, 1.0):
+            return tf.constant(1.0, self._dtype)
+        return -tf.math.expm1(tf.cast(steps, self._dtype) * math.log(beta))  # no digits lost where beta is close to 1
+
+    def average(self, old, new, beta, begun=None):
+        """`beta old + (1 - beta) new`, or their sum where `beta` is 1; `new` counts for nothing where not `begun`."""
+        share = 1.0 if beta == 1 else 1.0 - beta
+        if begun is not None:
+            share *= tf.cast(begun, self._dtype)
+        return [beta * m + share * n for m, n in zip(old, new)]
+
+    def adam(self, m, v, steps):
+        """Adam's step from its two moments after so many of them, in the form that Keras and PyTorch have."""
+        rate = -tf.sqrt(self.correction(self.beta_2, steps)) / self.correction(self.beta_1, steps)
+        return [rate * m_ / (tf.sqrt(v_) + self.epsilon) for m_, v_ in zip(m, v)]

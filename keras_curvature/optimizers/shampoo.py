@@ -1,0 +1,132 @@
+"""Shampoo: the gradient between inverse roots of its own second moments, one for each axis."""
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check, check_component, check_count, check_number, register
+from keras_curvature.operators import axes
+from keras_curvature.optimizers.by_axis import ByAxis
+from keras_curvature.solvers.roots import EigenRoot, in_stacks
+
+# Of the grafted step (the reference's example scripts; Keras' own Adam has 1e-7).
+GRAFTING_EPSILON = 1e-8
+
+
+@register
+class Shampoo(ByAxis):
+    """Shampoo: a full-matrix preconditioner for each axis of a weight, and the length of another method's step.
+
+        L <- beta_2 L + (1 - beta_2) G G',    R <- beta_2 R + (1 - beta_2) G' G,    M <- beta_1 M + (1 - beta_1) G
+        P = (L^ + epsilon I)^(-1/4) M^ (R^ + epsilon I)^(-1/4)
+        w <- w - learning_rate P |grafted step| / |P|
+
+    with the hats for Adam's bias corrections. A tensor of `k` axes has `k` factors and the exponent `-1 / (2k)`; a
+    vector, such as a bias, one, and `-1/2`. The roots are computed in each `every`-th step; until the first of them the
+    grafted step itself is taken.
+
+    Reference: Gupta, Koren and Singer, "Shampoo: Preconditioned stochastic tensor optimization" (2018), Algorithms 1
+    and 2; Anil et al., "Scalable second order optimization for deep learning" (2020), for blocks, grafting and delayed
+    roots; and the code of Shi et al., "A distributed data-parallel PyTorch implementation of the distributed Shampoo
+    optimizer" (2023). Differences from the first: (1) blocks of at most `block_size`, each with factors of its own;
+    (2) grafting, averages and momentum, as in the last; `beta_2=1, beta_1=0, grafting=None` is the paper's.
+    Differences from the last: (3) axes are merged from the front, where Keras' kernels have their small axes, and
+    never down to one: a 3x3 kernel of 16 by 32 channels is a 144 by 32 matrix; (4) the averages of the grafted step
+    have the decay `beta_2`; (5) one-sided: an axis longer than `max_dimension` has no factor, and the exponent counts
+    the axes that have one; (6) a root that fails leaves the last one in place for good, and is reported, where there
+    an error is raised after three of them; (7) weight decay is Keras': before the step.
+
+    Args:
+        learning_rate: That of the grafted method. Defaults to `1e-3` (Adam's).
+        beta_1: Decay of the momentum. Defaults to `0.9` (Shi et al.).
+        beta_2: Decay of the factors, and of the grafted method's second moment; `1`: sums. Defaults to `0.999` (Shi et
+            al. with grafting to Adam).
+        epsilon: Added to the factors. Defaults to `1e-12` (Shi et al.).
+        every: Steps from one root to the next. Defaults to `10`.
+        block_size: Longest side of a block, and longest axis that is made of several. Defaults to `1024` (Shi et al.).
+        max_dimension: Longest axis that has factors; `None`: all have, cut into blocks. Defaults to `None`.
+        grafting: Whose length each block's step has: `"adam"`, `"rmsprop"` (Adam without the bias correction of its
+            second moment), `"sgd"`, or `None`. Defaults to `"adam"`.
+        root: `EigenRoot` or `CoupledNewton`, which also take another exponent for tensors of two axes or more.
+            Defaults to `EigenRoot()`.
+        **kwargs: See `CurvatureOptimizer`.
+
+    Reports: `failed_refreshes` (roots that came out wrong, the old ones kept), `step_norm`, `skipped_steps`.
+
+    Example:
+
+    ```python
+    model.compile(optimizer=keras_curvature.Shampoo(), loss="mse")
+    ```
+    """
+
+    def __init__(
+        self, learning_rate=1e-3, beta_1=0.9, beta_2=0.999, epsilon=1e-12, every=10, block_size=1024,
+        max_dimension=None, grafting="adam", root=EigenRoot(), name="shampoo", **kwargs,
+    ):  # fmt: skip
+        super().__init__(learning_rate, name=name, **kwargs)
+        check_number(self, "beta_1", beta_1, low=0, high=1, open_high=True)
+        check_number(self, "beta_2", beta_2, low=0, high=1, open_low=True)
+        check_number(self, "epsilon", epsilon, low=0, open_low=True)
+        for argument, count in (("every", every), ("block_size", block_size), ("max_dimension", max_dimension)):
+            if count is not None or argument != "max_dimension":
+                check_count(self, argument, count)
+        known = ("adam", "rmsprop", "sgd", None)
+        check(self, "grafting", grafting, grafting in known, '"adam", "rmsprop", "sgd" or None')
+        check_component(self, "root", root, "inverse_root", "EigenRoot()")
+        self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
+        self.block_size, self.max_dimension, self.grafting, self.root = block_size, max_dimension, grafting, root
+
+    def create_state(self, variables):
+        """The momentum, the second moment of what is grafted, the factors, their roots."""
+        merge = min(self.block_size, self.max_dimension or self.block_size)
+        self.create_blocks(variables, merge, self.block_size, self.max_dimension)
+        self._m = self.add_moments("m") if self.beta_1 else []
+        self._v = self.add_moments("v") if self.grafting in ("adam", "rmsprop") else []
+        self._factors = self.add_matrices("factor")
+        self._roots = self.add_matrices("root", "identity")
+
+    def precondition(self, gradients):
+        """Minus the grafted step."""
+        G, steps = self.split(gradients), self.iterations + 1
+        moments = [axes.second_moment(G[i], k) for i, k in self._places]
+        factors = self.average(self._factors, moments, self.beta_2)
+        roots = self.by_block(self._refreshed(factors, self.correction(self.beta_2, steps)))
+        self.remember(self._factors, factors)
+
+        M = G
+        if self.beta_1:
+            m = self.average(self._m, G, self.beta_1)
+            self.remember(self._m, m)
+            M = trees.scale(1.0 / self.correction(self.beta_1, steps), m)
+        P = [axes.multiply(m, root) for m, root in zip(M, roots)]
+        return self.join(trees.negative(self._graft(P, M, G, steps)), gradients)
+
+    def _refreshed(self, factors, correction):
+        counts = [sum(j == i for j, _ in self._places) for i, _ in self._places]
+        exponents = [(n > 1 and self.root.exponent) or 1 / (2 * n) for n in counts]
+
+        def compute():
+            found = {}
+            for exponent in sorted(set(exponents)):
+                chosen = [i for i, other in enumerate(exponents) if other == exponent]
+                matrices = [factors[i] / correction for i in chosen]
+                roots = in_stacks(lambda A, p=1 / exponent: self.root.inverse_root(A, p, self.epsilon), matrices)
+                found.update(zip(chosen, roots))
+            return [found[i] for i in range(len(factors))]
+
+        return self.refresh(self._roots, self.every, compute, self.every - 1) if factors else []
+
+    def _graft(self, P, M, G, steps):
+        """Blocks as long as the grafted step's, and these themselves until the first roots are there."""
+        if self.grafting is None:
+            return P
+        grafted = M
+        if self.grafting != "sgd":
+            v = self.average(self._v, [g * g for g in G], self.beta_2)
+            self.remember(self._v, v)
+            correct = self.correction(self.beta_2, steps) if self.grafting == "adam" else tf.ones((), self._dtype)
+            scale = tf.math.rsqrt(correct)
+            grafted = [m / (scale * tf.sqrt(v_) + GRAFTING_EPSILON) for m, v_ in zip(M, v)]
+        lengths = [trees.norm([a]) / (trees.norm([p]) + 1e-16) for a, p in zip(grafted, P)]
+        scaled = [length * p for length, p in zip(lengths, P)]
+        return trees.where(steps >= self.every, scaled, grafted) if self.every > 1 else scaled

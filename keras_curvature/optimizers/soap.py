@@ -1,0 +1,107 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner."""
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check_count, check_number, register
+from keras_curvature.operators import axes
+from keras_curvature.optimizers.by_axis import ByAxis
+from keras_curvature.solvers import eigenbases
+from keras_curvature.solvers.roots import in_stacks
+
+
+@register
+class SOAP(ByAxis):
+    """SOAP: Adam, run in a slowly turning basis in which the gradient's second moment is nearly diagonal.
+
+        G~ = Q_L' G Q_R,    m~ <- beta_1 m~ + (1 - beta_1) G~,    v <- beta_2 v + (1 - beta_2) G~^2
+        w <- w - learning_rate sqrt(1 - beta_2^t) / (1 - beta_1^t) Q_L (m~ / (sqrt(v) + epsilon)) Q_R'
+        L <- beta_2 L + (1 - beta_2) G G',    R <- beta_2 R + (1 - beta_2) G' G
+
+    `Q_L` and `Q_R` are the eigenvectors of `L` and `R`: by an eigendecomposition in the first step, by one power iteration
+    and a QR decomposition in each `every`-th. A tensor has such a matrix for each of its axes; vectors, such as biases,
+    are left to plain Adam. The first step fills `L` and `R`, and moves nothing.
+
+    Reference: Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam" (2024), Algorithm 3, and the authors'
+    code. Differences from that code: (1) neighbouring axes are merged to at most `merge`, from the front, where
+    Keras' kernels have their small axes, and never down to one: a 3x3 kernel of 16 by 32 channels is a 144 by 32
+    matrix (there: not at all, or, on request, while the product is at most `max_dimension`); (2) axes longer than 2048
+    and not 10000 get no matrix; (3) weight decay is Keras': before the step, and in the first one too; (4) a matrix that is
+    not finite leaves the last basis in place; (5) all in the precision of the weights, float32 at least.
+
+    Args:
+        learning_rate: As for Adam. Defaults to `3e-3` (the authors).
+        beta_1: Decay of the first moment. Defaults to `0.95` (the authors).
+        beta_2: Decay of the second moment, and of `L` and `R`. Defaults to `0.95` (the authors).
+        epsilon: Added to the root of the second moment. Defaults to `1e-8` (the authors).
+        every: Steps from one basis to the next. Defaults to `10` (the authors).
+        max_dimension: Longest axis that has a matrix; a longer one stays as it is. Defaults to `2048`.
+        merge: Longest axis that is made of several. Defaults to `1024`.
+        **kwargs: See `CurvatureOptimizer`.
+
+    Reports: `failed_refreshes` (bases that came out wrong, the old ones kept), `step_norm`, `skipped_steps`.
+
+    Example:
+
+    ```python
+    model.compile(optimizer=keras_curvature.SOAP(), loss="mse")
+    ```
+    """
+
+    def __init__(
+        self, learning_rate=3e-3, beta_1=0.95, beta_2=0.95, epsilon=1e-8, every=10, max_dimension=2048, merge=1024,
+        name="soap", **kwargs,
+    ):  # fmt: skip
+        super().__init__(learning_rate, name=name, **kwargs)
+        for argument, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
+            check_number(self, argument, beta, low=0, high=1, open_high=True)
+        check_number(self, "epsilon", epsilon, low=0, open_low=True)
+        for argument, count in (("every", every), ("max_dimension", max_dimension), ("merge", merge)):
+            check_count(self, argument, count)
+        self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
+        self.max_dimension, self.merge = max_dimension, merge
+
+    def create_state(self, variables):
+        """Both moments in the basis, the factors, the basis."""
+        self.create_blocks(variables, self.merge, longest=self.max_dimension, vectors=False)
+        self._m, self._v = self.add_moments("m"), self.add_moments("v")
+        self._factors = self.add_matrices("factor")
+        self._bases = self.add_matrices("basis", "identity")
+
+    def precondition(self, gradients):
+        """Minus Adam's step in the basis, turned back."""
+        G, bases = self.split(gradients), trees.values(self._bases)
+        Q = self.by_block(bases)
+        turned = [axes.multiply_transposed(g, q) for g, q in zip(G, Q)]
+        m = self.average(self._m, turned, self.beta_1, begun=self.iterations > 0)
+        v = self.average(self._v, [g * g for g in turned], self.beta_2, begun=self.iterations > 0)
+        scaled = self.adam(m, v, tf.maximum(self.iterations, 1))
+        direction = [axes.multiply(s, q) for s, q in zip(scaled, Q)]
+
+        moments = [axes.second_moment(G[i], k) for i, k in self._places]
+        factors = self.average(self._factors, moments, self.beta_2)
+        m = self._turn(m, bases, factors)
+        self.remember([*self._m, *self._v, *self._factors], [*m, *v, *factors])
+        return self.join(direction, gradients)
+
+    def _turn(self, m, old, factors):
+        """The next basis, remembered, and `m` in it."""
+        if not self._places:
+            return m
+
+        def compute():
+            def first():
+                return in_stacks(eigenbases.decompose, factors)
+
+            def later():
+                return in_stacks(lambda pair: eigenbases.refine(*pair), list(zip(factors, old)))
+
+            return tf.cond(tf.equal(self.iterations, 0), first, later)
+
+        new = self.refresh(self._bases, self.every, compute)
+
+        def turn():
+            plain = [axes.multiply(m_, q) for m_, q in zip(m, self.by_block(old))]
+            return [axes.multiply_transposed(m_, q) for m_, q in zip(plain, self.by_block(new))]
+
+        return turn() if self.every == 1 else tf.cond(tf.equal(self.iterations % self.every, 0), turn, lambda: m)

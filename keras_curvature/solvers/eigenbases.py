@@ -1,0 +1,31 @@
+"""Orthonormal bases of eigenvectors, in columns, and how one that has grown old is brought nearer to a new matrix.
+
+All take stacks `(..., n, n)`. As with roots, one that fails is NaN.
+"""
+
+import tensorflow as tf
+
+from keras_curvature.solvers.roots import failed_as_nan, without_failures
+
+
+def decompose(matrices):
+    """The eigenvectors, that of the largest eigenvalue first."""
+    finite, matrices = without_failures(matrices)
+    _, vectors = tf.linalg.eigh(matrices)
+    return failed_as_nan(finite, tf.reverse(vectors, [-1]))
+
+
+def refine(matrices, bases, sort=True):
+    """One step of orthogonal iteration: `Q` of the QR decomposition of `matrices @ bases`.
+
+    With `sort` the decomposition takes the columns in the order of the eigenvalues that they stand for, `q'Aq`, the
+    largest first. Columns come back in the order they had: what belongs to them elsewhere stays where it is.
+    """
+    finite, matrices = without_failures(matrices)
+    products = tf.matmul(matrices, bases)
+    if not sort:
+        return failed_as_nan(finite, tf.linalg.qr(products)[0])
+    order = tf.argsort(tf.reduce_sum(bases * products, axis=-2), direction="DESCENDING", stable=True)
+    columns, _ = tf.linalg.qr(tf.gather(products, order, axis=-1, batch_dims=order.shape.rank - 1))
+    back = tf.argsort(order, stable=True)
+    return failed_as_nan(finite, tf.gather(columns, back, axis=-1, batch_dims=order.shape.rank - 1))

@@ -1,0 +1,168 @@
+"""Inverse roots of symmetric matrices: `A^(-1/p)`, and how many of them are computed at once.
+
+A root that fails (the matrix is not finite, the iteration does not converge) comes out as NaN, for the caller to keep
+the last good one. Nothing here raises on numbers: an eigendecomposition of a NaN would stop the program.
+"""
+
+import dataclasses
+
+import tensorflow as tf
+
+from keras_curvature import replicas
+from keras_curvature.component import Component, check, check_count, check_number, register
+
+# An iteration that ends further from the identity than this has failed (the reference's limit of its own error check).
+FAILED = 0.1
+# An error that grows by this factor from one iteration to the next has left its best value behind (the same source).
+WORSE = 1.2
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class EigenRoot(Component):
+    """`A^(-1/p) = Q diag(l)^(-1/p) Q'` with the eigenvalues and -vectors of `A + epsilon I`.
+
+    Where the smallest eigenvalue comes out below `epsilon`, by rounding, all are moved up until it is `epsilon`.
+
+    Reference: the eigendecomposition of github.com/facebookresearch/optimizers, `matrix_functions.py`.
+
+    Args:
+        exponent: Of the inverse root; `None` lets the method choose, `1 / (2 axes)` in Shampoo. Defaults to `None`.
+    """
+
+    exponent: float | None = None
+
+    def __post_init__(self):
+        if self.exponent is not None:
+            check_number(self, "exponent", self.exponent, low=0, open_low=True)
+
+    def inverse_root(self, matrices, p, epsilon):
+        """`(A + epsilon I)^(-1/p)` of a stack `(..., n, n)`; NaN where it failed."""
+        finite, matrices = without_failures(matrices)
+        values, vectors = tf.linalg.eigh(_ridge(matrices, epsilon))
+        smallest, epsilon = values[..., :1], tf.cast(epsilon, values.dtype)
+        values += tf.where(smallest < epsilon, epsilon - smallest, tf.zeros_like(smallest))
+        powers = values ** tf.cast(-1.0 / p, values.dtype)
+        return failed_as_nan(finite, tf.matmul(vectors * powers[..., None, :], vectors, transpose_b=True))
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class CoupledNewton(Component):
+    """`A^(-1/p)` for an integer `p` by matrix products alone, which suits accelerators.
+
+        N = (1 + 1/p) I - M/p,    X <- X N,    M <- N^p M
+
+    from `X = z^(1/p) I` and `M = z A`, `z = (p + 1) / (2 |A|_F)`, until `|M - I| <= tolerance` in the largest entry. A
+    matrix of the stack stops by itself: when it converged, or at its best when the error grows again.
+
+    Reference: Guo and Higham, "A Schur-Newton method for the matrix pth root and its inverse" (2006), as used by Anil
+    et al., "Scalable second order optimization for deep learning" (2020), and github.com/facebookresearch/optimizers.
+
+    Args:
+        exponent: Of the inverse root, `1 / p`; `None` lets the method choose. Defaults to `None`.
+        relative_epsilon: Multiple of `|A|_F` that is added to the diagonal, where it is more than the method's own
+            epsilon: the iteration needs a condition number that the precision can hold. Defaults to `1e-6` (Anil et
+            al., of the largest eigenvalue).
+        tolerance: Error at which it has converged. Defaults to `1e-6` (the reference).
+        max_steps: Iterations at most. Defaults to `100` (the reference).
+    """
+
+    exponent: float | None = None
+    relative_epsilon: float = 1e-6
+    tolerance: float = 1e-6
+    max_steps: int = 100
+
+    def __post_init__(self):
+        if self.exponent is not None:
+            check_number(self, "exponent", self.exponent, low=0, open_low=True)
+            whole = abs(1 / self.exponent - round(1 / self.exponent)) < 1e-6
+            check(self, "exponent", self.exponent, whole, "one over an integer, or use `EigenRoot`")
+        check_number(self, "relative_epsilon", self.relative_epsilon, low=0)
+        check_number(self, "tolerance", self.tolerance, low=0, open_low=True)
+        check_count(self, "max_steps", self.max_steps)
+
+    def inverse_root(self, matrices, p, epsilon):
+        """`(A + epsilon I)^(-1/p)` of a stack `(..., n, n)`; NaN where it failed."""
+        p = round(p)
+        finite, matrices = without_failures(matrices)
+        relative = tf.cast(self.relative_epsilon, matrices.dtype) * _norms(matrices)
+        matrices = _ridge(matrices, tf.maximum(tf.cast(epsilon, matrices.dtype), relative))
+        eye = tf.eye(matrices.shape[-1], dtype=matrices.dtype)
+        z = (p + 1) / (2 * _norms(matrices))
+        X, M = z ** tf.cast(1 / p, z.dtype) * eye, z * matrices
+
+        def improve(step, X, M, error, active):
+            N = eye + (eye - M) / p
+            next_M = tf.matmul(_power(N, p), M)
+            next_error = _distance(next_M, eye)
+            better = active & (next_error <= WORSE * error)  # false for a NaN
+            X, M = tf.where(better, tf.matmul(X, N), X), tf.where(better, next_M, M)
+            error = tf.where(better, next_error, error)
+            return step + 1, X, M, error, better & (error > self.tolerance)
+
+        error = _distance(M, eye)
+        _, X, _, error, _ = tf.while_loop(
+            lambda step, X, M, error, active: tf.reduce_any(active),
+            improve,
+            (tf.constant(0), X, M, error, error > self.tolerance),
+            maximum_iterations=self.max_steps,
+        )
+        return failed_as_nan(finite & (error <= FAILED), X)
+
+
+def without_failures(matrices):
+    """`(finite, matrices)`: which of a stack are finite, `(..., 1, 1)`, and the stack with `I` for the others."""
+    finite = tf.reduce_all(tf.math.is_finite(matrices), axis=(-2, -1), keepdims=True)
+    return finite, tf.where(finite, matrices, tf.eye(matrices.shape[-1], dtype=matrices.dtype))
+
+
+def failed_as_nan(good, matrices):
+    """The stack with NaN for those that are not good."""
+    return tf.where(good, matrices, tf.constant(float("nan"), matrices.dtype))
+
+
+def in_stacks(fn, items):
+    """`[fn(item) for item in items]`, matrices of one size stacked into one call, and the stacks dealt to the replicas.
+
+    Args:
+        fn: A function of a stack `(count, n, n)`, or of several in a tuple, that gives such a stack.
+        items: Matrices, or tuples of matrices of one size; the same on all replicas.
+    """
+    by_size = {}
+    for position, item in enumerate(items):
+        by_size.setdefault(int(tf.nest.flatten(item)[0].shape[-1]), []).append(position)
+    shares = [(n, part) for n, positions in by_size.items() for part in _parts(positions, replicas.count())]
+    stacks = [tf.nest.map_structure(lambda *each: tf.stack(each), *[items[i] for i in part]) for _, part in shares]
+    results = replicas.deal(fn, stacks, [len(part) * n**3 for n, part in shares])
+    found = {i: result for (_, part), stack in zip(shares, results) for i, result in zip(part, tf.unstack(stack))}
+    return [found[i] for i in range(len(items))]
+
+
+def _parts(positions, count):
+    size = -(-len(positions) // count)
+    return [positions[i : i + size] for i in range(0, len(positions), size)]
+
+
+def _ridge(matrices, epsilon):
+    return matrices + tf.cast(epsilon, matrices.dtype) * tf.eye(matrices.shape[-1], dtype=matrices.dtype)
+
+
+def _norms(matrices):
+    return tf.norm(matrices, axis=(-2, -1), keepdims=True)
+
+
+def _distance(matrices, eye):
+    return tf.reduce_max(tf.abs(matrices - eye), axis=(-2, -1), keepdims=True)
+
+
+def _power(matrices, p):
+    """The `p`-th power by squaring."""
+    result = None
+    while p:
+        if p % 2:
+            result = matrices if result is None else tf.matmul(result, matrices)
+        p //= 2
+        if p:
+            matrices = tf.matmul(matrices, matrices)
+    return result
