@@ -1,0 +1,108 @@
+"""Operators made of small factors: a Kronecker product for each layer, side by side.
+
+The weights of a layer are a matrix `W` `(d_in, d_out)`, and with the rows of `W` put after one another
+
+    (A (x) G) vec(W) = vec(A W G)
+
+so a product costs `d_in^2 d_out + d_in d_out^2` and the `(d_in d_out)^2` entries are never formed. A factor is a
+symmetric matrix, or a vector where it is diagonal; a leading axis of all three is of groups, with a product each.
+"""
+
+import dataclasses
+
+import tensorflow as tf
+
+from keras_curvature.operators.base import LinearOperator
+
+
+@dataclasses.dataclass(frozen=True)
+class KroneckerProduct(LinearOperator):
+    """`[W] -> [A W G]`, for one matrix `W`, or one for each group.
+
+    Args:
+        A: Factor of the inputs, `(d_in, d_in)`, or `(d_in,)` where it is diagonal.
+        G: Factor of the slopes, `(d_out, d_out)` or `(d_out,)`.
+        psd: Whether both are positive semi-definite. Defaults to `True`.
+    """
+
+    A: tf.Tensor
+    G: tf.Tensor
+    psd: bool = True
+
+    def multiply(self, vector):
+        (W,) = vector
+        return [times(from_left(self.A, W), self.G)]
+
+
+@dataclasses.dataclass(frozen=True)
+class InEigenbasis(LinearOperator):
+    """`[W] -> [U_A (s * (U_A' W U_G)) U_G']`: diagonal in the eigenbases of the factors of a Kronecker product.
+
+    Args:
+        U_A: Orthonormal eigenvectors of `A` as columns; `None` where `A` is diagonal.
+        U_G: Those of `G`; `None` likewise.
+        values: `s`, shaped as `W`.
+        psd: Whether no value is negative. Defaults to `True`.
+    """
+
+    U_A: object
+    U_G: object
+    values: tf.Tensor
+    psd: bool = True
+
+    def multiply(self, vector):
+        (W,) = vector
+        return [out_of_basis(self.values * into_basis(W, self.U_A, self.U_G), self.U_A, self.U_G)]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockDiagonal(LinearOperator):
+    """Operators on the matrices of some layers side by side, and a diagonal for the other weights.
+
+    Args:
+        blocks: What says which weights are a matrix, and how: `matrix(vector)` gathers it, and
+            `scatter(matrix, vector)` puts its entries into their places of a list (see `curvature/kronecker.py`).
+        operators: For each block, an operator on `[matrix]`.
+        diagonal: `{index: entries}` for the tensors of a vector that no block has. Where a weight is in neither, the
+            product is zero.
+    """
+
+    blocks: list
+    operators: list
+    diagonal: dict
+    psd: bool = True
+
+    def multiply(self, vector):
+        product = [tf.zeros_like(v) for v in vector]
+        for index, entries in self.diagonal.items():
+            product[index] = entries * vector[index]
+        for block, operator in zip(self.blocks, self.operators):
+            (image,) = operator @ [block.matrix(vector)]
+            block.scatter(image, product)
+        return product
+
+
+def from_left(A, W):
+    """`A W`."""
+    return A[..., tf.newaxis] * W if _is_diagonal(A, W) else tf.matmul(A, W)
+
+
+def times(W, G):
+    """`W G`."""
+    return W * G[..., tf.newaxis, :] if _is_diagonal(G, W) else tf.matmul(W, G)
+
+
+def into_basis(W, U_A, U_G):
+    """`U_A' W U_G`; a basis that is `None` is the one that there is."""
+    W = W if U_A is None else tf.matmul(U_A, W, transpose_a=True)
+    return W if U_G is None else tf.matmul(W, U_G)
+
+
+def out_of_basis(W, U_A, U_G):
+    """`U_A W U_G'`."""
+    W = W if U_A is None else tf.matmul(U_A, W)
+    return W if U_G is None else tf.matmul(W, U_G, transpose_b=True)
+
+
+def _is_diagonal(factor, W):
+    return factor.shape.rank < W.shape.rank
