@@ -32,19 +32,17 @@ class ByAxis(CurvatureOptimizer):
             if (longest is None or n <= longest) and (vectors or len(shape) > 1)
         ]  # fmt: skip
 
-    def add_moments(self, name):
-        """A variable of zeros for each block."""
-        return [
-            self.add_variable(shape, dtype=self._dtype, name=f"{name}_{i}") for i, shape in enumerate(self._shapes)
-        ]
+    def add_moments(self, name, blocks=None):
+        """A variable of zeros for each block, or each of some."""
+        blocks = range(len(self._shapes)) if blocks is None else blocks
+        return [self.add_variable(self._shapes[i], dtype=self._dtype, name=f"{name}_{i}") for i in blocks]
 
     def add_matrices(self, name, initializer="zeros"):
         """A square variable for each place."""
-        lengths = [(i, k, self._shapes[i][k]) for i, k in self._places]
         return [
-            self.add_variable((n, n), initializer=initializer, dtype=self._dtype, name=f"{name}_{i}_{k}")
-            for i, k, n in lengths
-        ]  # fmt: skip
+            self.add_variable((self._shapes[i][k],) * 2, initializer, self._dtype, name=f"{name}_{i}_{k}")
+            for i, k in self._places
+        ]
 
     def split(self, gradients):
         """The gradients' blocks, in the precision of the state."""

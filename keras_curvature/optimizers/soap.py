@@ -18,16 +18,16 @@ class SOAP(ByAxis):
         w <- w - learning_rate sqrt(1 - beta_2^t) / (1 - beta_1^t) Q_L (m~ / (sqrt(v) + epsilon)) Q_R'
         L <- beta_2 L + (1 - beta_2) G G',    R <- beta_2 R + (1 - beta_2) G' G
 
-    `Q_L` and `Q_R` are the eigenvectors of `L` and `R`: by an eigendecomposition in the first step, by one power iteration
-    and a QR decomposition in each `every`-th. A tensor has such a matrix for each of its axes; vectors, such as biases,
-    are left to plain Adam. The first step fills `L` and `R`, and moves nothing.
+    `Q_L` and `Q_R` are the eigenvectors of `L` and `R`: by an eigendecomposition in the first step, by one power
+    iteration and a QR decomposition in each `every`-th. A tensor has such a matrix for each of its axes; vectors, such
+    as biases, are left to plain Adam. The first step fills `L` and `R`, and moves nothing.
 
     Reference: Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam" (2024), Algorithm 3, and the authors'
     code. Differences from that code: (1) neighbouring axes are merged to at most `merge`, from the front, where
     Keras' kernels have their small axes, and never down to one: a 3x3 kernel of 16 by 32 channels is a 144 by 32
     matrix (there: not at all, or, on request, while the product is at most `max_dimension`); (2) axes longer than 2048
-    and not 10000 get no matrix; (3) weight decay is Keras': before the step, and in the first one too; (4) a matrix that is
-    not finite leaves the last basis in place; (5) all in the precision of the weights, float32 at least.
+    and not 10000 get no matrix; (3) weight decay is Keras': before the step, and in the first one too; (4) a matrix
+    that is not finite leaves the last basis in place; (5) in the precision of the weights, float32 at least.
 
     Args:
         learning_rate: As for Adam. Defaults to `3e-3` (the authors).

@@ -40,9 +40,9 @@ class EigenRoot(Component):
         """`(A + epsilon I)^(-1/p)` of a stack `(..., n, n)`; NaN where it failed."""
         finite, matrices = without_failures(matrices)
         values, vectors = tf.linalg.eigh(_ridge(matrices, epsilon))
-        smallest, epsilon = values[..., :1], tf.cast(epsilon, values.dtype)
+        smallest, epsilon = values[..., :1], tf.constant(epsilon, values.dtype)
         values += tf.where(smallest < epsilon, epsilon - smallest, tf.zeros_like(smallest))
-        powers = values ** tf.cast(-1.0 / p, values.dtype)
+        powers = values ** tf.constant(-1.0 / p, values.dtype)
         return failed_as_nan(finite, tf.matmul(vectors * powers[..., None, :], vectors, transpose_b=True))
 
 
@@ -86,11 +86,11 @@ class CoupledNewton(Component):
         """`(A + epsilon I)^(-1/p)` of a stack `(..., n, n)`; NaN where it failed."""
         p = round(p)
         finite, matrices = without_failures(matrices)
-        relative = tf.cast(self.relative_epsilon, matrices.dtype) * _norms(matrices)
-        matrices = _ridge(matrices, tf.maximum(tf.cast(epsilon, matrices.dtype), relative))
+        relative = self.relative_epsilon * _norms(matrices)
+        matrices = _ridge(matrices, tf.maximum(tf.constant(epsilon, matrices.dtype), relative))
         eye = tf.eye(matrices.shape[-1], dtype=matrices.dtype)
         z = (p + 1) / (2 * _norms(matrices))
-        X, M = z ** tf.cast(1 / p, z.dtype) * eye, z * matrices
+        X, M = z ** tf.constant(1 / p, z.dtype) * eye, z * matrices
 
         def improve(step, X, M, error, active):
             N = eye + (eye - M) / p
@@ -145,7 +145,7 @@ def _parts(positions, count):
 
 
 def _ridge(matrices, epsilon):
-    return matrices + tf.cast(epsilon, matrices.dtype) * tf.eye(matrices.shape[-1], dtype=matrices.dtype)
+    return matrices + epsilon * tf.eye(matrices.shape[-1], dtype=matrices.dtype)
 
 
 def _norms(matrices):

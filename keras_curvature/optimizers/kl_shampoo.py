@@ -1,0 +1,151 @@
+"""KL-Shampoo: Shampoo whose factors are the best Kronecker-factored covariance in the Kullback-Leibler sense."""
+
+import math
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check_count, check_number, register
+from keras_curvature.operators import axes
+from keras_curvature.optimizers.by_axis import ByAxis
+from keras_curvature.solvers import eigenbases
+from keras_curvature.solvers.roots import in_stacks
+
+# Of a direction, in the beginning and wherever the gradient vanishes (the authors' `max_clamp_value`).
+LARGEST_WEIGHT = 4000
+
+
+@register
+class KLShampoo(ByAxis):
+    """KL-Shampoo: each factor sees the gradient whitened by the other ones, and no grafting is needed.
+
+        L <- beta_2 L + (1 - beta_2) G R^-1 G' / d_R,    R <- beta_2 R + (1 - beta_2) G' L^-1 G / d_L
+        M <- beta_1 M + (1 - beta_1) G,    w <- w - learning_rate L^(-1/2) M R^(-1/2)
+
+    Where they converge, `L x R` is the nearest to the gradient's second moment in the Kullback-Leibler divergence of
+    normal distributions. `L = Q diag(l) Q'`: the basis `Q` is brought up to date in each `every`-th step by one power
+    iteration and a QR decomposition, the eigenvalues in every step, by the average of the same second moments in that
+    basis. The first step fills the factors, and moves nothing. Vectors, such as biases, are left to Adam.
+
+    Reference: Lin, Lowe, Dangel, Eschenhagen, Xu and Grosse, "Understanding and improving Shampoo and SOAP via
+    Kullback-Leibler minimization" (2025, arXiv 2509.03378), and the authors' code, `KLOpt` of
+    github.com/yorkerlin/KL-Methods. Differences from that code: (1) neighbouring axes are merged to at most `merge`,
+    from the front, never down to one; (2) vectors are left to Adam with the same decays (there: to another
+    optimizer), and an axis longer than `max_dimension` has no factor; (3) any number of axes, all from the same old
+    eigenvalues: the code takes three at most, and these one after the other; (4) `learning_rate`: there 1e-4, for
+    language models; (5) weight decay is Keras': before the step, in the first one too; (6) a matrix that is not finite leaves
+    the last basis in place; (7) in the precision of the weights, float32 at least (there bfloat16).
+
+    Args:
+        learning_rate: As for Adam. Defaults to `1e-3`.
+        beta_1: Decay of the momentum. Defaults to `0.9` (the authors).
+        beta_2: Decay of the factors. Defaults to `0.98` (the authors).
+        epsilon: Added to `sqrt(l_i r_j)`. Defaults to `1e-8` (the authors).
+        every: Steps from one basis to the next. Defaults to `10` (the authors).
+        initial: All eigenvalues in the beginning; larger ones make the first steps shorter. Defaults to `0.1` (the
+            authors).
+        max_dimension: Longest axis that has a factor. Defaults to `2048`.
+        merge: Longest axis that is made of several. Defaults to `1024`.
+        **kwargs: See `CurvatureOptimizer`.
+
+    Reports: `failed_refreshes` (bases that came out wrong, the old ones kept), `step_norm`, `skipped_steps`.
+
+    Example:
+
+    ```python
+    model.compile(optimizer=keras_curvature.KLShampoo(), loss="mse")
+    ```
+    """
+
+    def __init__(
+        self, learning_rate=1e-3, beta_1=0.9, beta_2=0.98, epsilon=1e-8, every=10, initial=0.1, max_dimension=2048,
+        merge=1024, name="kl_shampoo", **kwargs,
+    ):  # fmt: skip
+        super().__init__(learning_rate, name=name, **kwargs)
+        for argument, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
+            check_number(self, argument, beta, low=0, high=1, open_high=True)
+        for argument, value in (("epsilon", epsilon), ("initial", initial)):
+            check_number(self, argument, value, low=0, open_low=True)
+        for argument, count in (("every", every), ("max_dimension", max_dimension), ("merge", merge)):
+            check_count(self, argument, count)
+        self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
+        self.initial, self.max_dimension, self.merge = initial, max_dimension, merge
+
+    def create_state(self, variables):
+        """The momentum, the factors with their bases and eigenvalues; a second moment for the vectors."""
+        self.create_blocks(variables, self.merge, longest=self.max_dimension, vectors=False)
+        self._m = self.add_moments("m")
+        with_matrices = {i for i, _ in self._places}
+        self._vectors = [i for i in range(len(self._shapes)) if i not in with_matrices]
+        self._v = self.add_moments("v", self._vectors)
+        self._factors = self.add_matrices("factor")
+        self._bases = self.add_matrices("basis", "identity")
+        self._eigenvalues = [
+            self.add_variable(
+                (self._shapes[i][k],), lambda shape, dtype: tf.fill(shape, tf.constant(self.initial, dtype)),
+                dtype=self._dtype, name=f"eigenvalues_{i}_{k}",
+            )
+            for i, k in self._places
+        ]  # fmt: skip
+
+    def precondition(self, gradients):
+        """Minus the whitened momentum."""
+        G, begun = self.split(gradients), self.iterations > 0
+        m = self.average(self._m, G, self.beta_1, begun)
+        bases, values = trees.values(self._bases), trees.values(self._eigenvalues)
+        # the first gradient is not whitened
+        weights = [tf.where(begun, tf.math.rsqrt(value), tf.ones_like(value)) for value in values]
+        Q, weights = self.by_block(bases), self.by_block(weights)
+
+        direction = [
+            -axes.multiply(self._scaled(axes.multiply_transposed(a, q), w), q) for a, q, w in zip(m, Q, weights)
+        ]
+        for i, adam in zip(self._vectors, self._adam(m, G, begun)):
+            direction[i] = adam
+        found = [_moments(G[i], k, Q[i], weights[i]) for i, k in self._places]
+        factors = self.average(self._factors, [matrix for matrix, _ in found], self.beta_2)
+        self.remember([*self._m, *self._factors], [*m, *factors])
+        self._remember_eigenvalues(values, [diagonal for _, diagonal in found], begun)
+        self._refresh_bases(bases, factors, begun)
+        return self.join(direction, gradients)
+
+    def _scaled(self, turned, weights):
+        scale = math.prod(_along(w, k, turned) for k, w in enumerate(weights) if w is not None)
+        return turned * scale / (1.0 + self.epsilon * scale)
+
+    def _adam(self, m, G, begun):
+        v = self.average(self._v, [G[i] * G[i] for i in self._vectors], self.beta_2, begun)
+        self.remember(self._v, v)
+        return self.adam([m[i] for i in self._vectors], v, tf.maximum(self.iterations, 1))
+
+    def _remember_eigenvalues(self, values, seen, begun):
+        for variable, old, new in zip(self._eigenvalues, values, self.average(values, seen, self.beta_2)):
+            # the authors' clamping, of the inverse root
+            floor = 1.0 / max(10, min(LARGEST_WEIGHT, int(variable.shape[0]))) ** 2
+            self.remember(variable, tf.where(begun, tf.maximum(new, tf.constant(floor, new.dtype)), old))
+
+    def _refresh_bases(self, bases, factors, begun):
+        def first():
+            return in_stacks(eigenbases.decompose, factors)
+
+        def later():
+            return in_stacks(lambda pair: eigenbases.refine(*pair, sort=False), list(zip(factors, bases)))
+
+        if bases:
+            self.refresh(self._bases, self.every, lambda: tf.cond(begun, later, first))
+
+
+def _moments(G, axis, Q, weights):
+    """Of the gradient whitened along all other axes: `T T'` of an axis, and its diagonal in the axis' own basis."""
+    others = [None if k == axis else q for k, q in enumerate(Q)]
+    scale = math.prod(_along(w, k, G) for k, w in enumerate(weights) if k != axis and w is not None)
+    T = axes.multiply_transposed(G, others) * scale
+    turned = axes.multiply_transposed(G, Q) * scale
+    means = [k for k in range(len(Q)) if k != axis]
+    matrix = axes.second_moment(T, axis) * (int(G.shape[axis]) / G.shape.num_elements())
+    return matrix, tf.reduce_mean(turned * turned, axis=means)
+
+
+def _along(vector, axis, tensor):
+    """The vector as a tensor that is multiplied with another along an axis of that."""
+    return tf.reshape(vector, [-1 if k == axis else 1 for k in range(tensor.shape.rank)])
