@@ -6,6 +6,7 @@ the last good one. Nothing here raises on numbers: an eigendecomposition of a Na
 
 import dataclasses
 
+import numpy as np
 import tensorflow as tf
 
 from keras_curvature import replicas
@@ -13,8 +14,9 @@ from keras_curvature.component import Component, check, check_count, check_numbe
 
 # An iteration that ends further from the identity than this has failed (the reference's limit of its own error check).
 FAILED = 0.1
-# An error that grows by this factor from one iteration to the next has left its best value behind (the same source).
-WORSE = 1.2
+# An error that grows by this factor, or is this small and does not shrink, is at its best (the same source). The norm is
+# asked, which shrinks in exact arithmetic; the largest entry need not.
+WORSE, NEAR = 1.2, 1e-3
 
 
 @register
@@ -22,9 +24,11 @@ WORSE = 1.2
 class EigenRoot(Component):
     """`A^(-1/p) = Q diag(l)^(-1/p) Q'` with the eigenvalues and -vectors of `A + epsilon I`.
 
-    Where the smallest eigenvalue comes out below `epsilon`, by rounding, all are moved up until it is `epsilon`.
+    Where the smallest eigenvalue comes out lower, by rounding, all are moved up until it is `epsilon`, or what the
+    precision can tell from zero beside the largest.
 
-    Reference: the eigendecomposition of github.com/facebookresearch/optimizers, `matrix_functions.py`.
+    Reference: the eigendecomposition of github.com/facebookresearch/optimizers, `matrix_functions.py`, which knows
+    `epsilon` alone.
 
     Args:
         exponent: Of the inverse root; `None` lets the method choose, `1 / (2 axes)` in Shampoo. Defaults to `None`.
@@ -40,8 +44,9 @@ class EigenRoot(Component):
         """`(A + epsilon I)^(-1/p)` of a stack `(..., n, n)`; NaN where it failed."""
         finite, matrices = without_failures(matrices)
         values, vectors = tf.linalg.eigh(_ridge(matrices, epsilon))
-        smallest, epsilon = values[..., :1], tf.constant(epsilon, values.dtype)
-        values += tf.where(smallest < epsilon, epsilon - smallest, tf.zeros_like(smallest))
+        smallest, precision = values[..., :1], np.finfo(values.dtype.as_numpy_dtype).eps
+        lowest = tf.maximum(tf.constant(epsilon, values.dtype), precision * values[..., -1:])
+        values += tf.where(smallest < lowest, lowest - smallest, tf.zeros_like(smallest))
         powers = values ** tf.constant(-1.0 / p, values.dtype)
         return failed_as_nan(finite, tf.matmul(vectors * powers[..., None, :], vectors, transpose_b=True))
 
@@ -86,29 +91,34 @@ class CoupledNewton(Component):
         """`(A + epsilon I)^(-1/p)` of a stack `(..., n, n)`; NaN where it failed."""
         p = round(p)
         finite, matrices = without_failures(matrices)
-        relative = self.relative_epsilon * _norms(matrices)
-        matrices = _ridge(matrices, tf.maximum(tf.constant(epsilon, matrices.dtype), relative))
+        # in units of the largest entry, whose square might overflow
+        unit = _largest(matrices)
+        unit = tf.where(unit > 0, unit, tf.ones_like(unit))
+        matrices /= unit
+        ridge = tf.maximum(tf.constant(epsilon, unit.dtype) / unit, self.relative_epsilon * _norms(matrices))
+        matrices = _ridge(matrices, ridge)
         eye = tf.eye(matrices.shape[-1], dtype=matrices.dtype)
         z = (p + 1) / (2 * _norms(matrices))
         X, M = z ** tf.constant(1 / p, z.dtype) * eye, z * matrices
 
-        def improve(step, X, M, error, active):
+        def improve(step, X, M, error, norm, active):
             N = eye + (eye - M) / p
             next_M = tf.matmul(_power(N, p), M)
-            next_error = _distance(next_M, eye)
-            better = active & (next_error <= WORSE * error)  # false for a NaN
+            next_error, next_norm = _largest(next_M - eye), _norms(next_M - eye)
+            better = active & (next_norm <= WORSE * norm)  # false for a NaN
             X, M = tf.where(better, tf.matmul(X, N), X), tf.where(better, next_M, M)
-            error = tf.where(better, next_error, error)
-            return step + 1, X, M, error, better & (error > self.tolerance)
+            at_rest = (next_norm >= norm) & (next_error < NEAR)
+            error, norm = tf.where(better, next_error, error), tf.where(better, next_norm, norm)
+            return step + 1, X, M, error, norm, better & (error > self.tolerance) & tf.logical_not(at_rest)
 
-        error = _distance(M, eye)
-        _, X, _, error, _ = tf.while_loop(
-            lambda step, X, M, error, active: tf.reduce_any(active),
+        error = _largest(M - eye)
+        _, X, _, error, _, _ = tf.while_loop(
+            lambda step, X, M, error, norm, active: tf.reduce_any(active),
             improve,
-            (tf.constant(0), X, M, error, error > self.tolerance),
+            (tf.constant(0), X, M, error, _norms(M - eye), error > self.tolerance),
             maximum_iterations=self.max_steps,
         )
-        return failed_as_nan(finite & (error <= FAILED), X)
+        return failed_as_nan(finite & (error <= FAILED), X * unit ** tf.constant(-1 / p, unit.dtype))
 
 
 def without_failures(matrices):
@@ -152,8 +162,8 @@ def _norms(matrices):
     return tf.norm(matrices, axis=(-2, -1), keepdims=True)
 
 
-def _distance(matrices, eye):
-    return tf.reduce_max(tf.abs(matrices - eye), axis=(-2, -1), keepdims=True)
+def _largest(matrices):
+    return tf.reduce_max(tf.abs(matrices), axis=(-2, -1), keepdims=True)
 
 
 def _power(matrices, p):
