@@ -192,7 +192,7 @@ def test_a_loss_that_is_no_likelihood_is_named(name):
 
 def test_what_is_no_fisher_matrix_is_refused():
     _, recording = recorded(LOSSES["mse"]().compile())
-    with pytest.raises(ValueError, match='`fisher` must be one of "sampled", "empirical", "exact". Received: fisher=1'):
+    with pytest.raises(ValueError, match='`fisher` must be "sampled", "empirical" or "exact". Received: fisher=1'):
         recording.cotangents(1)
 
 

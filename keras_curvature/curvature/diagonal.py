@@ -1,18 +1,89 @@
 """Diagonals of curvature matrices.
 
+`hessian_diagonal`: Hutchinson's estimate. With `z` of independent entries of mean 0 and variance 1,
+
+    E[z * (H z)] = diag(H)
+
 `squared_gradients`: the mean over the examples of the elementwise square of each example's own gradient, the
-diagonal of the empirical Fisher matrix, with which Hessian-free optimization preconditions. For a `Dense` layer
-`y = x W` the gradient of example `i` is `x_i d_i'` and the sum of squares is `(x^2)' (d^2)`: one backward pass
-for the whole batch, exact. Other weights (convolutions, recurrent cells, embeddings, layers used twice) get an
-unbiased estimate from one more backward pass: with a random sign `s_i` per example,
-`E[(sum_i s_i g_i)^2] = sum_i g_i^2`, elementwise.
+diagonal of the empirical Fisher matrix, with which Hessian-free optimization preconditions; or, with labels drawn from
+what the model says, of the Fisher matrix. For a `Dense` layer `y = x W` the gradient of example `i` is `x_i d_i'` and
+the sum of squares is `(x^2)' (d^2)`: one backward pass for the whole batch, exact. Other weights (convolutions,
+recurrent cells, embeddings, layers used twice) get an unbiased estimate from one more backward pass: with a random sign
+`s_i` per example, `E[(sum_i s_i g_i)^2] = sum_i g_i^2`, elementwise.
 """
 
 import tensorflow as tf
 
-from keras_curvature import replicas
-from keras_curvature.curvature import sampling, slices, taps
+from keras_curvature import replicas, trees
+from keras_curvature.component import check, check_count
+from keras_curvature.curvature import slices, taps
 from keras_curvature.curvature.differentiable import differentiable_keras
+
+PROBES = ("rademacher", "gaussian")
+_SIGN, _ONE = tf.int32.min, 0x3F800000  # of a float32: its sign bit, and the bits of 1.0
+
+
+def hessian_diagonal(linearization, seed, probe="rademacher", probes=1):
+    """The diagonal of the Hessian, exactly or as Hutchinson's estimate; see `Linearization.hessian_diagonal`."""
+    check_probe(hessian_diagonal, "probe", probe, (*PROBES, "exact"))
+    check_count(hessian_diagonal, "probes", probes)
+    H, weights = linearization.hessian(), linearization.weights
+    if probe == "exact":
+        return _exactly(H, weights)
+    total = trees.zeros_like(weights) if probes > 1 else None
+    for i in range(probes):
+        z = draw(weights, probes * seed + i, probe)
+        estimate = [a * b for a, b in zip(z, H @ z)]
+        total = estimate if total is None else trees.add(total, estimate)
+    return total if probes == 1 else trees.scale(1.0 / probes, total)
+
+
+def draw(like, seed, probe="rademacher"):
+    """A random vector with entries of mean 0 and variance 1, the same wherever the seed is."""
+    kind = _signs if probe == "rademacher" else _normal
+    return [kind(w.shape, [i, seed], w.dtype) for i, w in enumerate(like)]
+
+
+def average_kernels(vector):
+    """The mean over the spatial axes of convolution kernels, which stay as axes of length 1; other tensors as they are.
+
+    A kernel is what has four axes or more, the spatial ones first. Those of one-dimensional convolutions cannot be told
+    from the projections of attention by their shapes, and are left as they are.
+    """
+    return [tf.reduce_mean(t, list(range(t.shape.rank - 2)), keepdims=True) if t.shape.rank >= 4 else t for t in vector]
+
+
+def check_probe(owner, name, probe, choices=PROBES):
+    """Refuse what is none of the `choices`."""
+    expected = ", ".join(f'"{choice}"' for choice in choices)
+    check(owner, name, probe, probe in choices, f"one of {expected}")
+
+
+def _signs(shape, seed, dtype):
+    """-1 and 1: a random sign bit on the bits of 1.0, which is cheaper than a random number and its conversion."""
+    bits = tf.random.stateless_uniform(shape, seed, None, None, tf.int32)
+    return tf.cast(tf.bitcast(tf.bitwise.bitwise_or(tf.bitwise.bitwise_and(bits, _SIGN), _ONE), tf.float32), dtype)
+
+
+def _normal(shape, seed, dtype):
+    return tf.random.stateless_normal(shape, seed, dtype=dtype)
+
+
+def _exactly(H, weights):
+    """The diagonal of `H` by one product for each weight, one after another."""
+    diagonal = []
+    for i, w in enumerate(weights):
+        size = w.shape.num_elements()
+
+        def entry(j, entries, i=i, w=w, size=size):
+            unit = trees.zeros_like(weights)
+            unit[i] = tf.reshape(tf.one_hot(j, size, dtype=w.dtype), w.shape)
+            found = tf.reduce_sum((H @ unit)[i] * unit[i])
+            return j + 1, tf.tensor_scatter_nd_update(entries, [[j]], found[tf.newaxis])
+
+        _, entries = tf.while_loop(lambda j, _, size=size: j < size, entry, (0, tf.zeros([size], w.dtype)))
+        diagonal.append(tf.reshape(entries, w.shape))
+    return diagonal
 
 
 def squared_gradients(linearization, seed, fisher="empirical"):
@@ -23,7 +94,7 @@ def squared_gradients(linearization, seed, fisher="empirical"):
         seed: Integer tensor or number: the random signs are a function of it and of the example's row in the batch.
         fisher: `"empirical"`, with the true labels, or `"sampled"`, with labels drawn from what the model says.
     """
-    sampling.check_fisher(squared_gradients, "fisher", fisher, ("empirical", "sampled"))
+    check(squared_gradients, "fisher", fisher, fisher in ("empirical", "sampled"), '"empirical" or "sampled"')
     exact = set()
     with differentiable_keras(), taps.dense() as noted:
 
@@ -31,8 +102,8 @@ def squared_gradients(linearization, seed, fisher="empirical"):
             recording = linearization._record_loss(pure)
             cotangents = recording.cotangents(fisher, seed)
             signed = recording.pull(_signed(cotangents, pure.place, seed))
-            taps = noted.pop(replicas.identity(), [])
-            squares = _sums_of_squares(recording, cotangents, taps, linearization.variables)
+            found = noted.pop(replicas.identity(), [])
+            squares = _sums_of_squares(recording, cotangents, found, linearization.variables)
             exact.update(squares)
             sums = [tf.cast(squares.get(i, h), h.dtype) for i, h in enumerate(signed)]
             return recording.evaluation, sums

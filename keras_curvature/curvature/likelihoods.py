@@ -278,8 +278,8 @@ def likelihood(loss, logits):
     """The `Likelihood` whose negative logarithm a `keras.losses.Loss` is.
 
     Args:
-        loss: A loss as Keras has compiled it. One of one's own may have an attribute `likelihood = Gaussian`, say, if it
-            is minus the logarithm of that but for the weight of each entry (or row) and a term without `z`.
+        loss: A loss as Keras has compiled it. One of one's own may have an attribute, such as `likelihood = Gaussian`,
+            if it is minus the logarithm of that, but for the weight of each entry (or row) and a term without `z`.
         logits: Whether it reads the logits that the model's output carries.
 
     Raises:
@@ -307,7 +307,7 @@ def no_likelihood(loss):
     return ValueError(
         f"Labels cannot be sampled for loss={loss}: it is not the negative log-likelihood of a known distribution. "
         "Those that are: mean_squared_error, mean_absolute_error, poisson, kl_divergence and the binary, categorical "
-        "and sparse categorical crossentropies. Choose one of them; a loss of your own can name its likelihood, such as "
+        "and sparse categorical crossentropies. Choose one of them; a loss of your own can name its likelihood, as "
         '`likelihood = keras_curvature.curvature.likelihoods.Gaussian`. Or use `fisher="empirical"`, which takes the '
         "true labels, or a method of the Hessian or Gauss-Newton matrix, such as `SophiaH` or `CurveBall`."
     )

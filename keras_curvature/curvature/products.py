@@ -110,12 +110,22 @@ class LossRecording(Jacobian):
             self.reached = tuple(g is not None for g in gradients)
         return _unscaled(densely(gradients, self.weights), self.loss_scale)
 
+    def gradient_and_slopes(self, tensors):
+        """`(dL/dw, derivatives of the loss in intermediate tensors)`, as of `gradient` and `slopes_at`; one pass."""
+        found = self._tape.gradient(self._loss, [*self.weights, *tensors])
+        gradients, slopes = found[: len(self.weights)], found[len(self.weights) :]
+        self.reached = tuple(g is not None for g in gradients)
+        return _unscaled(densely(gradients, self.weights), self.loss_scale), self._widely(slopes)
+
     def slopes_at(self, tensors, cotangents=None):
         """Derivative in intermediate tensors of the model, of the loss or, if given, of `<c, leaves>`; `None`: none."""
         if cotangents is None:
             slopes = self._tape.gradient(self._loss, tensors)
         else:
             slopes = self._tape.gradient(self.leaves, tensors, output_gradients=cotangents)
+        return self._widely(slopes)
+
+    def _widely(self, slopes):
         # unscaled in half precision, what the loss scale has saved would be lost again
         wide = [s if s is None or s.dtype.size >= 4 else tf.cast(s, tf.float32) for s in slopes]
         return [None if s is None else _unscaled([s], self.loss_scale)[0] for s in wide]
@@ -159,7 +169,12 @@ class LossRecording(Jacobian):
 
 
 class HessianRecording:
-    """The gradient of one batch on one replica, recorded for Hessian products; as `LossRecording`."""
+    """The gradient of one batch on one replica, recorded for Hessian products; as `LossRecording`.
+
+    Attributes:
+        evaluation: The `Evaluation` at the point.
+        reached: Whether the loss depends on each weight, a tuple of bools.
+    """
 
     def __init__(self, pure, weights, loss_scale=None):
         self.weights, self._loss_scale = weights, loss_scale
@@ -170,7 +185,13 @@ class HessianRecording:
                 inner.watch(weights)
                 self.evaluation = pure.evaluate(weights)
                 loss = _scaled(self.evaluation.loss, loss_scale)
-            self._gradient = densely(inner.gradient(loss, weights), weights)
+            gradients = inner.gradient(loss, weights)
+            self._gradient = densely(gradients, weights)
+        self.reached = tuple(g is not None for g in gradients)
+
+    def gradient(self):
+        """`dL/dw`, which is there already."""
+        return _unscaled(self._gradient, self._loss_scale)
 
     def product(self, vector):
         """`H v`."""

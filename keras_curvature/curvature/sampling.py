@@ -22,6 +22,7 @@ import itertools
 import keras
 import tensorflow as tf
 
+from keras_curvature.component import check
 from keras_curvature.curvature import likelihoods, slices
 from keras_curvature.curvature.differentiable import replaced
 
@@ -40,7 +41,7 @@ class Weighed:
 
 def cotangents(recording, fisher, seed):
     """Cotangents of a `LossRecording`, as `LossRecording.cotangents` explains."""
-    check_fisher(recording, "fisher", fisher)
+    check(cotangents, "fisher", fisher, fisher in FISHER, '"sampled", "empirical" or "exact"')
     recording.require_leaves()
     if fisher == "empirical":
         root = tf.sqrt(tf.cast(recording.pure.place.total, tf.float64))
@@ -55,14 +56,6 @@ def slopes(recording, seed):
     """`dL/dz` with labels drawn from what the model says, one tensor per leaf, times the loss scale."""
     recording.require_leaves()
     return _on_leaves(recording, [(w, w.omega * slope) for w, slope in _drawn(recording, seed)])
-
-
-def check_fisher(owner, name, fisher, choices=FISHER):
-    """Refuse what is none of the `choices`."""
-    if fisher not in choices:
-        owner = getattr(owner, "__name__", type(owner).__name__)
-        expected = ", ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f"`{owner}`: `{name}` must be one of {expected}. Received: {name}={fisher!r}")
 
 
 def weighed(recording):

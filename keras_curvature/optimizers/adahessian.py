@@ -1,0 +1,92 @@
+"""AdaHessian: Adam with the diagonal of the Hessian in place of the gradient."""
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check, check_count, check_number, register
+from keras_curvature.curvature import diagonal
+from keras_curvature.optimizers.diagonal import DiagonalOptimizer
+
+
+@register
+class AdaHessian(DiagonalOptimizer):
+    """AdaHessian: momentum over the root mean square of Hutchinson's estimates of the diagonal of the Hessian.
+
+        h = mean over each kernel of z * (H z)         z of random signs, the same on all replicas
+        m <- beta_1 m + (1 - beta_1) g
+        s <- beta_2 s + (1 - beta_2) h^2
+        w <- w - learning_rate * m^ / (sqrt(s^)^hessian_power + epsilon)
+
+    with `m^, s^` free of the bias towards their start at zero. Costs one Hessian product, which shares the forward and
+    backward pass of the gradient, and two copies of the weights (less, of convolution kernels).
+
+    Reference: Yao, Gholami, Shen, Mustafa, Keutzer and Mahoney, "ADAHESSIAN: An Adaptive Second Order Optimizer for
+    Machine Learning" (2020), Algorithm 1. Differences: (1) a kernel's average is of `z * (H z)`, as in the paper; the
+    authors' code averages the absolute values. (2) Of each kernel of four axes or more; one-dimensional convolutions
+    are averaged in neither. (3) With `every > 1`, `s` takes in an estimate when it is made, and its bias is that of as
+    many; in between it is used as it is. (4) An estimate that is not finite is left out.
+
+    Args:
+        learning_rate: Defaults to `0.15` (the paper).
+        beta_1: Decay of the average of gradients. Defaults to `0.9` (the paper).
+        beta_2: Decay of the average of squares. Defaults to `0.999` (the paper).
+        epsilon: Added to the denominator. Defaults to `1e-4` (the authors' code).
+        hessian_power: Exponent of the root in the denominator, in [0, 1]; 0 is gradient descent with momentum. Defaults
+            to `1.0` (the paper).
+        spatial_averaging: Whether the entries of a convolution kernel share their curvature. Defaults to `True`.
+        every: A new estimate in every so many steps. Defaults to `1`.
+        **kwargs: See `CurvatureOptimizer`; `weight_decay` is decoupled, as in the paper.
+
+    Reports: `curvature_norm` (of `sqrt(s^)`), `failed_refreshes`, `step_norm`, `skipped_steps`.
+
+    Example:
+
+    ```python
+    model = keras_curvature.curved(model)
+    model.compile(optimizer=keras_curvature.AdaHessian(), loss="mse")
+    ```
+    """
+
+    reports = {"curvature_norm": "mean", "failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
+
+    def __init__(
+        self, learning_rate=0.15, beta_1=0.9, beta_2=0.999, epsilon=1e-4, hessian_power=1.0, spatial_averaging=True,
+        every=1, name="adahessian", **kwargs,
+    ):  # fmt: skip
+        super().__init__(learning_rate, name=name, **kwargs)
+        self.beta_1, self.beta_2, self.epsilon, self.hessian_power = beta_1, beta_2, epsilon, hessian_power
+        self.spatial_averaging, self.every = spatial_averaging, every
+        check_number(self, "beta_1", beta_1, 0.0, 1.0, open_high=True)
+        check_number(self, "beta_2", beta_2, 0.0, 1.0, open_high=True)
+        check_number(self, "epsilon", epsilon, 0.0)
+        check_number(self, "hessian_power", hessian_power, 0.0, 1.0)
+        check(self, "spatial_averaging", spatial_averaging, isinstance(spatial_averaging, bool), "True or False")
+        check_count(self, "every", every)
+
+    def shapes(self, variables):
+        """One entry for each kernel, and not each of its weights."""
+        return [s.shape for s in self._shared(trees.values(variables))]
+
+    def direction(self, lin):
+        """`-m^ / (sqrt(s^)^k + epsilon)`."""
+
+        def squares():
+            return [tf.square(h) for h in self._shared(lin.hessian_diagonal(self.seed))]
+
+        m, s, counts = self.follow(lambda: lin.gradient, squares)
+        taken = self.share(self.beta_1, self.iterations + 1, m[0].dtype)
+        shares = [self.share(self.beta_2, n, s.dtype) for n, s in zip(counts, s)]
+        self.report(curvature_norm=tf.sqrt(tf.add_n([
+            tf.math.divide_no_nan(tf.cast(tf.reduce_sum(s), tf.float32), tf.cast(share, tf.float32))
+            for s, share in zip(s, shares)
+        ])))  # fmt: skip
+        return [self._divide(*each, tf.cast(taken, each[0].dtype)) for each in zip(m, s, shares)]
+
+    def _divide(self, m, s, share, taken):
+        # the bias of `s` as a factor of the rest: a pass less over the weights, and no step while there is no estimate
+        root = tf.sqrt(s) if self.hessian_power == 1.0 else tf.pow(s, 0.5 * self.hessian_power)
+        bias = tf.pow(share, 0.5 * self.hessian_power)
+        return tf.math.divide_no_nan(m * (-bias / taken), root + bias * self.epsilon)
+
+    def _shared(self, vector):
+        return diagonal.average_kernels(vector) if self.spatial_averaging else vector

@@ -1,0 +1,71 @@
+"""Newton's method with the diagonal of the Hessian alone, clipped."""
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check, check_number, register
+from keras_curvature.optimizers.base import CurvatureOptimizer
+
+
+@register
+class DiagonalNewton(CurvatureOptimizer):
+    """Diagonal Newton: each entry of the gradient is divided by its own curvature, and both are clipped.
+
+        h = clip(diag(H), curvature_min, curvature_max)
+        w <- w - learning_rate * clip(g / h, -step_max, step_max)
+
+    The curvature of neural networks is zero or negative for many weights, and without the clipping training diverges.
+    Nothing is remembered from step to step. Costs one Hessian product for each probe.
+
+    Reference: Frans, "Second-order optimization" in "Notes on deep learning" (the section "Diagonal Newton", and its
+    example on CIFAR-10, whose clipping is the default here). Differences: (1) the diagonal is Hutchinson's estimate, or
+    exact; the code of the notes differentiates the sum of the gradient, which gives the sums of the rows of the Hessian
+    and not its diagonal; (2) a step in which the estimate is not finite is skipped.
+
+    Args:
+        learning_rate: Defaults to `0.1` (the notes: 0.01, for 20,000 steps).
+        curvature_min: Least curvature to divide by. Defaults to `0.5` (the notes).
+        curvature_max: Largest curvature to divide by. Defaults to `3.0` (the notes).
+        step_max: Largest entry of a step before the learning rate; `None`: no limit. Defaults to `0.5` (the notes).
+        probes: Number of random vectors whose estimates are averaged, or `"exact"`: one product for each weight, for
+            small models. Defaults to `1`.
+        **kwargs: See `CurvatureOptimizer`.
+
+    Reports: `step_norm`, `skipped_steps`.
+
+    Example:
+
+    ```python
+    model = keras_curvature.curved(model)
+    model.compile(optimizer=keras_curvature.DiagonalNewton(), loss="mse")
+    ```
+    """
+
+    reports = {"step_norm": "mean", "skipped_steps": "sum"}
+
+    def __init__(
+        self, learning_rate=0.1, curvature_min=0.5, curvature_max=3.0, step_max=0.5, probes=1, name="diagonal_newton",
+        **kwargs,
+    ):  # fmt: skip
+        super().__init__(learning_rate, name=name, **kwargs)
+        self.curvature_min, self.curvature_max = curvature_min, curvature_max
+        self.step_max, self.probes = step_max, probes
+        check_number(self, "curvature_min", curvature_min, 0.0, open_low=True)
+        check_number(self, "curvature_max", curvature_max, curvature_min)
+        if step_max is not None:
+            check_number(self, "step_max", step_max, 0.0, open_low=True)
+        counted = isinstance(probes, int) and not isinstance(probes, bool) and probes >= 1
+        check(self, "probes", probes, counted or probes == "exact", 'an integer >= 1, or "exact"')
+
+    def direction(self, lin):
+        """`-clip(g / h)`."""
+        if self.probes == "exact":
+            found = lin.hessian_diagonal(probe="exact")
+        else:
+            found = lin.hessian_diagonal(tf.cast(self.iterations, tf.int32), probes=self.probes)
+        h = [tf.clip_by_value(x, self.curvature_min, self.curvature_max) for x in found]
+        steps = [-g / x for g, x in zip(lin.gradient, h)]
+        if self.step_max is not None:
+            steps = [tf.clip_by_value(s, -self.step_max, self.step_max) for s in steps]
+        # the clipping may hide what was not finite
+        return trees.add(steps, [0.0 * x for x in found])

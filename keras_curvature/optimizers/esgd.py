@@ -1,0 +1,57 @@
+"""Equilibrated stochastic gradient descent."""
+
+import tensorflow as tf
+
+from keras_curvature.component import check_count, check_number, register
+from keras_curvature.curvature import diagonal
+from keras_curvature.optimizers.diagonal import DiagonalOptimizer
+
+
+@register
+class ESGD(DiagonalOptimizer):
+    """ESGD: each entry of the gradient is divided by the norm of its row of the Hessian.
+
+        D <- mean of (H v)^2 over all draws so far     every so many steps, v normally distributed
+        w <- w - learning_rate * g / (sqrt(D) + epsilon)
+
+    `E (H v)_i^2 = |H_i|^2`: unlike the diagonal of the Hessian, the norm of its rows is no smaller where the curvature
+    is negative. Costs one Hessian product now and then, and one copy of the weights.
+
+    Reference: Dauphin, de Vries and Bengio, "Equilibrated adaptive learning rates for non-convex optimization" (2015),
+    Algorithm 1. Difference: a draw that is not finite is left out.
+
+    Args:
+        learning_rate: Defaults to `0.01` (the authors' demonstration).
+        epsilon: Damping of the denominator. Defaults to `1e-3`.
+        every: A new draw in every so many steps. Defaults to `20` (the paper).
+        **kwargs: See `CurvatureOptimizer`.
+
+    Reports: `failed_refreshes`, `step_norm`, `skipped_steps`.
+
+    Example:
+
+    ```python
+    model = keras_curvature.curved(model)
+    model.compile(optimizer=keras_curvature.ESGD(), loss="mse")
+    ```
+    """
+
+    reports = {"failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
+    beta_1, beta_2 = 0.0, None
+
+    def __init__(self, learning_rate=0.01, epsilon=1e-3, every=20, name="esgd", **kwargs):
+        super().__init__(learning_rate, name=name, **kwargs)
+        self.epsilon, self.every = epsilon, every
+        check_number(self, "epsilon", epsilon, 0.0, open_low=True)
+        check_count(self, "every", every)
+
+    def direction(self, lin):
+        """`-g / (sqrt(D) + epsilon)`."""
+
+        def squares():
+            return [tf.square(h) for h in lin.hessian() @ diagonal.draw(lin.weights, self.seed, "gaussian")]
+
+        gradient, D, counts = self.follow(lambda: lin.gradient, squares)
+        # no step while there is no draw
+        known = [tf.cast(n > 0, d.dtype) for d, n in zip(D, counts)]
+        return [-k * g / (tf.sqrt(d) + self.epsilon) for g, d, k in zip(gradient, D, known)]

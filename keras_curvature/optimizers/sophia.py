@@ -1,0 +1,133 @@
+"""Sophia: momentum divided by a rarely estimated diagonal of the curvature, and clipped."""
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check_count, check_number, register
+from keras_curvature.optimizers.diagonal import DiagonalOptimizer
+
+
+class Sophia(DiagonalOptimizer):
+    """Base of `SophiaH` and `SophiaG`, which differ in the estimate `estimate(lin)`."""
+
+    reports = {"unclipped": "mean", "failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
+
+    def __init__(self, learning_rate, beta_1, beta_2, gamma, epsilon, every, **kwargs):
+        super().__init__(learning_rate, **kwargs)
+        self.beta_1, self.beta_2, self.gamma, self.epsilon, self.every = beta_1, beta_2, gamma, epsilon, every
+        check_number(self, "beta_1", beta_1, 0.0, 1.0, open_high=True)
+        check_number(self, "beta_2", beta_2, 0.0, 1.0, open_high=True)
+        check_number(self, "gamma", gamma, 0.0, open_low=True)
+        check_number(self, "epsilon", epsilon, 0.0, open_low=True)
+        check_count(self, "every", every)
+
+    def estimate(self, lin):
+        """The diagonal of the curvature, a vector."""
+        raise NotImplementedError
+
+    def direction(self, lin):
+        """`-clip(m / max(gamma h, epsilon), 1)`."""
+        m, h, _ = self.follow(lambda: lin.gradient, lambda: self.estimate(lin))
+        steps = [a / tf.maximum(self.gamma * b, self.epsilon) for a, b in zip(m, h)]
+        unclipped = tf.add_n([tf.math.count_nonzero(tf.abs(s) < 1.0, dtype=tf.int32) for s in steps])
+        self.report(unclipped=tf.cast(unclipped, tf.float32) / trees.count(steps))
+        return [-tf.clip_by_value(s, -1.0, 1.0) for s in steps]
+
+
+@register
+class SophiaH(Sophia):
+    """Sophia-H: momentum over Hutchinson's estimate of the diagonal of the Hessian, no entry longer than 1.
+
+        h <- beta_2 h + (1 - beta_2) u * (H u)         every so many steps, u normally distributed
+        m <- beta_1 m + (1 - beta_1) g
+        w <- w - learning_rate * clip(m / max(gamma h, epsilon), 1)
+
+    Where the curvature is small or negative, the step is the sign of the momentum. Costs one Hessian product now and
+    then, and two copies of the weights.
+
+    Reference: Liu, Li, Hall, Liang and Ma, "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
+    Pre-training" (2023), Algorithms 1 and 3. Differences: (1) the paper's weight decay (0.1) is Keras' own, which is
+    off by default; (2) an estimate that is not finite is left out.
+
+    Args:
+        learning_rate: The length of a clipped entry. Defaults to `1e-3` (the paper's language models: up to 6e-4).
+        beta_1: Decay of the average of gradients. Defaults to `0.96` (the paper).
+        beta_2: Decay of the average of estimates. Defaults to `0.99` (the paper).
+        gamma: Factor of the curvature, such that 10% to 50% of the entries are unclipped. Defaults to `0.01` (the
+            paper).
+        epsilon: Least denominator. Defaults to `1e-12` (the paper).
+        every: A new estimate in every so many steps. Defaults to `10` (the paper).
+        **kwargs: See `CurvatureOptimizer`.
+
+    Reports: `unclipped` (share of the entries), `failed_refreshes`, `step_norm`, `skipped_steps`.
+
+    Example:
+
+    ```python
+    model = keras_curvature.curved(model)
+    model.compile(optimizer=keras_curvature.SophiaH(weight_decay=0.1), loss="mse")
+    ```
+    """
+
+    def __init__(
+        self, learning_rate=1e-3, beta_1=0.96, beta_2=0.99, gamma=0.01, epsilon=1e-12, every=10, name="sophia_h",
+        **kwargs,
+    ):  # fmt: skip
+        super().__init__(learning_rate, beta_1, beta_2, gamma, epsilon, every, name=name, **kwargs)
+
+    def estimate(self, lin):
+        """`u * (H u)`."""
+        return lin.hessian_diagonal(self.seed, probe="gaussian")
+
+
+@register
+class SophiaG(Sophia):
+    """Sophia-G: momentum over the Gauss-Newton-Bartlett estimate of the diagonal, no entry longer than 1.
+
+        h <- beta_2 h + (1 - beta_2) N g^ * g^         every so many steps
+        m <- beta_1 m + (1 - beta_1) g
+        w <- w - learning_rate * clip(m / max(gamma h, epsilon), 1)
+
+    with `g^` the gradient of the loss with labels drawn from what the model says, instead of the true ones. Costs one
+    backward pass now and then, and two copies of the weights.
+
+    Reference: Liu, Li, Hall, Liang and Ma, "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
+    Pre-training" (2023), Algorithms 2 and 3. Differences: (1) for N, the number of labels, the square roots of the
+    weights that they have in the loss are in `g^`, each entry's own: the same for a plain mean, and still unbiased with
+    sample weights, masks and loss weights; (2) every likelihood of Keras' losses and not the categorical alone; (3) the
+    estimate is made before the step and used in it, as in the paper; in the authors' code it is the next one's; (4) the
+    least denominator is `epsilon`, as in the paper, where the authors' code adds it; (5) the paper's weight decay (0.1)
+    is Keras' own, which is off by default; (6) an estimate that is not finite is left out.
+
+    Args:
+        learning_rate: The length of a clipped entry. Defaults to `1e-3` (the paper's language models: up to 6e-4).
+        beta_1: Decay of the average of gradients. Defaults to `0.965` (the authors' code; the paper: 0.96).
+        beta_2: Decay of the average of estimates. Defaults to `0.99` (the paper).
+        gamma: Factor of the curvature, such that 10% to 50% of the entries are unclipped. Defaults to `0.05` (the
+            paper; `rho` in the authors' code).
+        epsilon: Least denominator. Defaults to `1e-12` (the paper).
+        every: A new estimate in every so many steps. Defaults to `10` (the paper).
+        **kwargs: See `CurvatureOptimizer`.
+
+    Raises:
+        ValueError: At the first step, if the loss is not minus the logarithm of a likelihood that is known.
+
+    Reports: `unclipped` (share of the entries), `failed_refreshes`, `step_norm`, `skipped_steps`.
+
+    Example:
+
+    ```python
+    model = keras_curvature.curved(model)
+    model.compile(optimizer=keras_curvature.SophiaG(weight_decay=0.1), loss="sparse_categorical_crossentropy")
+    ```
+    """
+
+    def __init__(
+        self, learning_rate=1e-3, beta_1=0.965, beta_2=0.99, gamma=0.05, epsilon=1e-12, every=10, name="sophia_g",
+        **kwargs,
+    ):  # fmt: skip
+        super().__init__(learning_rate, beta_1, beta_2, gamma, epsilon, every, name=name, **kwargs)
+
+    def estimate(self, lin):
+        """`N g^ * g^`."""
+        return lin.fisher_diagonal(self.seed)
