@@ -6,10 +6,10 @@ as what it is:
     (M + lambda I)^-1                    Cholesky, d^3
     1 / (m + lambda)                     a diagonal, where M is given as one
     (A (x) G + lambda I)^-1              by factors: (A + pi sqrt(lambda) I)^-1 (x) (G + sqrt(lambda)/pi I)^-1
+    (aa' (x) bb' + lambda I)^-1          exactly, by Sherman and Morrison
 
 A Kronecker product plus a multiple of the identity is no Kronecker product; the damping is split over the factors
-instead, in proportion to their mean eigenvalues (`pi`), so that it does not matter which factor holds the scale. In
-the eigenbases of both factors there is nothing to split, and the inverse is that of a diagonal.
+instead, in proportion to their mean eigenvalues (`pi`), so that it does not matter which factor holds the scale.
 
 Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015),
 section 6.3, with the trace norm.
@@ -36,7 +36,7 @@ def inverse(matrix, damping):
 
 
 def inverse_of_diagonal(entries, damping):
-    """`1 / (m + damping)`, of a diagonal `(..., d)`; NaN where that is not positive, and has no Cholesky factor either."""
+    """`1 / (m + damping)`, of a diagonal `(..., d)`; NaN where that is not positive, as Cholesky has it."""
     damped = entries + _as(damping, entries.dtype)[..., tf.newaxis]
     return tf.where(damped > 0, 1.0 / damped, tf.constant(float("nan"), damped.dtype))
 
@@ -64,13 +64,16 @@ def mean_eigenvalue(matrix):
     return tf.reduce_mean(tf.linalg.diag_part(matrix), -1)
 
 
-def eigenbasis(matrix):
-    """`(eigenvalues (..., d), eigenvectors (..., d, d) as columns)` of a symmetric matrix; NaN where it is not finite."""
-    finite = tf.reduce_all(tf.math.is_finite(matrix))
-    unit = tf.eye(matrix.shape[-1], batch_shape=matrix.shape[:-2], dtype=matrix.dtype)
-    values, vectors = tf.linalg.eigh(tf.where(finite, symmetric(matrix), unit))  # TensorFlow raises on a NaN
-    nan = tf.constant(float("nan"), matrix.dtype)
-    return tf.where(finite, values, nan), tf.where(finite, vectors, nan)
+def solve_rank_one(a, b, damping, W):
+    """`(ab' (ab')' + damping I)^-1 W` for vectors that make a matrix `ab'` shaped as `W`, or one for each group.
+
+    By Sherman and Morrison: `(W - (a'Wb) / (damping + |a|^2 |b|^2) ab') / damping`.
+    """
+    damping = _as(damping, W.dtype)
+    a, b = a[..., tf.newaxis], b[..., tf.newaxis, :]
+    squares = tf.reduce_sum(a * a, [-2, -1], keepdims=True) * tf.reduce_sum(b * b, [-2, -1], keepdims=True)
+    along = tf.matmul(tf.matmul(a, W, transpose_a=True), b, transpose_b=True)  # (..., 1, 1)
+    return (W - along / (damping + squares) * a * b) / damping
 
 
 def symmetric(matrix):

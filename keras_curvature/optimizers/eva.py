@@ -1,0 +1,108 @@
+"""Eva: K-FAC with vectors in the place of matrices."""
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check_number, register
+from keras_curvature.curvature import kronecker
+from keras_curvature.operators import Function
+from keras_curvature.operators.kronecker import BlockDiagonal
+from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.kfac import pairs, warn_of
+from keras_curvature.solvers import direct
+from keras_curvature.steps.trust_region import kl_clip as clip
+
+
+@register
+class Eva(CurvatureOptimizer):
+    """Eva: the gradient of each layer, divided by the outer product of the mean input and the mean slope.
+
+        a <- beta a_old + (1 - beta) mean of the layer's inputs and a 1,    b likewise, of the slopes in its outputs
+        d = (ab' (ab')' + lambda I)^-1 dL/dW = (dL/dW - (a' dL/dW b) / (lambda + |a|^2 |b|^2) ab') / lambda
+        v <- momentum v - min(1, sqrt(kl_clip / (learning_rate^2 d'g))) d,    w <- w + learning_rate v
+
+    by Sherman and Morrison: no matrix is kept, and none is inverted. Costs little more than the gradient. Weights in no
+    layer that is known get `d = g`, are left out of the clipping, and named by a warning.
+
+    Reference: Zhang, Shi and Li, "Eva: practical second-order optimization with Kronecker-vectorized approximation"
+    (2023), section 3, and the authors' code. Differences from the code: (1) the slopes in `b` are those of the loss of each
+    example, as in the paper, and not of their mean, where `b` is as many times smaller as there are examples; (2) the
+    means are of the whole batch, and not of its first 16 examples; of all replicas, and none keeps its own.
+
+    Args:
+        learning_rate: Multiple of `v` that is taken. Defaults to `0.1`.
+        damping: `lambda`, positive. Defaults to `0.03`.
+        momentum: Share of the last step that is kept. Defaults to `0.9`.
+        beta: Share of the last vectors that is kept, in [0, 1). Defaults to `0.05`.
+        kl_clip: Most of `learning_rate^2 d'g`, or `None`. Defaults to `1e-3`.
+        **kwargs: See `CurvatureOptimizer`. All defaults are the authors'.
+
+    Reports: `kl_clip` (the multiple of `d`), `step_norm`, `skipped_steps`.
+
+    Example:
+
+    ```python
+    model = keras_curvature.curved(model)
+    model.compile(optimizer=keras_curvature.Eva(), loss="sparse_categorical_crossentropy")
+    ```
+    """
+
+    needs_model = True
+    reports = {"kl_clip": "mean", "step_norm": "mean", "skipped_steps": "sum"}
+
+    def __init__(
+        self, learning_rate=0.1, damping=0.03, momentum=0.9, beta=0.05, kl_clip=1e-3, name="eva", **kwargs
+    ):  # fmt: skip
+        super().__init__(learning_rate, name=name, **kwargs)
+        self.damping, self.momentum, self.beta, self.kl_clip = damping, momentum, beta, kl_clip
+        check_number(self, "damping", damping, low=0, open_low=True)
+        check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
+        check_number(self, "beta", beta, low=0, high=1, open_high=True)
+        if kl_clip is not None:
+            check_number(self, "kl_clip", kl_clip, low=0, open_low=True)
+
+    def create_state(self, variables):
+        """The last step, and two vectors for each layer."""
+        self._blocks, self._others, unsupported = kronecker.blocks(self.model)
+        warn_of(self, unsupported, "the gradient as it is")
+        self._velocity = self.add_optimizer_variables(variables, "velocity")
+        self._vectors = [
+            self.add_variable((*groups, d), initializer="zeros", dtype=variables[block.variables[0]].dtype,
+                              name=f"{letter}_{i}", aggregation="none")
+            for i, block in enumerate(self._blocks)
+            for *groups, d, letter in ((*block.shape[:-1], "a"), (*block.shape[:-2], block.shape[-1], "b"))
+        ]  # fmt: skip
+
+    def direction(self, lin):
+        """The next `v`."""
+        lin.tap(self._blocks)
+        vectors = self._averaged(lin.kronecker_means(self._blocks))
+        g = lin.gradient
+        operators = [self._inverse(a, b) for a, b in pairs(vectors)]
+        natural = BlockDiagonal(self._blocks, operators, {i: tf.ones_like(g[i]) for i in self._others}) @ g
+        step = [self.momentum * v - d for v, d in zip(self._velocity, self._clipped(natural, g))]
+        self.remember(self._velocity, step)
+        self.remember(self._vectors, vectors)
+        return step
+
+    def _averaged(self, means):
+        """`[a, b, a, b, ...]`; the first ones as they are."""
+        kept = tf.where(self.iterations == 0, tf.constant(0.0, tf.float64), tf.constant(self.beta, tf.float64))
+        new = [vector for pair in means for vector in pair]
+        return [
+            tf.cast(kept, n.dtype) * tf.cast(old, n.dtype) + tf.cast(1.0 - kept, n.dtype) * n
+            for old, n in zip(self._vectors, new)
+        ]
+
+    def _inverse(self, a, b):
+        return Function(lambda matrices: [direct.solve_rank_one(a, b, self.damping, matrices[0])], psd=True)
+
+    def _clipped(self, natural, g):
+        """The directions of the layers, cut to the length that is allowed to all of them; the others as they are."""
+        if self.kl_clip is None:
+            self.report(kl_clip=1.0)
+            return natural
+        own = [i for i in range(len(g)) if i not in self._others]
+        nu = clip(self.kl_clip, self.learning_rate, trees.dot([natural[i] for i in own], [g[i] for i in own]))
+        self.report(kl_clip=nu)
+        return [d if i in self._others else tf.cast(nu, d.dtype) * d for i, d in enumerate(natural)]

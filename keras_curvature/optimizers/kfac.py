@@ -1,0 +1,326 @@
+"""K-FAC: natural-gradient steps with a Kronecker-factored Fisher matrix."""
+
+import warnings
+
+import tensorflow as tf
+
+from keras_curvature import replicas, trees
+from keras_curvature.component import check, check_count, check_number, is_number, register
+from keras_curvature.curvature import kronecker
+from keras_curvature.curvature.gauss_newton import require_convex
+from keras_curvature.operators.kronecker import BlockDiagonal, KroneckerProduct
+from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.solvers import direct
+from keras_curvature.steps import LevenbergMarquardt, as_damping, quadratic
+from keras_curvature.steps.trust_region import kl_clip as clip
+
+FACTOR_DECAY = 0.95  # Martens and Grosse (2015), section 5
+
+
+@register
+class KFAC(CurvatureOptimizer):
+    """K-FAC: the gradient of each layer, divided by a Kronecker product close to its block of the Fisher matrix.
+
+        A = E[a a'],  G = E[s s']                 a: inputs of the layer and a 1, s: slopes in its outputs, for labels
+                                                  drawn from what the model says
+        A <- eps A_old + (1 - eps) A,  likewise G,               eps = min(1 - 1/t, 0.95) at the t-th time
+        d = (A + pi sqrt(lambda) I)^-1  dL/dW  (G + sqrt(lambda)/pi I)^-1,    pi^2 = (tr A / dim A) / (tr G / dim G)
+
+    and then either, for stochastic training, at most `kl_clip` far, with momentum,
+
+        v <- momentum v - min(1, sqrt(kl_clip / (learning_rate^2 d'g))) d,    w <- w + learning_rate v
+
+    or (`momentum=None`), for large batches and hard problems, to the minimum of the quadratic model over the last step
+    and this one, with exact Gauss-Newton products `F`,
+
+        v <- -alpha d + mu v,     (alpha, mu) = argmin of g'v + 1/2 v'(F + lambda I) v,     w <- w + learning_rate v
+
+    `KFAC.adaptive()` is the latter, with the damping of Martens. Weights in no layer that is known get
+    `d = g / (diag(F) + lambda)`, and a warning that names them.
+
+    Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015),
+    Algorithm 2; Grosse and Martens (2016) for convolutions; Ba, Grosse and Martens (2017) for the stochastic form.
+    Differences from the paper: (1) the damping of the factors is not a second number `gamma` that is searched for, but
+    `sqrt(lambda)` with the L2 regularizer in it (as in kfac-jax); (2) `pi` is of the traces; (3) factors are kept and
+    inverses computed every so many steps only, `t` counts the former; (4) the reduction ratio is taken in steps
+    `every`, `2 * every`, ..., and leaves the damping out of what was promised (as in kfac-jax); with `momentum=None` a
+    step that is found to make the loss of its batch worse is not taken then; (5) a factor or inverse that is not finite
+    is dropped for the last one; (6) no averaging over the iterates: `use_ema=True` is Keras' word for it.
+
+    Args:
+        learning_rate: Multiple of `v` that is taken. Defaults to `0.1`; for `momentum=None`, 1 is the minimum.
+        damping: `lambda`, a number, or a component. Defaults to `1e-3`.
+        momentum: Share of the last step that is kept; `None`: at the minimum of the quadratic model, as well as the
+            length of the new direction. Defaults to `0.9`.
+        factors_every: Steps between two looks at the factors. Defaults to `10`.
+        inverses_every: Steps between two inversions; the replicas share the work. Defaults to `100`.
+        fisher: `"sampled"`: labels drawn from what the model says; `"exact"`: all labels there are, weighed (one
+            backward pass for each class); `"empirical"`: the true ones. Defaults to `"sampled"`.
+        sharing: `"expand"` or `"reduce"`: whether positions at which a layer uses the same weights (pixels, tokens)
+            count as examples, or are summed first; see `curvature/kronecker.py`. Defaults to `"expand"`.
+        kl_clip: Most of `learning_rate^2 d'g`, or `None`. Without effect where `momentum=None`. Defaults to `1e-3`
+            (Ba et al.).
+        curvature_batch: Part of the batch that factors and products use, the next one each step: a share in (0, 1], a
+            number of examples, or `None` for all. Defaults to `None` (Martens and Grosse: 1/8 and 1/4).
+        **kwargs: See `CurvatureOptimizer`.
+
+    Reports: `damping`, `kl_clip` (the multiple of `d`), with `momentum=None` `alpha`, `mu` and `rejected_steps`,
+    `reduction_ratio` (at the checks), `failed_refreshes` (factors and inverses that were not finite), `step_norm`,
+    `skipped_steps`.
+
+    Example:
+
+    ```python
+    model = keras_curvature.curved(model)
+    model.compile(optimizer=keras_curvature.KFAC(), loss="sparse_categorical_crossentropy")
+    ```
+    """
+
+    needs_model = True
+    reports = {
+        "damping": "last", "kl_clip": "mean", "alpha": "mean", "mu": "mean", "reduction_ratio": "mean",
+        "rejected_steps": "sum", "failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum",
+    }  # fmt: skip
+
+    def __init__(
+        self, learning_rate=0.1, damping=1e-3, momentum=0.9, factors_every=10, inverses_every=100, fisher="sampled",
+        sharing="expand", kl_clip=1e-3, curvature_batch=None, name="kfac", **kwargs,
+    ):  # fmt: skip
+        super().__init__(learning_rate, name=name, **kwargs)
+        self.damping, self.momentum, self.fisher, self.sharing = damping, momentum, fisher, sharing
+        self.factors_every, self.inverses_every = factors_every, inverses_every
+        self.kl_clip, self.curvature_batch = kl_clip, curvature_batch
+        self._rule = as_damping(self, damping)
+        if momentum is not None:
+            check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
+        check_count(self, "factors_every", factors_every)
+        check_count(self, "inverses_every", inverses_every)
+        check(self, "fisher", fisher, fisher in FISHERS, " or ".join(f'"{name}"' for name in FISHERS))
+        check(self, "sharing", sharing, sharing in kronecker.SHARING, '"expand" or "reduce"')
+        if kl_clip is not None:
+            check_number(self, "kl_clip", kl_clip, low=0, open_low=True)
+        check_part(self, curvature_batch)
+
+    @classmethod
+    def adaptive(cls, learning_rate=1.0, damping=None, factors_every=1, inverses_every=20, **kwargs):
+        """The form of Martens and Grosse (2015), for large batches: nothing is left to be set but the first damping.
+
+        Args:
+            learning_rate: Multiple of the step to the minimum of the quadratic model. Defaults to `1.0`.
+            damping: Defaults to `LevenbergMarquardt(initial=150.0, decay=19/20, low=1/4, high=3/4, every=5)`, the
+                paper's for losses that sum over the pixels of an image; where Keras' loss is their mean, divide 150 by
+                their number.
+            factors_every: Defaults to `1`.
+            inverses_every: Defaults to `20`.
+            **kwargs: As of the class; `momentum` is `None`.
+
+        Example: `KFAC.adaptive(damping=LevenbergMarquardt.martens_kfac(150 / 784), curvature_batch=0.25)`
+        """
+        damping = martens_damping() if damping is None else damping
+        chosen = {"momentum": None, "factors_every": factors_every, "inverses_every": inverses_every}
+        return cls(learning_rate, damping, **{**chosen, **kwargs})
+
+    def create_state(self, variables):
+        """Factors and what is made of them, the last step, and the damping."""
+        self._blocks, self._diagonal, unsupported = kronecker.blocks(self.model, self.sharing)
+        warn_of(self, unsupported, "the diagonal of the Fisher matrix")
+        self._velocity = self.add_optimizer_variables(variables, "velocity")
+        self._damping = self.add_scalar(self._rule.initial, "damping")
+        self._factors = self._create_factors("factor")
+        self._diagonals = [self._ones(variables[i].shape, variables[i].dtype, f"diagonal_{i}") for i in self._diagonal]
+        self._create_inverses()
+
+    def direction(self, lin):
+        """The next `v`."""
+        lin.tap(self._blocks)
+        g, v, damping = lin.gradient, trees.values(self._velocity), tf.identity(self._damping.value)
+        batch = lin if self.curvature_batch is None else lin.chunk(self.curvature_batch, self.iterations)
+        natural = self._inverse(batch, damping) @ g
+        take = self._with_momentum if self.momentum is not None else self._at_the_minimum
+        step, predict = take(lin, batch, natural, v, damping)
+        step, velocity = self._check(lin, step, v, damping, predict)
+        self.remember(self._velocity, velocity)
+        self.report(damping=damping)
+        return step
+
+    # How far.
+
+    def _with_momentum(self, lin, batch, natural, v, damping):
+        """`(momentum v - nu d, its predicted change of the loss as a function)`."""
+        rate = tf.convert_to_tensor(self.learning_rate)
+        nu = tf.constant(1.0)
+        if self.kl_clip is not None:
+            nu = clip(self.kl_clip, rate, trees.dot(natural, lin.gradient))
+        step = trees.add(trees.scale(self.momentum, v), natural, -nu)
+        self.report(kl_clip=nu)
+
+        def predict():
+            taken = trees.scale(rate, step)
+            slope = trees.dot(lin.gradient, taken)
+            return slope + 0.5 * tf.cast(batch.gauss_newton().quadratic_form(taken, taken), slope.dtype)
+
+        return step, predict
+
+    def _at_the_minimum(self, lin, batch, natural, v, damping):
+        """`(-alpha d + mu v, its predicted change of the loss as a function)`."""
+        F = batch.gauss_newton()
+        require_convex(F, type(self).__name__, "Choose another loss, or a fixed `momentum`.")
+        A = F.gram(F.push(natural), F.push(v))
+        crossed = trees.dot(natural, v)
+        squares = tf.stack([[trees.squared_norm(natural), crossed], [crossed, trees.squared_norm(v)]])
+        b = tf.stack([trees.dot(lin.gradient, natural), trees.dot(lin.gradient, v)])
+        A = tf.cast(A, b.dtype)
+        c = quadratic.minimize(A + tf.cast(damping, b.dtype) * squares, b)
+        self.report(alpha=-c[0], mu=c[1])
+        rate = tf.cast(self.learning_rate, b.dtype)
+        return trees.add(trees.scale(c[0], natural), v, c[1]), lambda: quadratic.value(A, b, rate * c)
+
+    def _check(self, lin, step, v, damping, predict):
+        """`(step, next velocity)` and the next damping: the step's loss, every so many steps."""
+        nan = tf.constant(float("nan"), lin.loss.dtype)
+        if not self._rule.every:
+            self.report(reduction_ratio=nan, rejected_steps=0.0)
+            return step, step
+        rate, rejects = tf.convert_to_tensor(self.learning_rate), self.momentum is None
+
+        def check():
+            loss = lin.loss_at(trees.scale(rate, step))
+            predicted = tf.cast(predict(), loss.dtype)
+            ratio = (loss - lin.loss) / predicted
+            ratio = tf.where(predicted == 0, tf.ones_like(ratio), ratio)  # at the minimum: as predicted
+            worse = tf.logical_not(loss <= lin.loss) & trees.is_finite(step) if rejects else tf.constant(False)
+            return worse, ratio, self._rule.update(damping, ratio)
+
+        due = (self.iterations + 1) % self._rule.every == 0
+        worse, ratio, next_damping = tf.cond(due, check, lambda: (tf.constant(False), nan, damping))
+        self.remember(self._damping, next_damping)
+        self.report(reduction_ratio=ratio, rejected_steps=tf.cast(worse, tf.float32))
+        if not rejects:
+            return step, step
+        return trees.where(worse, trees.zeros_like(step), step), trees.where(worse, v, step)
+
+    # The inverse of the Fisher matrix.
+
+    def _inverse(self, batch, damping):
+        """An operator."""
+        factors, diagonals = self._refreshed_factors(batch)
+        damped = {i: d + self._damping_of(batch, [i], damping, d) for i, d in zip(self._diagonal, diagonals)}
+        operators = self._inverse_operators(batch, factors, damping)
+        return BlockDiagonal(self._blocks, operators, {i: 1.0 / entries for i, entries in damped.items()})
+
+    def _inverse_operators(self, batch, factors, damping):
+        """One for each block."""
+        dampings = [self._damping_of(batch, b.variables, damping, A) for b, (A, _) in zip(self._blocks, pairs(factors))]
+        inverses = self.refresh(self._inverses, self.inverses_every, lambda: self._inverted(factors, dampings))
+        return [KroneckerProduct(*pair) for pair in pairs(inverses)]
+
+    def _damping_of(self, batch, indices, damping, like):
+        """The damping of some weights of one layer: with the L2 regularizer, where the kernel has one."""
+        return tf.cast(damping, like.dtype) + max(batch.l2[i] for i in indices)
+
+    def _refreshed_factors(self, batch):
+        """`([A, G, A, G, ...], [diagonal])`, averaged over the steps."""
+
+        def compute():
+            seed = tf.cast(self.iterations, tf.int32)
+            found, diagonals = batch.kronecker_factors(self._blocks, self._diagonal, self.fisher, seed)
+            return self._averaged(variables, [*(factor for pair in found for factor in pair), *diagonals])
+
+        variables = self._factors + self._diagonals
+        values = self.refresh(variables, self.factors_every, compute)
+        return values[: len(self._factors)], values[len(self._factors) :]
+
+    def _averaged(self, variables, new, since=None):
+        """Of variables, the running averages with new values; `since`: steps since the average began."""
+        t = (self.iterations if since is None else since) // self.factors_every + 1
+        kept = tf.minimum(1.0 - 1.0 / tf.cast(t, tf.float64), FACTOR_DECAY)
+        return [
+            tf.cast(kept, n.dtype) * tf.cast(old, n.dtype) + tf.cast(1.0 - kept, n.dtype) * n
+            for old, n in zip(variables, new)
+        ]
+
+    def _create_inverses(self):
+        self._inverses = self._create_factors("inverse")
+
+    def _inverted(self, factors, dampings):
+        """Damped inverses of all factors; each replica computes some."""
+        split = []
+        for block, both, damping in zip(self._blocks, pairs(factors), dampings):
+            means = [_mean_eigenvalue(factor, kind) for factor, kind in zip(both, block.kinds)]
+            split += direct.split_damping(*means, damping)
+        places = matrices(self._blocks)
+        items, costs = [(factors[i], split[i]) for i in places], [cubes(factors[i]) for i in places]
+        found = dict(zip(places, replicas.deal(lambda item: direct.inverse(*item), items, costs)))
+        return [
+            found[i] if i in found else direct.inverse_of_diagonal(factor, split[i]) for i, factor in enumerate(factors)
+        ]
+
+    # Variables.
+
+    def _create_factors(self, name, kinds=("matrix", "diagonal")):
+        """`[A, G, A, G, ...]`, those of some kinds: variables that are the identity so far."""
+        return [
+            (self._identity if kind == "matrix" else self._ones)(shape, self._dtype(block), f"{name}_{letter}_{i}")
+            for i, block in enumerate(self._blocks)
+            for letter, shape, kind in zip("AG", block.factor_shapes, block.kinds)
+            if kind in kinds
+        ]
+
+    def _dtype(self, block):
+        return self.model.trainable_variables[block.variables[0]].dtype
+
+    def _identity(self, shape, dtype, name):
+        def initial(shape, dtype):
+            return tf.eye(shape[-1], batch_shape=shape[:-2], dtype=dtype)
+
+        return self.add_variable(tuple(shape), initializer=initial, dtype=dtype, name=name, aggregation="none")
+
+    def _ones(self, shape, dtype, name):
+        return self.add_variable(tuple(shape), initializer="ones", dtype=dtype, name=name, aggregation="none")
+
+
+FISHERS = ("sampled", "exact", "empirical")
+
+
+def martens_damping(initial=150.0, every=5):
+    """The damping of Martens and Grosse (2015): times (19/20)^every above a ratio of 3/4, over it below 1/4."""
+    return LevenbergMarquardt(initial=initial, decay=19 / 20, low=0.25, high=0.75, every=every)
+
+
+def warn_of(optimizer, unsupported, instead):
+    """Name, once, the weights that no Kronecker factors are known for."""
+    if unsupported:
+        warnings.warn(
+            f"`{type(optimizer).__name__}` knows no Kronecker factors for {', '.join(unsupported)}: their steps are "
+            f"made with {instead}.",
+            stacklevel=2,
+        )
+
+
+def check_part(owner, value):
+    """Check `curvature_batch`."""
+    if isinstance(value, float):
+        check_number(owner, "curvature_batch", value, low=0, high=1, open_low=True)
+    elif value is not None:
+        valid = is_number(value) and value >= 1
+        check(owner, "curvature_batch", value, valid, "a share in (0, 1], an integer >= 1, or None")
+
+
+def pairs(values):
+    """`[A, G, A, G, ...]` as `[(A, G), ...]`."""
+    return list(zip(values[::2], values[1::2]))
+
+
+def matrices(blocks):
+    """Which of `[A, G, A, G, ...]` are matrices and not diagonals."""
+    kinds = [kind for block in blocks for kind in block.kinds]
+    return [i for i, kind in enumerate(kinds) if kind == "matrix"]
+
+
+def cubes(matrix):
+    """What it costs to invert or decompose some matrices `(..., d, d)`."""
+    return matrix.shape.num_elements() * matrix.shape[-1]
+
+
+def _mean_eigenvalue(factor, kind):
+    return direct.mean_eigenvalue(factor) if kind == "matrix" else tf.reduce_mean(factor, -1)
