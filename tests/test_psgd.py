@@ -14,7 +14,7 @@ from keras_curvature.operators.base import dense
 from keras_curvature.optimizers import psgd
 from keras_curvature.optimizers.psgd import PSGD
 from keras_curvature.solvers.low_rank import LowRankGeometry
-from keras_curvature.solvers.whitening import KroneckerGeometry
+from keras_curvature.solvers.whitening import Draws, KroneckerGeometry
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 # the settings of each file; see its README
@@ -111,3 +111,128 @@ def test_trajectory_is_that_of_the_authors_code(name):
         P = optimizer._geometry.operator([v.value for v in optimizer._fitted], None)
         diagonal = np.diag(dense(P, [v.value for v in model.trainable_variables]))
         np.testing.assert_allclose(diagonal, reference["P"], 1e-7)
+
+
+# What is found: state in, state out, without an optimizer.
+
+
+def fitted(plan, geometry, shapes, matrix, kind):
+    """`P` after each `(rate, steps)` of the plan, of pairs `(v, matrix v)`; for whitening of `h = matrix v` alone."""
+    zeros = [tf.zeros(shape, tf.float64) for shape in shapes]
+    sizes = [int(np.prod(shape)) for shape in shapes]
+
+    def response(v):
+        product = tf.linalg.matvec(matrix, tf.concat([tf.reshape(a, [-1]) for a in v], 0))
+        return [tf.reshape(part, a.shape) for part, a in zip(tf.split(product, sizes), v)]
+
+    @tf.function
+    def run(rate, start, end, state):
+        made = geometry()
+        object.__setattr__(made, "rate", rate)  # a tensor, for one trace; a component takes numbers
+
+        def step(k, state):
+            draws = Draws(k)
+            v = draws.normal_like(zeros)
+            return k + 1, made.fit(state, v if kind == "newton" else None, response(v), draws)
+
+        return tf.while_loop(lambda k, state: k < end, step, (start, state))
+
+    k, found, state = tf.constant(0), [], [
+        (keras.initializers.get(initial) if isinstance(initial, str) else initial)(shape, dtype="float64")
+        for _, shape, initial in geometry().specs(shapes)
+    ]  # fmt: skip
+    for rate, steps in plan:
+        k, state = run(tf.constant(rate, tf.float64), k, k + steps, state)
+        found.append(dense(geometry().operator(state, shapes), zeros).numpy())
+    return found
+
+
+def orthogonal(n, seed=0):
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))[0]
+
+
+def symmetric(eigenvalues, seed=0):
+    """A matrix and the inverse of its absolute value."""
+    Q = orthogonal(len(eigenvalues), seed)
+    return (Q * eigenvalues) @ Q.T, (Q / np.abs(eigenvalues)) @ Q.T
+
+
+def distance(P, expected):
+    return np.linalg.norm(P - expected) / np.linalg.norm(expected)
+
+
+def full(max_skew=1e9):
+    return KroneckerGeometry(max_skew=max_skew)
+
+
+SMALL, LARGE = np.array([1.0, 2.0, 5.0]), np.array([1.0, 2.0, 4.0, 8.0])
+SIGNS = np.array([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+SHAPES = [(2, 2), (4,)]  # of the low-rank cases, one preconditioner for both
+
+
+def one_factor():
+    return full, [(6,)], *symmetric(np.geomspace(1, 20, 6))
+
+
+def one_negative_factor():
+    return full, [(6,)], *symmetric(-np.geomspace(1, 20, 6))
+
+
+def two_factors():
+    (A, P_A), (B, P_B) = symmetric(SMALL, 1), symmetric(LARGE, 2)
+    return full, [(3, 4)], np.kron(A, B), np.kron(P_A, P_B)
+
+
+def a_long_and_a_short_axis():
+    A, P_A = symmetric(SMALL, 1)
+    d = np.geomspace(1, 6, 12)
+    return KroneckerGeometry, [(12, 3)], np.kron(np.diag(d), A), np.kron(np.diag(1 / d), P_A)
+
+
+def diagonal_and_outer_product():
+    u = orthogonal(8)[:, :1]
+    H = np.diag(np.geomspace(1, 4, 8)) + 6 * u @ u.T
+    return lambda: LowRankGeometry(rank=1), SHAPES, H, np.linalg.inv(H)
+
+
+@pytest.mark.parametrize(
+    ("case", "steps", "rate", "tolerance"),
+    [
+        (one_factor, 1000, 0.1, 1e-6), (one_negative_factor, 1000, 0.1, 1e-6), (two_factors, 1000, 0.1, 1e-8),
+        (a_long_and_a_short_axis, 1000, 0.1, 1e-6), (diagonal_and_outer_product, 2000, 0.5, 1e-3),
+    ],
+)  # fmt: skip
+def test_newton_type_finds_the_inverse_of_a_definite_hessian_at_a_linear_rate(case, steps, rate, tolerance):
+    geometry, shapes, H, expected = case()
+    early, late = fitted([(rate, 20), (rate, steps)], geometry, shapes, H, "newton")
+    assert distance(early, expected) > 0.05
+    assert distance(late, expected) < tolerance
+
+
+def an_indefinite_factor():
+    return full, [(6,)], *symmetric(SIGNS * np.geomspace(1, 10, 6))
+
+
+def an_indefinite_outer_product():
+    u = orthogonal(8)[:, :1]
+    return lambda: LowRankGeometry(rank=1), SHAPES, 2 * np.eye(8) - 5 * u @ u.T, np.linalg.inv(2 * np.eye(8) + u @ u.T)
+
+
+def an_indefinite_diagonal():
+    d = np.geomspace(1, 3, 8)
+    return lambda: LowRankGeometry(rank=1), SHAPES, np.diag(np.resize(SIGNS, 8) * d), np.diag(1 / d)
+
+
+NOISY = [
+    (an_indefinite_factor, "newton"), (an_indefinite_outer_product, "newton"), (an_indefinite_diagonal, "newton"),
+    (one_factor, "whitening"), (two_factors, "whitening"), (diagonal_and_outer_product, "whitening"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "kind"), NOISY)
+def test_absolute_value_of_an_indefinite_hessian_and_the_whitening_matrix_are_found_as_the_rate_falls(case, kind):
+    # gradients drawn as `A v` have the second moment A A, and their whitening matrix is |A|^-1 too
+    geometry, shapes, H, expected = case()
+    early, *_, late = fitted([(0.1, 5), (0.1, 500), (0.02, 1000), (0.004, 1500)], geometry, shapes, H, kind)
+    assert distance(early, expected) > 0.1
+    assert distance(late, expected) < 0.05

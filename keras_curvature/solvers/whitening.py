@@ -25,7 +25,9 @@ from keras_curvature.operators import Function, axes
 
 
 class Draws:
-    """Random numbers of one update, the same on all replicas, as a graph, compiled and eagerly.
+    """Random numbers of one update, the same on all replicas, and again where training goes on from a file.
+
+    XLA has a generator of its own: compiled by it, the numbers are others.
 
     Args:
         seed: Integer number or tensor; the numbers are a function of it and of how many were drawn before.
@@ -36,8 +38,7 @@ class Draws:
 
     def normal(self, shape, dtype):
         """Standard normal numbers."""
-        # of the generator that TensorFlow's kernels and XLA have in common; each would choose its own
-        return tf.random.stateless_normal(shape, self._next(), dtype=dtype, alg="philox")
+        return tf.random.stateless_normal(shape, self._next(), dtype=dtype)
 
     def normal_like(self, vector):
         """A vector of standard normal numbers."""
@@ -45,7 +46,7 @@ class Draws:
 
     def uniform(self, dtype):
         """A scalar in [0, 1)."""
-        return tf.random.stateless_uniform((), self._next(), dtype=dtype, alg="philox")
+        return tf.random.stateless_uniform((), self._next(), dtype=dtype)
 
     def _next(self):
         self._drawn += 1
