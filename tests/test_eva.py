@@ -5,7 +5,6 @@ import pathlib
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from cases import flat
 from test_curveball import stepper
 from test_kfac import cross_entropy, made, net

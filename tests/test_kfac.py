@@ -23,7 +23,7 @@ PERIODS = {"factors_every": 2, "inverses_every": 4}
 EVERY_STEP = {"factors_every": 1, "inverses_every": 1}
 MARTENS = {"low": 0.25, "high": 0.75, "minimum": 1e-8}
 RUNS = {
-    # the reference divides the empirical factors by the batch size once more: as if damping and rate were 16 times as large
+    # the reference divides empirical factors by the batch size once more: as if damping and rate were 16 times larger
     "softmax_empirical": lambda: KFAC(16 * 0.05, 16 * 0.05, 0.9, **EVERY_STEP, fisher="empirical", kl_clip=None),
     "softmax_sampled": lambda: KFAC(0.05, 0.05, 0.9, **PERIODS, kl_clip=None),
     "softmax_exact": lambda: KFAC(0.1, 0.01, 0.9, **PERIODS, fisher="exact", kl_clip=1e-3),

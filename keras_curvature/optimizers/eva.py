@@ -25,9 +25,9 @@ class Eva(CurvatureOptimizer):
     layer that is known get `d = g`, are left out of the clipping, and named by a warning.
 
     Reference: Zhang, Shi and Li, "Eva: practical second-order optimization with Kronecker-vectorized approximation"
-    (2023), section 3, and the authors' code. Differences from the code: (1) the slopes in `b` are those of the loss of each
-    example, as in the paper, and not of their mean, where `b` is as many times smaller as there are examples; (2) the
-    means are of the whole batch, and not of its first 16 examples; of all replicas, and none keeps its own.
+    (2023), section 3, and the authors' code. Differences from the code: (1) the slopes in `b` are those of the loss of
+    each example, as in the paper, and not of their mean, where `b` is as many times smaller as there are examples;
+    (2) the means are of the whole batch of all replicas, and not of the first 16 examples of each.
 
     Args:
         learning_rate: Multiple of `v` that is taken. Defaults to `0.1`.
