@@ -73,8 +73,12 @@ class CurvedMixin:
     @optimizer.setter
     def optimizer(self, optimizer):
         self.__dict__["optimizer"] = optimizer
-        if isinstance(unwrap(optimizer)[0], CurvatureOptimizer):
-            unwrap(optimizer)[0].meet(self)
+        self._introduce()
+
+    def _introduce(self):
+        optimizer, _ = unwrap(self.__dict__.get("optimizer"))
+        if isinstance(optimizer, CurvatureOptimizer):
+            optimizer.meet(self)
 
     def train_step(self, data):
         """Linearize the batch, step, commit batch statistics once; Keras' own step where that does as well."""
@@ -358,8 +362,7 @@ def curved(model, micro_batches=None):
     object.__setattr__(model, "__class__", _curved_class(type(model)))
     model.train_function = None  # traced again, with the new step
     model.micro_batches = 1 if micro_batches is None else micro_batches
-    if getattr(model, "optimizer", None) is not None:
-        model.optimizer = model.optimizer  # which meets the model
+    model._introduce()
     return model
 
 
