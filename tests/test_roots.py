@@ -1,4 +1,4 @@
-"""Inverse roots against what they must satisfy, bases of eigenvectors, and what becomes of matrices that are no good."""
+"""Inverse roots and bases of eigenvectors against what they must satisfy, and with matrices that are no good."""
 
 import keras
 import numpy as np

@@ -33,11 +33,11 @@ class KLShampoo(ByAxis):
     from the front, never down to one; (2) vectors are left to Adam with the same decays (there: to another
     optimizer), and an axis longer than `max_dimension` has no factor; (3) any number of axes, all from the same old
     eigenvalues: the code takes three at most, and these one after the other; (4) `learning_rate`: there 1e-4, for
-    language models; (5) weight decay is Keras': before the step, in the first one too; (6) a matrix that is not finite leaves
-    the last basis in place; (7) in the precision of the weights, float32 at least (there bfloat16).
+    language models; (5) weight decay is Keras': before the step, in the first one too; (6) a matrix that is not finite
+    leaves the last basis in place; (7) in the precision of the weights, float32 at least (there bfloat16).
 
     Args:
-        learning_rate: As for Adam. Defaults to `1e-3`.
+        learning_rate: Defaults to `3e-3`; the first hundred steps or so are shorter, until `initial` is forgotten.
         beta_1: Decay of the momentum. Defaults to `0.9` (the authors).
         beta_2: Decay of the factors. Defaults to `0.98` (the authors).
         epsilon: Added to `sqrt(l_i r_j)`. Defaults to `1e-8` (the authors).
@@ -58,7 +58,7 @@ class KLShampoo(ByAxis):
     """
 
     def __init__(
-        self, learning_rate=1e-3, beta_1=0.9, beta_2=0.98, epsilon=1e-8, every=10, initial=0.1, max_dimension=2048,
+        self, learning_rate=3e-3, beta_1=0.9, beta_2=0.98, epsilon=1e-8, every=10, initial=0.1, max_dimension=2048,
         merge=1024, name="kl_shampoo", **kwargs,
     ):  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)

@@ -5,13 +5,13 @@ All take stacks `(..., n, n)`. As with roots, one that fails is NaN.
 
 import tensorflow as tf
 
-from keras_curvature.solvers.roots import failed_as_nan, without_failures
+from keras_curvature.solvers.roots import failed_as_nan, in_units, without_failures
 
 
 def decompose(matrices):
     """The eigenvectors, that of the largest eigenvalue first."""
     finite, matrices = without_failures(matrices)
-    _, vectors = tf.linalg.eigh(matrices)
+    _, vectors = tf.linalg.eigh(in_units(matrices)[1])
     return failed_as_nan(finite, tf.reverse(vectors, [-1]))
 
 
@@ -22,7 +22,7 @@ def refine(matrices, bases, sort=True):
     largest first. Columns come back in the order they had: what belongs to them elsewhere stays where it is.
     """
     finite, matrices = without_failures(matrices)
-    products = tf.matmul(matrices, bases)
+    products = tf.matmul(in_units(matrices)[1], bases)
     if not sort:
         return failed_as_nan(finite, tf.linalg.qr(products)[0])
     order = tf.argsort(tf.reduce_sum(bases * products, axis=-2), direction="DESCENDING", stable=True)

@@ -14,8 +14,8 @@ from keras_curvature.component import Component, check, check_count, check_numbe
 
 # An iteration that ends further from the identity than this has failed (the reference's limit of its own error check).
 FAILED = 0.1
-# An error that grows by this factor, or is this small and does not shrink, is at its best (the same source). The norm is
-# asked, which shrinks in exact arithmetic; the largest entry need not.
+# An error that grows by this factor, or is this small and does not shrink, is at its best (the same source). It is the
+# norm that is asked: in exact arithmetic it shrinks, which the largest entry need not.
 WORSE, NEAR = 1.2, 1e-3
 
 
@@ -91,10 +91,7 @@ class CoupledNewton(Component):
         """`(A + epsilon I)^(-1/p)` of a stack `(..., n, n)`; NaN where it failed."""
         p = round(p)
         finite, matrices = without_failures(matrices)
-        # in units of the largest entry, whose square might overflow
-        unit = _largest(matrices)
-        unit = tf.where(unit > 0, unit, tf.ones_like(unit))
-        matrices /= unit
+        unit, matrices = in_units(matrices)
         ridge = tf.maximum(tf.constant(epsilon, unit.dtype) / unit, self.relative_epsilon * _norms(matrices))
         matrices = _ridge(matrices, ridge)
         eye = tf.eye(matrices.shape[-1], dtype=matrices.dtype)
@@ -125,6 +122,13 @@ def without_failures(matrices):
     """`(finite, matrices)`: which of a stack are finite, `(..., 1, 1)`, and the stack with `I` for the others."""
     finite = tf.reduce_all(tf.math.is_finite(matrices), axis=(-2, -1), keepdims=True)
     return finite, tf.where(finite, matrices, tf.eye(matrices.shape[-1], dtype=matrices.dtype))
+
+
+def in_units(matrices):
+    """`(unit, matrices / unit)` with the largest entry for a unit: squares of what is left do not overflow."""
+    unit = _largest(matrices)
+    unit = tf.where(unit > 0, unit, tf.ones_like(unit))
+    return unit, matrices / unit
 
 
 def failed_as_nan(good, matrices):
