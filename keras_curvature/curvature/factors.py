@@ -105,7 +105,7 @@ class Seen:
         return gradient, self._by_block(slopes)
 
     def _by_block(self, slopes):
-        found = {id(tap): _wide(tf.zeros_like(tap.said)) if s is None else s for tap, s in zip(self._taps, slopes)}
+        found = {id(tap): _like_said(s, tap.said) for tap, s in zip(self._taps, slopes)}
         return lambda block: [block.weights.slopes(tap, found[id(tap)]) for tap in self._taps_of(block)]
 
     def _taps_of(self, block):
@@ -167,14 +167,13 @@ def _rotated(x, U):
     """`x U` in each group; `None` is the identity."""
     if U is None:
         return x
-    return tf.matmul(x, U if U.shape.rank == 2 else U[:, tf.newaxis])
+    return tf.matmul(x, U if len(U.shape) == 2 else U[:, tf.newaxis])
 
 
 def _moment(a, d):
     """`sum_n (sum_t a_nt d_nt')^2`, `(groups, d_in, d_out)`."""
     if a.shape[2] == 1:
-        a, d = tf.square(a[:, :, 0]), tf.square(d[:, :, 0])
-        return tf.matmul(a, d, transpose_a=True)
+        return _product(tf.square(a[:, :, 0]), tf.square(d[:, :, 0]))
     entries = math.prod([a.shape[0], a.shape[3], d.shape[3]])
     examples = a.shape[1]
     if examples is not None and examples * entries <= AT_A_TIME:
@@ -211,7 +210,14 @@ def _moment_at_indices(indices, d, rows):
 def _sum_square(parts):
     """`sum x x'` over rows and positions, `(groups, d, d)`."""
     flat = [_flat(x) for x in parts]
-    return tf.add_n([tf.matmul(x, x, transpose_a=True) for x in flat])
+    return tf.add_n([_product(x, x) for x in flat])
+
+
+def _product(x, y):
+    """`x'y` in each group; of one group a plain matrix product, which is the faster kernel."""
+    if x.shape[0] == 1:
+        return tf.matmul(x[0], y[0], transpose_a=True)[tf.newaxis]
+    return tf.matmul(x, y, transpose_a=True)
 
 
 def _sum(parts):
@@ -259,6 +265,11 @@ def _by_example(x, examples):
 def _sizes(x):
     """The shape, with tensors where it is not known."""
     return [layers.product(x, [axis]) for axis in range(x.shape.rank)]
+
+
+def _like_said(slope, said):
+    """A slope with the shape that some gradients (of einsums) have lost; zeros where the loss depends on nothing."""
+    return _wide(tf.zeros_like(said)) if slope is None else tf.ensure_shape(slope, said.shape)
 
 
 def _wide(x):
