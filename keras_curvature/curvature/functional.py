@@ -118,7 +118,9 @@ class PureModel:
 
     def loss_of(self, outputs):
         """The loss of outputs that an evaluation has given, once more; moves nothing."""
-        with keras.StatelessScope(collect_losses=True):
+        # weight regularizers look their variables up in the scope
+        mapping = [(v, v.value) for v in self.model.trainable_variables]
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
             return self._loss(outputs)
 
     def _loss(self, outputs):
