@@ -1,5 +1,6 @@
 """PSGD against its author's own code, given the same random numbers, and against the matrices that it shall find."""
 
+import json
 import pathlib
 from unittest import mock
 
@@ -10,7 +11,7 @@ import tensorflow as tf
 from cases import flat
 
 from keras_curvature import Linearization, curved
-from keras_curvature.operators.base import dense
+from keras_curvature.operators.base import Function, dense
 from keras_curvature.optimizers import psgd
 from keras_curvature.optimizers.psgd import PSGD
 from keras_curvature.solvers.low_rank import LowRankGeometry
@@ -236,3 +237,102 @@ def test_absolute_value_of_an_indefinite_hessian_and_the_whitening_matrix_are_fo
     early, *_, late = fitted([(0.1, 5), (0.1, 500), (0.02, 1000), (0.004, 1500)], geometry, shapes, H, kind)
     assert distance(early, expected) > 0.1
     assert distance(late, expected) < 0.05
+
+
+# What fails, and what is wrong.
+
+
+def classifier(optimizer):
+    """`(step, optimizer)`: a small model, built; `step(broken)` takes one step, its Hessian product broken or not."""
+    keras.utils.set_random_seed(0)
+    model = curved(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "tanh"), keras.layers.Dense(2)]))
+    model.compile(optimizer, "mse")
+    optimizer.build(model.trainable_variables)
+    random = np.random.default_rng(0)
+    x, y = tf.constant(random.standard_normal((8, 4))), tf.constant(random.standard_normal((8, 2)))
+    hessian = Linearization.hessian
+
+    def product(lin, v, bad):
+        H_v = hessian(lin) @ v
+        return [H_v[0], *[tf.where(bad, a / 0.0, a) for a in H_v[1:]]]  # of all but the first kernel
+
+    @tf.function
+    def step(bad):
+        with mock.patch.object(Linearization, "hessian", lambda lin: Function(lambda v: product(lin, v, bad))):
+            return optimizer.step(Linearization(model, x, y))
+
+    return lambda broken=False: {name: float(value) for name, value in step(tf.constant(broken)).items()}
+
+
+def values(variables):
+    return [v.numpy() for v in variables]
+
+
+@pytest.mark.parametrize("geometry", ["kronecker", "low_rank"])
+def test_a_fit_that_fails_keeps_the_preconditioner_and_the_step_is_taken(geometry):
+    optimizer = PSGD(kind="newton", geometry=geometry, momentum=0.5)
+    step = classifier(optimizer)
+    # in the first step, where the scale would have been found, and later
+    for count in range(4):
+        before, weights = values(optimizer._fitted), values(optimizer._trainable_variables)
+        seen = step(broken=count % 2 == 0)
+        assert seen["skipped_steps"] == 0
+        assert all(np.isfinite(v).all() for v in values(optimizer.variables))
+        assert any((a != b).any() for a, b in zip(values(optimizer._trainable_variables), weights))
+        same = [bool((a == b).all()) for a, b in zip(values(optimizer._fitted), before)]
+        alone = geometry == "kronecker" and count > 0  # the first scale is that of all weights
+        own = [alone and v.name.split("_")[1] == "0" for v in optimizer._fitted]  # of the kernel that is not broken
+        if count % 2:
+            assert seen["failed_refreshes"] == 0 and not all(same)
+        else:
+            assert seen["failed_refreshes"] == len(own) - sum(own) and same == [not renewed for renewed in own]
+
+
+def test_the_preconditioner_is_fitted_every_so_many_steps():
+    optimizer = PSGD(kind="newton", every=3)
+    step = classifier(optimizer)
+    changed = []
+    for _ in range(7):
+        before = values(optimizer._fitted)
+        step()
+        changed.append(any((a != b).any() for a, b in zip(values(optimizer._fitted), before)))
+    assert changed == [True, False, False, True, False, False, True]
+
+
+def test_factors_are_full_where_they_are_no_larger_than_the_weight():
+    def shapes(geometry, *weights):
+        return [shape for name, shape, _ in geometry.specs(weights) if name.startswith("Q")]
+
+    assert shapes(KroneckerGeometry(), (784, 128), (128,)) == [(784,), (128, 128), (128,)]
+    assert shapes(KroneckerGeometry(max_size=100), (784, 128)) == [(784,), (128,)]
+    assert shapes(KroneckerGeometry(max_skew=10), (784, 128)) == [(784, 784), (128, 128)]
+    assert shapes(KroneckerGeometry(), (3, 3, 1, 16), (1, 1), ()) == [(3, 3), (3, 3), (16,), (1,), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PSGD(kind="hessian"), "kind='hessian'"), (lambda: PSGD(kind="momentum"), "momentum=0.0"),
+        (lambda: PSGD(momentum=1.0), "momentum=1.0"), (lambda: PSGD(every=0), "every=0"),
+        (lambda: PSGD(geometry="dense"), "geometry='dense'"), (lambda: PSGD(geometry=LowRankGeometry), "constructed"),
+        (lambda: PSGD(clip=2.0), "clip=2.0"), (lambda: PSGD(clip=(2.0, -1.0)), "clip="),
+        (lambda: KroneckerGeometry(rate=0), "rate=0"), (lambda: KroneckerGeometry(beta=1.0), "beta=1.0"),
+        (lambda: KroneckerGeometry(initial=0.0), "initial=0.0"), (lambda: KroneckerGeometry(max_size=0), "max_size=0"),
+        (lambda: KroneckerGeometry(max_skew=-1), "max_skew=-1"), (lambda: KroneckerGeometry(damping=-1), "damping=-1"),
+        (lambda: LowRankGeometry(rank=0), "rank=0"),
+        (lambda: PSGD(kind="newton", gradient_accumulation_steps=2), "gradient_accumulation_steps=2"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert message in str(error.value)
+
+
+def test_config_holds_what_was_given():
+    for made in (PSGD(), PSGD(kind="newton", clip=(1.0, 3.0), geometry=LowRankGeometry(rank=4)), PSGD(clip=None)):
+        config = json.loads(json.dumps(made.get_config()))
+        again = PSGD.from_config(config)
+        assert again.get_config() == made.get_config() == config
+        assert again.by_gradient == (made.kind != "newton")
+        assert float(again.learning_rate) == pytest.approx(0.01 if made.kind == "newton" else 0.001)

@@ -73,7 +73,7 @@ class PSGD(CurvatureOptimizer):
         super().__init__(rate if learning_rate is None else learning_rate, name=name, **kwargs)
         self.geometry, self.kind, self.momentum, self.every = geometry, kind, momentum, every
         self.clip = list(clip) if isinstance(clip, tuple) else clip  # as a file gives it back
-        self._clip = bounds if clip == "auto" else self._checked(clip)
+        self._clip = bounds if clip == "auto" else self._checked(self.clip)
         self._geometry = self._as_geometry(geometry)
         check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
         check(self, "momentum", momentum, momentum > 0 or kind != "momentum", 'more than 0 with `kind="momentum"`')

@@ -59,8 +59,9 @@ class LowRankGeometry(Geometry):
     def fit(self, state, v, h, draws):
         """One step for `d`, and one for `U` or for `V`."""
         L, U, V, d = _parts(state)
-        scale = self._scale(v, tf.add_n([tf.reduce_sum(tf.square(tf.square(a))) for a in h]) / trees.count(h))
-        d = trees.scale(tf.where(tf.equal(L[0], 0), scale, tf.ones_like(scale)), d)
+        begins = tf.equal(L[0], 0)
+        scale = self._scale(begins, v, h)
+        d = trees.scale(tf.where(begins, scale, tf.ones_like(scale)), d)
         noise = columns(draws.normal_like(h))
         h = self._noisy(columns(h), noise)
         v = noise if v is None else columns(v)  # of the whitening type, and noise enough
@@ -77,6 +78,9 @@ class LowRankGeometry(Geometry):
             first, lambda: self._fit_left(L[1:], U, V, a, b, inner), lambda: self._fit_right(L[1:], U, V, a, b)
         )
         return all_or_none([tf.stack([L_d, L_U, L_V]), *U, *V, *d])
+
+    def _fourth_moment(self, h):
+        return tf.add_n([tf.reduce_sum(tf.square(tf.square(a))) for a in h]) / trees.count(h)
 
     def _fit_diagonal(self, L, d, Ph, h, v, inverse_v):
         excess, lack = [p * a for p, a in zip(Ph, h)], [p * a for p, a in zip(inverse_v, v)]

@@ -55,7 +55,7 @@ class Draws:
 
 @dataclasses.dataclass(frozen=True)
 class Geometry(Component):
-    """Base of the geometries: the choices they share. A subclass writes `specs`, `fit`, `operator`, `groups`.
+    """Base of the geometries: the choices they share. A subclass writes `specs`, `fit`, `operator` and `groups`.
 
     Args:
         rate: `mu`, the step of the fitting, in (0, 1). Defaults to `0.1` (the reference).
@@ -105,12 +105,25 @@ class Geometry(Component):
         """`h` and noise of the size of `damping` and of its rounding."""
         return [a + (self.damping + np.finfo(a.dtype.as_numpy_dtype).eps * tf.abs(a)) * b for a, b in zip(h, noise)]
 
-    def _scale(self, v, fourth_moment):
-        """The scale of `Q` that the first pair suggests."""
+    def _scale(self, begins, v, h):
+        """The scale of `Q` that the first pair suggests, a scalar; one where nothing begins."""
+        dtype = h[0].dtype
         if self.initial is not None:
-            return tf.constant(self.initial, fourth_moment.dtype)
-        scale = (fourth_moment + self.damping**4) ** (-1 / 8)
-        return scale if v is None else scale * (trees.squared_norm(v) / trees.count(v)) ** (1 / 4)
+            return tf.constant(self.initial, dtype)
+
+        def scale():
+            largest = tf.reduce_max([tf.reduce_max(tf.abs(a)) for a in h])
+            # in units of it, because fourth powers leave the range of float32
+            largest = tf.maximum(largest, max(self.damping, np.finfo(dtype.as_numpy_dtype).tiny))
+            fourth = self._fourth_moment([a / largest for a in h]) + (self.damping / largest) ** 4
+            scale = fourth ** (-1 / 8) / tf.sqrt(largest)
+            scale = tf.where(tf.math.is_finite(largest), scale, tf.constant(float("nan"), dtype))  # not zero, for ever
+            return scale if v is None else scale * (tf.cast(trees.squared_norm(v), dtype) / trees.count(v)) ** (1 / 4)
+
+        return tf.cond(begins, scale, lambda: tf.ones((), dtype))
+
+    def _fourth_moment(self, h):
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `_fourth_moment(h)`.")
 
     def _bound(self, L, change):
         """The next `L`."""
@@ -174,15 +187,19 @@ class KroneckerGeometry(Geometry):
 
     def fit(self, state, v, h, draws):
         """One step for every weight."""
-        scale = self._scale(v, tf.reduce_max([tf.reduce_mean(tf.square(tf.square(a))) for a in h]))
-        fitted = []
-        for i, (L, *Q) in enumerate(_by_weight(state, [a.shape for a in h])):
+        weights = _by_weight(state, [a.shape for a in h])
+        begins = [tf.equal(L[0], 0) for L, *_ in weights]
+        scale, fitted = self._scale(tf.reduce_any(begins), v, h), []
+        for i, (L, *Q) in enumerate(weights):
             (a,) = self._noisy([h[i]], draws.normal_like([h[i]]))
-            started = tf.where(tf.equal(L[0], 0), scale ** (1 / len(Q)), tf.ones_like(scale))
+            started = tf.where(begins[i], scale ** (1 / len(Q)), tf.ones_like(scale))
             probe = None if v is None else tf.reshape(v[i], lengths(v[i].shape))
             new = self._fit(L, [started * q for q in Q], probe, tf.reshape(a, lengths(a.shape)), draws)
             fitted += all_or_none(new)
         return fitted
+
+    def _fourth_moment(self, h):
+        return tf.reduce_max([tf.reduce_mean(tf.square(tf.square(a))) for a in h])
 
     def _fit(self, L, Q, v, h, draws):
         Ph, bounds, factors = precondition(Q, h), [], []
