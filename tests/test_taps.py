@@ -12,7 +12,8 @@ from cases import BATCH, MODELS, Case, flat, normal
 from keras import layers
 
 from keras_curvature import Linearization
-from keras_curvature.curvature import factors, kronecker, taps
+from keras_curvature.curvature import kronecker, taps
+from keras_curvature.curvature.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 
@@ -88,7 +89,7 @@ def attributes(model):
 
 def gradient_by_blocks(lin, blocks):
     """For each block, the sum of `a d'` over calls, positions and examples, as tensors; of the mean loss."""
-    seen = factors.Seen(lin.tapped(blocks).here()._recording, blocks)
+    seen = Seen(lin.tapped(blocks).here()._recording, blocks)
     of = seen.gradient_and_slopes()[1]
     for block in blocks:
         inputs, slopes = seen.inputs(block), of(block)

@@ -1,6 +1,6 @@
 """Which weights of a model have Kronecker factors: blocks of the Fisher matrix, a layer each.
 
-A layer multiplies by its weights `W` (`layers.py`) at positions `t` of the examples `n`: `s_nt = W' a_nt`. With the
+A layer multiplies by its weights `W` (`weights.py`) at positions `t` of the examples `n`: `s_nt = W' a_nt`. With the
 slopes `d_nt` of the loss, for labels of the model's own, the block of the Fisher matrix that belongs to `W` is
 
     F = sum_n (sum_t a_nt (x) d_nt) (sum_t a_nt (x) d_nt)'   ~   A (x) G
@@ -36,7 +36,8 @@ import keras
 import tensorflow as tf
 
 from keras_curvature.component import check
-from keras_curvature.curvature import layers
+from keras_curvature.curvature.layers import weights_of
+from keras_curvature.curvature.weights import DIAGONAL, Weights
 
 SHARING = ("expand", "reduce")
 
@@ -54,7 +55,7 @@ class Block:
 
     name: str
     variables: tuple
-    weights: layers.Weights
+    weights: Weights
     sharing: str
 
     @property
@@ -71,7 +72,7 @@ class Block:
     def factor_shapes(self):
         """Shapes of `A` and `G`."""
         *groups, d_in, d_out = self.shape
-        ends = [[d] if kind == layers.DIAGONAL else [d, d] for d, kind in zip((d_in, d_out), self.kinds)]
+        ends = [[d] if kind == DIAGONAL else [d, d] for d, kind in zip((d_in, d_out), self.kinds)]
         return tuple((*groups, *end) for end in ends)
 
     @property
@@ -82,7 +83,7 @@ class Block:
     @property
     def has_indices(self):
         """Whether the inputs are unit vectors, given by the indices of their 1."""
-        return self.kinds[0] == layers.DIAGONAL
+        return self.kinds[0] == DIAGONAL
 
     def matrix(self, vector):
         """The weights of this block in a vector, as a matrix."""
@@ -128,7 +129,7 @@ def _candidates(model):
     of_model = model._flatten_layers()
     recurrent = [layer for layer in of_model if isinstance(layer, keras.layers.RNN)]
     in_loops = {id(part) for layer in recurrent for part in layer._flatten_layers(include_self=False)}
-    return [w for layer in of_model if id(layer) not in in_loops for w in layers.weights_of(layer)]
+    return [w for layer in of_model if id(layer) not in in_loops for w in weights_of(layer)]
 
 
 def _owners(model, found):
