@@ -6,20 +6,41 @@ settings suit the tiny models of the tests.
 
 from functools import partial
 
-from keras_curvature import ConjugateGradient, CurveBall, HessianFree, Neumann, NeumannSeries, TwoLoopNeumann, curved
+import keras_curvature as kc
+from keras_curvature import ConjugateGradient, NeumannSeries, curved
 
 OPTIMIZERS = {
-    "neumann": partial(Neumann, learning_rate=0.05, warmup_steps=2),
-    "neumann_resets": partial(Neumann, learning_rate=0.05, warmup_steps=2, reset_every=4),
-    "two_loop_neumann": partial(TwoLoopNeumann, learning_rate=0.1, solver=NeumannSeries(steps=4, rate=0.1)),
+    "neumann": partial(kc.Neumann, learning_rate=0.05, warmup_steps=2),
+    "neumann_resets": partial(kc.Neumann, learning_rate=0.05, warmup_steps=2, reset_every=4),
+    "two_loop_neumann": partial(kc.TwoLoopNeumann, learning_rate=0.1, solver=NeumannSeries(steps=4, rate=0.1)),
     "two_loop_convexified": partial(
-        TwoLoopNeumann, learning_rate=0.1, solver=NeumannSeries(steps=4, rate=0.1), mu=0.9, alpha=1e-3, beta=1e-7
+        kc.TwoLoopNeumann, learning_rate=0.1, solver=NeumannSeries(steps=4, rate=0.1), mu=0.9, alpha=1e-3, beta=1e-7
     ),
-    "curveball": partial(CurveBall),
-    "curveball_fixed": partial(CurveBall, damping=0.1, beta=0.1, rho=0.9),
-    "hessian_free": partial(HessianFree, solver=ConjugateGradient(max_steps=8)),
-    "hessian_free_hessian": partial(HessianFree, solver=ConjugateGradient(max_steps=8), curvature="hessian"),
-    "hessian_free_chunk": partial(HessianFree, solver=ConjugateGradient(max_steps=8), curvature_batch=0.5),
+    "curveball": partial(kc.CurveBall),
+    "curveball_fixed": partial(kc.CurveBall, damping=0.1, beta=0.1, rho=0.9),
+    "hessian_free": partial(kc.HessianFree, solver=ConjugateGradient(max_steps=8)),
+    "hessian_free_hessian": partial(kc.HessianFree, solver=ConjugateGradient(max_steps=8), curvature="hessian"),
+    "hessian_free_chunk": partial(kc.HessianFree, solver=ConjugateGradient(max_steps=8), curvature_batch=0.5),
+    "shampoo": partial(kc.Shampoo, learning_rate=0.01, every=2, epsilon=1e-3),
+    "shampoo_newton": partial(
+        kc.Shampoo, learning_rate=0.05, every=2, epsilon=1e-3, beta_2=0.9, grafting="sgd", root=kc.CoupledNewton()
+    ),
+    "soap": partial(kc.SOAP, learning_rate=0.01, every=2, epsilon=1e-3),
+    "kl_shampoo": partial(kc.KLShampoo, learning_rate=0.01, every=2, epsilon=1e-3),
+    "psgd": partial(kc.PSGD, learning_rate=0.01),
+    "psgd_newton": partial(kc.PSGD, learning_rate=0.05, kind="newton", geometry=kc.LowRankGeometry(rank=2), every=2),
+    "adahessian": partial(kc.AdaHessian),
+    "adahessian_lazy": partial(kc.AdaHessian, every=2, hessian_power=0.5),
+    "sophia_h": partial(kc.SophiaH, learning_rate=0.01, every=2),
+    "sophia_g": partial(kc.SophiaG, learning_rate=0.01, every=2),
+    "esgd": partial(kc.ESGD, every=2),
+    "diagonal_newton": partial(kc.DiagonalNewton),
+    "square_root_free_adam": partial(kc.SquareRootFreeAdam),
+    "square_root_free_adam_sampled": partial(kc.SquareRootFreeAdam, fisher="sampled"),
+    "kfac": partial(kc.KFAC, factors_every=1, inverses_every=2),
+    "kfac_adaptive": partial(kc.KFAC.adaptive, damping=kc.LevenbergMarquardt(every=2), inverses_every=2),
+    "ekfac": partial(kc.EKFAC, factors_every=1, inverses_every=2),
+    "eva": partial(kc.Eva),
 }  # fmt: skip
 
 # What the registry's settings lack to reach the minimum of a quadratic: longer steps, and no repulsion, which keeps
@@ -31,12 +52,23 @@ ON_A_QUADRATIC = {
     "two_loop_convexified": {"learning_rate": 1.0, "solver": NeumannSeries(steps=8, rate=0.5), "beta": 0.0},
 }
 
-NEEDS_CURVATURE = [name for name, make in OPTIMIZERS.items() if not make.func.by_gradient]
-GRADIENTS_SUFFICE = [name for name in OPTIMIZERS if name not in NEEDS_CURVATURE]
+# Not asked of an optimizer that is made: its variables would set up TensorFlow, in processes with plans of their own.
+BY_GRADIENT = {"neumann", "neumann_resets", "shampoo", "shampoo_newton", "soap", "kl_shampoo", "psgd",
+               "square_root_free_adam"}  # fmt: skip
+NEEDS_CURVATURE = [name for name in OPTIMIZERS if name not in BY_GRADIENT]
+GRADIENTS_SUFFICE = [name for name in OPTIMIZERS if name in BY_GRADIENT]
 # Where gradients suffice a model need not be curved: "plain_neumann" is "neumann" on a plain `keras.Model`.
 PLAIN = [f"plain_{name}" for name in GRADIENTS_SUFFICE]
-# One of each class; what is dear to trace or compile runs for the others with `-m slow` only.
-ONE_OF_EACH = ["neumann_resets", "two_loop_convexified", "curveball", "hessian_free"]
+# One of each class; and one of each family, for what is dear to trace or compile. The others run with `-m slow`.
+ONE_OF_EACH = [
+    "neumann_resets", "two_loop_convexified", "curveball", "hessian_free", "shampoo", "soap", "kl_shampoo",
+    "psgd_newton", "adahessian", "sophia_h", "sophia_g", "esgd", "diagonal_newton", "square_root_free_adam_sampled",
+    "kfac", "ekfac", "eva",
+]  # fmt: skip
+FAMILIES = [
+    "neumann_resets", "two_loop_convexified", "curveball", "hessian_free", "soap", "psgd_newton", "adahessian", "kfac",
+]  # fmt: skip
+PLAIN_FAMILIES = ["plain_neumann_resets", "plain_soap"]
 
 
 def prepare(name, model, **kwargs):

@@ -9,19 +9,32 @@ import sys
 import keras
 import numpy as np
 import pytest
-from cases import MODELS
-from optimizers import GRADIENTS_SUFFICE, ON_A_QUADRATIC, ONE_OF_EACH, OPTIMIZERS, PLAIN, prepare
+from cases import MODELS, float64
+from optimizers import (
+    FAMILIES,
+    GRADIENTS_SUFFICE,
+    ON_A_QUADRATIC,
+    ONE_OF_EACH,
+    OPTIMIZERS,
+    PLAIN,
+    PLAIN_FAMILIES,
+    prepare,
+)
 
 import keras_curvature as kc
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-every_class, every_class_plain_or_curved = (
-    pytest.mark.parametrize("name", [
-        name if name.removeprefix("plain_") in ONE_OF_EACH else pytest.param(name, marks=pytest.mark.slow)
-        for name in names
-    ])
-    for names in (OPTIMIZERS, [*OPTIMIZERS, *PLAIN])
-)  # fmt: skip
+
+
+def _some_by_default(names, default):
+    """All `names`, those that are not in `default` with `-m slow`."""
+    marked = [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("name", marked)
+
+
+every_class_plain_or_curved = _some_by_default([*OPTIMIZERS, *PLAIN], [*ONE_OF_EACH, *PLAIN_FAMILIES])
+every_family = _some_by_default(OPTIMIZERS, FAMILIES)
+every_family_plain_or_curved = _some_by_default([*OPTIMIZERS, *PLAIN], [*FAMILIES, *PLAIN_FAMILIES])
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
@@ -114,7 +127,7 @@ def test_training_goes_on_from_a_file_and_passes_over_batches_that_are_not_finit
     assert int(model.optimizer.skipped_steps.numpy()) == 2
 
 
-@every_class_plain_or_curved
+@every_family_plain_or_curved
 def test_a_batch_whose_gradient_alone_is_not_finite_is_passed_over(name):
     keras.utils.set_random_seed(1)
     inputs = keras.Input((4,))
@@ -134,7 +147,7 @@ def test_a_batch_whose_gradient_alone_is_not_finite_is_passed_over(name):
     assert all(np.isfinite(v).all() for v in state(model))
 
 
-@every_class
+@every_family
 def test_a_model_is_saved_before_its_first_fit(name, tmp_path):
     file, (x, y) = tmp_path / "model.keras", data()
     model = compiled(name, network(dropout=0))
@@ -157,7 +170,7 @@ def test_a_curvature_model_is_saved_and_loaded_as_itself(name, tmp_path):
     assert_same(state(loaded), state(model))
 
 
-@every_class_plain_or_curved
+@every_family_plain_or_curved
 def test_compiled_by_xla_as_a_graph_and_eagerly_it_is_the_same_training(name):
     x, y = data()
     ways = {"graph": {"jit_compile": False}, "xla": {"jit_compile": True}, "eager": {"run_eagerly": True}}
@@ -177,7 +190,7 @@ def mixed(request):
     keras.config.set_dtype_policy("float32")
 
 
-@every_class_plain_or_curved
+@every_family_plain_or_curved
 def test_trains_in_mixed_precision(name, mixed):
     x, y = data()
     model = compiled(name, network(dropout=0, normalized=False))
@@ -199,7 +212,7 @@ def test_trains_in_mixed_precision(name, mixed):
             assert_same(values(rest), before)
 
 
-@pytest.mark.parametrize("name", GRADIENTS_SUFFICE)
+@_some_by_default(GRADIENTS_SUFFICE, ["neumann", "neumann_resets", "soap"])
 def test_a_plain_model_trains_as_a_curved_one(name):
     x, y = data()
     plain = network()
@@ -208,6 +221,20 @@ def test_a_plain_model_trains_as_a_curved_one(name):
     np.testing.assert_allclose(losses(plain, x, y, epochs=4), losses(curved, x, y, epochs=4), rtol=1e-5)
     for a, b in zip(plain.get_weights(), curved.get_weights()):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@_some_by_default(OPTIMIZERS, ONE_OF_EACH)
+def test_micro_batches_train_as_the_whole_batch(name):
+    x, y = data()
+    trained = []
+    for micro_batches in (1, 2):
+        with float64():
+            model = compiled(name, network(normalized=False), jit_compile=False)
+            model.micro_batches = micro_batches
+            losses(model, x, y)
+            trained.append(model.get_weights())
+    for whole, sliced in zip(*trained):
+        np.testing.assert_allclose(sliced, whole, rtol=0, atol=1e-6 if name.startswith("hessian_free") else 1e-10)
 
 
 @every_optimizer
@@ -231,14 +258,14 @@ def two_replicas():
     here = pathlib.Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, here / "two_replicas.py", *ONE_OF_EACH, *PLAIN],
-        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300,
+        [sys.executable, here / "two_replicas.py", *ONE_OF_EACH, *PLAIN_FAMILIES],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [*ONE_OF_EACH, *PLAIN])  # all of them, with all kinds of layers: test_replicas.py
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, *PLAIN_FAMILIES])  # all of them, with all kinds of layers: test_replicas.py
 def test_two_replicas_train_as_one_device(name, two_replicas):
     assert "error" not in two_replicas[name], two_replicas[name]["error"]
     one, two = two_replicas[name]["one"], two_replicas[name]["two"]
@@ -262,6 +289,14 @@ def test_weights_that_the_loss_does_not_reach_are_left_alone_by_keras_optimizers
 def test_what_is_done_every_so_many_steps_is_skipped_in_between_on_replicas_too(two_replicas):
     passes = two_replicas["forward passes"]
     assert passes == {"one": [2, 1, 1, 2], "two": [4, 2, 2, 4]}
+
+
+@pytest.mark.parametrize("name", ["shampoo", "soap", "kfac", "ekfac"])
+def test_each_replica_decomposes_its_share_of_the_matrices(name, two_replicas):
+    (one,), two = two_replicas["dear"][name]["one"].values(), two_replicas["dear"][name]["two"]
+    # a stack of matrices of one size is one operation, and may be cut in two
+    assert set(two) == {"CPU:0", "CPU:1"}
+    assert max(two.values()) < one <= sum(two.values()) < 2 * one
 
 
 # Each kind of layer with each optimizer: a few by default, all of them with `-m slow`.

@@ -107,6 +107,32 @@ def weights_after_a_step(x, y, synchronized):
     return np.concatenate([w.numpy().ravel() for w in model.trainable_variables])
 
 
+DEAR = ("SelfAdjointEigV2", "Qr", "Cholesky")
+
+
+def dear(name, x, y):
+    """How many decompositions of (stacks of) matrices stand in the graph of a step, `{device: count}`."""
+    keras.utils.set_random_seed(0)
+    model, optimizer = prepare(name, keras.Sequential([
+        keras.Input((4,)), keras.layers.Dense(6, activation="tanh"), keras.layers.Dense(6), keras.layers.Dense(3),
+    ]))  # fmt: skip
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
+    optimizer.build(model.trainable_variables)
+    strategy = tf.distribute.get_strategy()
+
+    @tf.function(autograph=False)
+    def step(x, y):
+        return strategy.run(model.train_step, [(x, y)])
+
+    graph = step.get_concrete_function(x[:BATCH], y[:BATCH]).graph.as_graph_def()
+    found = {}
+    for function in [graph.node, *[f.node_def for f in graph.library.function]]:
+        for node in function:
+            if node.op in DEAR:
+                found[node.device[-5:]] = found.get(node.device[-5:], 0) + 1
+    return found
+
+
 def main(names):
     """Prints `{name: {"one": numbers, "two": numbers}}`."""
     tf.config.set_logical_device_configuration(
@@ -118,6 +144,11 @@ def main(names):
     results = {"forward passes": {"one": forward_passes(x, y)}}
     with strategy.scope():
         results["forward passes"]["two"] = forward_passes(x, y)
+    results["dear"] = {}
+    for name in ("shampoo", "soap", "kfac", "ekfac"):
+        one = dear(name, x, y)
+        with strategy.scope():
+            results["dear"][name] = {"one": one, "two": dear(name, x, y)}
     results["decayed"] = {"one": decayed()}
     with strategy.scope():
         results["decayed"]["two"] = decayed()

@@ -14,6 +14,8 @@ graph mode, made-up data. How it measures:
 * Passes: the matrix products and convolutions in the traced step, those that can be reached from its results; after a
   `+` those inside of conditions and loops, each once (CurveBall's loss after the step, every fifth step). CurveBall's
   count includes five tiny ones: three of its 2x2 system, two of the second derivative of the cross-entropy.
+* What is done every so many steps (factors, inverses, roots, curvature) is spread over them: a round has a whole number
+  of the longest period. Slots also as bytes per weight (`B/weight`), which for factors depends on the layers' shapes.
 
 Products are those of `Linearization`: alone, with the forward pass that they stand on; and amortized, the price of one
 more product in a loop, as conjugate gradients pay it. The targets are this project's own.
@@ -50,7 +52,7 @@ def hessian_free():
     return kc.HessianFree(solver=kc.ConjugateGradient(max_steps=CG_STEPS, progress_tolerance=0.0))
 
 
-# name: (optimizer, whether the model must be curved, steps in a round)
+# name: (optimizer, whether the model must be curved, steps in a round: a multiple of its longest period)
 OPTIMIZERS = {
     "SGD": (sgd, False, 20),
     "Adam": (keras.optimizers.Adam, False, 20),
@@ -58,10 +60,26 @@ OPTIMIZERS = {
     "CurveBall": (kc.CurveBall, True, 10),
     "TwoLoopNeumann": (kc.TwoLoopNeumann, True, 2),
     "HessianFree": (hessian_free, True, 1),
+    "AdaHessian": (kc.AdaHessian, True, 10),
+    "SophiaH": (kc.SophiaH, True, 20),
+    "SophiaG": (kc.SophiaG, True, 20),
+    "ESGD": (kc.ESGD, True, 20),
+    "DiagonalNewton": (kc.DiagonalNewton, True, 10),
+    "SquareRootFreeAdam": (kc.SquareRootFreeAdam, False, 20),
+    "KFAC": (lambda: kc.KFAC(factors_every=10, inverses_every=100), True, 100),
+    "EKFAC": (lambda: kc.EKFAC(factors_every=10, inverses_every=100), True, 100),
+    "Eva": (kc.Eva, True, 20),
+    "Shampoo": (lambda: kc.Shampoo(every=10), False, 10),
+    "SOAP": (lambda: kc.SOAP(every=10), False, 10),
+    "KLShampoo": (lambda: kc.KLShampoo(every=10), False, 10),
+    "PSGD": (kc.PSGD, False, 10),
 }
 TARGETS = {
     ("Neumann", "mlp"): 1.10, ("Neumann", "cnn"): 1.10, ("Neumann", "transformer"): 1.10,
     ("CurveBall", "mlp"): 2.0, ("CurveBall", "cnn"): 2.5, ("CurveBall", "transformer"): 2.2,
+    ("AdaHessian", "mlp"): 2.4, ("AdaHessian", "cnn"): 3.0,
+    **{(name, problem): 1.3 for name in ("SophiaH", "SophiaG") for problem in ("mlp", "cnn")},
+    ("KFAC", "cnn"): 1.35, ("SOAP", "cnn"): 2.0, ("Shampoo", "cnn"): 2.0,
     ("Hessian product", "mlp"): 2.0, ("Gauss-Newton product", "mlp"): 1.5,
 }  # fmt: skip
 CG_TARGET = 1.2  # one iteration, in Gauss-Newton products
@@ -278,8 +296,8 @@ def verdict(ratio, target):
     return "" if target is None else f"<= {target:.2f} {'yes' if ratio <= target else 'NO'}"
 
 
-def report_steps(name, rounds, say):
-    candidates = {o: step_of(name, o) for o in OPTIMIZERS}
+def report_steps(name, optimizers, rounds, say):
+    candidates = {o: step_of(name, o) for o in optimizers}
     times, graph_times = {}, {}
     for r in range(rounds + 1):
         for optimizer, (_, steps, calls) in candidates.items():
@@ -288,8 +306,8 @@ def report_steps(name, rounds, say):
             if r:
                 times.setdefault(optimizer, []).append(as_fit)
                 graph_times.setdefault(optimizer, []).append(inside)
-    head = f"{'':<16} {'ms/step':>9} {'SGD = 1':>8}  {'target':<12} {'in graph':>8}"
-    say(f"{head} {'passes':>8} {'slots':>6} {'peak MB':>8}")
+    head = f"{'':<18} {'ms/step':>9} {'SGD = 1':>8}  {'target':<12} {'in graph':>8}"
+    say(f"{head} {'passes':>8} {'slots':>6} {'B/weight':>8} {'peak MB':>8}")
     for optimizer, (_, steps, _) in candidates.items():
         always, branches = count_passes(steps)
         passes = f"{always}+{branches}" if branches else f"{always}"
@@ -297,8 +315,8 @@ def report_steps(name, rounds, say):
         ratio, milliseconds = ratios(times, optimizer, "SGD"), 1e3 * statistics.median(times[optimizer])
         target = verdict(ratio, TARGETS.get((optimizer, name)))
         inside = ratios(graph_times, optimizer, "SGD")
-        line = f"{optimizer:<16} {milliseconds:>9.2f} {ratio:>8.2f}  {target:<12} {inside:>8.2f}"
-        say(f"{line} {passes:>8} {slots:>6.2f} {peak:>8.0f}")
+        line = f"{optimizer:<18} {milliseconds:>9.2f} {ratio:>8.2f}  {target:<12} {inside:>8.2f}"
+        say(f"{line} {passes:>8} {slots:>6.2f} {4 * slots:>8.1f} {peak:>8.0f}")
 
 
 def report_products(name, rounds, say):
@@ -318,6 +336,9 @@ def main():
     parser.add_argument("--out", help="write what is printed to this file too")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS), help="besides SGD"
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -336,7 +357,7 @@ def main():
     for name in args.problems:
         count = trees.count([w.value for w in kc.problems.get(name).model(0).trainable_variables])
         say(f"\n== {name}, batch {PROBLEMS[name]}, {count} weights ({4 * count / 2**20:.1f} MB)\n")
-        report_steps(name, args.rounds, say)
+        report_steps(name, list(dict.fromkeys(["SGD", *args.optimizers])), args.rounds, say)
         report_products(name, args.rounds, say)
     if args.out:
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)

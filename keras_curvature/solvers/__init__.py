@@ -1,7 +1,19 @@
-"""Solvers of `A x = b`. They know operators; never a loss, a batch or a variable."""
+"""Solvers of `A x = b`, inverses, roots and eigenbases. They know operators; never a loss, a batch or a variable."""
 
 from keras_curvature.solvers.base import Solution, Solver
 from keras_curvature.solvers.conjugate_gradient import ConjugateGradient
+from keras_curvature.solvers.low_rank import LowRankGeometry
 from keras_curvature.solvers.neumann import NeumannSeries
+from keras_curvature.solvers.roots import CoupledNewton, EigenRoot
+from keras_curvature.solvers.whitening import KroneckerGeometry
 
-__all__ = ["ConjugateGradient", "NeumannSeries", "Solution", "Solver"]
+__all__ = [
+    "ConjugateGradient",
+    "CoupledNewton",
+    "EigenRoot",
+    "KroneckerGeometry",
+    "LowRankGeometry",
+    "NeumannSeries",
+    "Solution",
+    "Solver",
+]
