@@ -99,7 +99,11 @@ def gradient_by_blocks(lin, blocks):
         yield block, tf.reshape(total, block.shape)
 
 
-@pytest.mark.parametrize("name", [*REGISTERED, *SHAPES])
+COMPILED = ["grouped", "volume"]  # Keras compiles grouped convolutions on the CPU
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) if name in COMPILED else name for name in SHAPES]
+
+
+@pytest.mark.parametrize("name", [*REGISTERED, *OTHERS])
 def test_what_is_noted_makes_up_the_gradient(name):
     case = build(name)
     blocks, diagonal, unsupported = kronecker.blocks(case.model)
@@ -121,7 +125,7 @@ def test_what_is_noted_makes_up_the_gradient(name):
     assert len(diagonal) == len(unsupported) == DIAGONAL.get(name, 0)
 
 
-@pytest.mark.parametrize("name", ["grouped", "einsum_of_many_axes", "einsum_with_groups", "scale_alone", "lstm"])
+@pytest.mark.parametrize("name", ["depthwise_1d", "einsum_of_many_axes", "einsum_with_groups", "scale_alone", "lstm"])
 def test_a_matrix_holds_each_weight_once(name):
     case = build(name)
     weights = [tf.constant(np.random.default_rng(i).standard_normal(v.shape)) for i, v in enumerate(case.model.weights)]
