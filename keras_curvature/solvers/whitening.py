@@ -25,9 +25,9 @@ from keras_curvature.operators import Function, axes
 
 
 class Draws:
-    """Random numbers of one update, the same on all replicas, and again where training goes on from a file.
+    """Random numbers of one update, the same on all replicas, as a graph, compiled and eagerly.
 
-    XLA has a generator of its own: compiled by it, the numbers are others.
+    They are made of random bits here, because XLA makes other floating-point numbers of the same bits.
 
     Args:
         seed: Integer number or tensor; the numbers are a function of it and of how many were drawn before.
@@ -37,20 +37,22 @@ class Draws:
         self._seed, self._drawn = tf.cast(seed, tf.int32), 0
 
     def normal(self, shape, dtype):
-        """Standard normal numbers."""
-        return tf.random.stateless_normal(shape, self._next(), dtype=dtype)
+        """Standard normal numbers, by the inverse of their distribution function."""
+        return 2.0**0.5 * tf.math.erfinv(self._symmetric(shape, dtype))
 
     def normal_like(self, vector):
         """A vector of standard normal numbers."""
         return [self.normal(a.shape, a.dtype) for a in vector]
 
     def uniform(self, dtype):
-        """A scalar in [0, 1)."""
-        return tf.random.stateless_uniform((), self._next(), dtype=dtype)
+        """A scalar in (0, 1)."""
+        return 0.5 + 0.5 * self._symmetric((), dtype)
 
-    def _next(self):
+    def _symmetric(self, shape, dtype):
+        """Numbers in (-1, 1), evenly spread over odd multiples of 2^-23: exact in float32, never at the ends."""
         self._drawn += 1
-        return tf.stack([self._seed, self._drawn])
+        bits = tf.random.stateless_uniform(shape, tf.stack([self._seed, self._drawn]), None, None, tf.int32)
+        return (tf.cast(tf.bitwise.right_shift(bits, 9), dtype) + 0.5) * 2.0**-22
 
 
 @dataclasses.dataclass(frozen=True)
