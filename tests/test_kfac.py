@@ -29,7 +29,7 @@ RUNS = {
     "softmax_exact": lambda: KFAC(0.1, 0.01, 0.9, **PERIODS, fisher="exact", kl_clip=1e-3),
     "mse_exact": lambda: KFAC(0.1, 0.02, 0.8, **PERIODS, fisher="exact", kl_clip=None),
     "softmax_adaptive": lambda: KFAC.adaptive(
-        damping=LevenbergMarquardt(1e-2, 0.7, every=1, **MARTENS), **EVERY_STEP, fisher="exact"
+        damping=LevenbergMarquardt(1e-3, 0.7, every=1, **MARTENS), **EVERY_STEP, fisher="exact"
     ),
     "mse_adaptive": lambda: KFAC.adaptive(
         damping=LevenbergMarquardt(1.0, 0.95, every=5, **MARTENS), **PERIODS, fisher="exact"
@@ -68,6 +68,8 @@ def test_trajectory_is_that_of_kfac_jax(name):
     model = made(
         net(arrays, float(reference["set_l2"])), optimizer, cross_entropy() if "softmax" in name else "mse"
     )
+    # at a damping of 1e-3 and less, 14 digits become 8 on the way
+    tolerance = 1e-6 if name == "softmax_adaptive" else 1e-12
     step, labels = stepper(model, optimizer), tf.Variable(np.zeros(16), dtype=tf.int32)
     for t in range(20):
         rows = reference["batch_indices"][t % 4].astype(int)
@@ -75,13 +77,13 @@ def test_trajectory_is_that_of_kfac_jax(name):
             labels.assign(reference["sampled"][t])
         with mock.patch.object(likelihoods.Categorical, "sample", lambda *_: labels + 0):
             seen = step(reference["x"][rows], reference["y"][rows])
-        np.testing.assert_allclose(seen["loss"], reference["loss"][t], 1e-8, err_msg=f"step {t}")
+        np.testing.assert_allclose(seen["loss"], reference["loss"][t], tolerance, err_msg=f"step {t}")
         if "adaptive" in name:
-            np.testing.assert_allclose(seen["damping"], reference["damping"][t], 1e-8, err_msg=f"step {t}")
-            np.testing.assert_allclose(seen["alpha"], reference["learning_rate"][t], 1e-7)
-            np.testing.assert_allclose(seen["mu"], reference["momentum"][t] if t else 0.0, 1e-7)
+            np.testing.assert_allclose(seen["damping"], reference["damping"][t], 1e-12, err_msg=f"step {t}")
+            np.testing.assert_allclose(seen["alpha"], reference["learning_rate"][t], tolerance)
+            np.testing.assert_allclose(seen["mu"], reference["momentum"][t] if t else 0.0, tolerance)
             assert seen["rejected_steps"] == reference["rejected"][t]
-        np.testing.assert_allclose(flat(model.trainable_variables), reference["weights"][t], 1e-8, 1e-8)
+        np.testing.assert_allclose(flat(model.trainable_variables), reference["weights"][t], tolerance, tolerance)
 
 
 def single(optimizer, loss, seed=0, outputs=3, examples=7):
@@ -256,4 +258,4 @@ def test_settings_survive_the_config():
     optimizer = KFAC.adaptive(curvature_batch=0.25)
     again = KFAC.from_config(optimizer.get_config())
     assert again.get_config() == optimizer.get_config() and again.momentum is None
-    assert again.damping == LevenbergMarquardt(150.0, 19 / 20, 0.25, 0.75, 5)
+    assert again.damping == LevenbergMarquardt(1e-3, 19 / 20, 0.25, 0.75, 5, 1e-8)

@@ -102,19 +102,19 @@ class KFAC(CurvatureOptimizer):
         check_part(self, curvature_batch)
 
     @classmethod
-    def adaptive(cls, learning_rate=1.0, damping=None, factors_every=1, inverses_every=20, **kwargs):
-        """The form of Martens and Grosse (2015), for large batches: nothing is left to be set but the first damping.
+    def adaptive(cls, learning_rate=1.0, damping=None, factors_every=5, inverses_every=20, **kwargs):
+        """The form of Martens and Grosse (2015), for large batches and hard problems.
 
         Args:
             learning_rate: Multiple of the step to the minimum of the quadratic model. Defaults to `1.0`.
-            damping: Defaults to `LevenbergMarquardt(initial=150.0, decay=19/20, low=1/4, high=3/4, every=5)`, the
-                paper's for losses that sum over the pixels of an image; where Keras' loss is their mean, divide 150 by
-                their number.
-            factors_every: Defaults to `1`.
+            damping: A number or component. Defaults to `LevenbergMarquardt(initial=1e-3, decay=19/20, low=1/4, high=3/4,
+                every=5, minimum=1e-8)`, the paper's but for its begin, 150 for losses that sum over the pixels. It is to
+                the loss as the loss is: too high costs more steps than too low.
+            factors_every: Defaults to `5` (the paper: 1).
             inverses_every: Defaults to `20`.
-            **kwargs: As of the class; `momentum` is `None`.
+            **kwargs: As of the class; `momentum` is `None`. `curvature_batch=0.25` makes a step as cheap as it gets.
 
-        Example: `KFAC.adaptive(damping=LevenbergMarquardt.martens_kfac(150 / 784), curvature_batch=0.25)`
+        Example: `KFAC.adaptive(damping=LevenbergMarquardt.martens(1e-5, decay=0.95, every=5), curvature_batch=0.25)`
         """
         damping = martens_damping() if damping is None else damping
         chosen = {"momentum": None, "factors_every": factors_every, "inverses_every": inverses_every}
@@ -282,9 +282,9 @@ class KFAC(CurvatureOptimizer):
 FISHERS = ("sampled", "exact", "empirical")
 
 
-def martens_damping(initial=150.0, every=5):
+def martens_damping(initial=1e-3, every=5):
     """The damping of Martens and Grosse (2015): times (19/20)^every above a ratio of 3/4, over it below 1/4."""
-    return LevenbergMarquardt(initial=initial, decay=19 / 20, low=0.25, high=0.75, every=every)
+    return LevenbergMarquardt(initial=initial, decay=19 / 20, low=0.25, high=0.75, every=every, minimum=1e-8)
 
 
 def warn_of(optimizer, unsupported, instead):
