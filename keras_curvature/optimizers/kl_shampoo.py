@@ -44,8 +44,8 @@ class KLShampoo(ByAxis):
         every: Steps from one basis to the next. Defaults to `10` (the authors).
         initial: All eigenvalues in the beginning; larger ones make the first steps shorter. Defaults to `0.1` (the
             authors).
-        max_dimension: Longest axis that has a factor. Defaults to `2048`.
-        merge: Longest axis that is made of several. Defaults to `1024`.
+        max_dimension: Longest axis that has a factor. Defaults to `1000`; see `SOAP`.
+        merge: Longest axis that is made of several. Defaults to `1000`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `failed_refreshes` (bases that came out wrong, the old ones kept), `step_norm`, `skipped_steps`.
@@ -58,8 +58,8 @@ class KLShampoo(ByAxis):
     """
 
     def __init__(
-        self, learning_rate=3e-3, beta_1=0.9, beta_2=0.98, epsilon=1e-8, every=10, initial=0.1, max_dimension=2048,
-        merge=1024, name="kl_shampoo", **kwargs,
+        self, learning_rate=3e-3, beta_1=0.9, beta_2=0.98, epsilon=1e-8, every=10, initial=0.1, max_dimension=1000,
+        merge=1000, name="kl_shampoo", **kwargs,
     ):  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         for argument, beta in (("beta_1", beta_1), ("beta_2", beta_2)):

@@ -42,7 +42,8 @@ class Shampoo(ByAxis):
             al. with grafting to Adam).
         epsilon: Added to the factors. Defaults to `1e-12` (Shi et al.).
         every: Steps from one root to the next. Defaults to `10`.
-        block_size: Longest side of a block, and longest axis that is made of several. Defaults to `1024` (Shi et al.).
+        block_size: Longest side of a block, and longest axis that is made of several. Defaults to `512` (Shi et al.:
+            1024, whose roots take eight times as long).
         max_dimension: Longest axis that has factors; `None`: all have, cut into blocks. Defaults to `None`.
         grafting: Whose length each block's step has: `"adam"`, `"rmsprop"` (Adam without the bias correction of its
             second moment), `"sgd"`, or `None`. Defaults to `"adam"`.
@@ -60,7 +61,7 @@ class Shampoo(ByAxis):
     """
 
     def __init__(
-        self, learning_rate=1e-3, beta_1=0.9, beta_2=0.999, epsilon=1e-12, every=10, block_size=1024,
+        self, learning_rate=1e-3, beta_1=0.9, beta_2=0.999, epsilon=1e-12, every=10, block_size=512,
         max_dimension=None, grafting="adam", root=EigenRoot(), name="shampoo", **kwargs,
     ):  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)

@@ -25,7 +25,7 @@ class SOAP(ByAxis):
     Reference: Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam" (2024), Algorithm 3, and the authors'
     code. Differences from that code: (1) neighbouring axes are merged to at most `merge`, from the front, where
     Keras' kernels have their small axes, and never down to one: a 3x3 kernel of 16 by 32 channels is a 144 by 32
-    matrix (there: not at all, or, on request, while the product is at most `max_dimension`); (2) axes longer than 2048
+    matrix (there: not at all, or, on request, while the product is at most `max_dimension`); (2) axes longer than 1000
     and not 10000 get no matrix; (3) weight decay is Keras': before the step, and in the first one too; (4) a matrix
     that is not finite leaves the last basis in place; (5) in the precision of the weights, float32 at least.
 
@@ -35,8 +35,9 @@ class SOAP(ByAxis):
         beta_2: Decay of the second moment, and of `L` and `R`. Defaults to `0.95` (the authors).
         epsilon: Added to the root of the second moment. Defaults to `1e-8` (the authors).
         every: Steps from one basis to the next. Defaults to `10` (the authors).
-        max_dimension: Longest axis that has a matrix; a longer one stays as it is. Defaults to `2048`.
-        merge: Longest axis that is made of several. Defaults to `1024`.
+        max_dimension: Longest axis that has a matrix; a longer one stays as it is. Defaults to `1000`: on a few
+            CPU cores, decompositions of longer ones cost more than a small network's gradients. Accelerators bear more.
+        merge: Longest axis that is made of several. Defaults to `1000`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `failed_refreshes` (bases that came out wrong, the old ones kept), `step_norm`, `skipped_steps`.
@@ -49,7 +50,7 @@ class SOAP(ByAxis):
     """
 
     def __init__(
-        self, learning_rate=3e-3, beta_1=0.95, beta_2=0.95, epsilon=1e-8, every=10, max_dimension=2048, merge=1024,
+        self, learning_rate=3e-3, beta_1=0.95, beta_2=0.95, epsilon=1e-8, every=10, max_dimension=1000, merge=1000,
         name="soap", **kwargs,
     ):  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
