@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from keras_curvature import replicas, trees
 from keras_curvature.component import check, check_count
-from keras_curvature.curvature import slices, taps
+from keras_curvature.curvature import randomness, slices, taps
 from keras_curvature.curvature.differentiable import differentiable_keras
 
 PROBES = ("rademacher", "gaussian")
@@ -40,7 +40,7 @@ def hessian_diagonal(linearization, seed, probe="rademacher", probes=1):
 
 def draw(like, seed, probe="rademacher"):
     """A random vector with entries of mean 0 and variance 1, the same wherever the seed is."""
-    kind = _signs if probe == "rademacher" else _normal
+    kind = _signs if probe == "rademacher" else randomness.normal
     return [kind(w.shape, [i, seed], w.dtype) for i, w in enumerate(like)]
 
 
@@ -63,10 +63,6 @@ def _signs(shape, seed, dtype):
     """-1 and 1: a random sign bit on the bits of 1.0, which is cheaper than a random number and its conversion."""
     bits = tf.random.stateless_uniform(shape, seed, None, None, tf.int32)
     return tf.cast(tf.bitcast(tf.bitwise.bitwise_or(tf.bitwise.bitwise_and(bits, _SIGN), _ONE), tf.float32), dtype)
-
-
-def _normal(shape, seed, dtype):
-    return tf.random.stateless_normal(shape, seed, dtype=dtype)
 
 
 def _exactly(H, weights):

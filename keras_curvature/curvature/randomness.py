@@ -25,6 +25,8 @@ from tensorflow.python.ops import gen_stateless_random_ops_v2 as generators
 from keras_curvature.curvature import slices
 
 PHILOX = 1
+# Digits of the uniform numbers that are made of integers; all of a float32.
+DIGITS = 24
 # The functions that are replaced, and how many steps of the counter one group of numbers takes: of the truncated
 # normal distribution each number may take many tries.
 STEPS = {
@@ -38,6 +40,18 @@ STEPS = {
 def names():
     """`(module, name, function)` for all that is to be replaced while a model is evaluated on slices."""
     return [(generators, name, _by_rows(getattr(generators, name), steps)) for name, steps in STEPS.items()]
+
+
+def uniform(shape, seed, dtype):
+    """Uniform numbers in [0, 1), made of integers: those are the same under XLA, and its other numbers are not."""
+    integers = tf.random.stateless_uniform(shape, seed, 0, 2**DIGITS, tf.int32)
+    return tf.cast(integers, dtype) * 2.0**-DIGITS
+
+
+def normal(shape, seed, dtype):
+    """Normal numbers, by the inverse of their distribution function; the same under XLA."""
+    inside = (2.0 * uniform(shape, seed, dtype) - 1.0) * (1.0 - 1e-6)  # and not at the ends, of infinite ones
+    return 2.0**0.5 * tf.math.erfinv(inside)
 
 
 def _by_rows(original, steps):

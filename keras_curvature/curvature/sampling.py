@@ -23,7 +23,7 @@ import keras
 import tensorflow as tf
 
 from keras_curvature.component import check
-from keras_curvature.curvature import likelihoods, slices
+from keras_curvature.curvature import likelihoods, randomness, slices
 from keras_curvature.curvature.differentiable import replaced
 
 FISHER = ("sampled", "empirical", "exact")
@@ -102,7 +102,7 @@ def _drawn(recording, seed):
         def uniform(shape, salt=i + 1, dtype=w.z.dtype):
             # not `categorical` and the like: uniform numbers are those of the whole batch, however it is cut
             with slices.at(recording.pure.place):
-                return tf.random.stateless_uniform(shape, [salt, seed], dtype=dtype)
+                return randomness.uniform(shape, [salt, seed], dtype)
 
         drawn.append((w, w.likelihood.slope(w.z, w.likelihood.sample(w.z, uniform))))
     return drawn

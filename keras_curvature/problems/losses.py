@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_curvature.curvature.likelihoods import Gaussian
+
 
 @keras.saving.register_keras_serializable(package="keras_curvature")
 class SumSquares(keras.losses.Loss):
@@ -24,6 +26,7 @@ class SumSquares(keras.losses.Loss):
     """
 
     convex_in_outputs = True  # so that its Gauss-Newton matrix is positive semi-definite
+    likelihood = Gaussian  # of variance 1/2, for methods that draw labels
 
     def __init__(self, name="sum_squares", reduction="sum_over_batch_size", dtype=None):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
