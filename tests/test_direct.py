@@ -27,6 +27,16 @@ def test_inverse_times_the_damped_matrix_is_the_identity(shape):
     np.testing.assert_array_equal(found, np.swapaxes(found, -1, -2))
 
 
+def test_matrix_of_one_number_is_inverted_inside_a_condition():
+    M, count = tf.Variable([[2.0]]), tf.Variable(0)  # nothing that could be computed beforehand
+
+    @tf.function
+    def invert():
+        return tf.cond(tf.equal(count % 2, 0), lambda: direct.inverse(M + 0.0, 0.5), lambda: M + 0.0)
+
+    np.testing.assert_allclose(invert(), [[0.4]], rtol=1e-6)
+
+
 def test_each_of_several_matrices_has_its_own_damping():
     M, dampings = positive(1, 3, 4, 4), np.array([0.1, 1.0, 10.0])
     found = direct.inverse(tf.constant(M), tf.constant(dampings)).numpy()

@@ -100,6 +100,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         Of what is computed, a tensor that is not finite is dropped for the one that was there; the report
         `failed_refreshes` counts them. The values are remembered.
         """
+        if not variables:
+            return []
         kept = trees.values(variables)
 
         def anew():

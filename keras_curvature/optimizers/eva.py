@@ -99,10 +99,10 @@ class Eva(CurvatureOptimizer):
 
     def _clipped(self, natural, g):
         """The directions of the layers, cut to the length that is allowed to all of them; the others as they are."""
-        if self.kl_clip is None:
+        own = [i for i in range(len(g)) if i not in self._others]
+        if self.kl_clip is None or not own:
             self.report(kl_clip=1.0)
             return natural
-        own = [i for i in range(len(g)) if i not in self._others]
         nu = clip(self.kl_clip, self.learning_rate, trees.dot([natural[i] for i in own], [g[i] for i in own]))
         self.report(kl_clip=nu)
         return [d if i in self._others else tf.cast(nu, d.dtype) * d for i, d in enumerate(natural)]

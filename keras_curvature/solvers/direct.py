@@ -78,6 +78,8 @@ def solve_rank_one(a, b, damping, W):
 
 def symmetric(matrix):
     """The symmetric part: sums of products are symmetric up to rounding only."""
+    if matrix.shape[-1] == 1:  # inside a `tf.cond`, TensorFlow's graph optimizer makes an empty tensor of this sum
+        return matrix
     return 0.5 * (matrix + tf.linalg.matrix_transpose(matrix))
 
 
