@@ -9,10 +9,12 @@ import tensorflow as tf
 from cases import MODELS, flat
 from keras import layers
 
+import keras_curvature as kc
 from keras_curvature import Linearization
 from keras_curvature.curvature import factors, kronecker
 from keras_curvature.operators import dense
 from keras_curvature.operators.kronecker import BlockDiagonal, InEigenbasis, KroneckerProduct
+from keras_curvature.optimizers.kfac import KFAC
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 
@@ -591,6 +593,16 @@ def test_factors_cost_one_pass_to_the_activations_and_share_the_forward_pass():
     assert operations(gradient, ["MatMul"]) == 8
     assert operations(with_factors, ["MatMul"]) == 8 + 2 + 6
     assert operations(with_means, ["MatMul"]) == 8
+
+
+@pytest.mark.parametrize("make", [layers.LayerNormalization, lambda: layers.DepthwiseConv1D(2)])
+def test_groups_with_one_output_train_in_a_graph(make):
+    # whose factors of one number, in a condition, have cost TensorFlow 2.21 all results of the step
+    problem = Problem((3, 4), [make(), layers.Flatten(), layers.Dense(2)], classes=True)
+    model = kc.curved(problem.model)
+    model.compile(KFAC(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    history = model.fit(problem.x, problem.y, batch_size=3, epochs=3, verbose=0).history
+    assert history["skipped_steps"] == [0, 0, 0] and history["loss"][-1] < history["loss"][0]
 
 
 # Operators.
