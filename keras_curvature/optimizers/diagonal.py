@@ -57,11 +57,10 @@ class DiagonalOptimizer(CurvatureOptimizer):
         counted = tf.identity(self._counts.value)
 
         def average():
-            found = estimate()
-            fine = tf.stack([tf.math.is_finite(tf.reduce_sum(x)) for x in found])
-            averages = [self._next(*each) for each in zip(found, trees.values(self._D), tf.unstack(counted))]
-            kept = [tf.where(f, new, old.value) for f, new, old in zip(tf.unstack(fine), averages, self._D)]
-            return [*kept, counted + tf.cast(fine, counted.dtype)]
+            averages = [self._next(*each) for each in zip(estimate(), trees.values(self._D), tf.unstack(counted))]
+            # `refresh` keeps the old average where this one is not finite: then nothing was taken in
+            fine = tf.stack([tf.reduce_all(tf.math.is_finite(average)) for average in averages])
+            return [*averages, counted + tf.cast(fine, counted.dtype)]
 
         *D, counts = self.refresh([*self._D, self._counts], self.every, average)
         due = tf.equal(self.iterations % self.every, 0)
