@@ -21,7 +21,7 @@ class SquareRootFreeAdam(DiagonalOptimizer):
 
     Reference: Frans, "Second-order optimization" in "Notes on deep learning" (the sections "Adagrad and Adam" and
     "Fisher vs. empirical Fisher"), after Hwang, "FAdam" (2024). Differences: (1) momentum, which the notes' code leaves
-    out (`beta_1=0`); (2) the default `epsilon`: with 1e-6, as in the notes, the empirical form diverges; (3) with
+    out (`beta_1=0`); (2) the default `epsilon`: with the 1e-6 of the notes the empirical form diverges there; (3) with
     `"sampled"`, a `g^` that is not finite is left out. As in the notes, `v` is made of squares of the mean gradient: of
     N examples about 1/N of the diagonal of the Fisher matrix.
 
