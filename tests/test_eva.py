@@ -16,10 +16,10 @@ REFERENCE = pathlib.Path(__file__).parent / "reference"
 pytestmark = pytest.mark.usefixtures("in_float64")
 
 RUNS = {
-    "softmax": lambda: Eva(),
+    "softmax": lambda: Eva(0.1, 0.03),
     "softmax_unclipped": lambda: Eva(0.01, 0.1, kl_clip=None),
-    "mse": lambda: Eva(momentum=0.5, kl_clip=1e-2),
-    "conv": lambda: Eva(),
+    "mse": lambda: Eva(0.1, 0.03, momentum=0.5, kl_clip=1e-2),
+    "conv": lambda: Eva(0.1, 0.03),
 }
 
 

@@ -27,8 +27,8 @@ class EKFAC(KFAC):
     old numbers belong to the old one.
 
     Args:
-        learning_rate: Multiple of `v` that is taken. Defaults to `0.1`; for `momentum=None`, 1 is the minimum.
-        damping: `lambda`, a number, or a component. Defaults to `1e-3`.
+        learning_rate: Multiple of `v` that is taken. Defaults to `0.01`; for `momentum=None`, 1 is the minimum.
+        damping: `lambda`, a number, or a component, to the loss as the loss is. Defaults to `0.03`, for cross-entropies.
         momentum: As of `KFAC`. Defaults to `0.9`.
         factors_every: Steps between two looks at the factors, and at `S`. Defaults to `10`.
         inverses_every: Steps between two eigendecompositions, a multiple of `factors_every`. Defaults to `100`.
@@ -46,7 +46,7 @@ class EKFAC(KFAC):
     """
 
     def __init__(
-        self, learning_rate=0.1, damping=1e-3, momentum=0.9, factors_every=10, inverses_every=100, fisher="sampled",
+        self, learning_rate=0.01, damping=0.03, momentum=0.9, factors_every=10, inverses_every=100, fisher="sampled",
         sharing="expand", kl_clip=1e-3, curvature_batch=None, name="ekfac", **kwargs,
     ):  # fmt: skip
         super().__init__(

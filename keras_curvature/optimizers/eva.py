@@ -30,12 +30,12 @@ class Eva(CurvatureOptimizer):
     (2) the means are of the whole batch of all replicas, and not of the first 16 examples of each.
 
     Args:
-        learning_rate: Multiple of `v` that is taken. Defaults to `0.1`.
-        damping: `lambda`, positive. Defaults to `0.03`.
+        learning_rate: Multiple of `v` that is taken. Defaults to `0.01` (the authors, with their `b`: 0.1).
+        damping: `lambda`, positive. Defaults to `0.1` (the authors: 0.03).
         momentum: Share of the last step that is kept. Defaults to `0.9`.
         beta: Share of the last vectors that is kept, in [0, 1). Defaults to `0.05`.
         kl_clip: Most of `learning_rate^2 d'g`, or `None`. Defaults to `1e-3`.
-        **kwargs: See `CurvatureOptimizer`. All defaults are the authors'.
+        **kwargs: See `CurvatureOptimizer`.
 
     Reports: `kl_clip` (the multiple of `d`), `step_norm`, `skipped_steps`.
 
@@ -51,7 +51,7 @@ class Eva(CurvatureOptimizer):
     reports = {"kl_clip": "mean", "step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(
-        self, learning_rate=0.1, damping=0.03, momentum=0.9, beta=0.05, kl_clip=1e-3, name="eva", **kwargs
+        self, learning_rate=0.01, damping=0.1, momentum=0.9, beta=0.05, kl_clip=1e-3, name="eva", **kwargs
     ):  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.damping, self.momentum, self.beta, self.kl_clip = damping, momentum, beta, kl_clip

@@ -48,8 +48,8 @@ class KFAC(CurvatureOptimizer):
     is dropped for the last one; (6) no averaging over the iterates: `use_ema=True` is Keras' word for it.
 
     Args:
-        learning_rate: Multiple of `v` that is taken. Defaults to `0.1`; for `momentum=None`, 1 is the minimum.
-        damping: `lambda`, a number, or a component. Defaults to `1e-3`.
+        learning_rate: Multiple of `v` that is taken. Defaults to `0.01`; for `momentum=None`, 1 is the minimum.
+        damping: `lambda`, a number, or a component, to the loss as the loss is. Defaults to `0.03`, for cross-entropies.
         momentum: Share of the last step that is kept; `None`: at the minimum of the quadratic model, as well as the
             length of the new direction. Defaults to `0.9`.
         factors_every: Steps between two looks at the factors. Defaults to `10`.
@@ -83,7 +83,7 @@ class KFAC(CurvatureOptimizer):
     }  # fmt: skip
 
     def __init__(
-        self, learning_rate=0.1, damping=1e-3, momentum=0.9, factors_every=10, inverses_every=100, fisher="sampled",
+        self, learning_rate=0.01, damping=0.03, momentum=0.9, factors_every=10, inverses_every=100, fisher="sampled",
         sharing="expand", kl_clip=1e-3, curvature_batch=None, name="kfac", **kwargs,
     ):  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
