@@ -28,7 +28,7 @@ class EKFAC(KFAC):
 
     Args:
         learning_rate: Multiple of `v` that is taken. Defaults to `0.01`; for `momentum=None`, 1 is the minimum.
-        damping: `lambda`, a number, or a component, to the loss as the loss is. Defaults to `0.03`, for cross-entropies.
+        damping: `lambda`, a number, or a component. Defaults to `0.03`, for losses about the size of 1.
         momentum: As of `KFAC`. Defaults to `0.9`.
         factors_every: Steps between two looks at the factors, and at `S`. Defaults to `10`.
         inverses_every: Steps between two eigendecompositions, a multiple of `factors_every`. Defaults to `100`.

@@ -49,7 +49,7 @@ class KFAC(CurvatureOptimizer):
 
     Args:
         learning_rate: Multiple of `v` that is taken. Defaults to `0.01`; for `momentum=None`, 1 is the minimum.
-        damping: `lambda`, a number, or a component, to the loss as the loss is. Defaults to `0.03`, for cross-entropies.
+        damping: `lambda`, a number, or a component. Defaults to `0.03`, for losses about the size of 1.
         momentum: Share of the last step that is kept; `None`: at the minimum of the quadratic model, as well as the
             length of the new direction. Defaults to `0.9`.
         factors_every: Steps between two looks at the factors. Defaults to `10`.
@@ -107,9 +107,9 @@ class KFAC(CurvatureOptimizer):
 
         Args:
             learning_rate: Multiple of the step to the minimum of the quadratic model. Defaults to `1.0`.
-            damping: A number or component. Defaults to `LevenbergMarquardt(initial=1e-3, decay=19/20, low=1/4, high=3/4,
-                every=5, minimum=1e-8)`, the paper's but for its begin, 150 for losses that sum over the pixels. It is to
-                the loss as the loss is: too high costs more steps than too low.
+            damping: A number or component. Defaults to `LevenbergMarquardt(initial=1e-3, decay=19/20, low=1/4,
+                high=3/4, every=5, minimum=1e-8)`: the paper's, but for its begin, 150 for losses that sum over the
+                pixels. It is to the loss as the loss is, and too high costs more steps than too low.
             factors_every: Defaults to `5` (the paper: 1).
             inverses_every: Defaults to `20`.
             **kwargs: As of the class; `momentum` is `None`. `curvature_batch=0.25` makes a step as cheap as it gets.
