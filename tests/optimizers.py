@@ -6,6 +6,8 @@ settings suit the tiny models of the tests.
 
 from functools import partial
 
+import keras
+
 import keras_curvature as kc
 from keras_curvature import ConjugateGradient, NeumannSeries, curved
 
@@ -25,8 +27,9 @@ OPTIMIZERS = {
     "shampoo_newton": partial(
         kc.Shampoo, learning_rate=0.05, every=2, epsilon=1e-3, beta_2=0.9, grafting="sgd", root=kc.CoupledNewton()
     ),
-    "soap": partial(kc.SOAP, learning_rate=0.01, every=2, epsilon=1e-3),
-    "kl_shampoo": partial(kc.KLShampoo, learning_rate=0.01, every=2, epsilon=1e-3),
+    # the 4x6 kernel's factor of 6x6 has rank 4, and a basis that rounding chooses
+    "soap": partial(kc.SOAP, learning_rate=0.01, every=2, epsilon=1e-3, max_dimension=5),
+    "kl_shampoo": partial(kc.KLShampoo, learning_rate=0.01, every=2, epsilon=1e-3, max_dimension=5),
     "psgd": partial(kc.PSGD, learning_rate=0.01),
     "psgd_newton": partial(kc.PSGD, learning_rate=0.05, kind="newton", geometry=kc.LowRankGeometry(rank=2), every=2),
     "adahessian": partial(kc.AdaHessian),
@@ -43,6 +46,8 @@ OPTIMIZERS = {
     "eva": partial(kc.Eva),
 }  # fmt: skip
 
+# Steps of the same length whatever the gradient, as these methods take them, end at a minimum as the rate falls.
+FALLING = keras.optimizers.schedules.ExponentialDecay(0.3, 50, 0.6)
 # What the registry's settings lack to reach the minimum of a quadratic: longer steps, and no repulsion, which keeps
 # the weights at a distance from it.
 ON_A_QUADRATIC = {
@@ -50,7 +55,24 @@ ON_A_QUADRATIC = {
     "neumann_resets": {"learning_rate": 0.5, "beta": 0.0},
     "two_loop_neumann": {"learning_rate": 0.5, "solver": NeumannSeries(steps=8, rate=0.5)},
     "two_loop_convexified": {"learning_rate": 1.0, "solver": NeumannSeries(steps=8, rate=0.5), "beta": 0.0},
+    "shampoo": {"learning_rate": 0.3},
+    "shampoo_newton": {"learning_rate": 0.3},
+    "soap": {"learning_rate": FALLING},
+    "kl_shampoo": {"learning_rate": FALLING},
+    "psgd": {"learning_rate": FALLING},
+    "psgd_newton": {"learning_rate": 0.5},
+    "adahessian": {"learning_rate": 0.5},
+    "adahessian_lazy": {"learning_rate": 0.5},
+    "sophia_h": {"learning_rate": FALLING},
+    "sophia_g": {"learning_rate": FALLING},
+    "esgd": {"learning_rate": 0.5},
+    "diagonal_newton": {"learning_rate": 0.5, "step_max": None},
+    "square_root_free_adam": {"learning_rate": keras.optimizers.schedules.ExponentialDecay(0.3, 10, 0.8)},
+    "square_root_free_adam_sampled": {"learning_rate": 0.1},
+    "eva": {"damping": 0.3, "kl_clip": None},
 }
+# These look at layers, of which a quadratic has none that they know: they have a linear regression.
+LAYERWISE = ["kfac", "kfac_adaptive", "ekfac", "eva"]
 
 # Not asked of an optimizer that is made: its variables would set up TensorFlow, in processes with plans of their own.
 BY_GRADIENT = {"neumann", "neumann_resets", "shampoo", "shampoo_newton", "soap", "kl_shampoo", "psgd",

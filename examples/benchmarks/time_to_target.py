@@ -14,8 +14,8 @@ How it measures:
 * A run trains for a budget of seconds. Only steps count: not tracing, not the looks at the loss, which is that of a
   fixed sample of the training data, normalized by the statistics of the sample.
 * Every method has the same grid of learning rates, two to a decade, the same rule to choose from it and the same
-  budget; everything else is at its default, or as the table of methods below says. The rule: on one seed, runs of a fifth
-  of the budget, from the rate nearest to the default uphill as long as the loss at the end is lower on one of the
+  budget; everything else is at its default, or as the table of methods below says. The rule: on one seed, runs of a
+  fifth of the budget, from the rate nearest to the default on, as long as the loss at the end is lower on one of the
   sides. The best rate is run for the whole budget on three seeds.
 * The target is what the best of Keras' own optimizers reaches at the end of its budget, the median over its seeds; a
   second one is what it has after a third of it. A time to target is the median over the seeds of the first look at
