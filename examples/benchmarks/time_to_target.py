@@ -111,9 +111,12 @@ def hessian_free():
 
 
 def adaptive_kfac():
-    """K-FAC that chooses its steps; its damping begins where it would soon be, factors see a quarter of the batch."""
-    damping = kc.LevenbergMarquardt(initial=0.1 / 784, decay=0.9, low=0.25, high=0.75, every=5)
-    return kc.KFAC.adaptive(damping=damping, factors_every=5, curvature_batch=0.25)
+    """K-FAC that chooses its steps; its damping begins where it would soon be, products see a quarter of the batch.
+
+    Without the floor the damping falls for ever: on the batch of the step the model always foretells well.
+    """
+    damping = kc.LevenbergMarquardt(initial=1e-5, decay=0.95, low=0.25, high=0.75, every=5, minimum=1e-7)
+    return kc.KFAC.adaptive(damping=damping, factors_every=5, inverses_every=20, curvature_batch=0.25)
 
 
 METHODS = {
@@ -123,7 +126,7 @@ METHODS = {
     "Adam, large batch": Method(
         lambda: keras.optimizers.Adam(0.001), kerass=True, batch={"autoencoder": 1000, "cifar10": 512}
     ),
-    "KFAC, adaptive": Method(adaptive_kfac, batch={"autoencoder": 1000}, problems=("autoencoder",)),
+    "KFAC, adaptive": Method(adaptive_kfac, batch={"autoencoder": 500}, problems=("autoencoder",)),
     "KFAC": Method(kc.KFAC),
     "EKFAC": Method(kc.EKFAC),
     "Eva": Method(kc.Eva),
