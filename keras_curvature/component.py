@@ -75,6 +75,14 @@ def check_count(owner, name, value, low=1):
           f"an integer >= {low}")
 
 
+def check_part(owner, name, value):
+    """Check that the argument says which part of a batch to use."""
+    if isinstance(value, float):
+        check_number(owner, name, value, low=0, high=1, open_low=True)
+    elif value is not None:
+        check(owner, name, value, is_number(value) and value >= 1, "a share in (0, 1], an integer >= 1, or None")
+
+
 def check_component(owner, name, value, method, examples):
     """Check that the argument is a component with `method`; a class or a string gets told how to write it."""
     valid = isinstance(value, Component) and hasattr(value, method)

@@ -85,6 +85,15 @@ def close(ours, theirs, tolerance=1e-10):
     np.testing.assert_allclose(ours, theirs, tolerance, tolerance * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize("without", ["scale", "center"])
+def test_frozen_normalization_has_no_block(without):
+    stack = [layers.Dense(3), layers.BatchNormalization(**{without: False}), layers.Dense(2)]
+    model = keras.Sequential([keras.Input((4,)), *stack])
+    stack[1].trainable = False
+    found, diagonal, unsupported = kronecker.blocks(model)
+    assert [block.variables for block in found] == [(0, 1), (2, 3)] and not diagonal and not unsupported
+
+
 # Where Kronecker factors are the whole truth.
 
 

@@ -114,7 +114,8 @@ def blocks(model, sharing="expand"):
     position = {id(v): i for i, v in enumerate(model.trainable_variables)}
     found = [_trainable(w, position) for w in _candidates(model) if w.kernel is None or id(w.kernel) in position]
     owners = _owners(model, found)
-    alone = [w for w in found if all(len(owners[id(v)]) == 1 for v in w.variables)]
+    # of frozen normalization without a scale nothing is left
+    alone = [w for w in found if w.variables and all(len(owners[id(v)]) == 1 for v in w.variables)]
     made = [
         Block(w.variables[0].path, tuple(position[id(v)] for v in w.variables), w, w.sharing or sharing) for w in alone
     ]

@@ -2,10 +2,11 @@
 
 import tensorflow as tf
 
-from keras_curvature import replicas
+from keras_curvature import trees
 from keras_curvature.component import check, register
 from keras_curvature.operators.kronecker import InEigenbasis
-from keras_curvature.optimizers.kfac import KFAC, cubes, matrices, pairs
+from keras_curvature.optimizers import by_layer
+from keras_curvature.optimizers.kfac import KFAC
 from keras_curvature.solvers import eigenbases
 
 
@@ -24,14 +25,16 @@ class EKFAC(KFAC):
     Reference: George, Laurent, Bouthillier, Ballas and Vincent, "Fast approximate natural gradient descent in a
     Kronecker-factored eigenbasis" (2018), Algorithm 1 with running averages (EKFAC-ra). Differences from the paper:
     (1) those of `KFAC`; (2) the average of `S`, `eps = min(1 - 1/t, 0.95)`, begins again with every new basis, for the
-    old numbers belong to the old one.
+    old numbers belong to the old one; a layer whose factors cannot be decomposed, or whose `S` in the new basis is not
+    finite, keeps its old basis and goes on with the average in it.
 
     Args:
         learning_rate: Multiple of `v` that is taken. Defaults to `0.01`; for `momentum=None`, 1 is the minimum.
         damping: `lambda`, a number, or a component. Defaults to `0.03`, for losses about the size of 1.
         momentum: As of `KFAC`. Defaults to `0.9`.
         factors_every: Steps between two looks at the factors, and at `S`. Defaults to `10`.
-        inverses_every: Steps between two eigendecompositions, a multiple of `factors_every`. Defaults to `100`.
+        inverses_every: Steps between two eigendecompositions, a multiple of `factors_every`; if it equals that, `S` is
+            of the last look alone. Defaults to `100`.
         fisher, sharing, kl_clip, curvature_batch: As of `KFAC`.
         **kwargs: See `CurvatureOptimizer`.
 
@@ -57,30 +60,67 @@ class EKFAC(KFAC):
         check(self, "inverses_every", inverses_every, valid, f"a multiple of `factors_every` ({factors_every})")
 
     def _create_inverses(self):
-        """Eigenbases of the factors that are matrices, and second moments."""
+        """Eigenbases of the factors that are matrices, second moments, and how many looks are in these."""
         self._bases = self._create_factors("basis", kinds=("matrix",))
         self._moments = [
             self._ones(block.shape, self._dtype(block), f"moment_{i}") for i, block in enumerate(self._blocks)
         ]
+        self._moment_counts = self.add_variable((len(self._blocks),), name="moment_looks", aggregation="none")
 
     def _inverse_operators(self, batch, factors, damping):
         """One for each block."""
-        decomposed = self.refresh(self._bases, self.inverses_every, lambda: self._decomposed(factors))
-        found = dict(zip(matrices(self._blocks), decomposed))
-        bases = pairs([found.get(i) for i in range(len(factors))])
-
-        def compute():
-            seed = tf.cast(self.iterations, tf.int32)
-            seen, _ = batch.kronecker_second_moments(self._blocks, bases, fisher=self.fisher, seed=seed)
-            return self._averaged(self._moments, seen, self.iterations % self.inverses_every)
-
-        moments = self.refresh(self._moments, self.factors_every, compute)
+        bases, moments = self._refreshed_moments(batch, factors) if self._blocks else ([], [])
         return [
             InEigenbasis(*pair, 1.0 / (S + self._damping_of(batch, block.variables, damping, S)))
-            for block, pair, S in zip(self._blocks, bases, moments)
+            for block, pair, S in zip(self._blocks, self._of_blocks(bases), moments)
         ]
 
-    def _decomposed(self, factors):
-        """Eigenvectors of all factors that are matrices; each replica computes some."""
-        chosen = [factors[i] for i in matrices(self._blocks)]
-        return replicas.deal(eigenbases.decompose, chosen, [cubes(factor) for factor in chosen])
+    def _refreshed_moments(self, batch, factors):
+        """`(bases, S)`; a block gets a basis and what is seen in it together, or keeps both."""
+        old, counts = trees.values(self._bases), tf.identity(self._moment_counts.value)
+
+        def compute():
+            decomposed = self._decomposed(factors, old)
+            good = [trees.sums_up(U) for U in decomposed]
+            fresh = tf.stack([self._is_due & _all(both) for both in self._of_blocks(good)])
+            bases = self._chosen(fresh, decomposed, old)
+            seed, pairs = tf.cast(self.iterations, tf.int32), self._of_blocks(bases)
+            seen, _ = batch.kronecker_second_moments(self._blocks, pairs, fisher=self.fisher, seed=seed)
+            since = tf.where(fresh, tf.zeros_like(counts), counts)
+            moments, fine = by_layer.averaged(self._moments, seen, since)
+            bases = self._chosen(fine, bases, old)
+            # what failed is handed on, for `refresh` to drop and to count
+            bases = [tf.where(fine, U, failed) for fine, U, failed in zip(good, bases, decomposed)]
+            return [*bases, *moments, tf.where(fine, since + 1.0, counts)]
+
+        *values, _ = self.refresh([*self._bases, *self._moments, self._moment_counts], self.factors_every, compute)
+        return values[: len(old)], values[len(old) :]
+
+    @property
+    def _is_due(self):
+        """Whether there are new bases where there is a look."""
+        return tf.equal(self.iterations % self.inverses_every, 0)
+
+    def _decomposed(self, factors, old):
+        """Eigenvectors of all factors that are matrices, where they are due; each replica computes some."""
+
+        def anew():
+            return list(by_layer.deal(eigenbases.decompose, self._blocks, factors).values())
+
+        return anew() if self.inverses_every == self.factors_every else tf.cond(self._is_due, anew, lambda: old)
+
+    def _of_blocks(self, values):
+        """Of values for the matrices, a pair for each block, with `None` for a factor that is a diagonal."""
+        found = dict(zip(by_layer.matrices(self._blocks), values))
+        return by_layer.pairs([found.get(i) for i in range(2 * len(self._blocks))])
+
+    def _chosen(self, conditions, new, old):
+        """Of bases, those of `new` in the blocks whose condition holds."""
+        places = [i // 2 for i in by_layer.matrices(self._blocks)]
+        return [tf.where(conditions[i], a, b) for i, a, b in zip(places, new, old)]
+
+
+def _all(conditions):
+    """Whether there are any, and all hold."""
+    known = [condition for condition in conditions if condition is not None]
+    return tf.reduce_all(tf.stack(known)) if known else tf.constant(False)

@@ -8,7 +8,7 @@ from keras_curvature.curvature import kronecker
 from keras_curvature.operators import Function
 from keras_curvature.operators.kronecker import BlockDiagonal
 from keras_curvature.optimizers.base import CurvatureOptimizer
-from keras_curvature.optimizers.kfac import pairs, warn_of
+from keras_curvature.optimizers.by_layer import pairs, warn_of
 from keras_curvature.solvers import direct
 from keras_curvature.steps.trust_region import kl_clip as clip
 
@@ -22,7 +22,8 @@ class Eva(CurvatureOptimizer):
         v <- momentum v - min(1, sqrt(kl_clip / (learning_rate^2 d'g))) d,    w <- w + learning_rate v
 
     by Sherman and Morrison: no matrix is kept, and none is inverted. Costs little more than the gradient. Weights in no
-    layer that is known get `d = g`, are left out of the clipping, and named by a warning.
+    layer that is known, named by a warning, get `d = g` and are left out of `d'g` and of the clipping, as in the
+    authors' code: without curvature, a length in its metric means nothing, and their steps are those of SGD.
 
     Reference: Zhang, Shi and Li, "Eva: practical second-order optimization with Kronecker-vectorized approximation"
     (2023), section 3, and the authors' code. Differences from the code: (1) the slopes in `b` are those of the loss of
@@ -34,7 +35,8 @@ class Eva(CurvatureOptimizer):
         damping: `lambda`, positive. Defaults to `0.1` (the authors: 0.03).
         momentum: Share of the last step that is kept. Defaults to `0.9`.
         beta: Share of the last vectors that is kept, in [0, 1). Defaults to `0.05`.
-        kl_clip: Most of `learning_rate^2 d'g`, or `None`. Defaults to `1e-3`.
+        kl_clip: Most of `learning_rate^2 d'g`, or `None`. It acts only where `d'g > kl_clip / learning_rate^2`, 10 by
+            default. Defaults to `1e-3`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `kl_clip` (the multiple of `d`), `step_norm`, `skipped_steps`.

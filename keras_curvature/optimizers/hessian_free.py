@@ -5,7 +5,7 @@ import dataclasses
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_component, check_number, is_number, register
+from keras_curvature.component import check, check_component, check_number, check_part, register
 from keras_curvature.curvature.gauss_newton import require_convex
 from keras_curvature.operators import Diagonal, Identity
 from keras_curvature.optimizers.base import CurvatureOptimizer
@@ -80,11 +80,7 @@ class HessianFree(CurvatureOptimizer):
         if line_search is not None:
             check_component(self, "line_search", line_search, "search", "ArmijoLineSearch()")
         check(self, "curvature", curvature, curvature in ("gauss_newton", "hessian"), '"gauss_newton" or "hessian"')
-        if isinstance(curvature_batch, float):
-            check_number(self, "curvature_batch", curvature_batch, low=0, high=1, open_low=True)
-        elif curvature_batch is not None:
-            valid = is_number(curvature_batch) and curvature_batch >= 1
-            check(self, "curvature_batch", curvature_batch, valid, "a share in (0, 1], an integer >= 1, or None")
+        check_part(self, "curvature_batch", curvature_batch)
         check_number(self, "warm_start", warm_start, low=0, high=1)
         check_number(self, "preconditioner", preconditioner, low=0, high=1)
         check_number(self, "structural_damping", structural_damping, low=0)

@@ -1,20 +1,17 @@
 """K-FAC: natural-gradient steps with a Kronecker-factored Fisher matrix."""
 
-import warnings
-
 import tensorflow as tf
 
-from keras_curvature import replicas, trees
-from keras_curvature.component import check, check_count, check_number, is_number, register
+from keras_curvature import trees
+from keras_curvature.component import check, check_count, check_number, check_part, register
 from keras_curvature.curvature import kronecker
 from keras_curvature.curvature.gauss_newton import require_convex
+from keras_curvature.curvature.sampling import FISHER
 from keras_curvature.operators.kronecker import BlockDiagonal, KroneckerProduct
+from keras_curvature.optimizers import by_layer
 from keras_curvature.optimizers.base import CurvatureOptimizer
-from keras_curvature.solvers import direct
 from keras_curvature.steps import LevenbergMarquardt, as_damping, quadratic
 from keras_curvature.steps.trust_region import kl_clip as clip
-
-FACTOR_DECAY = 0.95  # Martens and Grosse (2015), section 5
 
 
 @register
@@ -43,9 +40,12 @@ class KFAC(CurvatureOptimizer):
     Differences from the paper: (1) the damping of the factors is not a second number `gamma` that is searched for, but
     `sqrt(lambda)` with the L2 regularizer in it (as in kfac-jax); (2) `pi` is of the traces; (3) factors are kept and
     inverses computed every so many steps only, `t` counts the former; (4) the reduction ratio is taken in steps
-    `every`, `2 * every`, ..., and leaves the damping out of what was promised (as in kfac-jax); with `momentum=None` a
-    step that is found to make the loss of its batch worse is not taken then; (5) a factor or inverse that is not finite
-    is dropped for the last one; (6) no averaging over the iterates: `use_ema=True` is Keras' word for it.
+    `every`, `2 * every`, ..., and leaves the damping out of what was promised (as in kfac-jax); (5) with
+    `momentum=None` a step that is found then to make the loss of its batch worse is not taken, and the next `v` is made
+    of the last one that was (as in kfac-jax); (6) where, besides, products are of a part of the batch, this is looked
+    at in every step, by one more forward pass, and each such step makes the damping grow: in the null space of the part
+    `lambda` alone holds the step; (7) a factor or inverse that is not finite is dropped for the last one, and not
+    counted in `t`; (8) no averaging over the iterates: `use_ema=True` is Keras' word for it.
 
     Args:
         learning_rate: Multiple of `v` that is taken. Defaults to `0.01`; for `momentum=None`, 1 is the minimum.
@@ -58,15 +58,18 @@ class KFAC(CurvatureOptimizer):
             backward pass for each class); `"empirical"`: the true ones. Defaults to `"sampled"`.
         sharing: `"expand"` or `"reduce"`: whether positions at which a layer uses the same weights (pixels, tokens)
             count as examples, or are summed first; see `curvature/kronecker.py`. Defaults to `"expand"`.
-        kl_clip: Most of `learning_rate^2 d'g`, or `None`. Without effect where `momentum=None`. Defaults to `1e-3`
+        kl_clip: Most of `learning_rate^2 d'g`, or `None`; weights in no layer that is known count. It acts only where
+            `d'g > kl_clip / learning_rate^2`, 10 by default. Without effect where `momentum=None`. Defaults to `1e-3`
             (Ba et al.).
         curvature_batch: Part of the batch that factors and products use, the next one each step: a share in (0, 1], a
-            number of examples, or `None` for all. Defaults to `None` (Martens and Grosse: 1/8 and 1/4).
+            number of examples, or `None` for all. With `momentum=None`, sensible are parts with several times more
+            outputs (examples times classes) than there are weights; of smaller ones, give the damping a higher begin.
+            Defaults to `None` (Martens and Grosse: 1/8 and 1/4).
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `damping`, `kl_clip` (the multiple of `d`), with `momentum=None` `alpha`, `mu` and `rejected_steps`,
-    `reduction_ratio` (at the checks), `failed_refreshes` (factors and inverses that were not finite), `step_norm`,
-    `skipped_steps`.
+    Reports: `damping`, `failed_refreshes` (factors and inverses that were not finite), `step_norm`, `skipped_steps`;
+    where they are used `kl_clip` (the multiple of `d`), `reduction_ratio` (at the checks), and with `momentum=None`
+    `alpha`, `mu` and `rejected_steps`.
 
     Example:
 
@@ -86,20 +89,26 @@ class KFAC(CurvatureOptimizer):
         self, learning_rate=0.01, damping=0.03, momentum=0.9, factors_every=10, inverses_every=100, fisher="sampled",
         sharing="expand", kl_clip=1e-3, curvature_batch=None, name="kfac", **kwargs,
     ):  # fmt: skip
+        rule, free, whole = as_damping(self, damping), momentum is None, curvature_batch is None
+        looks = bool(rule.every) or (free and not whole)
+        there = {"kl_clip": not free and kl_clip is not None, "alpha": free, "mu": free, "reduction_ratio": looks}
+        there["rejected_steps"] = free and looks
+        # past Keras, which wants its own `__init__` first
+        object.__setattr__(self, "reports", {n: how for n, how in type(self).reports.items() if there.get(n, True)})
         super().__init__(learning_rate, name=name, **kwargs)
         self.damping, self.momentum, self.fisher, self.sharing = damping, momentum, fisher, sharing
         self.factors_every, self.inverses_every = factors_every, inverses_every
         self.kl_clip, self.curvature_batch = kl_clip, curvature_batch
-        self._rule = as_damping(self, damping)
+        self._rule, self._watches = rule, free and not whole
         if momentum is not None:
             check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
         check_count(self, "factors_every", factors_every)
         check_count(self, "inverses_every", inverses_every)
-        check(self, "fisher", fisher, fisher in FISHERS, " or ".join(f'"{name}"' for name in FISHERS))
+        check(self, "fisher", fisher, fisher in FISHER, '"sampled", "empirical" or "exact"')
         check(self, "sharing", sharing, sharing in kronecker.SHARING, '"expand" or "reduce"')
         if kl_clip is not None:
             check_number(self, "kl_clip", kl_clip, low=0, open_low=True)
-        check_part(self, curvature_batch)
+        check_part(self, "curvature_batch", curvature_batch)
 
     @classmethod
     def adaptive(cls, learning_rate=1.0, damping=None, factors_every=5, inverses_every=20, **kwargs):
@@ -112,7 +121,8 @@ class KFAC(CurvatureOptimizer):
                 pixels. It is to the loss as the loss is, and too high costs more steps than too low.
             factors_every: Defaults to `5` (the paper: 1).
             inverses_every: Defaults to `20`.
-            **kwargs: As of the class; `momentum` is `None`. `curvature_batch=0.25` makes a step as cheap as it gets.
+            **kwargs: As of the class; `momentum` is `None`. `curvature_batch=0.25` makes a step of a large batch as
+                cheap as it gets.
 
         Example: `KFAC.adaptive(damping=LevenbergMarquardt.martens(1e-5, decay=0.95, every=5), curvature_batch=0.25)`
         """
@@ -123,11 +133,12 @@ class KFAC(CurvatureOptimizer):
     def create_state(self, variables):
         """Factors and what is made of them, the last step, and the damping."""
         self._blocks, self._diagonal, unsupported = kronecker.blocks(self.model, self.sharing)
-        warn_of(self, unsupported, "the diagonal of the Fisher matrix")
+        by_layer.warn_of(self, unsupported, "the diagonal of the Fisher matrix")
         self._velocity = self.add_optimizer_variables(variables, "velocity")
         self._damping = self.add_scalar(self._rule.initial, "damping")
         self._factors = self._create_factors("factor")
         self._diagonals = [self._ones(variables[i].shape, variables[i].dtype, f"diagonal_{i}") for i in self._diagonal]
+        self._counts = self.add_variable((len(self._factors + self._diagonals),), name="looks", aggregation="none")
         self._create_inverses()
 
     def direction(self, lin):
@@ -176,24 +187,25 @@ class KFAC(CurvatureOptimizer):
         return trees.add(trees.scale(c[0], natural), v, c[1]), lambda: quadratic.value(A, b, rate * c)
 
     def _check(self, lin, step, v, damping, predict):
-        """`(step, next velocity)` and the next damping: the step's loss, every so many steps."""
-        nan = tf.constant(float("nan"), lin.loss.dtype)
-        if not self._rule.every:
-            self.report(reduction_ratio=nan, rejected_steps=0.0)
+        """`(step, next velocity)` and the next damping: the step's loss, where the damping or a part asks for it."""
+        every, rejects = self._rule.every, self.momentum is None
+        if not every and not self._watches:
             return step, step
-        rate, rejects = tf.convert_to_tensor(self.learning_rate), self.momentum is None
+        rate, nan = tf.convert_to_tensor(self.learning_rate), tf.constant(float("nan"), lin.loss.dtype)
 
-        def check():
+        def look():
             loss = lin.loss_at(trees.scale(rate, step))
             predicted = tf.cast(predict(), loss.dtype)
             ratio = (loss - lin.loss) / predicted
             ratio = tf.where(predicted == 0, tf.ones_like(ratio), ratio)  # at the minimum: as predicted
             worse = tf.logical_not(loss <= lin.loss) & trees.is_finite(step) if rejects else tf.constant(False)
-            return worse, ratio, self._rule.update(damping, ratio)
+            return worse, ratio
 
-        due = (self.iterations + 1) % self._rule.every == 0
-        worse, ratio, next_damping = tf.cond(due, check, lambda: (tf.constant(False), nan, damping))
-        self.remember(self._damping, next_damping)
+        due = tf.equal((self.iterations + 1) % every, 0) if every else tf.constant(False)
+        worse, ratio = look() if self._watches else tf.cond(due, look, lambda: (tf.constant(False), nan))
+        # that a part of the batch promised too much is not a matter of some steps later
+        updated = self._rule.update(damping, tf.where(worse, tf.constant(float("-inf"), ratio.dtype), ratio))
+        self.remember(self._damping, tf.where(due | worse, updated, damping))
         self.report(reduction_ratio=ratio, rejected_steps=tf.cast(worse, tf.float32))
         if not rejects:
             return step, step
@@ -210,50 +222,34 @@ class KFAC(CurvatureOptimizer):
 
     def _inverse_operators(self, batch, factors, damping):
         """One for each block."""
-        dampings = [self._damping_of(batch, b.variables, damping, A) for b, (A, _) in zip(self._blocks, pairs(factors))]
-        inverses = self.refresh(self._inverses, self.inverses_every, lambda: self._inverted(factors, dampings))
-        return [KroneckerProduct(*pair) for pair in pairs(inverses)]
+        dampings = [self._damping_of(batch, b.variables, damping, A) for b, A in zip(self._blocks, factors[::2])]
+
+        def compute():
+            return by_layer.inverses(self._blocks, factors, dampings)
+
+        inverses = self.refresh(self._inverses, self.inverses_every, compute)
+        return [KroneckerProduct(*pair) for pair in by_layer.pairs(inverses)]
 
     def _damping_of(self, batch, indices, damping, like):
         """The damping of some weights of one layer: with the L2 regularizer, where the kernel has one."""
         return tf.cast(damping, like.dtype) + max(batch.l2[i] for i in indices)
 
     def _refreshed_factors(self, batch):
-        """`([A, G, A, G, ...], [diagonal])`, averaged over the steps."""
+        """`([A, G, A, G, ...], [diagonal])`, each averaged over the looks at it that were finite."""
+        variables = self._factors + self._diagonals
 
         def compute():
-            seed = tf.cast(self.iterations, tf.int32)
+            seed, counts = tf.cast(self.iterations, tf.int32), tf.identity(self._counts.value)
             found, diagonals = batch.kronecker_factors(self._blocks, self._diagonal, self.fisher, seed)
-            return self._averaged(variables, [*(factor for pair in found for factor in pair), *diagonals])
+            new = [*(factor for pair in found for factor in pair), *diagonals]
+            averages, fine = by_layer.averaged(variables, new, counts)
+            return [*averages, counts + tf.cast(fine, counts.dtype)]
 
-        variables = self._factors + self._diagonals
-        values = self.refresh(variables, self.factors_every, compute)
+        *values, _ = self.refresh([*variables, self._counts], self.factors_every, compute)
         return values[: len(self._factors)], values[len(self._factors) :]
-
-    def _averaged(self, variables, new, since=None):
-        """Of variables, the running averages with new values; `since`: steps since the average began."""
-        t = (self.iterations if since is None else since) // self.factors_every + 1
-        kept = tf.minimum(1.0 - 1.0 / tf.cast(t, tf.float64), FACTOR_DECAY)
-        return [
-            tf.cast(kept, n.dtype) * tf.cast(old, n.dtype) + tf.cast(1.0 - kept, n.dtype) * n
-            for old, n in zip(variables, new)
-        ]
 
     def _create_inverses(self):
         self._inverses = self._create_factors("inverse")
-
-    def _inverted(self, factors, dampings):
-        """Damped inverses of all factors; each replica computes some."""
-        split = []
-        for block, both, damping in zip(self._blocks, pairs(factors), dampings):
-            means = [_mean_eigenvalue(factor, kind) for factor, kind in zip(both, block.kinds)]
-            split += direct.split_damping(*means, damping)
-        places = matrices(self._blocks)
-        items, costs = [(factors[i], split[i]) for i in places], [cubes(factors[i]) for i in places]
-        found = dict(zip(places, replicas.deal(lambda item: direct.inverse(*item), items, costs)))
-        return [
-            found[i] if i in found else direct.inverse_of_diagonal(factor, split[i]) for i, factor in enumerate(factors)
-        ]
 
     # Variables.
 
@@ -279,48 +275,6 @@ class KFAC(CurvatureOptimizer):
         return self.add_variable(tuple(shape), initializer="ones", dtype=dtype, name=name, aggregation="none")
 
 
-FISHERS = ("sampled", "exact", "empirical")
-
-
 def martens_damping(initial=1e-3, every=5):
     """The damping of Martens and Grosse (2015): times (19/20)^every above a ratio of 3/4, over it below 1/4."""
     return LevenbergMarquardt(initial=initial, decay=19 / 20, low=0.25, high=0.75, every=every, minimum=1e-8)
-
-
-def warn_of(optimizer, unsupported, instead):
-    """Name, once, the weights that no Kronecker factors are known for."""
-    if unsupported:
-        warnings.warn(
-            f"`{type(optimizer).__name__}` knows no Kronecker factors for {', '.join(unsupported)}: their steps are "
-            f"made with {instead}.",
-            stacklevel=2,
-        )
-
-
-def check_part(owner, value):
-    """Check `curvature_batch`."""
-    if isinstance(value, float):
-        check_number(owner, "curvature_batch", value, low=0, high=1, open_low=True)
-    elif value is not None:
-        valid = is_number(value) and value >= 1
-        check(owner, "curvature_batch", value, valid, "a share in (0, 1], an integer >= 1, or None")
-
-
-def pairs(values):
-    """`[A, G, A, G, ...]` as `[(A, G), ...]`."""
-    return list(zip(values[::2], values[1::2]))
-
-
-def matrices(blocks):
-    """Which of `[A, G, A, G, ...]` are matrices and not diagonals."""
-    kinds = [kind for block in blocks for kind in block.kinds]
-    return [i for i, kind in enumerate(kinds) if kind == "matrix"]
-
-
-def cubes(matrix):
-    """What it costs to invert or decompose some matrices `(..., d, d)`."""
-    return matrix.shape.num_elements() * matrix.shape[-1]
-
-
-def _mean_eigenvalue(factor, kind):
-    return direct.mean_eigenvalue(factor) if kind == "matrix" else tf.reduce_mean(factor, -1)

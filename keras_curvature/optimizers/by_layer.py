@@ -1,0 +1,72 @@
+"""What the methods of Kronecker factors share: a list of blocks, and a pair of factors for each."""
+
+import warnings
+
+import tensorflow as tf
+
+from keras_curvature import replicas, trees
+from keras_curvature.solvers import direct
+
+DECAY = 0.95  # Martens and Grosse (2015), section 5
+
+
+def warn_of(optimizer, unsupported, instead):
+    """Name, once, the weights that no Kronecker factors are known for."""
+    if unsupported:
+        warnings.warn(
+            f"`{type(optimizer).__name__}` knows no Kronecker factors for {', '.join(unsupported)}: their steps are "
+            f"made with {instead}.",
+            stacklevel=2,
+        )
+
+
+def pairs(values):
+    """`[A, G, A, G, ...]` as `[(A, G), ...]`."""
+    return list(zip(values[::2], values[1::2]))
+
+
+def matrices(blocks):
+    """Which of `[A, G, A, G, ...]` are matrices and not diagonals."""
+    kinds = [kind for block in blocks for kind in block.kinds]
+    return [i for i, kind in enumerate(kinds) if kind == "matrix"]
+
+
+def averaged(old, new, counts):
+    """`(running averages, which of them are finite)` of lists of tensors, old averages of `counts` looks each."""
+    kept = tf.minimum(1.0 - 1.0 / (tf.cast(counts, tf.float64) + 1.0), DECAY)
+    averages = [
+        tf.cast(k, n.dtype) * tf.cast(o, n.dtype) + tf.cast(1.0 - k, n.dtype) * n
+        for o, n, k in zip(old, new, tf.unstack(kept))
+    ]
+    return averages, tf.stack([trees.sums_up(average) for average in averages])
+
+
+def deal(function, blocks, items):
+    """`{i: function(items[i])}` for the matrices among `[A, G, A, G, ...]`; each replica computes some.
+
+    An item is a matrix, or a tuple that begins with one.
+    """
+    places = matrices(blocks)
+    chosen = [items[i] for i in places]
+    costs = [_cubes(item[0] if isinstance(item, tuple) else item) for item in chosen]
+    return dict(zip(places, replicas.deal(function, chosen, costs)))
+
+
+def inverses(blocks, factors, dampings):
+    """Of `[A, G, A, G, ...]`, inverses with the damping of each block parted among the two."""
+    split = []
+    for block, both, damping in zip(blocks, pairs(factors), dampings):
+        means = [_mean_eigenvalue(factor, kind) for factor, kind in zip(both, block.kinds)]
+        split += direct.split_damping(*means, damping)
+    items = list(zip(factors, split))
+    found = deal(lambda item: direct.inverse(*item), blocks, items)
+    return [found[i] if i in found else direct.inverse_of_diagonal(*item) for i, item in enumerate(items)]
+
+
+def _cubes(matrix):
+    """What it costs to invert or decompose some matrices `(..., d, d)`."""
+    return matrix.shape.num_elements() * matrix.shape[-1]
+
+
+def _mean_eigenvalue(factor, kind):
+    return direct.mean_eigenvalue(factor) if kind == "matrix" else tf.reduce_mean(factor, -1)
