@@ -69,6 +69,11 @@ def is_finite(v):
     return tf.math.is_finite(squared_norm(v))
 
 
+def sums_up(a):
+    """Whether the sum of the entries of a tensor is finite: false for a NaN or an infinity; one pass."""
+    return tf.math.is_finite(tf.reduce_sum(a))
+
+
 def count(v):
     """Number of entries of `v`, a Python integer."""
     return sum(int(a.shape.num_elements()) for a in v)

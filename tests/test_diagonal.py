@@ -53,7 +53,7 @@ def test_probes_average_to_the_diagonal(probe):
     rest = np.square(H).sum(1) - np.square(np.diag(H)) * (1 if probe == "rademacher" else -1)
     error = (found.mean(0) - np.diag(H)) / np.sqrt(rest / len(found) + 1e-30)
     assert np.abs(error).max() < 4.5
-    assert 0.6 < np.square(error).mean() < 1.6
+    assert 0.3 < np.square(error).mean() < 2.5  # the entries are not independent: 0.4 to 1.7 in twelve such means
     joint = flat(lin.hessian_diagonal(7, probe, probes=3))
     np.testing.assert_allclose(joint, found[21:24].mean(0), rtol=1e-10, atol=1e-14)
 

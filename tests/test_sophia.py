@@ -42,12 +42,12 @@ def test_sophia_g_takes_the_steps_of_the_authors_code_given_its_labels(monkeypat
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model = kc.curved(model)
     model.compile(optimizer, loss, run_eagerly=True)  # labels are drawn when they are due
-    for rows, weights, unclipped in zip(
-        REFERENCE["batch_indices"].astype(int), REFERENCE["weights_flat"], REFERENCE["unclipped"]
-    ):
+    steps = zip(REFERENCE["batch_indices"].astype(int), REFERENCE["weights_flat"], REFERENCE["unclipped"])
+    for step, (rows, weights, unclipped) in enumerate(steps):
         logs = model.train_on_batch(REFERENCE["x"][rows], REFERENCE["y"][rows], return_dict=True)
         np.testing.assert_allclose(flat(model.trainable_variables), weights, rtol=0, atol=1e-12)
-        np.testing.assert_allclose(logs["unclipped"], unclipped, atol=1e-6)
+        due = step % optimizer.every == 0  # with a new estimate alone it is counted
+        np.testing.assert_allclose(logs["unclipped"], unclipped if due else np.nan, atol=1e-6)
     assert next(labels, None) is None
 
 

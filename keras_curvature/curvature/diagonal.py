@@ -20,7 +20,7 @@ from keras_curvature.curvature import randomness, slices, taps
 from keras_curvature.curvature.differentiable import differentiable_keras
 
 PROBES = ("rademacher", "gaussian")
-_SIGN, _ONE = tf.int32.min, 0x3F800000  # of a float32: its sign bit, and the bits of 1.0
+_BITS = [1, 2, 4, 8, 16, 32, 64, -128]  # of a byte, each alone
 
 
 def hessian_diagonal(linearization, seed, probe="rademacher", probes=1):
@@ -60,9 +60,13 @@ def check_probe(owner, name, probe, choices=PROBES):
 
 
 def _signs(shape, seed, dtype):
-    """-1 and 1: a random sign bit on the bits of 1.0, which is cheaper than a random number and its conversion."""
-    bits = tf.random.stateless_uniform(shape, seed, None, None, tf.int32)
-    return tf.cast(tf.bitcast(tf.bitwise.bitwise_or(tf.bitwise.bitwise_and(bits, _SIGN), _ONE), tf.float32), dtype)
+    """-1 and 1, one random bit each: a random word for each of them would cost as much as a matrix product."""
+    size = shape.num_elements()
+    words = tf.random.stateless_uniform([-(-size // 32)], seed, None, None, tf.int32)
+    octets = tf.reshape(tf.bitcast(words, tf.int8), [1, -1])
+    bits = tf.bitwise.bitwise_and(octets, tf.constant(_BITS, tf.int8)[:, tf.newaxis])
+    signs = tf.where(tf.cast(bits, tf.bool), tf.ones([], dtype), -tf.ones([], dtype))
+    return tf.reshape(tf.reshape(signs, [-1])[:size], shape)
 
 
 def _exactly(H, weights):

@@ -70,8 +70,12 @@ class AdaHessian(DiagonalOptimizer):
     def direction(self, lin):
         """`-m^ / (sqrt(s^)^k + epsilon)`."""
 
+        product = self.product(lin, "rademacher")
+
         def squares():
-            return [tf.square(h) for h in self._shared(lin.hessian_diagonal(self.seed))]
+            # alone, a sign is lost in the square
+            estimate = [z * Hz if z.shape.rank >= 4 else Hz for z, Hz in zip(*product())]
+            return [tf.square(h) for h in self._shared(estimate)]
 
         m, s, counts = self.follow(lambda: lin.gradient, squares)
         taken = self.share(self.beta_1, self.iterations + 1, m[0].dtype)

@@ -105,10 +105,15 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         kept = trees.values(variables)
 
         def anew():
-            computed = [(tf.cast(new, old.dtype), old) for new, old in zip(compute(), kept, strict=True)]
-            good = [tf.reduce_all(tf.math.is_finite(new)) for new, _ in computed]
-            values = [tf.where(fine, new, old) for fine, (new, old) in zip(good, computed)]
-            return values, tf.add_n([tf.cast(tf.logical_not(fine), tf.float32) for fine in good])
+            new = [tf.cast(value, old.dtype) for value, old in zip(compute(), kept, strict=True)]
+            good = tf.stack([trees.sums_up(value) for value in new])
+
+            def choose():
+                return [tf.where(fine, a, b) for fine, a, b in zip(tf.unstack(good), new, kept)]
+
+            # a choice is a copy, and hardly ever there is one to make
+            values = tf.cond(tf.reduce_all(good), lambda: new, choose)
+            return values, tf.reduce_sum(tf.cast(tf.logical_not(good), tf.float32))
 
         if every == 1:
             values, failed = anew()

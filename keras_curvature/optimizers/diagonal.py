@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from keras_curvature import trees
+from keras_curvature.curvature import diagonal
 from keras_curvature.optimizers.base import CurvatureOptimizer
 
 
@@ -34,6 +35,17 @@ class DiagonalOptimizer(CurvatureOptimizer):
         """For random numbers that every replica shall draw alike: the number of the step."""
         return tf.cast(self.iterations, tf.int32)
 
+    def product(self, lin, probe):
+        """A function that gives `(z, H z)` of a random vector; the gradient's passes are then those of the Hessian."""
+        # here, outside of the condition on the step: inside, it would need passes of its own
+        H, weights = lin.hessian(), lin.weights
+
+        def product():
+            z = diagonal.draw(weights, self.seed, probe)
+            return z, H @ z
+
+        return product
+
     def follow(self, gradient, estimate):
         """`(m, D, counts)` after this step: averages, and the numbers of estimates in those of `D`.
 
@@ -59,7 +71,7 @@ class DiagonalOptimizer(CurvatureOptimizer):
         def average():
             averages = [self._next(*each) for each in zip(estimate(), trees.values(self._D), tf.unstack(counted))]
             # `refresh` keeps the old average where this one is not finite: then nothing was taken in
-            fine = tf.stack([tf.reduce_all(tf.math.is_finite(average)) for average in averages])
+            fine = tf.stack([trees.sums_up(average) for average in averages])
             return [*averages, counted + tf.cast(fine, counted.dtype)]
 
         *D, counts = self.refresh([*self._D, self._counts], self.every, average)

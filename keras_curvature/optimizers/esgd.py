@@ -3,7 +3,6 @@
 import tensorflow as tf
 
 from keras_curvature.component import check_count, check_number, register
-from keras_curvature.curvature import diagonal
 from keras_curvature.optimizers.diagonal import DiagonalOptimizer
 
 
@@ -48,8 +47,10 @@ class ESGD(DiagonalOptimizer):
     def direction(self, lin):
         """`-g / (sqrt(D) + epsilon)`."""
 
+        product = self.product(lin, "gaussian")
+
         def squares():
-            return [tf.square(h) for h in lin.hessian() @ diagonal.draw(lin.weights, self.seed, "gaussian")]
+            return [tf.square(h) for h in product()[1]]
 
         gradient, D, counts = self.follow(lambda: lin.gradient, squares)
         # no step while there is no draw

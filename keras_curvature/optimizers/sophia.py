@@ -8,7 +8,7 @@ from keras_curvature.optimizers.diagonal import DiagonalOptimizer
 
 
 class Sophia(DiagonalOptimizer):
-    """Base of `SophiaH` and `SophiaG`, which differ in the estimate `estimate(lin)`."""
+    """Base of `SophiaH` and `SophiaG`, which differ in the estimate `estimator(lin)`."""
 
     reports = {"unclipped": "mean", "failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
 
@@ -21,17 +21,26 @@ class Sophia(DiagonalOptimizer):
         check_number(self, "epsilon", epsilon, 0.0, open_low=True)
         check_count(self, "every", every)
 
-    def estimate(self, lin):
-        """The diagonal of the curvature, a vector."""
+    def estimator(self, lin):
+        """A function that gives an estimate of the diagonal of the curvature, a vector."""
         raise NotImplementedError
 
     def direction(self, lin):
         """`-clip(m / max(gamma h, epsilon), 1)`."""
-        m, h, _ = self.follow(lambda: lin.gradient, lambda: self.estimate(lin))
-        steps = [a / tf.maximum(self.gamma * b, self.epsilon) for a, b in zip(m, h)]
-        unclipped = tf.add_n([tf.math.count_nonzero(tf.abs(s) < 1.0, dtype=tf.int32) for s in steps])
-        self.report(unclipped=tf.cast(unclipped, tf.float32) / trees.count(steps))
-        return [-tf.clip_by_value(s, -1.0, 1.0) for s in steps]
+        m, h, _ = self.follow(lambda: lin.gradient, self.estimator(lin))
+        steps = [a / tf.minimum(-self.gamma * b, -self.epsilon) for a, b in zip(m, h)]
+        self.report(unclipped=self._when_due(lambda: _unclipped(steps)))
+        return [tf.clip_by_value(s, -1.0, 1.0) for s in steps]
+
+    def _when_due(self, number):
+        """A report that costs passes over the weights: in the steps with a new estimate alone."""
+        return tf.cond(tf.equal(self.iterations % self.every, 0), number, lambda: tf.constant(float("nan")))
+
+
+def _unclipped(steps):
+    """The share of the entries between -1 and 1."""
+    inside = tf.add_n([tf.math.count_nonzero(tf.abs(s) < 1.0, dtype=tf.int32) for s in steps])
+    return tf.cast(inside, tf.float32) / trees.count(steps)
 
 
 @register
@@ -59,7 +68,8 @@ class SophiaH(Sophia):
         every: A new estimate in every so many steps. Defaults to `10` (the paper).
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `unclipped` (share of the entries), `failed_refreshes`, `step_norm`, `skipped_steps`.
+    Reports: `unclipped` (share of the entries, in steps with a new estimate), `failed_refreshes`, `step_norm`,
+        `skipped_steps`.
 
     Example:
 
@@ -75,9 +85,10 @@ class SophiaH(Sophia):
     ):  # fmt: skip
         super().__init__(learning_rate, beta_1, beta_2, gamma, epsilon, every, name=name, **kwargs)
 
-    def estimate(self, lin):
+    def estimator(self, lin):
         """`u * (H u)`."""
-        return lin.hessian_diagonal(self.seed, probe="gaussian")
+        product = self.product(lin, "gaussian")
+        return lambda: [u * Hu for u, Hu in zip(*product())]
 
 
 @register
@@ -112,7 +123,8 @@ class SophiaG(Sophia):
     Raises:
         ValueError: At the first step, if the loss is not minus the logarithm of a likelihood that is known.
 
-    Reports: `unclipped` (share of the entries), `failed_refreshes`, `step_norm`, `skipped_steps`.
+    Reports: `unclipped` (share of the entries, in steps with a new estimate), `failed_refreshes`, `step_norm`,
+        `skipped_steps`.
 
     Example:
 
@@ -128,6 +140,6 @@ class SophiaG(Sophia):
     ):  # fmt: skip
         super().__init__(learning_rate, beta_1, beta_2, gamma, epsilon, every, name=name, **kwargs)
 
-    def estimate(self, lin):
+    def estimator(self, lin):
         """`N g^ * g^`."""
-        return lin.fisher_diagonal(self.seed)
+        return lambda: lin.fisher_diagonal(self.seed)
