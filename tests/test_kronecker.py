@@ -299,7 +299,7 @@ def test_recurrent_layers_have_the_factors_of_the_steps_written_out(kind, backwa
     wanted = [(np.concatenate([x, ones], -1), d[0]), (after, d[1])]
     for (A, G), (a, slope) in zip(problem.factors("empirical"), wanted):
         close(A, np.einsum("nti,ntj->ij", a, a) / 12)
-        close(G, 3 * np.einsum("nti,ntj->ij", slope, slope))  # of the mean loss, times sqrt(N)
+        close(G, 6 * np.einsum("nti,ntj->ij", slope, slope))  # of a mean over 3 examples and 2 outputs
 
 
 def test_calls_of_a_layer_are_positions():
@@ -320,7 +320,7 @@ def test_calls_of_a_layer_are_positions():
             loss = tf.reduce_mean(tf.square(model([x[0, n : n + 1], x[1, n : n + 1]]) - y[n]))
         own = [g.numpy().reshape(-1, 3) for g in tape.gradient(loss, both.trainable_variables)]
         squares += np.concatenate(own) ** 2
-    close(M, squares / 4)
+    close(M, 2 * squares / 4)  # each output is a draw of its own, of weight 1/2
 
 
 def test_rows_that_all_examples_share_count_once():
@@ -342,9 +342,9 @@ def test_rows_that_all_examples_share_count_once():
     (g,) = tape.gradient(loss, [problem.model.trainable_variables[block.variables[0]]])
     g = tf.convert_to_tensor(g).numpy()
     close(A, np.full(4, 0.25))
-    close(G, 3 * g.T @ g)
+    close(G, 6 * g.T @ g)  # of a mean over 3 examples and 2 outputs
     moments = problem.lin().kronecker_second_moments([block], [(None, None)], fisher="empirical")[0][0]
-    close(moments, 3 * g**2)
+    close(moments, 6 * g**2)
 
 
 # Labels.
@@ -649,7 +649,7 @@ def test_blocks_beside_a_diagonal_are_the_whole_matrix():
     expected = np.zeros((16, 16))
     for block, begin in ((problem.blocks[0], 0), (problem.blocks[1], 10)):
         g = flat([problem.lin().gradient[i] for i in block.variables])
-        expected[begin : begin + len(g), begin : begin + len(g)] = np.outer(g, g)  # one example: exact
+        expected[begin : begin + len(g), begin : begin + len(g)] = 2 * np.outer(g, g)  # one example: exact
     g = flat([problem.lin().gradient[2]])
-    expected[8:10, 8:10] = np.diag(g * g)
+    expected[8:10, 8:10] = 2 * np.diag(g * g)  # a mean over two outputs
     close(matrix, expected)

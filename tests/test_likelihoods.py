@@ -1,10 +1,12 @@
 """Sampled, exact and empirical cotangents against dense Fisher and Gauss-Newton matrices, in float64."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import BATCH, LOSSES, MODELS, Case, float64, normal
+from cases import BATCH, LOSSES, MODELS, Case, flat, float64, normal
 from keras import layers
 
 from keras_curvature import Linearization
@@ -165,10 +167,60 @@ def test_sampled_slopes_are_those_of_the_compiled_loss_with_other_labels(name):
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
-def test_empirical_cotangents_are_the_slopes_of_the_true_labels():
-    _, recording = recorded(LOSSES["sparse_from_logits"]().compile())
-    for c, slope in zip(recording.cotangents("empirical"), recording.slope):
-        np.testing.assert_allclose(c, np.sqrt(BATCH) * slope.numpy(), rtol=1e-14)
+def of_rows(cotangents):
+    """The outer product of each row of a tensor of cotangents with itself."""
+    c = cotangents[0].numpy()
+    return c[..., :, None] * c[..., None, :]
+
+
+def classes(name):
+    """A case with one label for each row; `masked`, of four steps, with a mean over all or a sum."""
+    case = LOSSES[name]() if name in LOSSES else masked()
+    if name == "masked_sum":
+        case.loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+    return case
+
+
+@pytest.mark.parametrize("name", ["masked", "masked_sum", "sample_weights", "sparse_from_softmax"])
+def test_empirical_is_exact_on_the_average_over_the_classes_that_the_model_draws(name):
+    case = classes(name)
+    _, recording = recorded(case.compile())
+    p, found = tf.nn.softmax(recording.leaves[0]).numpy(), 0
+    for label in range(p.shape[-1]):
+        case.y = np.full_like(case.y, label)
+        c = recorded(case)[1].cotangents("empirical")
+        found = found + p[..., label, None, None] * of_rows(c)
+    expected = sum(of_rows(c) for c in recording.cotangents("exact"))
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+    assert expected.max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["mse", "mse_sum"])
+def test_empirical_is_exact_on_the_average_over_the_numbers_that_the_model_draws(name):
+    case = LOSSES[name]()
+    _, recording = recorded(case.compile())
+    z = recording.leaves[0].numpy()
+    patterns = list(itertools.product((-(0.5**0.5), 0.5**0.5), repeat=z.shape[-1]))  # as good as normal numbers
+    found = 0
+    for away in patterns:
+        case.y = z + np.array(away)
+        found = found + of_rows(recorded(case)[1].cotangents("empirical")) / len(patterns)
+    expected = sum(of_rows(c) for c in recording.cotangents("exact"))
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_mean_of_squared_gradients_is_of_whole_examples_whatever_the_loss_weighs():
+    case = LOSSES["mse"]().compile()
+    lin, recording = recorded(case)
+    expected = 0
+    for i in range(BATCH):
+        own = Linearization(case.model, case.x[i : i + 1], case.y[i : i + 1]).gradient
+        expected = expected + flat(own) ** 2 / BATCH
+    np.testing.assert_allclose(flat(lin.squared_gradients()), expected, rtol=1e-10)
+    scale = sum(np.square(c).sum() for c in recording.cotangents("empirical"))
+    np.testing.assert_allclose(  # of a mean over the outputs, a likelihood is the product over them
+        scale, case.y.shape[-1] * BATCH * sum(np.square(s).sum() for s in recording.slope), rtol=1e-10
+    )
 
 
 @pytest.mark.parametrize("left_out", [-1, 1])
@@ -187,7 +239,8 @@ def test_a_loss_that_is_no_likelihood_is_named(name):
     _, recording = recorded(LOSSES[name]().compile())
     with pytest.raises(ValueError, match=r'Labels cannot be sampled for loss=\w.*fisher="empirical"'):
         recording.cotangents("sampled")
-    assert len(recording.cotangents("empirical")) == len(recording.leaves)
+    for c, slope in zip(recording.cotangents("empirical"), recording.slope, strict=True):
+        np.testing.assert_allclose(c, np.sqrt(BATCH) * slope.numpy(), rtol=1e-14)  # an example is a draw
 
 
 def test_what_is_no_fisher_matrix_is_refused():

@@ -17,7 +17,7 @@ from keras import layers
 from keras.src.backend.tensorflow import nn as keras_nn
 
 from keras_curvature import Linearization, trees
-from keras_curvature.curvature import differentiable, likelihoods, linearization
+from keras_curvature.curvature import convexity, differentiable, linearization
 from keras_curvature.operators import Identity, dense
 from keras_curvature.solvers import ConjugateGradient
 
@@ -428,10 +428,10 @@ def test_a_loss_says_itself_that_it_is_not_convex():
     def loss(y, y_pred):
         return tf.sin(y_pred - y)
 
-    assert likelihoods.is_convex(loss)
+    assert convexity.is_convex(loss)
     loss.convex_in_outputs = False
-    assert not likelihoods.is_convex(loss)
-    assert likelihoods.is_convex("mse") and not likelihoods.is_convex("msle")
+    assert not convexity.is_convex(loss)
+    assert convexity.is_convex("mse") and not convexity.is_convex("msle")
 
 
 def test_products_in_a_loop():

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from keras_curvature import replicas, trees
 from keras_curvature.component import check, check_count
-from keras_curvature.curvature import randomness, slices, taps
+from keras_curvature.curvature import randomness, sampling, slices, taps
 from keras_curvature.curvature.differentiable import differentiable_keras
 
 PROBES = ("rademacher", "gaussian")
@@ -100,7 +100,8 @@ def squared_gradients(linearization, seed, fisher="empirical"):
 
         def local(pure):
             recording = linearization._record_loss(pure)
-            cotangents = recording.cotangents(fisher, seed)
+            own = fisher == "empirical"
+            cotangents = sampling.of_examples(recording) if own else recording.cotangents(fisher, seed)
             signed = recording.pull(_signed(cotangents, pure.place, seed))
             found = noted.pop(replicas.identity(), [])
             squares = _sums_of_squares(recording, cotangents, found, linearization.variables)

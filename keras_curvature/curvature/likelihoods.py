@@ -1,13 +1,8 @@
-"""What is known of a Keras loss as a function of the model's outputs.
+"""Of which distribution of the targets a Keras loss is the negative logarithm.
 
-The Gauss-Newton matrix `J' H J` is positive semi-definite exactly when the loss is convex in what the model
-says (`H >= 0`). Keras' cross-entropies are convex in the logits, and of a model that ends in a softmax or
-sigmoid they read the logits; its other losses are convex in the outputs but for those listed here. A loss of
-one's own is taken to be convex unless it says otherwise with an attribute `convex_in_outputs = False`.
-
-A loss that is `-log p(y | z)` besides has a Fisher matrix: the expectation of the squared slope when the labels are
-drawn from what the model says. The classes say for each such distribution how to draw and what the slope is; what
-weight an entry of the batch has in the compiled loss is found out by `sampling.py`.
+A loss that is `-log p(y | z)` has a Fisher matrix: the expectation of the squared slope when the labels are drawn from
+what the model says. The classes say for each such distribution how to draw and what the slope is; what weight an entry
+of the batch has in the compiled loss is found out by `sampling.py`.
 """
 
 import dataclasses
@@ -16,40 +11,7 @@ import keras
 import tensorflow as tf
 from keras.src.losses.losses import LossFunctionWrapper
 
-# Keras' losses that are not convex in the predictions, by the name of class and function.
-NOT_CONVEX = {
-    "CosineSimilarity", "cosine_similarity",
-    "BinaryFocalCrossentropy", "binary_focal_crossentropy",
-    "CategoricalFocalCrossentropy", "categorical_focal_crossentropy",
-    "CategoricalGeneralizedCrossEntropy", "categorical_generalized_cross_entropy",
-    "MeanSquaredLogarithmicError", "mean_squared_logarithmic_error", "msle", "MSLE",
-    "Dice", "dice", "Tversky", "tversky", "Circle", "circle", "CTC", "ctc",
-}  # fmt: skip
-
-
-def is_convex(loss):
-    """Whether one loss (a name, function or `keras.losses.Loss`) is convex in the model's outputs."""
-    declared = getattr(loss, "convex_in_outputs", None)
-    if declared is not None:
-        return bool(declared)
-    return _name(loss) not in NOT_CONVEX
-
-
-def not_convex(model):
-    """Names of the compiled losses of `model` that are not convex in its outputs, a list."""
-    if type(model).compute_loss is not keras.Model.compute_loss:
-        return []  # a model's own `compute_loss` is a loss of one's own
-    losses = [loss for loss in keras.tree.flatten(getattr(model, "loss", None)) if loss is not None]
-    return [_name(loss) for loss in losses if not is_convex(loss)]
-
-
-def _name(loss):
-    if isinstance(loss, str):
-        return loss
-    return getattr(loss, "__name__", type(loss).__name__)
-
-
-# Likelihoods: the losses that are `-log p(y | z)`, up to a constant and a weight.
+from keras_curvature.curvature.convexity import name_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,21 +247,26 @@ def likelihood(loss, logits):
     Raises:
         ValueError: There is none that is known.
     """
-    own = getattr(loss, "likelihood", None) or getattr(getattr(loss, "fn", None), "likelihood", None)
-    own = getattr(loss, "likelihood", None) or getattr(getattr(loss, "fn", None), "likelihood", None)
+    error = objection(loss)
+    if error is not None:
+        raise error
     options = getattr(loss, "_fn_kwargs", {})
-    wrapped = isinstance(loss, LossFunctionWrapper) and type(loss).call is LossFunctionWrapper.call
-    found = own or (_OF_LOSSES.get(loss.fn) if wrapped else None)
-    if found is None:
-        raise no_likelihood(_name(getattr(loss, "fn", loss)))
+    return _found(loss)(options, logits or options.get("from_logits", False))
+
+
+def objection(loss):
+    """Why there is no `likelihood` of a loss, a `ValueError`; `None`: there is one."""
+    options = getattr(loss, "_fn_kwargs", {})
+    if _found(loss) is None:
+        return no_likelihood(name_of(getattr(loss, "fn", loss)))
     if options.get("axis", -1) != -1:
-        raise ValueError(
+        return ValueError(
             "Labels are sampled along the last axis of the outputs. Received: "
             f"loss={type(loss).__name__}(axis={options['axis']})"
         )
     if options.get("label_smoothing", 0.0) == 1.0:
-        raise no_likelihood(f"{type(loss).__name__}(label_smoothing=1.0)")
-    return found(options, logits or options.get("from_logits", False))
+        return no_likelihood(f"{type(loss).__name__}(label_smoothing=1.0)")
+    return None
 
 
 def no_likelihood(loss):
@@ -308,9 +275,16 @@ def no_likelihood(loss):
         f"Labels cannot be sampled for loss={loss}: it is not the negative log-likelihood of a known distribution. "
         "Those that are: mean_squared_error, mean_absolute_error, poisson, kl_divergence and the binary, categorical "
         "and sparse categorical crossentropies. Choose one of them; a loss of your own can name its likelihood, as "
-        '`likelihood = keras_curvature.curvature.likelihoods.Gaussian`. Or use `fisher="empirical"`, which takes the '
-        "true labels, or a method of the Hessian or Gauss-Newton matrix, such as `SophiaH` or `CurveBall`."
+        "`likelihood = keras_curvature.curvature.likelihoods.Gaussian`. Or take the true labels, for which `KFAC`, "
+        '`EKFAC` and `SquareRootFreeAdam` have `fisher="empirical"`, or the Hessian, with `SophiaH` for `SophiaG`.'
     )
+
+
+def _found(loss):
+    """The class of the likelihood of a loss, or `None`."""
+    own = getattr(loss, "likelihood", None) or getattr(getattr(loss, "fn", None), "likelihood", None)
+    wrapped = isinstance(loss, LossFunctionWrapper) and type(loss).call is LossFunctionWrapper.call
+    return own or (_OF_LOSSES.get(loss.fn) if wrapped else None)
 
 
 def _symmetric(uniform):

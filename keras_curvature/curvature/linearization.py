@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_curvature import replicas, trees
 from keras_curvature.component import check_count
-from keras_curvature.curvature import likelihoods, products, slices, taps
+from keras_curvature.curvature import convexity, products, slices, taps
 from keras_curvature.curvature.differentiable import differentiable_keras
 from keras_curvature.curvature.estimates import Estimates
 from keras_curvature.curvature.functional import PureModel, build_for
@@ -190,9 +190,9 @@ class Linearization(Estimates):
         `J` is the Jacobian of the model's outputs (of its logits, where the loss reads those) and `H_L` the
         second derivative of the loss in them. L2 weight regularizers enter exactly; other added losses count
         as linear in the activations and have no curvature here. Positive semi-definite where the compiled loss
-        is convex in the outputs; see `curvature/likelihoods.py`.
+        is convex in the outputs; see `curvature/convexity.py`.
         """
-        not_convex = tuple(likelihoods.not_convex(self.model))
+        not_convex = tuple(convexity.not_convex(self.model))
         return GaussNewton(self.variables, self._recordings(products=True), self._loss_scale, self.l2, not_convex)
 
     def hidden_gauss_newton(self):

@@ -9,8 +9,12 @@ masks, loss weights, means over outputs and positions. With `omega` the weight o
 is drawn for a row) and `s` the slope of `-log p(y | z)`,
 
     "sampled"      c = sqrt(omega) s, labels y drawn from what the model says
-    "empirical"    c = sqrt(N) dL/dz, the true labels: the mean of the squares of each example's own gradient
+    "empirical"    c = sqrt(omega) s, the true labels, which are those of a draw if what the model says is right
     "exact"        one c for each label that there is: the outer products add up, with no expectation to be taken
+
+Where no likelihood of the loss is known, "empirical" takes each of the N examples for one draw of weight 1/N: `c` is
+`sqrt(N) dL/dz`, and the mean of the squares of each example's own gradient is made up (`of_examples`). Of a mean over
+examples that have one label each that is the same thing; of a sum, or a mean over outputs or positions, it is not.
 
 The weights are not Keras' to tell. They are found by computing the compiled loss once more, of the same outputs, with
 labels whose slope is known: what its derivative has more than that is `omega`.
@@ -44,12 +48,17 @@ def cotangents(recording, fisher, seed):
     check(cotangents, "fisher", fisher, fisher in FISHER, '"sampled", "empirical" or "exact"')
     recording.require_leaves()
     if fisher == "empirical":
-        root = tf.sqrt(tf.cast(recording.pure.place.total, tf.float64))
-        return [tf.cast(root, slope.dtype) * slope for slope in recording.slope]
+        return _empirical(recording)
     if fisher == "exact":
         return [_on_leaves(recording, [(w, c)]) for w in weighed(recording) for c in _each_label(w)]
     drawn = [(w, tf.sqrt(_no_less_than_zero(w.omega)) * slope) for w, slope in _drawn(recording, seed)]
     return _on_leaves(recording, drawn)
+
+
+def of_examples(recording):
+    """`sqrt(N) dL/dz`, times the loss scale: of a mean over N examples, the slope of each over `sqrt(N)`."""
+    root = tf.sqrt(tf.cast(recording.pure.place.total, tf.float64))
+    return [tf.cast(root, slope.dtype) * slope for slope in recording.slope]
 
 
 def slopes(recording, seed):
@@ -60,9 +69,23 @@ def slopes(recording, seed):
 
 def weighed(recording):
     """What the compiled losses of a recording weigh, a list of `Weighed`."""
+    if type(recording.pure.model).compute_loss is not keras.Model.compute_loss:
+        raise likelihoods.no_likelihood(f"{type(recording.pure.model).__name__}.compute_loss")
+
+    def reference(likelihood, z):
+        return tf.stop_gradient(likelihood.reference(z))  # numbers, not a function of `z`
+
+    return [
+        Weighed(leaf, z, likelihood, _omega(likelihood, slope, likelihood.slope(z, reference(likelihood, z))))
+        for leaf, z, likelihood, slope in _graded(
+            recording, lambda likelihood, z, y: likelihood.targets(reference(likelihood, z), z, y)
+        )
+    ]
+
+
+def _graded(recording, targets):
+    """`[(leaf, z, likelihood, dL/dz)]` of the compiled losses, with `targets(likelihood, z, y)` for the true `y`."""
     pure, noted, tape = recording.pure, [], tf.GradientTape()
-    if type(pure.model).compute_loss is not keras.Model.compute_loss:
-        raise likelihoods.no_likelihood(f"{type(pure.model).__name__}.compute_loss")
 
     def probe(compiled):
         def loss(y, outputs, sample_weight=None):
@@ -71,20 +94,28 @@ def weighed(recording):
             wide = _in_full_precision(outputs)
             z = wide._keras_logits if is_logits else wide
             tape.watch(z)
-            labels = tf.stop_gradient(likelihood.reference(z))  # numbers, not a function of `z`
-            noted.append((leaf, z, likelihood, labels))
-            return compiled.loss(likelihood.targets(labels, z, y), wide, sample_weight)
+            noted.append((leaf, z, likelihood))
+            return compiled.loss(targets(likelihood, z, y), wide, sample_weight)
 
         return compiled._replace(loss=loss)
 
     of_model = pure.model._compile_loss
     with replaced((of_model, "_flat_losses", [probe(compiled) for compiled in of_model._flat_losses])), tape:
         loss = pure.loss_of(recording.evaluation.outputs)
-    found = tape.gradient(loss, [z for _, z, _, _ in noted], unconnected_gradients="zero")
-    return [
-        Weighed(leaf, z, likelihood, _omega(likelihood, slope, likelihood.slope(z, labels)))
-        for (leaf, z, likelihood, labels), slope in zip(noted, found)
-    ]
+    found = tape.gradient(loss, [z for _, z, _ in noted], unconnected_gradients="zero")
+    return [(*each, slope) for each, slope in zip(noted, found)]
+
+
+def _empirical(recording):
+    """Cotangents of the true labels: the slope has `omega`, and a cotangent the root of it."""
+    model = recording.pure.model
+    own = type(model).compute_loss is not keras.Model.compute_loss
+    if own or any(likelihoods.objection(compiled.loss) for compiled in model._compile_loss._flat_losses):
+        return of_examples(recording)
+    true = _graded(recording, lambda likelihood, z, y: y)
+    roots = [(w, tf.sqrt(_no_less_than_zero(w.omega))) for w in weighed(recording)]
+    found = [(w, tf.math.divide_no_nan(slope, root)) for (w, root), (*_, slope) in zip(roots, true)]
+    return _on_leaves(recording, found)
 
 
 def _omega(likelihood, slope, unit):

@@ -1,0 +1,42 @@
+"""Which losses are convex as functions of the model's outputs.
+
+The Gauss-Newton matrix `J' H J` is positive semi-definite exactly when the loss is convex in what the model
+says (`H >= 0`). Keras' cross-entropies are convex in the logits, and of a model that ends in a softmax or
+sigmoid they read the logits; its other losses are convex in the outputs but for those listed here. A loss of
+one's own is taken to be convex unless it says otherwise with an attribute `convex_in_outputs = False`.
+"""
+
+import keras
+
+# Keras' losses that are not convex in the predictions, by the name of class and function.
+NOT_CONVEX = {
+    "CosineSimilarity", "cosine_similarity",
+    "BinaryFocalCrossentropy", "binary_focal_crossentropy",
+    "CategoricalFocalCrossentropy", "categorical_focal_crossentropy",
+    "CategoricalGeneralizedCrossEntropy", "categorical_generalized_cross_entropy",
+    "MeanSquaredLogarithmicError", "mean_squared_logarithmic_error", "msle", "MSLE",
+    "Dice", "dice", "Tversky", "tversky", "Circle", "circle", "CTC", "ctc",
+}  # fmt: skip
+
+
+def is_convex(loss):
+    """Whether one loss (a name, function or `keras.losses.Loss`) is convex in the model's outputs."""
+    declared = getattr(loss, "convex_in_outputs", None)
+    if declared is not None:
+        return bool(declared)
+    return name_of(loss) not in NOT_CONVEX
+
+
+def not_convex(model):
+    """Names of the compiled losses of `model` that are not convex in its outputs, a list."""
+    if type(model).compute_loss is not keras.Model.compute_loss:
+        return []  # a model's own `compute_loss` is a loss of one's own
+    losses = [loss for loss in keras.tree.flatten(getattr(model, "loss", None)) if loss is not None]
+    return [name_of(loss) for loss in losses if not is_convex(loss)]
+
+
+def name_of(loss):
+    """The name of a loss, as Keras knows it."""
+    if isinstance(loss, str):
+        return loss
+    return getattr(loss, "__name__", type(loss).__name__)
