@@ -99,6 +99,18 @@ def test_a_long_axis_has_no_factor():
     optimizer = Shampoo(max_dimension=5)
     optimizer.build([keras.Variable(np.ones(shape)) for shape in [(4, 9), (9,), (2, 2)]])
     assert [tuple(f.shape) for f in optimizer._factors] == [(4, 4), (2, 2), (2, 2)]
+    optimizer = Shampoo(max_dimension=8, block_size=6)
+    optimizer.build([keras.Variable(np.ones(shape)) for shape in [(4, 9), (9,), (2, 8)]])
+    assert [tuple(f.shape) for f in optimizer._factors] == [(4, 4), (4, 4), (2, 2), (6, 6), (2, 2), (2, 2)]
+
+
+def test_state_is_as_large_as_the_docstring_says():
+    sizes = {}
+    for longest in (None, 1000):
+        optimizer = Shampoo(max_dimension=longest)
+        optimizer.build([keras.Variable(np.zeros((20000, 64), "float32"))])
+        sizes[longest] = sum(np.prod(m.shape) for m in [*optimizer._factors, *optimizer._roots]) / (20000 * 64)
+    np.testing.assert_allclose([sizes[None], sizes[1000]], [16.25, 0.256], rtol=0.01)
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ import pytest
 import tensorflow as tf
 
 from keras_curvature.curvature.linearization import Gradients
+from keras_curvature.optimizers.kl_shampoo import KLShampoo
+from keras_curvature.optimizers.shampoo import Shampoo
 from keras_curvature.optimizers.soap import SOAP
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "reference" / "soap_trajectories.npz")
@@ -126,6 +128,28 @@ def test_singular_factors_of_any_size_do_no_harm(scale):
         seen = step([scale * column @ random.standard_normal((1, 5))])  # of rank one
         assert seen["skipped_steps"] == seen["failed_refreshes"] == 0
     assert np.abs(variables[0].numpy() - 1).max() < 0.5
+
+
+@pytest.mark.parametrize("method", [SOAP, KLShampoo, Shampoo])
+def test_a_first_step_that_is_skipped_is_no_first_step(method, monkeypatch):
+    random, precondition, seen = np.random.default_rng(0), method.precondition, []
+    good = [[random.standard_normal((4, 3)), random.standard_normal(3)] for _ in range(5)]
+
+    def overflowing(self, gradients):
+        return [tf.where(self.iterations > 0, d, np.inf) for d in precondition(self, gradients)]
+
+    for overflows in (False, True):
+        if overflows:
+            monkeypatch.setattr(method, "precondition", overflowing)
+        optimizer = method(every=3)
+        variables, step = stepper(optimizer, [(4, 3), (3,)])
+        if overflows:
+            assert step(good[0])["skipped_steps"] == 1 and int(optimizer.iterations) == 1  # Keras counts it
+        reports = [step(g) for g in good]
+        assert all(r["skipped_steps"] == r["failed_refreshes"] == 0 for r in reports)
+        seen.append(np.concatenate([v.numpy().ravel() for v in variables]))
+    np.testing.assert_array_equal(*seen)
+    assert np.abs(seen[0] - 1).min() > 1e-5
 
 
 def test_the_bad_are_told():

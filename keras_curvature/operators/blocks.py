@@ -1,6 +1,7 @@
 """Variables as blocks: tensors of few axes, none of them too long for a matrix of its own."""
 
 import dataclasses
+import math
 
 import tensorflow as tf
 
@@ -32,6 +33,14 @@ class Blocks:
             found += rows
         return found
 
+    @property
+    def origins(self):
+        """For each block, the shape that it was cut from."""
+        found = []
+        for shape in self._merged():
+            found += [shape] * self._parts(shape)
+        return found
+
     def split(self, vector):
         """The blocks of a list of tensors, one list."""
         blocks = []
@@ -43,13 +52,13 @@ class Blocks:
         """The list of tensors that `split` has cut up."""
         vector, blocks = [], list(blocks)
         for whole, shape in zip(self.variables, self._merged()):
-            size = self.size or max(shape)
-            parts = 1
-            for length in shape:
-                parts *= len(axes.cut(length, size))
-            tensor, blocks = axes.join(blocks[:parts], shape, size), blocks[parts:]
+            parts = self._parts(shape)
+            tensor, blocks = axes.join(blocks[:parts], shape, self.size or max(shape)), blocks[parts:]
             vector.append(tf.reshape(tensor, whole))
         return vector
+
+    def _parts(self, shape):
+        return math.prod(len(axes.cut(length, self.size or length)) for length in shape)
 
     def _merged(self):
         return [axes.merged_shape(shape, self.merge) for shape in self.variables]

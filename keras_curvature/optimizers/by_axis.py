@@ -21,14 +21,19 @@ class ByAxis(CurvatureOptimizer):
     reports = {"failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
 
     def create_blocks(self, variables, merge, size=None, longest=None, vectors=True):
-        """Choose blocks and places; an axis longer than `longest` gets no matrix, nor does that of a vector perhaps."""
+        """Choose blocks and places.
+
+        An axis longer than `longest`, before it is cut, gets no matrix, nor does that of a vector perhaps.
+        """
         self._blocks = Blocks([tuple(v.shape) for v in variables], merge, size)
         self._shapes = self._blocks.shapes
+        # not `iterations`: Keras counts a step too whose direction was not finite, and which the state has not seen
+        self._taken = self.add_variable((), dtype="int", name="taken", aggregation="none")
         # eigendecompositions know no half precision
         wide = any(keras.backend.standardize_dtype(v.dtype) == "float64" for v in variables)
         self._dtype = "float64" if wide else "float32"
         self._places = [
-            (i, k) for i, shape in enumerate(self._shapes) for k, n in enumerate(shape)
+            (i, k) for i, shape in enumerate(self._blocks.origins) for k, n in enumerate(shape)
             if (longest is None or n <= longest) and (vectors or len(shape) > 1)
         ]  # fmt: skip
 
@@ -43,6 +48,17 @@ class ByAxis(CurvatureOptimizer):
             self.add_variable((self._shapes[i][k],) * 2, initializer, self._dtype, name=f"{name}_{i}_{k}")
             for i, k in self._places
         ]
+
+    def taken(self):
+        """The number of gradients that the state is made of, as a tensor; noted to be one more after this step."""
+        taken = tf.identity(tf.convert_to_tensor(self._taken))
+        self.remember(self._taken, taken + 1)
+        return taken
+
+    def renew(self, variables, compute, taken, phase=0):
+        """`refresh` at each `every`-th of the steps `taken`, and not of all `iterations`."""
+        phase += tf.cast(self.iterations, taken.dtype) - taken
+        return self.refresh(variables, self.every, compute, tf.cast(phase % self.every, self.iterations.dtype))
 
     def split(self, gradients):
         """The gradients' blocks, in the precision of the state."""

@@ -90,7 +90,8 @@ class KLShampoo(ByAxis):
 
     def precondition(self, gradients):
         """Minus the whitened momentum."""
-        G, begun = self.split(gradients), self.iterations > 0
+        G, taken = self.split(gradients), self.taken()
+        begun = taken > 0
         m = self.average(self._m, G, self.beta_1, begun)
         bases, values = trees.values(self._bases), trees.values(self._eigenvalues)
         # the first gradient is not whitened
@@ -100,23 +101,23 @@ class KLShampoo(ByAxis):
         direction = [
             -axes.multiply(self._scaled(axes.multiply_transposed(a, q), w), q) for a, q, w in zip(m, Q, weights)
         ]
-        for i, adam in zip(self._vectors, self._adam(m, G, begun)):
+        for i, adam in zip(self._vectors, self._adam(m, G, taken)):
             direction[i] = adam
         found = [_moments(G[i], k, Q[i], weights[i]) for i, k in self._places]
         factors = self.average(self._factors, [matrix for matrix, _ in found], self.beta_2)
         self.remember([*self._m, *self._factors], [*m, *factors])
         self._remember_eigenvalues(values, [diagonal for _, diagonal in found], begun)
-        self._refresh_bases(bases, factors, begun)
+        self._refresh_bases(bases, factors, taken)
         return self.join(direction, gradients)
 
     def _scaled(self, turned, weights):
         scale = math.prod(_along(w, k, turned) for k, w in enumerate(weights) if w is not None)
         return turned * scale / (1.0 + self.epsilon * scale)
 
-    def _adam(self, m, G, begun):
-        v = self.average(self._v, [G[i] * G[i] for i in self._vectors], self.beta_2, begun)
+    def _adam(self, m, G, taken):
+        v = self.average(self._v, [G[i] * G[i] for i in self._vectors], self.beta_2, taken > 0)
         self.remember(self._v, v)
-        return self.adam([m[i] for i in self._vectors], v, tf.maximum(self.iterations, 1))
+        return self.adam([m[i] for i in self._vectors], v, tf.maximum(taken, 1))
 
     def _remember_eigenvalues(self, values, seen, begun):
         for variable, old, new in zip(self._eigenvalues, values, self.average(values, seen, self.beta_2)):
@@ -124,7 +125,7 @@ class KLShampoo(ByAxis):
             floor = 1.0 / max(10, min(LARGEST_WEIGHT, int(variable.shape[0]))) ** 2
             self.remember(variable, tf.where(begun, tf.maximum(new, tf.constant(floor, new.dtype)), old))
 
-    def _refresh_bases(self, bases, factors, begun):
+    def _refresh_bases(self, bases, factors, taken):
         def first():
             return in_stacks(eigenbases.decompose, factors)
 
@@ -132,7 +133,7 @@ class KLShampoo(ByAxis):
             return in_stacks(lambda pair: eigenbases.refine(*pair, sort=False), list(zip(factors, bases)))
 
         if bases:
-            self.refresh(self._bases, self.every, lambda: tf.cond(begun, later, first))
+            self.renew(self._bases, lambda: tf.cond(taken > 0, later, first), taken)
 
 
 def _moments(G, axis, Q, weights):

@@ -71,21 +71,21 @@ class SOAP(ByAxis):
 
     def precondition(self, gradients):
         """Minus Adam's step in the basis, turned back."""
-        G, bases = self.split(gradients), trees.values(self._bases)
+        G, bases, taken = self.split(gradients), trees.values(self._bases), self.taken()
         Q = self.by_block(bases)
         turned = [axes.multiply_transposed(g, q) for g, q in zip(G, Q)]
-        m = self.average(self._m, turned, self.beta_1, begun=self.iterations > 0)
-        v = self.average(self._v, [g * g for g in turned], self.beta_2, begun=self.iterations > 0)
-        scaled = self.adam(m, v, tf.maximum(self.iterations, 1))
+        m = self.average(self._m, turned, self.beta_1, begun=taken > 0)
+        v = self.average(self._v, [g * g for g in turned], self.beta_2, begun=taken > 0)
+        scaled = self.adam(m, v, tf.maximum(taken, 1))
         direction = [axes.multiply(s, q) for s, q in zip(scaled, Q)]
 
         moments = [axes.second_moment(G[i], k) for i, k in self._places]
         factors = self.average(self._factors, moments, self.beta_2)
-        m = self._turn(m, bases, factors)
+        m = self._turn(m, bases, factors, taken)
         self.remember([*self._m, *self._v, *self._factors], [*m, *v, *factors])
         return self.join(direction, gradients)
 
-    def _turn(self, m, old, factors):
+    def _turn(self, m, old, factors, taken):
         """The next basis, remembered, and `m` in it."""
         if not self._places:
             return m
@@ -97,12 +97,12 @@ class SOAP(ByAxis):
             def later():
                 return in_stacks(lambda pair: eigenbases.refine(*pair), list(zip(factors, old)))
 
-            return tf.cond(tf.equal(self.iterations, 0), first, later)
+            return tf.cond(tf.equal(taken, 0), first, later)
 
-        new = self.refresh(self._bases, self.every, compute)
+        new = self.renew(self._bases, compute, taken)
 
         def turn():
             plain = [axes.multiply(m_, q) for m_, q in zip(m, self.by_block(old))]
             return [axes.multiply_transposed(m_, q) for m_, q in zip(plain, self.by_block(new))]
 
-        return turn() if self.every == 1 else tf.cond(tf.equal(self.iterations % self.every, 0), turn, lambda: m)
+        return turn() if self.every == 1 else tf.cond(tf.equal(taken % self.every, 0), turn, lambda: m)
