@@ -12,11 +12,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from optimizers import OPTIMIZERS
+from optimizers import LAYERWISE, OPTIMIZERS
 
 import keras_curvature as kc
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+every_optimizer_of_bare_variables = pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n not in LAYERWISE])
 # plain gradient descent
 SGD = partial(kc.Neumann, learning_rate=1.0, alpha=0.0, beta=0.0, mu_start=0.0, mu_end=0.0, warmup_steps=0)
 ONES = [[1.0, 1.0], [1.0, 1.0]]
@@ -74,7 +75,7 @@ def test_the_learning_rate_can_be_set(name):
         optimizer.learning_rate = 0.5  # Keras: a schedule cannot be set over
 
 
-@every_optimizer
+@every_optimizer_of_bare_variables
 def test_weights_of_the_optimizer_are_set(name):
     w = variable()
     first, second = OPTIMIZERS[name](), OPTIMIZERS[name]()
@@ -89,7 +90,7 @@ def test_weights_of_the_optimizer_are_set(name):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
-@every_optimizer
+@every_optimizer_of_bare_variables
 def test_all_state_is_created_by_build_under_names_of_its_own(name):
     optimizer = OPTIMIZERS[name]()
     optimizer.build([variable(), variable([[1.0]])])

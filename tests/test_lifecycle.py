@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from optimizers import prepare
-from test_properties import LOSS, assert_same, compiled, data, losses, network, state, values
+from test_properties import assert_same, compiled, crossentropy, data, losses, network, state, values
 
 import keras_curvature as kc
 from keras_curvature.callbacks import SwapNeumannWeights
@@ -152,7 +152,7 @@ def test_sample_weights_and_class_weights_count():
         for curve in (False, True):
             model = network(dropout=0)
             model = kc.curved(model) if curve else model
-            model.compile(kc.Neumann(0.1, warmup_steps=0), LOSS)
+            model.compile(kc.Neumann(0.1, warmup_steps=0), crossentropy())
             model.fit(x, y, batch_size=8, verbose=0, shuffle=False, **extra)
             seen.append(model)
         np.testing.assert_allclose(*[m.history.history["loss"] for m in seen], rtol=1e-6)
@@ -277,7 +277,7 @@ def test_a_clone_trains_as_the_original():
         clone.set_weights(model.get_weights())
         if not isinstance(clone, kc.CurvatureModel):
             kc.curved(clone)
-        clone.compile(kc.CurveBall.from_config(model.optimizer.get_config()), LOSS)
+        clone.compile(kc.CurveBall.from_config(model.optimizer.get_config()), crossentropy())
         assert losses(clone, *data(8)) == losses(model, *data(8))
 
 

@@ -55,11 +55,15 @@ def network(cls=keras.Model, dropout=0.2, normalized=True, seed=1):
     return cls(inputs, keras.layers.Dense(3)(x))
 
 
+def crossentropy():
+    """The loss of the network, in Keras' float type of the moment."""
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
 def compiled(name, model, **kwargs):
     """`model`, curved unless the name says plain, and compiled with the optimizer of that name."""
     model, optimizer = prepare(name, model)
-    # made here, in the precision of the moment
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), **kwargs)
+    model.compile(optimizer, crossentropy(), **kwargs)
     return model
 
 
@@ -228,7 +232,7 @@ def test_trains_in_mixed_precision(name, mixed):
 def test_a_plain_model_trains_as_a_curved_one(name):
     x, y = data()
     plain = network()
-    plain.compile(OPTIMIZERS[name](), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    plain.compile(OPTIMIZERS[name](), crossentropy())
     curved = compiled(name, network())
     np.testing.assert_allclose(losses(plain, x, y, epochs=4), losses(curved, x, y, epochs=4), rtol=1e-5)
     for a, b in zip(plain.get_weights(), curved.get_weights()):
