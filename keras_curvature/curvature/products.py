@@ -140,7 +140,8 @@ class LossRecording(Jacobian):
             seed: Integer tensor or number that the labels are a function of, besides the example's row in the batch.
 
         Raises:
-            ValueError: There is no likelihood known for the loss; `fisher` is none of these.
+            ValueError: There is no likelihood known for the loss, and labels are not the true ones; `fisher` is none
+                of these.
         """
         return sampling.cotangents(self, fisher, seed)
 

@@ -22,7 +22,7 @@ class Shampoo(ByAxis):
 
     with the hats for Adam's bias corrections. A tensor of `k` axes has `k` factors and the exponent `-1 / (2k)`; a
     vector, such as a bias, one, and `-1/2`. The roots are computed in each `every`-th step; until the first of them the
-    grafted step itself is taken.
+    grafted step itself is taken (`grafting=None`: the momentum).
 
     Reference: Gupta, Koren and Singer, "Shampoo: Preconditioned stochastic tensor optimization" (2018), Algorithms 1
     and 2; Anil et al., "Scalable second order optimization for deep learning" (2020), for blocks, grafting and delayed
@@ -41,9 +41,9 @@ class Shampoo(ByAxis):
         beta_2: Decay of the factors, and of the grafted method's second moment; `1`: sums. Defaults to `0.999` (Shi et
             al. with grafting to Adam).
         epsilon: Added to the factors. Defaults to `1e-12` (Shi et al.).
-        every: Steps from one root to the next. Defaults to `10`.
+        every: Steps from one root to the next. Defaults to `10` (Shi et al.: `1`).
         block_size: Longest side of a block, and longest axis that is made of several. Defaults to `512` (Shi et al.:
-            1024, whose roots take eight times as long).
+            1024, with which the roots of a large matrix take twice as long).
             A block of `a` by `b` keeps `2 (a/b + b/a)` numbers for each of its weights, factors and roots: 4 where it
             is square, but 16 where an embedding of 20000 by 64 is cut into blocks of 512 by 64. A smaller block, or a
             `max_dimension`, has less.
@@ -51,7 +51,7 @@ class Shampoo(ByAxis):
             `max_dimension=1000` that embedding has factors of its 64 columns alone, of 0.3 numbers for each weight.
         grafting: Whose length each block's step has: `"adam"`, `"rmsprop"` (Adam without the bias correction of its
             second moment), `"sgd"`, or `None`. Defaults to `"adam"`.
-        root: `EigenRoot` or `CoupledNewton`, which also take another exponent for tensors of two axes or more.
+        root: `EigenRoot` or `CoupledNewton`, which also take another exponent for tensors of two factors or more.
             Defaults to `EigenRoot()`.
         **kwargs: See `CurvatureOptimizer`.
 
