@@ -120,7 +120,8 @@ class CurvedMixin:
             self._reports(optimizer)  # created here, if nobody has yet: inside the replicas it cannot be done
         lin = Linearization(
             self, x, y, sample_weight, micro_batches=self.micro_batches,
-            shift=optimizer.shift() if ours else None, products=ours and not optimizer.by_gradient,
+            shift=optimizer.shift() if ours else None,
+            products=ours and optimizer.needs_products and not optimizer.by_gradient,
             loss_scale=optimizer.loss_scale_factor if scaler is None else tf.identity(scaler.dynamic_scale.value),
         )  # fmt: skip
         if ours:

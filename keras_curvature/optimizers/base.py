@@ -40,12 +40,14 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         reports: `{name: "mean" | "last" | "sum"}`: the numbers that a curved model shows in its logs, and how an
             epoch sums them up.
         by_gradient: Whether the method is a `precondition` or an `update_step`, and not a `direction`.
+        needs_products: Whether a `direction` asks for Gauss-Newton products; if not, Keras' own faster kernels do.
         needs_model: Whether `create_state` looks at the layers of `model`; such an optimizer is built when it meets it.
         model: The curved `keras.Model` that the optimizer trains, where `needs_model`; `None` before they meet.
     """
 
     reports = {"skipped_steps": "sum"}
     by_gradient = False
+    needs_products = True
     needs_model = False
 
     def __init__(self, learning_rate, **kwargs):
@@ -282,7 +284,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
             return
         super().build(variables)
         self.skipped_steps = self.add_variable((), dtype="int", name="skipped_steps", aggregation="none")
-        self.create_state(list(variables))
+        if variables:  # else `require` says what is wrong
+            self.create_state(list(variables))
         if self._unloaded is not None:
             stored, self._unloaded = self._unloaded, None
             with tf.init_scope():

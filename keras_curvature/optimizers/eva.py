@@ -50,6 +50,7 @@ class Eva(CurvatureOptimizer):
     """
 
     needs_model = True
+    needs_products = False
     reports = {"kl_clip": "mean", "step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(

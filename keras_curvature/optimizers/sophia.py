@@ -134,6 +134,8 @@ class SophiaG(Sophia):
     ```
     """
 
+    needs_products = False
+
     def __init__(
         self, learning_rate=1e-3, beta_1=0.965, beta_2=0.99, gamma=0.05, epsilon=1e-12, every=10, name="sophia_g",
         **kwargs,

@@ -48,6 +48,7 @@ class SquareRootFreeAdam(DiagonalOptimizer):
 
     reports = {"step_norm": "mean", "skipped_steps": "sum"}
     by_gradient = True
+    needs_products = False
     every = 1
 
     def __init__(
