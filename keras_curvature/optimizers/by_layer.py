@@ -20,6 +20,30 @@ def warn_of(optimizer, unsupported, instead):
         )
 
 
+def create_factors(optimizer, blocks, name, kinds=("matrix", "diagonal")):
+    """`[A, G, A, G, ...]`, those of some kinds: variables that are the identity so far."""
+
+    def identity(shape, dtype):
+        return tf.eye(shape[-1], batch_shape=shape[:-2], dtype=dtype)
+
+    return [
+        _create(optimizer, shape, block.dtype, f"{name}_{letter}_{i}", identity if kind == "matrix" else "ones")
+        for i, block in enumerate(blocks)
+        for letter, shape, kind in zip("AG", block.factor_shapes, block.kinds)
+        if kind in kinds
+    ]
+
+
+def ones(optimizer, like, name):
+    """A variable for what is shaped like a block or a variable, 1 so far."""
+    return _create(optimizer, like.shape, like.dtype, name, "ones")
+
+
+def _create(optimizer, shape, dtype, name, initializer):
+    dtype = tf.as_dtype(dtype).name
+    return optimizer.add_variable(tuple(shape), initializer=initializer, dtype=dtype, name=name, aggregation="none")
+
+
 def pairs(values):
     """`[A, G, A, G, ...]` as `[(A, G), ...]`."""
     return list(zip(values[::2], values[1::2]))

@@ -61,10 +61,8 @@ class EKFAC(KFAC):
 
     def _create_inverses(self):
         """Eigenbases of the factors that are matrices, second moments, and how many looks are in these."""
-        self._bases = self._create_factors("basis", kinds=("matrix",))
-        self._moments = [
-            self._ones(block.shape, self._dtype(block), f"moment_{i}") for i, block in enumerate(self._blocks)
-        ]
+        self._bases = by_layer.create_factors(self, self._blocks, "basis", kinds=("matrix",))
+        self._moments = [by_layer.ones(self, block, f"moment_{i}") for i, block in enumerate(self._blocks)]
         self._moment_counts = self.add_variable((len(self._blocks),), name="moment_looks", aggregation="none")
 
     def _inverse_operators(self, batch, factors, damping):

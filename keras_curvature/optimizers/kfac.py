@@ -126,7 +126,8 @@ class KFAC(CurvatureOptimizer):
 
         Example: `KFAC.adaptive(damping=LevenbergMarquardt.martens(1e-5, decay=0.95, every=5), curvature_batch=0.25)`
         """
-        damping = martens_damping() if damping is None else damping
+        if damping is None:
+            damping = LevenbergMarquardt(1e-3, decay=19 / 20, low=0.25, high=0.75, every=5, minimum=1e-8)
         chosen = {"momentum": None, "factors_every": factors_every, "inverses_every": inverses_every}
         return cls(learning_rate, damping, **{**chosen, **kwargs})
 
@@ -136,8 +137,8 @@ class KFAC(CurvatureOptimizer):
         by_layer.warn_of(self, unsupported, "the diagonal of the Fisher matrix")
         self._velocity = self.add_optimizer_variables(variables, "velocity")
         self._damping = self.add_scalar(self._rule.initial, "damping")
-        self._factors = self._create_factors("factor")
-        self._diagonals = [self._ones(variables[i].shape, variables[i].dtype, f"diagonal_{i}") for i in self._diagonal]
+        self._factors = by_layer.create_factors(self, self._blocks, "factor")
+        self._diagonals = [by_layer.ones(self, variables[i], f"diagonal_{i}") for i in self._diagonal]
         self._counts = self.add_variable((len(self._factors + self._diagonals),), name="looks", aggregation="none")
         self._create_inverses()
 
@@ -249,32 +250,4 @@ class KFAC(CurvatureOptimizer):
         return values[: len(self._factors)], values[len(self._factors) :]
 
     def _create_inverses(self):
-        self._inverses = self._create_factors("inverse")
-
-    # Variables.
-
-    def _create_factors(self, name, kinds=("matrix", "diagonal")):
-        """`[A, G, A, G, ...]`, those of some kinds: variables that are the identity so far."""
-        return [
-            (self._identity if kind == "matrix" else self._ones)(shape, self._dtype(block), f"{name}_{letter}_{i}")
-            for i, block in enumerate(self._blocks)
-            for letter, shape, kind in zip("AG", block.factor_shapes, block.kinds)
-            if kind in kinds
-        ]
-
-    def _dtype(self, block):
-        return self.model.trainable_variables[block.variables[0]].dtype
-
-    def _identity(self, shape, dtype, name):
-        def initial(shape, dtype):
-            return tf.eye(shape[-1], batch_shape=shape[:-2], dtype=dtype)
-
-        return self.add_variable(tuple(shape), initializer=initial, dtype=dtype, name=name, aggregation="none")
-
-    def _ones(self, shape, dtype, name):
-        return self.add_variable(tuple(shape), initializer="ones", dtype=dtype, name=name, aggregation="none")
-
-
-def martens_damping(initial=1e-3, every=5):
-    """The damping of Martens and Grosse (2015): times (19/20)^every above a ratio of 3/4, over it below 1/4."""
-    return LevenbergMarquardt(initial=initial, decay=19 / 20, low=0.25, high=0.75, every=every, minimum=1e-8)
+        self._inverses = by_layer.create_factors(self, self._blocks, "inverse")
