@@ -163,6 +163,15 @@ def test_a_batch_whose_gradient_alone_is_not_finite_is_passed_over(name):
     assert all(np.isfinite(v).all() for v in state(model))
 
 
+@pytest.mark.parametrize("curve", [False, True])
+def test_a_step_that_overflows_is_passed_over_with_all_that_keras_does_besides(curve, monkeypatch):
+    x, y = data()
+    model = kc.curved(network(normalized=False, dropout=0)) if curve else network(normalized=False, dropout=0)
+    model.compile(kc.SOAP(weight_decay=0.5, use_ema=True), crossentropy(), jit_compile=False)
+    monkeypatch.setattr(model.optimizer, "precondition", lambda gradients: [np.inf * g for g in gradients])
+    assert_passed_over(model, x[:8], y[:8], 1)
+
+
 @every_family
 def test_a_model_is_saved_before_its_first_fit(name, tmp_path):
     file, (x, y) = tmp_path / "model.keras", data()

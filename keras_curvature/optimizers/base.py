@@ -13,7 +13,8 @@ schedules, weight decay, clipping, averages of the weights, constraints, gradien
 
 Nothing is assigned while a direction is computed. `remember(variable, value)` notes what the state shall become,
 and the step takes all of it, or, where the loss or the direction is not finite, none of it: then weights and
-state stay bit-identical and `skipped_steps` counts one.
+state stay bit-identical and `skipped_steps` counts one. (Of accumulated gradients Keras makes a step by itself: where
+that alone is not finite, its weight decay and its averages have gone on.)
 """
 
 import inspect
@@ -140,60 +141,65 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         self.meet(getattr(linearization, "model", None))
         self.require(linearization.variables)
         self._noted, self._reported = [], {}
-        names = list(self._later_reports())
         with tf.name_scope(self.name):
-            handed = linearization.gradient if self.by_gradient else self.direction(linearization)
+            handed, finite = self._handed(linearization)
             length = self._reported.get("step_norm")  # known to a method that has the inner products at hand
             length = trees.norm(handed) if length is None else length
-            finite = tf.math.is_finite(length)
-            if isinstance(linearization, Linearization):
-                finite &= tf.math.is_finite(linearization.loss)
-                if linearization.is_known("gradient"):
-                    finite &= trees.is_finite(linearization.gradient)
+            finite &= tf.math.is_finite(length)
             noted = list(self._noted)
 
             def take():
                 before = tf.identity(self.skipped_steps.value)
                 _assign(noted)
                 self._hand_to_keras(handed)
-                # a direction made of a finite gradient may have overflowed, and was skipped further down
-                return tf.cast(self.skipped_steps.value - before, tf.float32), self._found_since(names)
+                # of accumulated gradients a direction may have overflowed, and was skipped further down
+                return tf.cast(self.skipped_steps.value - before, tf.float32)
 
             def skip():
                 self.skipped_steps.assign_add(1)
-                return tf.constant(1.0), [tf.constant(float("nan"))] * len(names)
+                return tf.constant(1.0)
 
-            skipped, later = tf.cond(finite, take, skip)
-        self.report(**{"step_norm": length, **dict(zip(names, later)), "skipped_steps": skipped})
+            skipped = tf.cond(finite, take, skip)
+        self.report(step_norm=length, skipped_steps=skipped)
         wanted = {"skipped_steps", *self.reports}
         reported = {name: tf.cast(value, tf.float32) for name, value in self._reported.items() if name in wanted}
         self._noted, self._reported = [], {}
         return reported
 
-    def _later_reports(self):
-        """Names that `precondition` reports, deep in Keras' own `apply`."""
-        preconditions = self.by_gradient and type(self).precondition is not CurvatureOptimizer.precondition
-        return [name for name in self.reports if name != "skipped_steps"] if preconditions else []
+    def _handed(self, linearization):
+        """`(what Keras is handed: the gradient or the step, whether loss and gradient are finite)`."""
+        if not self.by_gradient:
+            handed = self.direction(linearization)
+        elif self._preconditions and not self.gradient_accumulation_steps:
+            handed = self.precondition(super()._clip_gradients(linearization.gradient))
+        else:
+            handed = linearization.gradient
+        finite = tf.constant(True)
+        if isinstance(linearization, Linearization):
+            finite &= tf.math.is_finite(linearization.loss)
+            known = linearization.is_known("gradient")
+        else:
+            known = handed is not linearization.gradient
+        return handed, finite & trees.is_finite(linearization.gradient) if known else finite
 
-    def _found_since(self, names):
-        """The numbers reported by now; NaN where Keras' loop over accumulated gradients has kept them inside."""
-        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        found = [self._reported.get(name, float("nan")) for name in names]
-        return [
-            tf.cast(value if graph is None or getattr(value, "graph", graph) is graph else float("nan"), tf.float32)
-            for value in found
-        ]
+    @property
+    def _preconditions(self):
+        return self.by_gradient and type(self).precondition is not CurvatureOptimizer.precondition
+
+    def _clip_gradients(self, grads):
+        """Keras'; where it is handed a step made of clipped gradients, there is nothing left to clip."""
+        made = self._preconditions and not self.gradient_accumulation_steps
+        return grads if made else super()._clip_gradients(grads)
 
     def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
-        """Keras calls it once for all variables, outside the replicas, with gradients clipped and accumulated."""
+        """Keras calls it once for all variables, outside the replicas; accumulated gradients are stepped on here."""
         each_variable = super()._distributed_tf_update_step
-        if not self.by_gradient or type(self).precondition is CurvatureOptimizer.precondition:
+        if not (self._preconditions and self.gradient_accumulation_steps):
             each_variable(distribution, grads_and_vars, learning_rate)
             return
         self._noted = []
         directions = self.precondition([gradient for gradient, _ in grads_and_vars])
-        noted, self._noted = list(self._noted), []
-        self.report(step_norm=trees.norm(directions))
+        noted, self._noted, self._reported = list(self._noted), [], {}  # tensors of a branch of Keras' own
 
         def take():
             _assign(noted)
