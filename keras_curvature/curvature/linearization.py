@@ -278,7 +278,9 @@ class Linearization(Estimates):
 
     def _recordings(self, products=False):
         """The recorded pass; for `products` where nobody expected any, another one."""
-        fit, noted, tapped = products or self._products, {}, self._tapped
+        noted, tapped = {}, self._tapped
+        # fused kernels of recurrent layers, on a GPU, have no steps to be tapped
+        fit = products or self._products or any(isinstance(layer, keras.layers.RNN) for layer in tapped)
 
         def around():
             stack = contextlib.ExitStack()

@@ -95,6 +95,7 @@ class KFAC(CurvatureOptimizer):
         there["rejected_steps"] = free and looks
         # past Keras, which wants its own `__init__` first
         object.__setattr__(self, "reports", {n: how for n, how in type(self).reports.items() if there.get(n, True)})
+        object.__setattr__(self, "needs_products", free or bool(rule.every))
         super().__init__(learning_rate, name=name, **kwargs)
         self.damping, self.momentum, self.fisher, self.sharing = damping, momentum, fisher, sharing
         self.factors_every, self.inverses_every = factors_every, inverses_every
