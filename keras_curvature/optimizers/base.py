@@ -60,6 +60,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
         self._noted, self._reported, self._unloaded, self._model = [], {}, None, None
+        self._hands_a_step = False
         self._unbuilt_count = len(self.variables)  # iterations, and a learning rate that is no schedule
 
     # To be written by a method.
@@ -187,9 +188,8 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         return self.by_gradient and type(self).precondition is not CurvatureOptimizer.precondition
 
     def _clip_gradients(self, grads):
-        """Keras'; where it is handed a step made of clipped gradients, there is nothing left to clip."""
-        made = self._preconditions and not self.gradient_accumulation_steps
-        return grads if made else super()._clip_gradients(grads)
+        """Keras'; while it is handed a step made of clipped gradients, there is nothing left to clip."""
+        return grads if self._hands_a_step else super()._clip_gradients(grads)
 
     def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
         """Keras calls it once for all variables, outside the replicas; accumulated gradients are stepped on here."""
@@ -211,8 +211,10 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
     def _hand_to_keras(self, gradients):
         if self.loss_scale_factor is not None:  # Keras divides by it; the step has its true size already
             gradients = trees.scale(self.loss_scale_factor, gradients)
+        self._hands_a_step = self._preconditions and not self.gradient_accumulation_steps
         with replicas.keras_outside():
             super().apply(gradients, self._trainable_variables)
+        self._hands_a_step = False
 
     def apply(self, grads, trainable_variables=None):
         """What Keras calls on a plain model: gradients of each replica, and nothing behind them."""
