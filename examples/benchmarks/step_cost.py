@@ -253,14 +253,19 @@ def _node(reference):
 
 
 def memory_of(name, optimizer):
-    """`(MB of a step at its peak, slots in copies of the weights)`."""
+    """MB of a step at its peak."""
     command = [sys.executable, os.path.abspath(__file__), "--child", name, optimizer]
     # with two arenas only, freed memory is found again, whatever the threads
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_ARENA_MAX": "2"})
     if done.returncode:
         raise RuntimeError(done.stderr)
-    peak, slots = done.stdout.split()[-2:]
-    return float(peak), float(slots)
+    return float(done.stdout.split()[-1])
+
+
+def slots_of(model):
+    """The optimizer's state, in copies of the weights."""
+    weights = sum(int(w.value.shape.num_elements()) for w in model.trainable_variables)
+    return sum(int(v.value.shape.num_elements()) for v in model.optimizer.variables) / weights
 
 
 def child(name, optimizer):
@@ -272,9 +277,7 @@ def child(name, optimizer):
     before = _resident("VmRSS")
     steps(tf.constant(5))
     peak = _resident("VmHWM")
-    weights = sum(int(w.value.shape.num_elements()) for w in model.trainable_variables)
-    slots = sum(int(v.value.shape.num_elements()) for v in model.optimizer.variables)
-    print((peak - before) / 2**10, slots / weights)
+    print((peak - before) / 2**10)
 
 
 def _resident(what):
@@ -296,7 +299,7 @@ def verdict(ratio, target):
     return "" if target is None else f"<= {target:.2f} {'yes' if ratio <= target else 'NO'}"
 
 
-def report_steps(name, optimizers, rounds, say):
+def report_steps(name, optimizers, rounds, memory, say):
     candidates = {o: step_of(name, o) for o in optimizers}
     times, graph_times = {}, {}
     for r in range(rounds + 1):
@@ -308,15 +311,15 @@ def report_steps(name, optimizers, rounds, say):
                 graph_times.setdefault(optimizer, []).append(inside)
     head = f"{'':<18} {'ms/step':>9} {'SGD = 1':>8}  {'target':<12} {'in graph':>8}"
     say(f"{head} {'passes':>8} {'slots':>6} {'B/weight':>8} {'peak MB':>8}")
-    for optimizer, (_, steps, _) in candidates.items():
+    for optimizer, (model, steps, _) in candidates.items():
         always, branches = count_passes(steps)
         passes = f"{always}+{branches}" if branches else f"{always}"
-        peak, slots = memory_of(name, optimizer)
+        peak, slots = f"{memory_of(name, optimizer):.0f}" if memory else "-", slots_of(model)
         ratio, milliseconds = ratios(times, optimizer, "SGD"), 1e3 * statistics.median(times[optimizer])
         target = verdict(ratio, TARGETS.get((optimizer, name)))
         inside = ratios(graph_times, optimizer, "SGD")
         line = f"{optimizer:<18} {milliseconds:>9.2f} {ratio:>8.2f}  {target:<12} {inside:>8.2f}"
-        say(f"{line} {passes:>8} {slots:>6.2f} {4 * slots:>8.1f} {peak:>8.0f}")
+        say(f"{line} {passes:>8} {slots:>6.2f} {4 * slots:>8.1f} {peak:>8}")
 
 
 def report_products(name, rounds, say):
@@ -339,6 +342,7 @@ def main():
     parser.add_argument(
         "--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS), help="besides SGD"
     )
+    parser.add_argument("--only_steps", action="store_true", help="no peak memory, no products")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -357,8 +361,9 @@ def main():
     for name in args.problems:
         count = trees.count([w.value for w in kc.problems.get(name).model(0).trainable_variables])
         say(f"\n== {name}, batch {PROBLEMS[name]}, {count} weights ({4 * count / 2**20:.1f} MB)\n")
-        report_steps(name, list(dict.fromkeys(["SGD", *args.optimizers])), args.rounds, say)
-        report_products(name, args.rounds, say)
+        report_steps(name, list(dict.fromkeys(["SGD", *args.optimizers])), args.rounds, not args.only_steps, say)
+        if not args.only_steps:
+            report_products(name, args.rounds, say)
     if args.out:
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         with open(args.out, "w") as file:
