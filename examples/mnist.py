@@ -1,4 +1,4 @@
-"""Every optimizer of the package on MNIST, unconfigured, beside Adam:
+"""Neumann, CurveBall and Hessian-free on MNIST, unconfigured, beside Adam:
 
     pip install ".[examples]"
     python examples/mnist.py --data_dir ~/tensorflow_datasets --download
@@ -35,7 +35,7 @@ RUNS = {
     "hessian_free": (kc.HessianFree, True, HESSIAN_FREE_BATCH),
 }
 
-parser = argparse.ArgumentParser(description="Every optimizer on MNIST, unconfigured.")
+parser = argparse.ArgumentParser(description="Neumann, CurveBall and Hessian-free on MNIST.")
 parser.add_argument("--data_dir", help="TensorFlow Datasets' folder; by default the variable TFDS_DATA_DIR")
 parser.add_argument("--download", action="store_true", help="download MNIST into it, where it is not there")
 parser.add_argument("--optimizer", choices=["all", *RUNS], default="all")

@@ -2,5 +2,19 @@
 
 from keras_curvature.operators.base import Function, Identity, LinearOperator, Scaled, Sum, dense
 from keras_curvature.operators.diagonal import Diagonal
+from keras_curvature.operators.kronecker import BlockDiagonal, InEigenbasis, KroneckerProduct
+from keras_curvature.operators.low_rank import LowRankSquare
 
-__all__ = ["Diagonal", "Function", "Identity", "LinearOperator", "Scaled", "Sum", "dense"]
+__all__ = [
+    "BlockDiagonal",
+    "Diagonal",
+    "Function",
+    "Identity",
+    "InEigenbasis",
+    "KroneckerProduct",
+    "LinearOperator",
+    "LowRankSquare",
+    "Scaled",
+    "Sum",
+    "dense",
+]
