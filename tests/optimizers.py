@@ -87,9 +87,7 @@ ONE_OF_EACH = [
     "psgd_newton", "adahessian", "sophia_h", "sophia_g", "esgd", "diagonal_newton", "square_root_free_adam_sampled",
     "kfac", "ekfac", "eva",
 ]  # fmt: skip
-FAMILIES = [
-    "neumann_resets", "two_loop_convexified", "curveball", "hessian_free", "soap", "psgd_newton", "adahessian", "kfac",
-]  # fmt: skip
+FAMILIES = ["neumann_resets", "curveball", "hessian_free", "soap", "psgd_newton", "adahessian", "kfac"]
 PLAIN_FAMILIES = ["plain_neumann_resets", "plain_soap"]
 
 
