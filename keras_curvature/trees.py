@@ -36,7 +36,7 @@ def add(u, v, scale=1.0):
     """`u + scale * v`."""
     if isinstance(scale, float) and scale == 1.0:
         return [a + b for a, b in zip(u, v)]
-    return [a + _as(scale, a.dtype) * b for a, b in zip(u, v)]
+    return [a + exactly(scale, a.dtype) * b for a, b in zip(u, v)]
 
 
 def subtract(u, v):
@@ -46,7 +46,7 @@ def subtract(u, v):
 
 def scale(c, v):
     """`c * v`."""
-    return [_as(c, a.dtype) * a for a in v]
+    return [exactly(c, a.dtype) * a for a in v]
 
 
 def negative(v):
@@ -84,9 +84,14 @@ def values(variables):
     return [tf.identity(tf.convert_to_tensor(v)) for v in variables]
 
 
-def _as(scalar, dtype):
+def exactly(scalar, dtype):
     """A number or scalar tensor in `dtype`; `tf.cast` would round a Python number to float32 on the way."""
     return tf.constant(scalar, dtype) if isinstance(scalar, (int, float)) else tf.cast(scalar, dtype)
+
+
+def full_precision(tensor):
+    """A floating tensor in float32, where it is in half precision."""
+    return tensor if tensor.dtype.size >= 4 else tf.cast(tensor, tf.float32)
 
 
 def check(name, vector, variables):

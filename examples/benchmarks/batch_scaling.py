@@ -206,23 +206,34 @@ def loss_of_logits():
 # All runs.
 
 
+def lines_of(path):
+    """The entries of a file of one each line; nothing where there is none, and a line cut off by a kill is removed."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb+") as file:
+        text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole != text:  # killed while writing
+            file.truncate(len(whole))
+    return [json.loads(line) for line in whole.decode().splitlines()]
+
+
+def add_line(path, entry):
+    """One more entry, on the disk when this returns."""
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class Runs:
     """The finished runs, one line of a file each, and one line for the settings of each problem."""
 
     def __init__(self, path):
         self.path, self.settings, self.versions, self.runs = path, {}, {}, []
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        if os.path.exists(path):
-            self._read()
-
-    def _read(self):
-        with open(self.path, "rb+") as file:
-            text = file.read()
-            whole = text[: text.rfind(b"\n") + 1]
-            if whole != text:  # killed while writing
-                file.truncate(len(whole))
-        for line in whole.decode().splitlines():
-            self._take(json.loads(line))
+        for entry in lines_of(path):
+            self._take(entry)
 
     def _take(self, entry):
         if "settings" in entry:
@@ -233,10 +244,7 @@ class Runs:
     def append(self, entry):
         """One more line, on the disk when this returns."""
         self._take(entry)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        add_line(self.path, entry)
 
     def begin(self, problem, settings):
         """Note the settings of a problem; runs with other settings are not comparable, and refused."""

@@ -26,7 +26,6 @@ How it measures:
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -39,6 +38,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings, be
 import keras
 import numpy as np
 import tensorflow as tf
+from batch_scaling import add_line, batches, lines_of, loss_of_logits  # which stands beside this file
 from keras import layers
 
 import keras_curvature as kc
@@ -82,7 +82,7 @@ PROBLEMS = {
     "cifar10": Setting(
         "CIFAR-10, small convolutional network with batch normalization", kc.problems.seeded(small_cnn),
         lambda folder: kc.problems.data("cifar10", folder)[0],
-        lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True), batch=128, seconds=15,
+        loss_of_logits, batch=128, seconds=15,
     ),
 }  # fmt: skip
 
@@ -147,16 +147,6 @@ METHODS = {
 
 
 # One run.
-
-
-def batches(examples, size, seed):
-    """Rows (size,) without end: shuffled epoch after epoch, cut without regard to where one ends."""
-    random, rest = np.random.RandomState(seed), np.empty(0, "int32")
-    while True:
-        while len(rest) < size:
-            rest = np.concatenate([rest, random.permutation(examples).astype("int32")])
-        yield rest[:size]
-        rest = rest[size:]
 
 
 class Runner:
@@ -234,22 +224,12 @@ class Runs:
     """The finished runs, one line of a file each."""
 
     def __init__(self, path):
-        self.path, self.runs = path, []
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        if os.path.exists(path):
-            with open(path, "rb+") as file:
-                text = file.read()
-                whole = text[: text.rfind(b"\n") + 1]
-                file.truncate(len(whole))  # where it was killed while writing
-            self.runs = [json.loads(line) for line in whole.decode().splitlines()]
+        self.path, self.runs = path, lines_of(path)
 
     def append(self, entry):
         """One more line, on the disk when this returns."""
         self.runs.append(entry)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        add_line(self.path, entry)
 
     def of(self, method, kind):
         """The runs of a method: "rates" or "seeds"."""

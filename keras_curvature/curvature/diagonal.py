@@ -19,13 +19,14 @@ from keras_curvature.component import check, check_count
 from keras_curvature.curvature import randomness, sampling, slices, taps
 from keras_curvature.curvature.differentiable import differentiable_keras
 
-PROBES = ("rademacher", "gaussian")
+PROBES = ("rademacher", "gaussian", "exact")
 _BITS = [1, 2, 4, 8, 16, 32, 64, -128]  # of a byte, each alone
 
 
 def hessian_diagonal(linearization, seed, probe="rademacher", probes=1):
     """The diagonal of the Hessian, exactly or as Hutchinson's estimate; see `Linearization.hessian_diagonal`."""
-    check_probe(hessian_diagonal, "probe", probe, (*PROBES, "exact"))
+    expected = ", ".join(f'"{choice}"' for choice in PROBES)
+    check(hessian_diagonal, "probe", probe, probe in PROBES, f"one of {expected}")
     check_count(hessian_diagonal, "probes", probes)
     H, weights = linearization.hessian(), linearization.weights
     if probe == "exact":
@@ -51,12 +52,6 @@ def average_kernels(vector):
     from the projections of attention by their shapes, and are left as they are.
     """
     return [tf.reduce_mean(t, list(range(t.shape.rank - 2)), keepdims=True) if t.shape.rank >= 4 else t for t in vector]
-
-
-def check_probe(owner, name, probe, choices=PROBES):
-    """Refuse what is none of the `choices`."""
-    expected = ", ".join(f'"{choice}"' for choice in choices)
-    check(owner, name, probe, probe in choices, f"one of {expected}")
 
 
 def _signs(shape, seed, dtype):

@@ -6,6 +6,7 @@ import math
 import keras
 import tensorflow as tf
 
+from keras_curvature import trees
 from keras_curvature.curvature.convolutions import convolution, depthwise
 from keras_curvature.curvature.taps import RECURRENT_CELLS, overridden
 from keras_curvature.curvature.weights import DIAGONAL, MATRIX, Weights, arranged
@@ -145,7 +146,7 @@ def _normalized(tap):
     """What a normalization scales and shifts, computed once more."""
     layer, x = tap.layer, tap.inputs
     if isinstance(layer, keras.layers.BatchNormalization):  # its call would move statistics
-        x = _in_full_precision(x)
+        x = trees.full_precision(x)
         of_batch = tap.options.get("training") and layer.trainable
         moving = (tf.cast(tf.convert_to_tensor(v), x.dtype) for v in (layer.moving_mean, layer.moving_variance))
         mean, variance = layer._moments(x, tap.options.get("mask")) if of_batch else moving
@@ -155,10 +156,6 @@ def _normalized(tap):
         names = {"scale": False, "center": False}
     with overridden(layer, **names):
         return type(layer).call(layer, x)
-
-
-def _in_full_precision(x):
-    return x if x.dtype.size >= 4 else tf.cast(x, tf.float32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -127,7 +127,7 @@ class LossRecording(Jacobian):
 
     def _widely(self, slopes):
         # unscaled in half precision, what the loss scale has saved would be lost again
-        wide = [s if s is None or s.dtype.size >= 4 else tf.cast(s, tf.float32) for s in slopes]
+        wide = [None if s is None else trees.full_precision(s) for s in slopes]
         return [None if s is None else _unscaled([s], self.loss_scale)[0] for s in wide]
 
     def cotangents(self, fisher, seed=0):

@@ -6,6 +6,7 @@ for each of them, or shared by all.
 
 import tensorflow as tf
 
+from keras_curvature import trees
 from keras_curvature.curvature.weights import product
 
 
@@ -25,7 +26,7 @@ class Seen:
 
     def inputs(self, block):
         """The inputs of all calls, `[(groups, rows, positions, d_in [+ 1])]`; of an embedding, indices."""
-        seen = [_wide(block.weights.inputs(tap)) for tap in self._taps_of(block)]
+        seen = [trees.full_precision(block.weights.inputs(tap)) for tap in self._taps_of(block)]
         if block.weights.bias is None:
             return seen
         return [tf.concat([a, tf.ones([*sizes(a)[:3], 1], a.dtype)], -1) for a in seen]
@@ -110,11 +111,7 @@ def sizes(x):
 
 def _like_said(slope, said):
     """A slope with the shape that some gradients (of einsums) have lost; zeros where the loss depends on nothing."""
-    return _wide(tf.zeros_like(said)) if slope is None else tf.ensure_shape(slope, said.shape)
-
-
-def _wide(x):
-    return x if x.dtype.size >= 4 else tf.cast(x, tf.float32)
+    return trees.full_precision(tf.zeros_like(said)) if slope is None else tf.ensure_shape(slope, said.shape)
 
 
 def _check_within_reach(taps, recording):

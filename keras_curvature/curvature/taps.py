@@ -32,11 +32,8 @@ def dense():
 
     def call(layer, inputs, *args, **kwargs):
         activation = layer.activation
-        object.__setattr__(layer, "activation", None)  # past Keras' attribute tracking, which is locked by now
-        try:
+        with overridden(layer, activation=None):
             said = tf.identity(original(layer, inputs, *args, **kwargs))
-        finally:
-            object.__setattr__(layer, "activation", activation)
         noted.setdefault(replicas.identity(), []).append(DenseTap(layer, inputs, said))
         return said if activation is None else activation(said)
 
@@ -187,15 +184,9 @@ def hidden_states(noted=None):
 
 def _whole_sequence(original, noted):
     def inner_loop(layer, *args, **kwargs):
-        if layer.return_sequences:
+        # LSTM and GRU call the RNN's own loop from theirs
+        with overridden(layer, return_sequences=True):
             last, sequence, states = original(layer, *args, **kwargs)
-        else:
-            object.__setattr__(layer, "return_sequences", True)
-            try:
-                # LSTM and GRU call the RNN's own loop from theirs: return_sequences now holds, so it notes
-                last, sequence, states = original(layer, *args, **kwargs)
-            finally:
-                object.__setattr__(layer, "return_sequences", False)
         sequences = noted.setdefault(replicas.identity(), [])
         if not any(sequence is s for s in sequences):
             sequences.append(sequence)

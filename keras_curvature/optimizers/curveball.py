@@ -103,8 +103,7 @@ class CurveBall(CurvatureOptimizer):
 
         def check():
             loss = lin.loss_at(trees.scale(rate, z))
-            ratio = (loss - lin.loss) / tf.cast(predicted, loss.dtype)
-            ratio = tf.where(predicted == 0, tf.ones_like(ratio), ratio)  # at the minimum: as predicted
+            ratio = quadratic.reduction_ratio(loss - lin.loss, tf.cast(predicted, loss.dtype))
             # begin again where the step leads out of the finite; a `z` that is not finite itself is the batch's fault,
             # and stays for `step` to see
             begin_again = trees.is_finite(z) & tf.logical_not(tf.math.is_finite(loss))

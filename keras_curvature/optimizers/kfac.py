@@ -197,9 +197,7 @@ class KFAC(CurvatureOptimizer):
 
         def look():
             loss = lin.loss_at(trees.scale(rate, step))
-            predicted = tf.cast(predict(), loss.dtype)
-            ratio = (loss - lin.loss) / predicted
-            ratio = tf.where(predicted == 0, tf.ones_like(ratio), ratio)  # at the minimum: as predicted
+            ratio = quadratic.reduction_ratio(loss - lin.loss, tf.cast(predict(), loss.dtype))
             worse = tf.logical_not(loss <= lin.loss) & trees.is_finite(step) if rejects else tf.constant(False)
             return worse, ratio
 

@@ -19,6 +19,8 @@ What cannot be inverted comes back as NaN, and never raises: whoever asked has a
 
 import tensorflow as tf
 
+from keras_curvature import trees
+
 
 def inverse(matrix, damping):
     """`(M + damping I)^-1` of a symmetric positive semi-definite `M`; NaN where Cholesky fails.
@@ -27,7 +29,7 @@ def inverse(matrix, damping):
         matrix: `(d, d)`, or several of them `(..., d, d)`.
         damping: A scalar, or one for each of several matrices.
     """
-    damping = _as(damping, matrix.dtype)
+    damping = trees.exactly(damping, matrix.dtype)
     unit = tf.eye(matrix.shape[-1], dtype=matrix.dtype)
     lower = tf.linalg.cholesky(symmetric(matrix) + damping[..., tf.newaxis, tf.newaxis] * unit)
     # of the triangle's inverse, and not by `cholesky_solve`: the product is symmetric to the last bit
@@ -37,7 +39,7 @@ def inverse(matrix, damping):
 
 def inverse_of_diagonal(entries, damping):
     """`1 / (m + damping)`, of a diagonal `(..., d)`; NaN where that is not positive, as Cholesky has it."""
-    damped = entries + _as(damping, entries.dtype)[..., tf.newaxis]
+    damped = entries + trees.exactly(damping, entries.dtype)[..., tf.newaxis]
     return tf.where(damped > 0, 1.0 / damped, tf.constant(float("nan"), damped.dtype))
 
 
@@ -55,7 +57,7 @@ def split_damping(of_A, of_G, damping):
     known = (of_A > 0) & (of_G > 0)
     one = tf.ones_like(of_A)
     pi = tf.sqrt(tf.where(known, of_A, one)) / tf.sqrt(tf.where(known, of_G, one))
-    root = tf.sqrt(_as(damping, pi.dtype))
+    root = tf.sqrt(trees.exactly(damping, pi.dtype))
     return pi * root, root / pi
 
 
@@ -69,7 +71,7 @@ def solve_rank_one(a, b, damping, W):
 
     By Sherman and Morrison: `(W - (a'Wb) / (damping + |a|^2 |b|^2) ab') / damping`.
     """
-    damping = _as(damping, W.dtype)
+    damping = trees.exactly(damping, W.dtype)
     a, b = a[..., tf.newaxis], b[..., tf.newaxis, :]
     squares = tf.reduce_sum(a * a, [-2, -1], keepdims=True) * tf.reduce_sum(b * b, [-2, -1], keepdims=True)
     along = tf.matmul(tf.matmul(a, W, transpose_a=True), b, transpose_b=True)  # (..., 1, 1)
@@ -81,8 +83,3 @@ def symmetric(matrix):
     if matrix.shape[-1] == 1:  # inside a `tf.cond`, TensorFlow's graph optimizer makes an empty tensor of this sum
         return matrix
     return 0.5 * (matrix + tf.linalg.matrix_transpose(matrix))
-
-
-def _as(number, dtype):
-    """A number or tensor in `dtype`; `tf.cast` would round a Python number to float32 on the way."""
-    return tf.cast(number, dtype) if tf.is_tensor(number) else tf.constant(number, dtype)
