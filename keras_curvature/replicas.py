@@ -216,3 +216,42 @@ def identity():
     own = number()
     static = own if isinstance(own, int) else tf.get_static_value(own)
     return 0 if static is None else int(static)  # a TPU traces one program for all its replicas
+
+
+def strategy_of(model):
+    """The strategy that a Keras model was made under; the default one, where it was made under none.
+
+    Raises:
+        ValueError: It trains in several processes.
+    """
+    strategy = model.distribute_strategy
+    if of_several_workers(strategy):
+        raise ValueError(
+            f"Curvature is measured in one process. Received: the model {model.name!r}, made under "
+            f"`{type(strategy).__name__}` on {strategy.num_replicas_in_sync} replicas of several workers. Save it, and "
+            "measure it in a process of its own: `keras_curvature.curvature(keras.models.load_model(path), data)`."
+        )
+    return strategy
+
+
+def scatter(strategy, arrays):
+    """A list of tensors with a row for each example, cut into one slice for each replica of `strategy`.
+
+    What comes back is fit to be an argument of `each` and `total`, called in the scope of the strategy. The first
+    replicas have one row more, where there is a rest.
+    """
+    parts = strategy.num_replicas_in_sync
+    if parts == 1:
+        return list(arrays)
+
+    def slices_of(array):
+        rows = array.shape[0]
+        bounds = [rows // parts * i + min(rows % parts, i) for i in range(parts + 1)]
+
+        def here(context):
+            own = context.replica_id_in_sync_group
+            return array[bounds[own] : bounds[own + 1]]
+
+        return strategy.experimental_distribute_values_from_function(here)
+
+    return [slices_of(array) for array in arrays]

@@ -14,7 +14,7 @@ FLOORS = {
     "operators": 1,
     "curvature": 2, "solvers": 2, "steps": 2,
     "optimizers": 3,
-    "models": 4, "callbacks": 4, "problems": 4,
+    "models": 4, "callbacks": 4, "problems": 4, "monitor": 4, "report": 4, "landscape": 4,
     "__init__": 5,
 }  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py"))

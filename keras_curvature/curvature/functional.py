@@ -73,6 +73,9 @@ class PureModel:
         batch: `(x, y, sample_weight)`, as Keras' `train_step` unpacks it.
         place: The `Place` of these examples in the whole batch.
         state: Values to begin with of `stateful`, and of `counting` if it holds as many. Defaults to those now.
+        training: Whether layers do as in training, or as in inference. Defaults to `True`.
+        seeds: Values to begin with of the seeds of the model's layers, a tensor `(seeds, 2)`, in place of those now.
+            Optional.
 
     Attributes:
         stateful: The model's non-trainable variables.
@@ -80,13 +83,13 @@ class PureModel:
         state: The values to begin with.
     """
 
-    def __init__(self, model, batch, place, state=None):
-        self.model, self.batch, self.place = model, batch, place
+    def __init__(self, model, batch, place, state=None, training=True, seeds=None):
+        self.model, self.batch, self.place, self.training = model, batch, place, training
         self.x, self.y, self.sample_weight = batch
-        self._arguments = {"training": True} if _takes_training(model) else {}
+        self._arguments = {"training": training} if _takes_training(model) else {}
         self.stateful, self.counting = model.non_trainable_variables, model.metrics_variables
         # read once: the seeds and batch statistics of every later evaluation are those of this moment
-        self.state = [tf.identity(v.value) for v in self.stateful] if state is None else state
+        self.state = _now(self.stateful, seeds) if state is None else state
 
     def evaluate(self, weights, loss_tape=None):
         """Forward pass and loss at `weights`.
@@ -126,7 +129,7 @@ class PureModel:
     def _loss(self, outputs):
         own = type(self.model).compute_loss is not keras.Model.compute_loss
         with slices.at(dataclasses.replace(self.place, weighs_means=not own)):
-            loss = compute_loss(self.model, self.x, self.y, outputs, self.sample_weight)
+            loss = compute_loss(self.model, self.x, self.y, outputs, self.sample_weight, self.training)
         if not own or self.place.is_even:
             return loss
         # a loss of one's own is taken for a mean over the examples that leaves the replicas to Keras
@@ -153,6 +156,12 @@ class PureModel:
         for variable, value in zip(variables, [*evaluation.state, *evaluation.counters]):
             if value is not None:
                 variable.assign(value)
+
+
+def _now(stateful, given):
+    """The values of variables, but of seeds, in their order, those that are given."""
+    own = {} if given is None else {id(v): value for v, value in zip(seeds(stateful), tf.unstack(given))}
+    return [own[id(v)] if id(v) in own else tf.identity(v.value) for v in stateful]
 
 
 def _check_not_assigned(scope, variables, given):
@@ -191,9 +200,14 @@ def _cut(outputs):
 # Private names of Keras 3.15, each in one function; `tests/test_keras_internals.py` checks that they are there.
 
 
-def compute_loss(model, x, y, y_pred, sample_weight):
-    """`model.compute_loss` in training mode, whether or not the user's own version takes `training`."""
-    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+def compute_loss(model, x, y, y_pred, sample_weight, training=True):
+    """`model.compute_loss`, whether or not the user's own version takes `training`."""
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+
+
+def seeds(variables):
+    """Those of a model's variables that are the states of random generators, a list."""
+    return [v for v in variables if v.name == "seed_generator_state"]
 
 
 def _takes_training(model):

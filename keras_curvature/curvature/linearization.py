@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
-from keras_curvature.component import check_count
+from keras_curvature.component import check, check_count
 from keras_curvature.curvature import convexity, products, slices, taps
 from keras_curvature.curvature.differentiable import differentiable_keras
 from keras_curvature.curvature.estimates import Estimates
@@ -54,6 +54,10 @@ class Linearization(Estimates):
         products: Whether Gauss-Newton products will be asked for. If not, losses and gradients are computed by Keras'
             own kernels (cuDNN's recurrent layers, max pooling), which cannot be differentiated twice or only at a
             price; products are there all the same, and record a forward pass of their own. Defaults to `True`.
+        training: Whether the model runs as in training (batch statistics, dropout) or as in inference (moving
+            statistics, no dropout). Defaults to `True`.
+        seeds: Values to begin with of the seeds of the model's layers, an integer tensor `(seeds, 2)` in the order of
+            `functional.seeds(model.non_trainable_variables)`, in place of those that the layers have. Optional.
 
     Attributes:
         variables: The model's trainable variables.
@@ -80,14 +84,16 @@ class Linearization(Estimates):
 
     def __init__(
         self, model, x, y=None, sample_weight=None, *,
-        shift=None, loss_scale=None, part=None, micro_batches=1, products=True,
+        shift=None, loss_scale=None, part=None, micro_batches=1, products=True, training=True, seeds=None,
     ):  # fmt: skip
         _check_model(model)
         check_count(Linearization, "micro_batches", micro_batches)
+        check(Linearization, "training", training, isinstance(training, bool), "True or False")
         build_for(model, x, y, sample_weight)
         self.model, self.variables = model, list(model.trainable_variables)
         self._batch, self._part, self._micro_batches = (x, y, sample_weight), part, micro_batches
         self._shift, self._loss_scale, self._products, self._reached = shift, loss_scale, products, None
+        self._mode = {"training": training, "seeds": seeds}
         self._tapped = ()  # layers
         # one pure model per replica; what is computed once is kept in `_known` (`cached_property` holds a lock while it
         # computes, on which the threads of replicas would wait for each other)
@@ -195,6 +201,33 @@ class Linearization(Estimates):
         not_convex = tuple(convexity.not_convex(self.model))
         return GaussNewton(self.variables, self._recordings(products=True), self._loss_scale, self.l2, not_convex)
 
+    def fisher(self, kind="exact"):
+        """A Fisher matrix of the loss, a `LinearOperator`; positive semi-definite always.
+
+            "exact"      F = sum_n J_n' E_y[s_n s_n'] J_n,    labels y drawn from what the model says
+            "empirical"  F = sum_n J_n' s_n s_n' J_n,         the true labels
+
+        with `s_n` the slope of `-log p(y | z_n)` in the outputs, times the root of the weight that the compiled loss
+        gives it (1/N of a mean, sample weights; see `curvature/sampling.py`). Of a mean over examples with one label
+        each, the empirical one is the mean of the outer products of the gradients of single examples. Regularizers and
+        added losses are no likelihood, and have no part in it. One product: one forward-mode and one backward pass.
+
+        Args:
+            kind: `"exact"` or `"empirical"`. Defaults to `"exact"`.
+
+        Raises:
+            ValueError: `kind` is none of these; in a product, the loss is not minus the logarithm of a likelihood
+                that is known, and `kind` is `"exact"`.
+        """
+        check(Linearization.fisher, "kind", kind, kind in ("exact", "empirical"), '"exact" or "empirical"')
+        recordings = self._recordings(products=True)
+
+        def product(v):
+            trees.check("vector", v, self.variables)
+            return recordings.total(lambda recording, v: recording.fisher_product(v, kind), [list(v)])
+
+        return Function(product, psd=True)
+
     def hidden_gauss_newton(self):
         """`J_h' J_h / N`, for `h` the hidden states of the recurrent layers and `N` the number of examples.
 
@@ -261,7 +294,7 @@ class Linearization(Estimates):
         """
         return Linearization(
             self.model, *self._batch, shift=self._shift, loss_scale=self._loss_scale, part=(size, index),
-            micro_batches=self._micro_batches, products=self._products,
+            micro_batches=self._micro_batches, products=self._products, **self._mode,
         )  # fmt: skip
 
     def commit(self):
@@ -341,9 +374,9 @@ class Linearization(Estimates):
         examples = slices.examples(batch[0])
         place = slices.Place(start, self.examples if replicas.count() == 1 else examples, self.examples)
         if self._micro_batches == 1:
-            pure = PureModel(self.model, batch, place)
+            pure = PureModel(self.model, batch, place, **self._mode)
         else:
-            pure = MicroBatches(self.model, batch, place, self._micro_batches)
+            pure = MicroBatches(self.model, batch, place, self._micro_batches, **self._mode)
         self._pure[replicas.identity()] = pure
 
     def _here(self):

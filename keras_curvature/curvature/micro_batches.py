@@ -31,11 +31,12 @@ class MicroBatches:
     Args:
         model, batch, place: As of `PureModel`.
         count: Number of slices, an integer.
+        training, seeds: As of `PureModel`.
     """
 
-    def __init__(self, model, batch, place, count):
+    def __init__(self, model, batch, place, count, training=True, seeds=None):
         _check_layers(model)
-        self._pure = PureModel(model, batch, place)
+        self._pure = PureModel(model, batch, place, training=training, seeds=seeds)
         self._state = [*self._pure.state, *[tf.identity(v.value) for v in self._pure.counting]]
         known = isinstance(place.examples, int)
         self._count = max(1, min(count, place.examples)) if known else tf.clip_by_value(place.examples, 1, count)
@@ -95,7 +96,8 @@ class MicroBatches:
         own = len(self._pure.stateful)
         begin = [now if now.dtype.is_floating else first for now, first in zip(state[:own], self._state)]
         batch = slices.rows(self._pure.batch, start, length)
-        return PureModel(self._pure.model, batch, self._pure.place.part(start, length), [*begin, *state[own:]])
+        place, training = self._pure.place.part(start, length), self._pure.training
+        return PureModel(self._pure.model, batch, place, [*begin, *state[own:]], training)
 
     def _one_by_one(self, on_slice):
         total, parts, state = None, [], self._state

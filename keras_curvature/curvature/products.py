@@ -159,6 +159,11 @@ class LossRecording(Jacobian):
         """`J' H_L J v`."""
         return self.pull(self.push(vector)[1])
 
+    def fisher_product(self, vector, kind):
+        """`J' F J v`, with `F` the Fisher matrix in the leaves; `kind` is `"exact"` or `"empirical"`."""
+        self.require_leaves()
+        return self.pull(sampling.fisher_times(self, kind, self.jvp(vector)))
+
     def pull(self, cotangents):
         """`J' c` for cotangents that carry the loss scale, such as `curve` returns."""
         return _unscaled(self.vjp(cotangents), self.loss_scale)

@@ -61,6 +61,49 @@ def of_examples(recording):
     return [tf.cast(root, slope.dtype) * slope for slope in recording.slope]
 
 
+def fisher_times(recording, fisher, tangents):
+    """`F u`, shaped as the leaves and times the loss scale, for the Fisher matrix `F` in the leaves.
+
+    Args:
+        recording: A `LossRecording`.
+        fisher: `"exact"` or `"empirical"`.
+        tangents: `u`, shaped as the leaves.
+    """
+    if fisher == "exact":
+        return _on_leaves(recording, [(w, _information_times(w, tangents[w.leaf])) for w in weighed(recording)])
+    cotangents = _unscaled(recording, _empirical(recording))
+    along = tf.add_n([_by_example(c * u) for c, u in zip(cotangents, tangents)])
+    scale = 1.0 if recording.loss_scale is None else recording.loss_scale
+    return [c * tf.reshape(along, [-1] + [1] * (c.shape.rank - 1)) * tf.cast(scale, c.dtype) for c in cotangents]
+
+
+def _information_times(w, tangent):
+    """The Fisher information of a `Weighed` times a tangent of its leaf; of rows, label by label."""
+    u, omega = tf.cast(tangent, w.z.dtype), _no_less_than_zero(w.omega)
+    information = omega * w.likelihood.information(w.z)
+    if not w.likelihood.by_rows:
+        return information * u
+
+    def add(total, label):
+        # not the whole (labels, labels) matrix of each row: of many labels it would not fit into memory
+        slope = w.likelihood.slope(w.z, tf.fill(tf.shape(w.z)[:-1], label))
+        along = tf.reduce_sum(slope * u, -1, keepdims=True)
+        return total + tf.gather(information, [label], axis=-1) * along * slope
+
+    return tf.foldl(add, tf.range(w.z.shape[-1]), tf.zeros_like(w.z))
+
+
+def _by_example(tensor):
+    """Sums over all axes but the first, `(examples,)`."""
+    return tf.reduce_sum(tensor, list(range(1, tensor.shape.rank)))
+
+
+def _unscaled(recording, cotangents):
+    if recording.loss_scale is None:
+        return cotangents
+    return [c / tf.cast(recording.loss_scale, c.dtype) for c in cotangents]
+
+
 def slopes(recording, seed):
     """`dL/dz` with labels drawn from what the model says, one tensor per leaf, times the loss scale."""
     recording.require_leaves()
