@@ -1,48 +1,295 @@
-"""The curvature of a model as one operator with questions."""
+"""The curvature of a model, as one operator that can be asked.
 
+No mathematics of its own: products are of `curvature/probes.py`, and what is made of them is the solvers'.
+"""
+
+import contextlib
 import re
 
+import keras
+
 from keras_curvature import trees
+from keras_curvature.component import check, check_count, check_number
+from keras_curvature.curvature.naming import layers_of
 from keras_curvature.curvature.probes import Probes
-from keras_curvature.operators import LinearOperator
+from keras_curvature.operators import Function, Identity, LinearOperator, Masked
+from keras_curvature.solvers import ConjugateGradient
+
+# Fewest products for which XTrace is better than Hutchinson's estimate.
+XTRACE_FROM = 12
 
 
 def curvature(
-    model, data, kind="hessian", layers=None, examples=None, batch_size=None, training=False, seed=0,
+    model, data, kind="hessian", layers=None, examples=None, batch_size=None, training=False, seed=0, progress=False,
 ):  # fmt: skip
-    probes = Probes(model, data, kind, examples, batch_size, training, seed)
-    return Curvature(probes, layers)
+    """The curvature of a model on some data, an operator that can be asked.
+
+        f(w + d)  ~  f(w) + g'd + 1/2 d'B d
+
+    with `f` the compiled loss (sample weights, regularizers and added losses with it), a mean over the examples, and
+    `B` one of
+
+        "hessian"           H = d2f/dw2
+        "ggn"               J' H_L J,  the generalized Gauss-Newton matrix, with the L2 weight regularizers
+        "fisher"            mean_n J_n' E_y[s s'] J_n,  s the slope of -log p(y | z), labels y drawn from the model
+        "empirical_fisher"  mean_n g_n g_n',  g_n the gradient of one example, with the true labels
+
+    at the weights that the model has when it is asked. Nothing of the model moves: not its weights, optimizer, batch
+    statistics, seeds, or metrics. Decoupled weight decay is not part of the loss, and not of `B`.
+
+    Args:
+        model: A compiled `keras.Model`.
+        data: `(x, y)`, `(x, y, sample_weight)` or `x`, arrays or tensors or dicts or lists of them; or a
+            `tf.data.Dataset` or `keras.utils.PyDataset` of batches of these. Read once and kept; a `Dataset` that
+            shuffles anew in every epoch has one epoch behind it then.
+        kind: One of the above. Defaults to `"hessian"`.
+        layers: Names of layers, or regular expressions that match whole names; `B` is then that of their weights
+            alone, and vectors are lists of these. Defaults to all layers.
+        examples: The first that many of the data, an integer. Defaults to all.
+        batch_size: How many at a time, an integer. In training mode batch normalization takes its statistics over so
+            many. Defaults to the batches of a data set; for arrays to all, or, of more than 1024, to at most 512.
+        training: Whether the model runs as in training, which says whether a step is stable; or as in inference, which
+            says how flat the function is that came out. Defaults to `False`.
+        seed: An integer: of dropout masks in training mode, and of the random vectors of the estimates. Defaults to
+            `0`.
+        progress: Whether to show a bar while products are made. Defaults to `False`.
+
+    Returns:
+        A `Curvature`.
+
+    Raises:
+        ValueError: An argument is none of these; see `curvature/probes.py`. A layer's name matches none: the message
+            has those that there are.
+
+    Example:
+
+    ```python
+    c = keras_curvature.curvature(model, (x, y), kind="ggn")
+    c.top(10).values                        # the largest eigenvalues
+    c.trace(by_layer=True)                  # {layer: Estimate(value, stderr, products)}
+    c.block("dense_1").sharpness().values   # of one layer
+    ```
+    """
+    check(curvature, "progress", progress, isinstance(progress, bool), "True or False")
+    if layers is not None:
+        _check_layers(layers)
+    probes = Probes(model, data, kind, examples, batch_size, training, seed, asked_by=curvature)
+    return Curvature(probes, layers, progress)
 
 
 class Curvature(LinearOperator):
-    def __init__(self, probes, layers=None):
-        self.probes = probes
-        self.layers = layers_of(probes.model)
+    """A curvature matrix `B` that is known by its products, and what is asked of it. Made by `curvature`.
 
-    @property
-    def variables(self):
-        return self.probes.variables
+    `c @ v` is a product. Vectors are lists of tensors shaped as `variables`; of all layers, these are
+    `model.trainable_variables`. Every number comes with a residual or a standard error, and the number of products that
+    it took.
+
+    Args:
+        probes: The `Probes`.
+        layers: As of `curvature`.
+        progress: As of `curvature`.
+
+    Attributes:
+        probes: As given: `loss_at`, and the numbers of a heading (`examples`, `batch_size`, `training`, `kind`).
+        variables: The trainable variables that vectors are shaped as, a list.
+        layers: `{name: [indices]}`: the places in a vector of each layer's weights.
+        psd: Whether `v'Bv >= 0` for every `v`: of every kind but the Hessian.
+    """
+
+    def __init__(self, probes, layers=None, progress=False):
+        known = layers_of(probes.model)
+        chosen = known if layers is None else _chosen(layers, known)
+        self.probes, self._progress = probes, progress
+        self._indices = sorted(i for own in chosen.values() for i in own)
+        place = {i: k for k, i in enumerate(self._indices)}
+        self.layers = {name: [place[i] for i in own] for name, own in chosen.items()}
+        self._masked = Masked(Function(probes.product, probes.psd), self._indices, probes.variables)
+        self.variables = self._masked.restrict(probes.variables)
 
     @property
     def psd(self):
+        """Whether `v'Bv >= 0` for every `v`."""
         return self.probes.psd
 
     @property
     def loss(self):
+        """The loss at the weights that the model has now, a scalar."""
         return self.probes.loss()
 
     @property
     def gradient(self):
-        return self.probes.gradient()
+        """Its gradient, a vector."""
+        return self._masked.restrict(self.probes.gradient())
 
     def multiply(self, vector):
-        return self.probes.product(vector)
+        """`B v`, a vector."""
+        trees.check("vector", vector, self.variables)
+        return self._masked @ list(vector)
+
+    def extend(self, vector):
+        """The vector over all of the model's weights that has zeros for those of other layers."""
+        return self._masked.extend(vector)
+
+    def block(self, layer):
+        """The `Curvature` of one layer, or of those that a regular expression matches, on the same examples.
+
+        Its vectors are lists of these layers' weights.
+        """
+        check(Curvature.block, "layer", layer, isinstance(layer, str), "the name of a layer, or a regular expression")
+        return Curvature(self.probes, list(_chosen([layer], self.layers, "layer")), self._progress)
+
+    def top(self, k=10, tolerance=1e-3, most_negative=False):
+        """The `k` largest eigenvalues with their vectors, `Eigenpairs`; see `solvers/lanczos.py`.
+
+        Args:
+            k: How many, an integer. Defaults to `10`.
+            tolerance: Largest residual `|B u - l u|`, relative to `|l|`. Defaults to `1e-3`.
+            most_negative: Whether to find the `k` smallest instead. Defaults to `False`.
+
+        Raises:
+            ValueError: The vectors would not fit into memory, with the bytes that they need.
+        """
+        from keras_curvature.solvers import lanczos
+
+        with self._shown() as operator:
+            return lanczos.eigenpairs(
+                operator, self._like, k, tolerance=tolerance, most_negative=most_negative, seed=self.probes.seed
+            )
+
+    def sharpness(self, start=None, steps=10):
+        """The largest eigenvalue with its vector, `Eigenpairs` of one.
+
+        Args:
+            start: A vector to begin at, such as that of some training steps ago, of which 5 steps are enough.
+                Defaults to a random one.
+            steps: How many products, an integer. Defaults to `10`.
+        """
+        return self.extremes(start, steps)[0]
+
+    def extremes(self, start=None, steps=10):
+        """The largest and the smallest eigenvalue, two `Eigenpairs` of one, of one run; as `sharpness`."""
+        from keras_curvature.solvers import lanczos
+
+        with self._shown(steps) as operator:
+            return lanczos.extremes(operator, self._like, steps, start=start, seed=self.probes.seed)
+
+    def trace(self, products=30, by_layer=False, pairs=None):
+        """The sum of the eigenvalues, an `Estimate`; or that of each layer's block, `{name: Estimate}`.
+
+        Args:
+            products: How many products to estimate by, an integer. Defaults to `30`.
+            by_layer: Whether to give each layer's. Defaults to `False`.
+            pairs: `Eigenpairs` of `top`, which are taken out of what has to be estimated. Optional.
+        """
+        check_count(Curvature.trace, "products", products)
+        check(Curvature.trace, "by_layer", by_layer, isinstance(by_layer, bool), "True or False")
+        from keras_curvature.solvers import traces
+
+        seed, parts = self.probes.seed, self.layers if by_layer else None
+        with self._shown(products) as operator:
+            if pairs is not None:
+                found = traces.deflated(operator, self._like, pairs, products, seed, parts=parts)
+            elif by_layer or products < XTRACE_FROM or products > trees.count(self._like):
+                found = traces.hutchinson(operator, self._like, products, seed, parts=parts)
+            else:
+                found = traces.xtrace(operator, self._like, products, seed)
+        return found[1] if by_layer else found
+
+    def diagonal(self, products=100, stderr=False):
+        """An estimate of the diagonal, a vector; with `stderr` also its standard errors, `(vector, vector)`."""
+        from keras_curvature.solvers import traces
+
+        with self._shown(products) as operator:
+            found = traces.diagonal(operator, self._like, products, self.probes.seed)
+        return found if stderr else found[0]
+
+    def density(self, probes=4, steps=60):
+        """The spectral density, a `Density`; `probes * steps` products, and the memory of three vectors."""
+        from keras_curvature.solvers import lanczos
+
+        with self._shown(probes * steps) as operator:
+            return lanczos.density(operator, self._like, probes, steps, self.probes.seed)
+
+    def solve(self, vector, damping, tolerance=1e-6, max_products=1000):
+        """The solution of `(B + damping I) x = vector`, a `Solution`, by conjugate gradients.
+
+        A Hessian is checked first to be positive with the damping: by its smallest eigenvalue, as Lanczos finds it.
+
+        Args:
+            vector: A vector.
+            damping: A number, at least 0.
+            tolerance: Largest residual `|vector - (B + damping I) x|`, relative to `|vector|`. Defaults to `1e-6`.
+            max_products: An integer. `Solution.residual` says how far it came. Defaults to `1000`.
+
+        Raises:
+            ValueError: The Hessian is not positive definite with this damping; the message has its most negative
+                eigenvalue.
+        """
+        trees.check("vector", vector, self.variables)
+        check_number(Curvature.solve, "damping", damping, low=0)
+        check_number(Curvature.solve, "tolerance", tolerance, low=0, open_low=True)
+        check_count(Curvature.solve, "max_products", max_products)
+        if not self.psd:
+            self._check_positive(damping)
+        solver = ConjugateGradient(max_products, progress_tolerance=0.0, residual_tolerance=tolerance)
+        with self._shown() as operator:
+            solution = solver.solve(Function((operator + damping * Identity()).multiply, psd=True), list(vector))
+        ended = float(solution.residual) > tolerance and int(solution.steps) < max_products
+        if ended and not self.psd:
+            raise ValueError(
+                f"`Curvature.solve`: the Hessian with damping={damping!r} is not positive definite: conjugate gradients "
+                "met a direction of negative curvature. Pass a larger damping, or use kind='ggn'."
+            )
+        return solution
+
+    def _check_positive(self, damping):
+        pairs = self.top(1, tolerance=1e-2, most_negative=True)
+        # a Ritz value is never below the smallest eigenvalue; there is an eigenvalue within the residual of it
+        lowest = float(pairs.values[0]) - float(pairs.residuals[0])
+        if lowest + damping <= 0:
+            raise ValueError(
+                f"`Curvature.solve`: the Hessian is not positive definite with this damping: its most negative "
+                f"eigenvalue is {float(pairs.values[0]):.3g}. Pass damping > {-1.01 * lowest:.3g}, or use kind='ggn'. "
+                f"Received: damping={damping!r}"
+            )
+
+    @property
+    def _like(self):
+        return trees.values(self.variables)
+
+    @contextlib.contextmanager
+    def _shown(self, products=None):
+        """This operator; where asked for, with a bar that shows how many of its products are made."""
+        if not self._progress:
+            yield self
+            return
+        bar = keras.utils.Progbar(products, unit_name="product")
+
+        def product(vector):
+            found = self @ vector
+            bar.add(1)
+            return found
+
+        yield Function(product, self.psd)
 
 
-def layers_of(model):
-    """`{name: [indices of trainable variables]}` of the leaf layers of a model that have any, in its order."""
-    index = {id(v): i for i, v in enumerate(model.trainable_variables)}
-    found = {}
-    for i, v in enumerate(model.trainable_variables):
-        found.setdefault(v.path.rsplit("/", 1)[0], []).append(i)
-    return found
+def _check_layers(layers):
+    names = [layers] if isinstance(layers, str) else layers
+    valid = isinstance(names, (list, tuple)) and len(names) > 0 and all(isinstance(name, str) for name in names)
+    check(curvature, "layers", layers, valid, "one or more names of layers, or regular expressions, or None")
+
+
+def _chosen(layers, known, argument="layers"):
+    """Of `{name: indices}` those that names and regular expressions match."""
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    for pattern in patterns:
+        if not any(_matches(pattern, name) for name in known):
+            raise ValueError(
+                f"`{argument}`: {pattern!r} matches no layer with trainable weights. Those that there are: "
+                f"{', '.join(map(repr, known))}"
+            )
+    return {name: own for name, own in known.items() if any(_matches(pattern, name) for pattern in patterns)}
+
+
+def _matches(pattern, name):
+    return pattern == name or re.fullmatch(pattern, name) is not None

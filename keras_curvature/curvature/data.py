@@ -4,6 +4,8 @@ An operator that reads its data anew for every product is another operator every
 Ritz values with tiny residuals that are 20-30 % off. So the data are read once, in their order, and kept.
 """
 
+import itertools
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -23,19 +25,20 @@ def batches(owner, data, examples, batch_size, dtype):
         data: `(x, y)`, `(x, y, sample_weight)` or `x`, nests of arrays or tensors; or a `tf.data.Dataset` or
             `keras.utils.PyDataset` of batches of these.
         examples: The first that many, an integer, or `None` for all.
-        batch_size: An integer; `None`: the batches of a data set as they are, and of arrays all examples at once, or
-            equal parts of at most 512 where these are more than 1024.
+        batch_size: An integer, of which the last batch has what is left; `None`: the batches of a data set as they are,
+            and of arrays all examples at once or, where these are more than 1024, parts of at most 512, equal ones
+            where the number of examples allows.
         dtype: Floating numbers of NumPy become this.
     """
-    if isinstance(data, tf.data.Dataset):
-        read = _of_dataset(owner, data, examples)
-    elif isinstance(data, keras.utils.PyDataset):
-        read = _of_py_dataset(data, examples)
+    if isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
+        known = _of_dataset(owner, data, examples)
     else:
-        check(owner, "data", data, not hasattr(data, "__next__") and not callable(data),
-              "arrays `(x, y)`, a `tf.data.Dataset` or a `keras.utils.PyDataset`: a generator can be read only once")
-        read, batch_size = [_tensors(owner, data, dtype)], batch_size or 0
-    read = _first(owner, [_tensors(owner, batch, dtype) for batch in read], examples)
+        read_once = hasattr(data, "__next__") or callable(data)
+        expected = "arrays `(x, y)`, a `tf.data.Dataset` or a `keras.utils.PyDataset`, which can be read more than once"
+        check(owner, "data", data, not read_once, expected)
+        known, batch_size = [data], batch_size or 0
+    read = _first((_tensors(owner, batch, dtype) for batch in known), examples)
+    check(owner, "data", data, len(read) > 0, "a data set of one batch at least")
     return read if batch_size is None else _cut(owner, read, batch_size)
 
 
@@ -44,26 +47,25 @@ def count(batch):
     return int(slices.examples(batch))
 
 
+def size_for(rows):
+    """The batch size for so many examples: all of them, or the largest of those up to 512 that leaves no rest."""
+    if rows <= WHOLE:
+        return rows
+    # a rest is a batch of another shape, for which everything is traced once more
+    largest = max(size for size in range(1, PART + 1) if rows % size == 0)
+    parts = -(-rows // PART)
+    return largest if largest > PART // 2 else -(-rows // parts)
+
+
 def _of_dataset(owner, data, examples):
-    infinite = int(data.cardinality().numpy()) == tf.data.INFINITE_CARDINALITY
-    check(owner, "data", data, examples is not None or not infinite, "finite, or given with `examples=`")
-    return _until(iter(data), examples)
-
-
-def _of_py_dataset(data, examples):
-    known = data.num_batches if data.num_batches is not None else len(data)
-    return _until((data[i] for i in range(known)), examples)
-
-
-def _until(read, examples):
-    """Batches until there are so many examples."""
-    found, left = [], float("inf") if examples is None else examples
-    for batch in read:
-        found.append(batch)
-        left -= int(next(a for a in keras.tree.flatten(batch) if a is not None).shape[0])
-        if left <= 0:
-            break
-    return found
+    if isinstance(data, tf.data.Dataset):
+        infinite = int(data.cardinality().numpy()) == tf.data.INFINITE_CARDINALITY
+        known = iter(data)
+    else:
+        infinite = data.num_batches is None
+        known = (data[i] for i in (itertools.count() if infinite else range(data.num_batches)))
+    check(owner, "data", data, examples is not None or not infinite, "finite, or given with `examples=` to stop at")
+    return known
 
 
 def _tensors(owner, batch, dtype):
@@ -75,51 +77,65 @@ def _tensors(owner, batch, dtype):
         a = np.asarray(a)
         return tf.convert_to_tensor(a.astype(dtype) if np.issubdtype(a.dtype, np.floating) else a)
 
-    unpacked = keras.utils.unpack_x_y_sample_weight(batch)
-    made = tuple(keras.tree.map_structure(tensor, part) for part in unpacked)
+    parts = keras.utils.unpack_x_y_sample_weight(batch)
+    made = tuple(None if part is None else keras.tree.map_structure(tensor, part) for part in parts)
     shapes = [tuple(a.shape) for a in keras.tree.flatten(made) if a is not None]
-    equal = all(shape for shape in shapes) and len({shape[0] for shape in shapes}) == 1
+    equal = all(shapes) and len({shape[0] for shape in shapes}) == 1
     if not equal or shapes[0][0] == 0:
         raise ValueError(
-            f"`{owner.__name__}`: `data` must hold arrays with one row for each example, the same number in all, and "
-            f"one at least. Received: arrays of shapes {shapes}"
+            f"`{owner.__name__}`: `data` must hold arrays with a row for each example, the same number in all, and one "
+            f"at least. Received: arrays of shapes {', '.join(map(str, shapes)) or None}"
         )
     return made
 
 
-def _first(owner, read, examples):
+def _first(read, examples):
     """The first `examples` of some batches."""
-    check(owner, "data", read, len(read) > 0, "a data set with one batch at least")
     found, left = [], float("inf") if examples is None else examples
     for batch in read:
-        if left > 0:
-            found.append(batch if count(batch) <= left else slices.rows(batch, 0, int(left)))
+        found.append(batch if count(batch) <= left else slices.rows(batch, 0, int(left)))
         left -= count(batch)
+        if left <= 0:
+            break
     return found
 
 
 def _cut(owner, read, size):
     """Batches of a size; 0 for what suits the number of examples."""
-    whole = _joined(owner, read)
+    whole = read[0] if len(read) == 1 else keras.tree.map_structure(lambda *parts: _joined(owner, parts), *read)
     rows = count(whole)
-    if size == 0:
-        parts = 1 if rows <= WHOLE else -(-rows // PART)
-        size = -(-rows // parts)
+    size = size or size_for(rows)
+    if size >= rows:
+        return [whole]
     return [slices.rows(whole, start, min(size, rows - start)) for start in range(0, rows, size)]
 
 
-def _joined(owner, read):
-    if len(read) == 1:
-        return read[0]
+def _joined(owner, parts):
+    shapes = {tuple(part.shape[1:]) for part in parts if part is not None}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"`{owner.__name__}`: `batch_size` needs examples of one shape, to be put into other batches. Received: "
+            f"`data` with examples of shapes {sorted(shapes)[:4]}. Leave `batch_size` out, and the batches of the data "
+            "set stay as they are."
+        )
+    return None if parts[0] is None else tf.concat(parts, 0)
 
-    def join(*parts):
-        shapes = {tuple(part.shape[1:]) for part in parts if part is not None}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"`{owner.__name__}`: `batch_size` needs examples of one shape, to be put into other batches. "
-                f"Received: `data` with examples of shapes {sorted(shapes)[:4]}. Leave `batch_size` out, and the "
-                "batches of the data set stay as they are."
-            )
-        return None if parts[0] is None else tf.concat(parts, 0)
 
-    return keras.tree.map_structure(join, *read)
+def check_fits(owner, model, x):
+    """Refuse inputs of another shape than a model of known inputs takes."""
+    inputs = getattr(model, "inputs", None)
+    given = keras.tree.flatten(x)
+    if not inputs or (isinstance(x, dict) and len(given) >= len(inputs)):
+        return  # a dict may hold more than the model takes, and is matched by names
+    takes, got = [tuple(i.shape) for i in inputs], [tuple(a.shape) for a in given]
+    if len(takes) != len(got) or not all(map(_fits, takes, got)):
+        raise ValueError(
+            f"`{owner.__name__}`: `data` must hold inputs of the shape that the model {model.name!r} takes: "
+            f"{', '.join(map(str, takes))}. Received: inputs of shape {', '.join(map(str, got))}"
+        )
+
+
+def _fits(takes, got):
+    # Keras gives inputs of one number for each example an axis
+    got = (*got, 1) if len(got) == len(takes) - 1 else got
+    return len(takes) == len(got) and all(a is None or a == b for a, b in zip(takes, got))

@@ -1,12 +1,22 @@
 """A model on a fixed set of examples: its loss, its gradient and its curvature, added up over batches.
 
-    f(w) = sum_b (n_b / N) f_b(w),        B = sum_b (n_b / N) B_b
+    f(w) = sum_b s_b f_b(w),      B = sum_b s_b B_b,      s_b = n_b / N
 
-with `f_b` the compiled loss of batch `b`, of `n_b` of the `N` examples. Nothing here moves the model: batch statistics
-and seeds are those of the probe set, and are not committed.
+with `f_b` the compiled loss of batch `b`, which has `n_b` of the `N` examples. Losses that are means over the examples
+give the mean over all of them, with everything that belongs to the loss (regularizers, added losses). Other losses:
+
+* `reduction="mean_with_sample_weight"` with sample weights: `s_b` is the batch's share of their sum, which is exact.
+* `reduction="sum"`: the mean of the batches' sums, which is the loss that an optimizer has at this batch size. All its
+  eigenvalues are `n_b` times those of the mean.
+* Masked losses, means over the steps that a mask leaves: the mean of the batches' means. It is that of the whole where
+  batches have the same number of such steps for each example.
+
+In training mode (`training=True`) batch statistics are those of each batch: the curvature belongs to a batch size. In
+inference mode they are the moving ones, and it does not matter how the examples are cut.
 """
 
 import contextlib
+import math
 
 import keras
 import numpy as np
@@ -14,73 +24,113 @@ import tensorflow as tf
 
 from keras_curvature import replicas, trees
 from keras_curvature.component import check, check_count
-from keras_curvature.curvature import convexity, data as probe_data, functional
+from keras_curvature.curvature import convexity, functional, likelihoods
+from keras_curvature.curvature import data as probe_data
 from keras_curvature.curvature.linearization import Linearization
 
-KINDS = ("hessian", "ggn", "fisher", "empirical_fisher")
+PRODUCTS = {
+    "hessian": lambda lin, v: lin.hessian() @ v,
+    "ggn": lambda lin, v: lin.gauss_newton() @ v,
+    "fisher": lambda lin, v: lin.fisher("exact") @ v,
+    "empirical_fisher": lambda lin, v: lin.fisher("empirical") @ v,
+}
 
 
 class Probes:
+    """A probe set: a model and the examples that its curvature is measured on.
+
+    The examples are read once and kept. Whatever is asked, the answer is at the weights that the model has then, and
+    nothing of the model, its optimizer or its metrics moves. What layers draw at random is a function of `seed` and of
+    the batch's number alone, so two answers at the same weights agree bit for bit. Under the strategy that the model
+    was made under, each batch is cut over its replicas.
+
+    Layers whose policy is `mixed_float16` or `mixed_bfloat16` compute in float32 here, and the loss is not scaled.
+    Layers with half precision weights stay as they are.
+
+    Args:
+        model: A compiled `keras.Model`. One that is not built yet is built by the first batch.
+        data: `(x, y)`, `(x, y, sample_weight)` or, for a model whose losses are all added, `x`, each an array or
+            tensor or a dict or list of them; or a `tf.data.Dataset` or `keras.utils.PyDataset` of batches of these.
+            Read once, in its order: a `Dataset` that shuffles anew in every epoch has one epoch behind it then.
+        kind: What `product` multiplies by: `"hessian"`, `"ggn"` (the generalized Gauss-Newton matrix), `"fisher"` or
+            `"empirical_fisher"`; see `Linearization`. Defaults to `"hessian"`.
+        examples: The first that many of the data, an integer. Defaults to all.
+        batch_size: An integer; of a data set, its examples are put together anew. Defaults to the batches of a data
+            set, and for arrays to all examples at once, up to 1024, else to at most 512 at a time.
+        training: Whether the model runs as in training (statistics of the batch, dropout) or as in inference. Defaults
+            to `False`.
+        seed: An integer, of the random masks in training mode. Defaults to `0`.
+        asked_by: Whose arguments these are, for messages, a class or function.
+
+    Attributes:
+        model, kind, training, seed: As given.
+        variables: The model's trainable variables.
+        examples: Number of examples.
+        batches: Number of batches.
+        batch_size: Number of examples of the largest batch.
+        counts: Number of examples of each batch, a list.
+        shares: `s_b`, the weight of each batch, a list of floats.
+        not_convex: Names of the compiled losses that are known not to be convex in the outputs.
+
+    Raises:
+        ValueError: An argument is none of these; the model is not compiled, or made under a strategy of several
+            workers; `data` are empty, not of one length, infinite without `examples`, or not of the model's shape;
+            the loss is not convex in the outputs and `kind="ggn"`, or of no known likelihood and `kind="fisher"`; the
+            loss on these examples is not finite, or is another one when it is computed again.
+
+    Example:
+
+    ```python
+    probes = Probes(model, (x, y), kind="ggn", examples=1024)
+    direction = probes.product(probes.gradient())
+    ```
+    """
+
     def __init__(
-        self, model, data, kind="hessian", examples=None, batch_size=None, training=False, seed=0,
+        self, model, data, kind="hessian", examples=None, batch_size=None, training=False, seed=0, asked_by=None,
     ):  # fmt: skip
-        check(Probes, "model", model, isinstance(model, keras.Model), "a `keras.Model`")
-        check(Probes, "kind", kind, kind in KINDS, ", ".join(f'"{k}"' for k in KINDS))
-        check(Probes, "training", training, isinstance(training, bool), "True or False")
-        check_count(Probes, "seed", seed, low=0)
-        for name, value in (("examples", examples), ("batch_size", batch_size)):
-            if value is not None:
-                check_count(Probes, name, value)
+        owner = asked_by or Probes
+        _check_arguments(owner, model, kind, examples, batch_size, training, seed)
         self.model, self.kind, self.training, self.seed = model, kind, training, seed
-        dtype = "float64" if any(v.dtype == "float64" for v in model.variables) else keras.config.floatx()
-        read = probe_data.batches(Probes, data, examples, batch_size, dtype)
         self._strategy = replicas.strategy_of(model)
-        with self._scope():
+        dtype = "float64" if any(v.dtype == "float64" for v in model.variables) else keras.config.floatx()
+        read = probe_data.batches(owner, data, examples, batch_size, dtype)
+        probe_data.check_fits(owner, model, read[0][0])
+        with self._strategy.scope():
             functional.build_for(model, *read[0])
         self.variables = list(model.trainable_variables)
-        self._structure = read[0]
-        self._counts = [probe_data.count(batch) for batch in read]
+        self._functions, self._structure = {}, read[0]
+        self.counts, self.shares = [probe_data.count(batch) for batch in read], _shares(model, read)
         self._batches = [replicas.scatter(self._strategy, _flat(batch)) for batch in read]
         self._seeds = [self._seeds_of(i) for i in range(len(read))]
-        self._functions = {}
+        self.not_convex = tuple(convexity.not_convex(model))
+        _check_kind(owner, kind, model, self.not_convex)
+        self._check_loss(owner)
 
     @property
     def examples(self):
         """Number of examples."""
-        return sum(self._counts)
+        return sum(self.counts)
 
     @property
     def batches(self):
         """Number of batches."""
-        return len(self._counts)
+        return len(self.counts)
 
     @property
     def batch_size(self):
         """Number of examples of the largest batch."""
-        return max(self._counts)
+        return max(self.counts)
 
     @property
     def psd(self):
-        """Whether the matrix is known to be positive semi-definite."""
+        """Whether what `product` multiplies by is positive semi-definite: every kind but the Hessian."""
         return self.kind != "hessian"
 
     @property
     def weights(self):
         """The weights that the model has now, a vector."""
         return trees.values(self.variables)
-
-    def total(self, name, fn, *args):
-        """`sum_b (n_b / N) fn(lin_b, *args)`, a nest of tensors, with `lin_b` the `Linearization` of batch `b`.
-
-        `fn` is compiled once for each `name` (and shape); `args` are nests of tensors or numbers.
-        """
-        args = tf.nest.map_structure(tf.convert_to_tensor, args)
-        function, total = self._compiled(name, fn), None
-        with self._scope():
-            for batch, seeds, count in zip(self._batches, self._seeds, self._counts):
-                found = function(batch, seeds, args)
-                total = _add(total, found, count / self.examples)
-        return total
 
     def loss(self):
         """`f(w)`, a scalar."""
@@ -91,52 +141,134 @@ class Probes:
         return self.total("gradient", lambda lin: lin.gradient)
 
     def loss_at(self, step):
-        """`f(w + step)`, a scalar."""
+        """`f(w + step)`, a scalar; the model's weights stay as they are."""
         trees.check("step", step, self.variables)
         return self.total("loss_at", lambda lin, step: lin.loss_at(step), list(step))
 
     def product(self, vector):
-        """`B v`, a vector."""
+        """`B v`, a vector; `B` is of the probes' `kind`."""
         trees.check("vector", vector, self.variables)
-        return self.total(f"product of the {self.kind}", _PRODUCTS[self.kind], list(vector))
+        return self.total(self.kind, PRODUCTS[self.kind], list(vector))
 
-    def _compiled(self, name, fn):
-        if name not in self._functions:
+    def total(self, name, fn, *args):
+        """`sum_b s_b fn(lin_b, *args)`, a nest of tensors, with `lin_b` the `Linearization` of batch `b`.
+
+        Args:
+            name: A name for `fn`, which is compiled when it is first seen, and again for batches or `args` of other
+                shapes. Another function needs another name.
+            fn: A function of a `Linearization` that gives a nest of floating tensors.
+            *args: Nests of tensors or numbers.
+        """
+        total = None
+        for found, share in zip(self.each(name, fn, *args), self.shares):
+            found = tf.nest.map_structure(lambda a, share=share: trees.exactly(share, a.dtype) * a, found)
+            total = found if total is None else tf.nest.map_structure(tf.add, total, found)
+        return total
+
+    def each(self, name, fn, *args):
+        """`fn(lin_b, *args)` for each batch in turn, as it is asked for; arguments as of `total`."""
+        args = tf.nest.map_structure(tf.convert_to_tensor, args)
+        for batch, seeds in zip(self._batches, self._seeds):
+            with self._strategy.scope():
+                found = self._compiled(name, fn, batch, seeds, args)(batch, seeds, args)
+            yield found
+
+    def _compiled(self, name, fn, *signature):
+        key = (name, *[(t.dtype, *t.shape) for t in tf.nest.flatten(signature, expand_composites=True)])
+        if key not in self._functions:
 
             def on_batch(batch, seeds, args):
-                lin = Linearization(self.model, *self._packed(batch), training=self.training, seeds=seeds)
-                return fn(lin, *args)
+                with _full_precision(self.model):
+                    lin = Linearization(self.model, *self._packed(batch), training=self.training, seeds=seeds)
+                    return fn(lin, *args)
 
-            self._functions[name] = tf.function(on_batch, autograph=False)
-        return self._functions[name]
+            self._functions[key] = tf.function(on_batch, autograph=False).get_concrete_function(*signature)
+        return self._functions[key]
 
     def _packed(self, flat):
+        """`(x, y, sample_weight)` again."""
         rest = iter(flat)
         return keras.tree.map_structure(lambda a: None if a is None else next(rest), self._structure)
 
     def _seeds_of(self, number):
-        """Seeds of the model's layers in a batch, a function of the seed and of the batch's number alone."""
-        seeds = functional.seeds(self.model.non_trainable_variables)
-        words = np.random.SeedSequence([self.seed, number]).generate_state(2 * len(seeds)).reshape(-1, 2)
-        dtype = seeds[0].dtype if seeds else "int64"
-        return tf.constant((words >> 1).astype(dtype))
+        """Seeds of the model's layers in a batch, a tensor `(seeds, 2)`."""
+        states = functional.seeds(self.model.non_trainable_variables)
+        words = np.random.SeedSequence([self.seed, number]).generate_state(2 * len(states)).reshape(-1, 2)
+        # of any integer type that the states have
+        return tf.constant((words >> 1).astype(states[0].dtype if states else "int64"))
 
-    def _scope(self):
-        return contextlib.nullcontext() if self._strategy.num_replicas_in_sync == 1 else self._strategy.scope()
+    def _check_loss(self, owner):
+        loss = float(self.loss())
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"`{owner.__name__}`: the loss of the probe set is {loss}, and so is whatever is derived from it. Look "
+                f"for values that are not finite in `data` and in the weights of the model {self.model.name!r}."
+            )
+        again = float(self.loss())
+        if again != loss:
+            raise ValueError(
+                f"`{owner.__name__}`: the model {self.model.name!r} has another loss whenever it is computed, {loss} "
+                f"and {again}, at the same weights and examples: a layer draws random numbers that are not a function "
+                "of a `keras.random.SeedGenerator` of its own. Give it one, `self.seed = keras.random.SeedGenerator()` "
+                "and `keras.random.normal(shape, seed=self.seed)`, or measure with `training=False`."
+            )
 
 
-_PRODUCTS = {
-    "hessian": lambda lin, v: lin.hessian() @ v,
-    "ggn": lambda lin, v: lin.gauss_newton() @ v,
-    "fisher": lambda lin, v: lin.fisher("exact") @ v,
-    "empirical_fisher": lambda lin, v: lin.fisher("empirical") @ v,
-}
+def _check_arguments(owner, model, kind, examples, batch_size, training, seed):
+    check(owner, "model", model, isinstance(model, keras.Model), "a `keras.Model`")
+    if not model.compiled:
+        raise ValueError(
+            f"`{owner.__name__}`: the model {model.name!r} has no loss. Call `model.compile(loss=...)` first."
+        )
+    check(owner, "kind", kind, kind in PRODUCTS, f"one of {', '.join(map(repr, PRODUCTS))}")
+    for name, value in (("examples", examples), ("batch_size", batch_size)):
+        if value is not None:
+            check_count(owner, name, value)
+    check(owner, "training", training, isinstance(training, bool), "True or False")
+    check_count(owner, "seed", seed, low=0)
+
+
+def _check_kind(owner, kind, model, not_convex):
+    """Refuse a matrix that the compiled loss does not have."""
+    if kind == "ggn" and not_convex:
+        raise ValueError(
+            f"`{owner.__name__}`: `kind='ggn'` needs a loss that is convex in the outputs; `{', '.join(not_convex)}` "
+            "is not known to be. Use kind='hessian'."
+        )
+    if kind == "fisher":
+        own = type(model).compute_loss is not keras.Model.compute_loss
+        losses = [] if own else [compiled.loss for compiled in model._compile_loss._flat_losses]
+        unknown = [type(model).__name__] if own else [loss for loss in losses if likelihoods.objection(loss)]
+        if unknown:
+            raise ValueError(
+                f"`{owner.__name__}`: `kind='fisher'` needs a loss that is minus the logarithm of a known likelihood; "
+                f"`{convexity.name_of(unknown[0])}` is not. Use kind='ggn', kind='empirical_fisher' or kind='hessian'."
+            )
+
+
+def _shares(model, read):
+    """The weight of each batch: its share of the examples, or of their weights where the loss is a mean over these."""
+    losses = [] if model._compile_loss is None else (model._compile_loss._flat_losses or [])
+    by_weight = losses and all(compiled.loss.reduction == "mean_with_sample_weight" for compiled in losses)
+    sizes = [float(probe_data.count(batch)) for batch in read]
+    if by_weight and tf.is_tensor(read[0][2]):
+        sizes = [float(tf.reduce_sum(tf.cast(batch[2], tf.float64))) for batch in read]
+    return [size / math.fsum(sizes) for size in sizes]
 
 
 def _flat(batch):
     return [a for a in keras.tree.flatten(batch) if a is not None]
 
 
-def _add(total, found, share):
-    found = tf.nest.map_structure(lambda a: trees.exactly(share, a.dtype) * a, found)
-    return found if total is None else tf.nest.map_structure(tf.add, total, found)
+@contextlib.contextmanager
+def _full_precision(model):
+    """While open, layers that keep float32 weights and compute in half precision compute in float32."""
+    layers = [layer for layer in model._flatten_layers() if layer.variable_dtype == "float32"]
+    policies = [(layer, layer._dtype_policy) for layer in layers if layer.compute_dtype in ("float16", "bfloat16")]
+    try:
+        for layer, _ in policies:
+            layer._dtype_policy = keras.DTypePolicy("float32")
+        yield
+    finally:
+        for layer, policy in policies:
+            layer._dtype_policy = policy

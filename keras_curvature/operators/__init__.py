@@ -4,6 +4,7 @@ from keras_curvature.operators.base import Function, Identity, LinearOperator, S
 from keras_curvature.operators.diagonal import Diagonal
 from keras_curvature.operators.kronecker import BlockDiagonal, InEigenbasis, KroneckerProduct
 from keras_curvature.operators.low_rank import LowRankSquare
+from keras_curvature.operators.masked import Masked
 
 __all__ = [
     "BlockDiagonal",
@@ -14,6 +15,7 @@ __all__ = [
     "KroneckerProduct",
     "LinearOperator",
     "LowRankSquare",
+    "Masked",
     "Scaled",
     "Sum",
     "dense",
