@@ -31,8 +31,10 @@ def curvature(
 
         "hessian"           H = d2f/dw2
         "ggn"               J' H_L J,  the generalized Gauss-Newton matrix, with the L2 weight regularizers
-        "fisher"            mean_n J_n' E_y[s s'] J_n,  s the slope of -log p(y | z), labels y drawn from the model
-        "empirical_fisher"  mean_n g_n g_n',  g_n the gradient of one example, with the true labels
+        "fisher"            mean_n J_n' E_y[s_n s_n'] J_n,  s_n the slope of -log p(y | z_n) in what the model says,
+                            labels y drawn from the model
+        "empirical_fisher"  mean_n J_n' s_n s_n' J_n,  the same with the true labels: the outer products of the
+                            gradients of single examples, where each has one label
 
     at the weights that the model has when it is asked. Nothing of the model moves: not its weights, optimizer, batch
     statistics, seeds, or metrics. Decoupled weight decay is not part of the loss, and not of `B`.
@@ -237,8 +239,8 @@ class Curvature(LinearOperator):
         ended = float(solution.residual) > tolerance and int(solution.steps) < max_products
         if ended and not self.psd:
             raise ValueError(
-                f"`Curvature.solve`: the Hessian with damping={damping!r} is not positive definite: conjugate gradients "
-                "met a direction of negative curvature. Pass a larger damping, or use kind='ggn'."
+                f"`Curvature.solve`: the Hessian with damping={damping!r} is not positive definite: conjugate "
+                "gradients met a direction of negative curvature. Pass a larger damping, or use kind='ggn'."
             )
         return solution
 

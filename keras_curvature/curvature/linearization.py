@@ -273,7 +273,7 @@ class Linearization(Estimates):
     @property
     def l2(self):
         """Second derivative of the L2 regularizer of each variable, a tuple of floats; 0 where there is none."""
-        return _l2(self.variables)
+        return l2_of(self.variables)
 
     def is_known(self, name):
         """Whether `"loss"` or `"gradient"` has been computed already."""
@@ -417,7 +417,7 @@ class Gradients:
         )
 
 
-def _l2(variables):
+def l2_of(variables):
     """Second derivative of the L2 weight regularizer of each variable, `tuple` of floats."""
 
     def coefficient(regularizer):

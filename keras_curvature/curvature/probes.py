@@ -7,7 +7,7 @@ give the mean over all of them, with everything that belongs to the loss (regula
 
 * `reduction="mean_with_sample_weight"` with sample weights: `s_b` is the batch's share of their sum, which is exact.
 * `reduction="sum"`: the mean of the batches' sums, which is the loss that an optimizer has at this batch size. All its
-  eigenvalues are `n_b` times those of the mean.
+  eigenvalues are `n_b` times those of the mean. Batches must be equal.
 * Masked losses, means over the steps that a mask leaves: the mean of the batches' means. It is that of the whole where
   batches have the same number of such steps for each example.
 
@@ -100,7 +100,7 @@ class Probes:
             functional.build_for(model, *read[0])
         self.variables = list(model.trainable_variables)
         self._functions, self._structure = {}, read[0]
-        self.counts, self.shares = [probe_data.count(batch) for batch in read], _shares(model, read)
+        self.counts, self.shares = [probe_data.count(batch) for batch in read], _shares(owner, model, read)
         self._batches = [replicas.scatter(self._strategy, _flat(batch)) for batch in read]
         self._seeds = [self._seeds_of(i) for i in range(len(read))]
         self.not_convex = tuple(convexity.not_convex(model))
@@ -160,18 +160,18 @@ class Probes:
             *args: Nests of tensors or numbers.
         """
         total = None
-        for found, share in zip(self.each(name, fn, *args), self.shares):
+        for number, share in enumerate(self.shares):
+            found = self.on_batch(number, name, fn, *args)
             found = tf.nest.map_structure(lambda a, share=share: trees.exactly(share, a.dtype) * a, found)
             total = found if total is None else tf.nest.map_structure(tf.add, total, found)
         return total
 
-    def each(self, name, fn, *args):
-        """`fn(lin_b, *args)` for each batch in turn, as it is asked for; arguments as of `total`."""
+    def on_batch(self, number, name, fn, *args):
+        """`fn(lin_b, *args)` of one batch, the `number`-th; the other arguments are those of `total`."""
+        batch, seeds = self._batches[number], self._seeds[number]
         args = tf.nest.map_structure(tf.convert_to_tensor, args)
-        for batch, seeds in zip(self._batches, self._seeds):
-            with self._strategy.scope():
-                found = self._compiled(name, fn, batch, seeds, args)(batch, seeds, args)
-            yield found
+        with self._strategy.scope():
+            return self._compiled(name, fn, batch, seeds, args)(batch, seeds, args)
 
     def _compiled(self, name, fn, *signature):
         key = (name, *[(t.dtype, *t.shape) for t in tf.nest.flatten(signature, expand_composites=True)])
@@ -238,20 +238,27 @@ def _check_kind(owner, kind, model, not_convex):
     if kind == "fisher":
         own = type(model).compute_loss is not keras.Model.compute_loss
         losses = [] if own else [compiled.loss for compiled in model._compile_loss._flat_losses]
-        unknown = [type(model).__name__] if own else [loss for loss in losses if likelihoods.objection(loss)]
+        unknown = ["compute_loss"] if own else [loss for loss in losses if likelihoods.objection(loss)]
         if unknown:
+            name = convexity.name_of(getattr(unknown[0], "fn", unknown[0]))
             raise ValueError(
                 f"`{owner.__name__}`: `kind='fisher'` needs a loss that is minus the logarithm of a known likelihood; "
-                f"`{convexity.name_of(unknown[0])}` is not. Use kind='ggn', kind='empirical_fisher' or kind='hessian'."
+                f"`{name}` is not. Use kind='ggn', kind='empirical_fisher' or kind='hessian'."
             )
 
 
-def _shares(model, read):
+def _shares(owner, model, read):
     """The weight of each batch: its share of the examples, or of their weights where the loss is a mean over these."""
-    losses = [] if model._compile_loss is None else (model._compile_loss._flat_losses or [])
-    by_weight = losses and all(compiled.loss.reduction == "mean_with_sample_weight" for compiled in losses)
+    losses = getattr(model._compile_loss, "_flat_losses", None) or []
+    reductions = {compiled.loss.reduction for compiled in losses}
     sizes = [float(probe_data.count(batch)) for batch in read]
-    if by_weight and tf.is_tensor(read[0][2]):
+    if "sum" in reductions and len(set(sizes)) > 1:
+        raise ValueError(
+            f"`{owner.__name__}`: a loss with `reduction='sum'` grows with the batch, and `data` must be cut into "
+            f"equal batches. Received: batches of {sorted(set(map(int, sizes)))} examples. Pass a `batch_size` that divides "
+            "their number, or `examples`."
+        )
+    if reductions == {"mean_with_sample_weight"} and tf.is_tensor(read[0][2]):
         sizes = [float(tf.reduce_sum(tf.cast(batch[2], tf.float64))) for batch in read]
     return [size / math.fsum(sizes) for size in sizes]
 

@@ -1,0 +1,539 @@
+"""Probe sets: matrices of batches put together, against closed forms and plain TensorFlow, in float64.
+
+The oracles are NumPy's, or tapes over Keras' own `stateless_call` and `stateless_compute_loss`.
+"""
+
+import random
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from cases import LOSSES, MODELS, flat, float64
+from keras import layers
+
+from keras_curvature.curvature import data as probe_data
+from keras_curvature.curvature.naming import layers_of
+from keras_curvature.curvature.probes import PRODUCTS, Probes
+from keras_curvature.operators import Function, dense
+
+N, RAGGED = 10, 4  # examples, and a batch size that leaves a rest
+SPARSE = keras.losses.SparseCategoricalCrossentropy
+
+
+@pytest.fixture(autouse=True)
+def _in_float64():
+    with float64():
+        yield
+
+
+def model_of(*stack, loss="mse", inputs=3, seed=0):
+    """A compiled model of a stack of layers."""
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential([keras.Input((inputs,)), *stack])
+    model.compile("sgd", loss)
+    return model
+
+
+def examples(outputs=2, classes=0, inputs=3, seed=0, n=N):
+    """`(x, y)`, with labels where there are classes."""
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal((n, inputs))
+    return x, generator.integers(0, classes, n) if classes else generator.standard_normal((n, outputs))
+
+
+def matrix(model, data, kind="hessian", **options):
+    """The dense matrix that the products of a probe set make up."""
+    probes = Probes(model, data, kind, **options)
+    return dense(Function(probes.product), probes.weights).numpy()
+
+
+def evaluated(model, x, y, sample_weight=None, training=False):
+    """The loss at weights, as Keras' own stateless methods compute it."""
+    rest = [v.value for v in model.non_trainable_variables]
+    counters = [v.value for v in model.metrics_variables]
+    data = [tf.convert_to_tensor(x), y]
+
+    def loss(weights):
+        outputs, _ = model.stateless_call(weights, rest, data[0], training=training)
+        return model.stateless_compute_loss(weights, rest, counters, *data, outputs, sample_weight, training)[0]
+
+    return loss
+
+
+def flat_jacobian(tape, targets, weights):
+    """Rows of `(targets, weights)`."""
+    found = tape.jacobian(targets, weights, unconnected_gradients="zero")
+    rows = targets.shape.num_elements()
+    return tf.concat([tf.reshape(j, [rows, -1]) for j in found], 1)
+
+
+def hessian(loss, weights):
+    """By two tapes of TensorFlow's."""
+    with tf.GradientTape() as outer:
+        outer.watch(weights)
+        with tf.GradientTape() as inner:
+            inner.watch(weights)
+            value = loss(weights)
+        gradient = inner.gradient(value, weights, unconnected_gradients="zero")
+        gradient = tf.concat([tf.reshape(g, [-1]) for g in gradient], 0)
+    return flat_jacobian(outer, gradient, weights).numpy()
+
+
+def jacobian_of_outputs(model, x):
+    """`(examples, outputs, weights)`, of the outputs of the last layer without its activation."""
+    weights = [v.value for v in model.trainable_variables]
+    rest = [v.value for v in model.non_trainable_variables]
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        z, _ = model.stateless_call(weights, rest, tf.convert_to_tensor(x), training=False)
+        z = getattr(z, "_keras_logits", z)
+    return flat_jacobian(tape, z, weights).numpy().reshape(*z.shape, -1), z.numpy()
+
+
+def softmax(z):
+    """Rows that sum to 1."""
+    p = np.exp(z - z.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def close(a, b, tolerance=1e-10):
+    """Equal up to the scale of the second."""
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, np.abs(b).max()))
+
+
+# Closed forms.
+
+
+def with_a_one(x):
+    """A column for the bias."""
+    return np.hstack([x, np.ones((len(x), 1))])
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
+def test_linear_regression(kind):
+    model, (x, y) = model_of(layers.Dense(2)), examples(2)
+    a = with_a_one(x)
+    # the bias is the last row of the kernel
+    close(matrix(model, (x, y), kind, batch_size=RAGGED), np.kron(2 / (N * 2) * a.T @ a, np.eye(2)))
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
+def test_logistic_regression(kind):
+    model, (x, y) = model_of(layers.Dense(1, "sigmoid"), loss="binary_crossentropy"), examples(classes=2)
+    s = model(x).numpy()
+    a = with_a_one(x)
+    close(matrix(model, (x, y[:, None]), kind, batch_size=RAGGED), a.T @ (s * (1 - s) * a) / N)
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
+def test_softmax_regression(kind):
+    model, (x, y) = model_of(layers.Dense(3, "softmax"), loss=SPARSE()), examples(classes=3)
+    p = model(x).numpy()
+    blocks = [np.kron(np.outer(a, a), np.diag(q) - np.outer(q, q)) for a, q in zip(with_a_one(x), p)]
+    close(matrix(model, (x, y), kind, batch_size=RAGGED), np.mean(blocks, 0))
+
+
+def test_deep_linear():
+    model, (x, y) = model_of(layers.Dense(4, use_bias=False), layers.Dense(2, use_bias=False)), examples(2)
+
+    def loss(weights):
+        return tf.reduce_mean(tf.square(x @ weights[0] @ weights[1] - y))
+
+    weights = [v.value for v in model.trainable_variables]
+    close(matrix(model, (x, y), batch_size=RAGGED), hessian(loss, weights))
+    first, second = [w.numpy() for w in weights]
+    jacobian = np.hstack([
+        np.einsum("ni,jk->nkij", x, second).reshape(N * 2, -1),
+        np.einsum("nj,kl->nklj", x @ first, np.eye(2)).transpose(0, 1, 3, 2).reshape(N * 2, -1),
+    ])  # fmt: skip
+    close(matrix(model, (x, y), "ggn"), 2 / (N * 2) * jacobian.T @ jacobian)
+
+
+def test_relu_traces_of_hessian_and_gauss_newton_agree_layer_by_layer():
+    stack = [layers.Dense(5, "relu"), layers.Dense(4, "relu"), layers.Dense(3)]
+    model, data = model_of(*stack, loss=SPARSE(from_logits=True)), examples(classes=3)
+    h, g = matrix(model, data), matrix(model, data, "ggn")
+    assert np.abs(h - g).max() > 0.01
+    starts = np.cumsum([0, *[v.shape.num_elements() for v in Probes(model, data).weights]])
+    whole = np.linalg.eigvalsh(h).max()
+    for own in layers_of(model).values():
+        block = slice(starts[own[0]], starts[own[-1] + 1])
+        assert abs(np.trace(h[block, block]) - np.trace(g[block, block])) < 1e-12
+        assert np.linalg.eigvalsh(h[block, block]).max() <= whole
+
+
+def test_gauss_newton_has_the_spectrum_of_its_gram_matrix():
+    model = model_of(layers.Dense(6, "tanh"), layers.Dense(3), loss=SPARSE(from_logits=True))
+    x, y = examples(classes=3, n=4)
+    J, z = jacobian_of_outputs(model, x)
+    p = softmax(z)
+    # the root of diag(p) - p p', by which the Gram matrix is symmetric
+    roots = [np.diag(np.sqrt(q)) - np.outer(q, np.sqrt(q)) for q in p]
+    tall = np.concatenate([j.T @ r for j, r in zip(J, roots)], 1) / np.sqrt(4)
+    ours = np.linalg.eigvalsh(matrix(model, (x, y), "ggn", batch_size=3))[::-1]
+    theirs = np.linalg.eigvalsh(tall.T @ tall)[::-1]
+    close(ours[: len(theirs)], theirs)
+    assert np.abs(ours[4 * (3 - 1) :]).max() < 1e-14  # of rank N (C - 1)
+
+
+# Fisher matrices.
+
+
+def of_examples(J, slopes):
+    """`sum_n (J_n' s_n) (J_n' s_n)'`."""
+    g = np.einsum("nkp,nk->np", J, slopes)
+    return g.T @ g
+
+
+def test_empirical_fisher_is_the_mean_over_examples_of_outer_products():
+    model, (x, y) = model_of(layers.Dense(4, "tanh"), layers.Dense(3, "softmax"), loss=SPARSE()), examples(classes=3)
+    weight = np.linspace(0.0, 2.0, N)
+    gradients = []
+    for i in range(N):
+        weights = [v.value for v in model.trainable_variables]
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            value = evaluated(model, x[i : i + 1], y[i : i + 1])(weights)
+        gradients.append(flat(tape.gradient(value, weights)))
+    gradients = np.array(gradients)
+    close(matrix(model, (x, y), "empirical_fisher", batch_size=RAGGED), gradients.T @ gradients / N)
+    weighed = matrix(model, (x, y, weight), "empirical_fisher", batch_size=RAGGED)
+    close(weighed, gradients.T @ (weight[:, None] * gradients) / N)
+
+
+def test_fishers_of_several_entries_of_an_example():
+    model, (x, y) = model_of(layers.Dense(4, "tanh"), layers.Dense(2)), examples(2)
+    J, z = jacobian_of_outputs(model, x)
+    close(matrix(model, (x, y), "empirical_fisher"), of_examples(J, 2 * (z - y)) / (2 * N))
+    close(matrix(model, (x, y), "fisher"), 2 / (2 * N) * np.einsum("nkp,nkq->pq", J, J))
+
+
+def test_fisher_with_sample_weights_and_probabilities():
+    """A loss that reads probabilities and not logits has the same Fisher matrix, and another Gauss-Newton matrix."""
+    weight, (x, y) = np.linspace(0.0, 2.0, N), examples(classes=3)
+    stack = [layers.Dense(4, "tanh"), layers.Dense(3), layers.Lambda(tf.nn.softmax)]
+    model = model_of(*stack, loss=SPARSE())
+    logits = keras.Sequential([keras.Input((3,)), *stack[:2]])
+    J, z = jacobian_of_outputs(logits, x)
+    blocks = [w * j.T @ (np.diag(q) - np.outer(q, q)) @ j for w, j, q in zip(weight, J, softmax(z))]
+    close(matrix(model, (x, y, weight), "fisher", batch_size=RAGGED), np.sum(blocks, 0) / N, 1e-6)
+
+
+def test_fisher_of_positions_is_that_of_all_of_them():
+    """Sequences of labels: what `_information_times` does to all positions at once."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((5, 3)), layers.Dense(4)])
+    model.compile("sgd", SPARSE(from_logits=True))
+    generator = np.random.default_rng(0)
+    x, y = generator.standard_normal((4, 5, 3)), generator.integers(0, 4, (4, 5))
+    close(matrix(model, (x, y), "fisher"), matrix(model, (x, y), "ggn"))
+
+
+# Batches, modes, and data.
+
+
+def normalized(loss="mse"):
+    """A model with batch statistics that are not those it begins with."""
+    model = model_of(layers.Dense(4), layers.BatchNormalization(momentum=0.5), layers.Activation("tanh"),
+                     layers.Dense(2), loss=loss)  # fmt: skip
+    model(examples(seed=1)[0], training=True)
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_products_through_batch_normalization_are_central_differences(training):
+    model, (x, y) = normalized(), examples(2)
+    probes = Probes(model, (x, y), batch_size=5, training=training)
+    v = [tf.constant(np.random.default_rng(2).standard_normal(w.shape)) for w in probes.weights]
+    at = probes.weights
+
+    def gradient(step):
+        weights = [a + step * b for a, b in zip(at, v)]
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            halves = [evaluated(model, x[i::2], y[i::2], training=training)(weights) for i in range(2)]
+            value = (halves[0] + halves[1]) / 2
+        return flat(tape.gradient(value, weights))
+
+    # of interleaved rows, as batches of 5
+    probes = Probes(model, (np.vstack([x[0::2], x[1::2]]), np.vstack([y[0::2], y[1::2]])), batch_size=5,
+                    training=training)  # fmt: skip
+    difference = (8 * (gradient(1e-3) - gradient(-1e-3)) - (gradient(2e-3) - gradient(-2e-3))) / (12 * 1e-3)
+    close(flat(probes.product(v)), difference, 1e-8)
+    close(flat(probes.gradient()), gradient(0.0))
+
+
+def test_in_inference_mode_it_does_not_matter_how_the_examples_are_cut():
+    model, (x, y) = normalized(), examples(2)
+    v = [tf.ones(w.shape, w.dtype) for w in model.trainable_variables]
+    whole, order = Probes(model, (x, y)), np.random.default_rng(3).permutation(N)
+    for probes in (Probes(model, (x, y), batch_size=RAGGED), Probes(model, (x[order], y[order]), batch_size=RAGGED)):
+        close(flat(probes.product(v)), flat(whole.product(v)), 1e-14)
+        assert float(probes.loss()) == pytest.approx(float(whole.loss()), rel=1e-14)
+    in_training = [flat(Probes(model, (x, y), batch_size=size, training=True).product(v)) for size in (5, None)]
+    assert np.abs(in_training[0] - in_training[1]).max() > 0.01
+
+
+def test_sample_weights_that_a_mean_is_taken_over():
+    model = model_of(layers.Dense(2), loss=keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"))
+    x, y = examples(2)
+    weight, a = np.linspace(0.0, 2.0, N), with_a_one(x)
+    expected = np.kron(2 / (weight.sum() * 2) * (weight[:, None] * a).T @ a, np.eye(2))
+    close(matrix(model, (x, y, weight), batch_size=RAGGED), expected)
+
+
+def test_a_sum_is_the_mean_of_the_sums_of_batches():
+    model, (x, y) = model_of(layers.Dense(2), loss=keras.losses.MeanSquaredError(reduction="sum")), examples(2)
+    a = with_a_one(x)
+    close(matrix(model, (x, y), batch_size=5), np.kron(2 / 2 * a.T @ a / 2, np.eye(2)))
+    close(matrix(model, (x, y)), np.kron(2 / 2 * a.T @ a, np.eye(2)))
+
+
+class Numbered(keras.utils.PyDataset):
+    """Batches of 4 of some arrays."""
+
+    def __init__(self, x, y):
+        super().__init__()
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return -(-len(self.x) // 4)
+
+    def __getitem__(self, i):
+        return self.x[4 * i : 4 * i + 4], self.y[4 * i : 4 * i + 4]
+
+
+def test_every_form_of_data_is_the_same():
+    model, (x, y) = model_of(layers.Dense(2)), examples(2)
+    x, y = tf.constant(x), tf.constant(y)
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+    expected = float(Probes(model, (x, y)).loss())
+    for data in (dataset, Numbered(x, y), (x, y), [x, y], (x.numpy(), y.numpy()), dataset.repeat()):
+        probes = Probes(model, data, examples=N)
+        assert (probes.examples, float(probes.loss())) == (N, pytest.approx(expected, rel=1e-14))
+    assert [probes.batches, probes.batch_size, probes.counts] == [3, 4, [4, 4, 2]]
+    assert Probes(model, dataset, batch_size=5).counts == [5, 5]
+    first = Probes(model, dataset, examples=7)
+    assert first.counts == [4, 3]
+    assert float(first.loss()) == pytest.approx(float(Probes(model, (x[:7], y[:7])).loss()), rel=1e-14)
+
+
+def test_batches_of_arrays_are_equal_where_they_can_be():
+    sizes = {1: 1, 1024: 1024, 60000: 500, 1500: 500, 2048: 512, 1797: 450}
+    assert {rows: probe_data.size_for(rows) for rows in sizes} == sizes
+
+
+def test_inputs_by_name_and_added_losses_alone():
+    keras.utils.set_random_seed(0)
+    inputs = {"a": keras.Input((3,), name="a"), "b": keras.Input((2,), name="b")}
+    joined = layers.Concatenate()([layers.Dense(2)(inputs["a"]), inputs["b"]])
+    model = keras.Model(inputs, layers.Dense(2)(joined))
+    model.compile("sgd", "mse")
+    (x, y), b = examples(2), np.random.default_rng(1).standard_normal((N, 2))
+    ours = matrix(model, ({"a": x, "b": b}, y), batch_size=RAGGED)
+
+    def loss(weights):
+        kernel, bias, out, out_bias = weights
+        return tf.reduce_mean(tf.square(tf.concat([x @ kernel + bias, b], 1) @ out + out_bias - y))
+
+    close(ours, hessian(loss, [v.value for v in model.trainable_variables]))
+
+
+class Energy(layers.Layer):
+    """A loss that is all added."""
+
+    def build(self, shape):
+        """A kernel."""
+        self.kernel = self.add_weight(shape=(shape[-1],))
+
+    def call(self, x):
+        """`x`, and the mean of `(k'x)^4`."""
+        self.add_loss(tf.reduce_mean(tf.square(tf.square(tf.linalg.matvec(x, self.kernel.value)))))
+        return x
+
+
+def test_a_model_whose_losses_are_all_added():
+    model, (x, _) = model_of(Energy(), loss=None), examples()
+    k = model.trainable_variables[0].numpy()
+    close(matrix(model, x, batch_size=5), np.einsum("n,ni,nj->ij", 12 * (x @ k) ** 2, x, x) / N)
+    with pytest.raises(ValueError, match="does not depend on the model's outputs"):
+        Probes(model, x, "ggn").product(Probes(model, x).weights)
+
+
+# Kinds crossed with cases.
+
+CASES = {
+    "dense": MODELS["dense"], "conv2d": MODELS["conv2d"], "sample_weights": LOSSES["sample_weights"],
+    "loss_weights": LOSSES["loss_weights_list"], "regularized": LOSSES["regularized"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ragged_batches_make_up_the_hessian_of_the_whole(name):
+    case = CASES[name]().compile()
+    probes = Probes(case.model, tuple(a for a in case.batch if a is not None), batch_size=4)
+    weights = probes.weights
+    v = [tf.constant(np.random.default_rng(1).standard_normal(w.shape)) for w in weights]
+    expected = hessian(evaluated(case.model, *case.batch), weights) @ flat(v)
+    close(flat(probes.product(v)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(PRODUCTS))
+@pytest.mark.parametrize("name", [*MODELS, *LOSSES])
+def test_ragged_batches_make_up_every_kind_of_the_whole(name, kind):
+    case = {**MODELS, **LOSSES}[name]().compile()
+    data = tuple(a for a in case.batch if a is not None)
+    v = [tf.constant(np.random.default_rng(1).standard_normal(w.shape)) for w in case.model.trainable_variables]
+    ragged, whole = [Probes(case.model, data, kind, batch_size=size).product(v) for size in (4, None)]
+    close(flat(ragged), flat(whole))
+
+
+# Nothing moves.
+
+
+def noisy():
+    """A model with masks, batch statistics and metrics, that has been trained for a step."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([
+        keras.Input((3,)), layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.5), layers.GaussianNoise(0.1),
+        layers.Dense(2),
+    ])  # fmt: skip
+    model.compile(keras.optimizers.Adam(), "mse", metrics=["mae"])
+    model.fit(*examples(2), verbose=0)
+    return model
+
+
+def everything(model):
+    """All that a model is made of, and the random generators of the process."""
+    variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+    drawn = keras.src.random.seed_generator.global_seed_generator().state.numpy()
+    return [v.numpy() for v in variables], drawn, random.getstate(), np.random.get_state()[1].copy()
+
+
+def test_nothing_moves_and_masks_are_those_of_the_seed():
+    model, data = noisy(), examples(2)
+    before = everything(model)
+    v = [tf.ones(w.shape, w.dtype) for w in model.trainable_variables]
+    options = {"training": True, "batch_size": RAGGED}
+    probes = Probes(model, data, **options)
+    first = [probes.loss(), *probes.product(v), *probes.gradient(), probes.loss_at(v)]
+    for was, now in zip(keras.tree.flatten(before), keras.tree.flatten(everything(model)), strict=True):
+        np.testing.assert_array_equal(was, now)
+    model(data[0], training=True)  # moves the seeds, and statistics that are not asked for
+    again = Probes(model, data, **options)
+    for same in (probes, again):
+        second = [same.loss(), *same.product(v), *same.gradient(), same.loss_at(v)]
+        np.testing.assert_array_equal(flat(second), flat(first))
+    assert float(Probes(model, data, seed=1, **options).loss()) != float(probes.loss())
+    # masks of batches differ: the same examples twice have another loss than once
+    twice = tuple(np.concatenate([a[:5], a[:5]]) for a in data)
+    assert float(Probes(model, twice, training=True, batch_size=5).loss()) != pytest.approx(
+        float(Probes(model, twice, training=True, batch_size=5, examples=5).loss()), rel=1e-6
+    )
+
+
+def test_answers_are_at_the_weights_of_the_moment():
+    model, (x, y) = model_of(layers.Dense(2)), examples(2)
+    probes = Probes(model, (x, y))
+    before = float(probes.loss())
+    step = [0.1 * tf.ones(v.shape, v.dtype) for v in model.trainable_variables]
+    ahead = float(probes.loss_at(step))
+    for v, s in zip(model.trainable_variables, step):
+        v.assign_add(s)
+    assert float(probes.loss()) == pytest.approx(ahead, rel=1e-14) != before
+
+
+def test_mixed_precision_is_measured_in_float32():
+    keras.config.set_floatx("float32")
+    models, (x, y) = [], examples(classes=3)
+    for policy in ("mixed_float16", "mixed_bfloat16", "float32"):
+        keras.config.set_dtype_policy(policy)
+        models.append(model_of(layers.Dense(5, "tanh"), layers.Dense(3, "softmax"), loss=SPARSE()))
+    v = [tf.ones(w.shape) for w in models[0].trainable_variables]
+    for kind in ("hessian", "ggn"):
+        probes = [Probes(model, (x, y), kind) for model in models]
+        *half, single = [flat([p.loss(), *p.product(v)]) for p in probes]
+        for ours in half:
+            close(ours, single, 1e-5)
+    assert [layer.compute_dtype for layer in models[0].layers] == ["float16", "float16"]
+    assert float(models[0].evaluate(x, y, verbose=0)) != float(models[2].evaluate(x, y, verbose=0))
+
+
+# Errors.
+
+
+class Restless(layers.Layer):
+    """Draws numbers that no seed generator of its own is behind."""
+
+    def call(self, x):
+        """`x`, a little away."""
+        return x + tf.random.normal(tf.shape(x), dtype=x.dtype)
+
+
+def _linear(loss="mse"):
+    return model_of(layers.Dense(2), loss=loss)
+
+
+DATA = examples(2)
+ERRORS = {
+    "model": (lambda: (3, DATA), {}, r"`model` must be a `keras.Model`. Received: model=3"),
+    "not compiled": (lambda: (keras.Sequential([layers.Dense(2)]), DATA), {}, r"has no loss. Call `model.compile"),
+    "kind": (lambda: (_linear(), DATA), {"kind": "hessain"}, r"`kind` must be one of 'hessian', 'ggn'.*'hessain'"),
+    "training": (lambda: (_linear(), DATA), {"training": 1}, r"`training` must be True or False. Received: training=1"),
+    "examples": (lambda: (_linear(), DATA), {"examples": 0}, r"`examples` must be an integer >= 1"),
+    "batch_size": (lambda: (_linear(), DATA), {"batch_size": 2.0}, r"`batch_size` must be an integer >= 1"),
+    "seed": (lambda: (_linear(), DATA), {"seed": -1}, r"`seed` must be an integer >= 0"),
+    "empty": (lambda: (_linear(), (DATA[0][:0], DATA[1][:0])), {}, r"`data` must hold.*one at least.*\(0, 3\)"),
+    "lengths": (lambda: (_linear(), (DATA[0], DATA[1][:4])), {}, r"same number in all.*\(10, 3\), \(4, 2\)"),
+    "shape": (lambda: (_linear(), (DATA[0][:, :2], DATA[1])), {}, r"`data` must hold inputs.*None, 3.*\(10, 2\)"),
+    "generator": (lambda: (_linear(), (batch for batch in [DATA])), {}, r"`data` must be arrays `\(x, y\)`, a"),
+    "no batch": (
+        lambda: (_linear(), tf.data.Dataset.from_tensor_slices(DATA).batch(4).take(0)), {}, r"one batch at least",
+    ),
+    "endless": (
+        lambda: (_linear(), tf.data.Dataset.from_tensor_slices(DATA).batch(4).repeat()), {}, r"given with `examples=`",
+    ),
+    "not finite": (lambda: (_linear(), (DATA[0] * np.inf, DATA[1])), {}, r"loss of the probe set is (nan|inf)"),
+    "not convex": (
+        lambda: (_linear("cosine_similarity"), DATA), {"kind": "ggn"},
+        r"`kind='ggn'` needs a loss that is convex in the outputs; `cosine_similarity` is not known to be. Use kind=",
+    ),
+    "no likelihood": (
+        lambda: (_linear("huber"), DATA), {"kind": "fisher"}, r"`kind='fisher'` needs.*`huber` is not. Use kind='ggn'",
+    ),
+    "unequal sums": (
+        lambda: (_linear(keras.losses.MeanSquaredError(reduction="sum")), DATA), {"batch_size": 4},
+        r"reduction='sum'.*\[2, 4\] examples",
+    ),
+    "restless": (
+        lambda: (model_of(Restless(), layers.Dense(2)), DATA), {}, r"another loss whenever.*SeedGenerator",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    make, options, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        Probes(*make(), **options)
+
+
+def test_a_model_that_waits_for_its_shape_is_built_by_the_data():
+    model = keras.Sequential([layers.Dense(2)])
+    model.compile("sgd", "mse")
+    assert [tuple(v.shape) for v in Probes(model, DATA).variables] == [(3, 2), (2,)]
+
+
+def test_layers_by_name():
+    stack = [layers.Dense(3, name="dense"), layers.LayerNormalization(name="norm")]
+    inputs, inner = keras.Input((4, 3)), keras.Sequential([keras.Input((4, 3)), *stack], name="encoder")
+    attended = layers.MultiHeadAttention(2, 2, name="attention")(inner(inputs), inner(inputs))
+    outputs = layers.Dense(2, name="dense")(layers.LSTM(3, name="lstm")(attended))
+    model = keras.Model(inputs, outputs)
+    assert layers_of(model) == {
+        "encoder/dense": [0, 1], "norm": [2, 3], "attention": list(range(4, 12)), "lstm": [12, 13, 14],
+        "dense": [15, 16],
+    }  # fmt: skip
+    assert len(model.trainable_variables) == 17
