@@ -5,7 +5,9 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number, register
 from keras_curvature.curvature import diagonal
+from keras_curvature.operators import Diagonal
 from keras_curvature.optimizers.diagonal import DiagonalOptimizer
+from keras_curvature.optimizers.limits import LinearStep, averaged
 
 
 @register
@@ -91,6 +93,19 @@ class AdaHessian(DiagonalOptimizer):
         root = tf.sqrt(s) if self.hessian_power == 1.0 else tf.pow(s, 0.5 * self.hessian_power)
         bias = tf.pow(share, 0.5 * self.hessian_power)
         return tf.math.divide_no_nan(m * (-bias / taken), root + bias * self.epsilon)
+
+    def linear_step(self):
+        """Momentum as of Adam; the denominator of the last step."""
+        return LinearStep(averaged(self.beta_1), self._preconditioner)
+
+    def _preconditioner(self):
+        s, counts = trees.values(self._D), tf.unstack(tf.identity(self._counts.value))
+        ones = [tf.ones(v.shape, s_.dtype) for v, s_ in zip(self._trainable_variables, s)]
+        taken = self.share(self.beta_1, self.iterations, tf.float64)
+        return Diagonal([
+            -self._divide(one, s_, self.share(self.beta_2, n, s_.dtype), tf.cast(taken, s_.dtype))
+            for one, s_, n in zip(ones, s, counts)
+        ])  # fmt: skip
 
     def _shared(self, vector):
         return diagonal.average_kernels(vector) if self.spatial_averaging else vector

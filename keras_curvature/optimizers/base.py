@@ -26,6 +26,7 @@ import tensorflow as tf
 
 from keras_curvature import component, replicas, trees
 from keras_curvature.curvature.linearization import Gradients, Linearization
+from keras_curvature.optimizers.limits import NotLinear
 
 
 class CurvatureOptimizer(keras.optimizers.Optimizer):
@@ -43,6 +44,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         by_gradient: Whether the method is a `precondition` or an `update_step`, and not a `direction`.
         needs_products: Whether a `direction` asks for Gauss-Newton products; if not, Keras' own faster kernels do.
         needs_model: Whether `create_state` looks at the layers of `model`; such an optimizer is built when it meets it.
+        idle_steps: How many steps at the beginning fill the state and do not move the weights.
         model: The curved `keras.Model` that the optimizer trains, where `needs_model`; `None` before they meet.
     """
 
@@ -50,6 +52,7 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
     by_gradient = False
     needs_products = True
     needs_model = False
+    idle_steps = 0
 
     def __init__(self, learning_rate, **kwargs):
         super().__init__(learning_rate=learning_rate, **kwargs)
@@ -127,6 +130,10 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
         self.remember(list(variables), values)
         self.report(failed_refreshes=failed + self._reported.get("failed_refreshes", 0.0))
         return values
+
+    def linear_step(self):
+        """What `stability` asks: a `LinearStep` of `limits.py`, or a `NotLinear` where there is none."""
+        return NotLinear(f"Of `{type(self).__name__}` no limit on the curvature is known.")
 
     def shift(self):
         """Where a curved model shall linearize, as a vector from the stored weights; nothing: at the weights."""

@@ -10,6 +10,7 @@ import math
 import keras
 import tensorflow as tf
 
+from keras_curvature.operators import Function
 from keras_curvature.operators.blocks import Blocks
 from keras_curvature.optimizers.base import CurvatureOptimizer
 
@@ -67,6 +68,10 @@ class ByAxis(CurvatureOptimizer):
     def join(self, blocks, like):
         """The vector that is made of the blocks, in the precisions of `like`."""
         return [tf.cast(tensor, other.dtype) for tensor, other in zip(self._blocks.join(blocks), like)]
+
+    def operator(self, product):
+        """A positive definite operator on vectors, from one on their blocks."""
+        return Function(lambda vector: self.join(product(self.split(vector)), vector), psd=True)
 
     def by_block(self, flat):
         """Of a flat list, what belongs to each block: a list for its axes, with `None` where there is nothing."""

@@ -6,6 +6,7 @@ from keras_curvature import trees
 from keras_curvature.component import check, check_number, register
 from keras_curvature.curvature.gauss_newton import require_convex
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.limits import LinearStep, NotLinear, OnTheQuadratic
 from keras_curvature.steps import LevenbergMarquardt, as_damping, quadratic
 
 
@@ -94,6 +95,17 @@ class CurveBall(CurvatureOptimizer):
         length = tf.where(begun_again, tf.zeros_like(squared), tf.sqrt(squared))
         self.report(damping=damping, beta=-c[0], rho=c[1], reduction_ratio=ratio, step_norm=length)
         return z
+
+    def linear_step(self):
+        """With a fixed `beta` and `rho` momentum on the quadratic itself; else none."""
+        if self.beta is None:
+            return NotLinear(
+                "`CurveBall` sets the length of each step, and its momentum, by the curvature of the batch: it takes "
+                "curvature into account, however large. Watch its `reduction_ratio` and `damping`."
+            )
+        damping = float(self._damping.value) if self.built else self._rule.initial
+        note = "The limit takes the Gauss-Newton matrix, with which the steps are made, for the Hessian."
+        return LinearStep(OnTheQuadratic(self.rho, self.beta, damping), note=note)
 
     def _check(self, lin, rate, z, predicted, damping):
         """`(z, reduction ratio, next damping, whether z began again)`: the step's loss, every so many steps."""

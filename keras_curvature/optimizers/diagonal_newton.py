@@ -5,6 +5,7 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check, check_number, register
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.limits import NotLinear
 
 
 @register
@@ -69,3 +70,10 @@ class DiagonalNewton(CurvatureOptimizer):
             steps = [tf.clip_by_value(s, -self.step_max, self.step_max) for s in steps]
         # the clipping may hide what was not finite
         return trees.add(steps, [0.0 * x for x in found])
+
+    def linear_step(self):
+        """Nothing to tell it by."""
+        return NotLinear(
+            "`DiagonalNewton` divides each gradient by the curvature of its own batch and keeps nothing of it: there "
+            "is no matrix to measure curvature with."
+        )

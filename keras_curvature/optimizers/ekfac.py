@@ -68,8 +68,14 @@ class EKFAC(KFAC):
     def _inverse_operators(self, batch, factors, damping):
         """One for each block."""
         bases, moments = self._refreshed_moments(batch, factors) if self._blocks else ([], [])
+        return self._in_bases(bases, moments, batch.l2, damping)
+
+    def _kept_operators(self, l2, damping):
+        return self._in_bases(trees.values(self._bases), trees.values(self._moments), l2, damping)
+
+    def _in_bases(self, bases, moments, l2, damping):
         return [
-            InEigenbasis(*pair, 1.0 / (S + self._damping_of(batch, block.variables, damping, S)))
+            InEigenbasis(*pair, 1.0 / (S + self._damping_of(l2, block.variables, damping, S)))
             for block, pair, S in zip(self._blocks, self._of_blocks(bases), moments)
         ]
 

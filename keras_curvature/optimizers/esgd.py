@@ -2,8 +2,11 @@
 
 import tensorflow as tf
 
+from keras_curvature import trees
 from keras_curvature.component import check_count, check_number, register
+from keras_curvature.operators import Diagonal
 from keras_curvature.optimizers.diagonal import DiagonalOptimizer
+from keras_curvature.optimizers.limits import LinearStep, Rule
 
 
 @register
@@ -53,6 +56,15 @@ class ESGD(DiagonalOptimizer):
             return [tf.square(h) for h in product()[1]]
 
         gradient, D, counts = self.follow(lambda: lin.gradient, squares)
+        return [-g * scale for g, scale in zip(gradient, self._scales(D, counts))]
+
+    def _scales(self, D, counts):
         # no step while there is no draw
-        known = [tf.cast(n > 0, d.dtype) for d, n in zip(D, counts)]
-        return [-k * g / (tf.sqrt(d) + self.epsilon) for g, d, k in zip(gradient, D, known)]
+        return [tf.cast(n > 0, d.dtype) / (tf.sqrt(d) + self.epsilon) for d, n in zip(D, counts)]
+
+    def linear_step(self):
+        """No momentum; the denominator of the last step."""
+        return LinearStep(Rule(), self._preconditioner)
+
+    def _preconditioner(self):
+        return Diagonal(self._scales(trees.values(self._D), tf.unstack(tf.identity(self._counts.value))))

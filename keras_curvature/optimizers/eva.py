@@ -9,6 +9,7 @@ from keras_curvature.operators import Function
 from keras_curvature.operators.kronecker import BlockDiagonal
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.by_layer import pairs, warn_of
+from keras_curvature.optimizers.limits import KL_CLIPPED, LinearStep, heavy_ball
 from keras_curvature.solvers import direct
 from keras_curvature.steps.trust_region import kl_clip as clip
 
@@ -81,12 +82,22 @@ class Eva(CurvatureOptimizer):
         lin.tap(self._blocks)
         vectors = self._averaged(lin.kronecker_means(self._blocks))
         g = lin.gradient
-        operators = [self._inverse(a, b) for a, b in pairs(vectors)]
-        natural = BlockDiagonal(self._blocks, operators, {i: tf.ones_like(g[i]) for i in self._others}) @ g
+        natural = self._operator(vectors) @ g
         step = [self.momentum * v - d for v, d in zip(self._velocity, self._clipped(natural, g))]
         self.remember(self._velocity, step)
         self.remember(self._vectors, vectors)
         return step
+
+    def linear_step(self):
+        """Heavy ball, times the inverse of the last step."""
+        note = None if self.kl_clip is None else KL_CLIPPED
+        return LinearStep(heavy_ball(self.momentum), lambda: self._operator(trees.values(self._vectors)), note)
+
+    def _operator(self, vectors):
+        operators = [self._inverse(a, b) for a, b in pairs(vectors)]
+        others = {i: self._trainable_variables[i] for i in self._others}
+        ones = {i: tf.ones(tuple(v.shape), v.dtype) for i, v in others.items()}
+        return BlockDiagonal(self._blocks, operators, ones)
 
     def _averaged(self, means):
         """`[a, b, a, b, ...]`; the first ones as they are."""

@@ -9,6 +9,7 @@ from keras_curvature.component import check, check_component, check_number, chec
 from keras_curvature.curvature.gauss_newton import require_convex
 from keras_curvature.operators import Diagonal, Identity
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers import ConjugateGradient
 from keras_curvature.steps import ArmijoLineSearch, LevenbergMarquardt, as_damping
 
@@ -115,6 +116,13 @@ class HessianFree(CurvatureOptimizer):
         step = trees.where(length > 0, trees.scale(length, step), trees.zeros_like(step))
         self.report(damping=damping, reduction_ratio=ratio, cg_iterations=solution.steps, step_length=length)
         return step
+
+    def linear_step(self):
+        """None: each step solves anew."""
+        return NotLinear(
+            "`HessianFree` solves for the minimum of a quadratic model of each batch and tests the step on the loss: "
+            "it takes curvature into account, however large. Watch its `reduction_ratio` and `damping`."
+        )
 
     def _preconditioner(self, lin, damping):
         """`(mean_i g_i^2 + lambda + l2)^-exponent`, an operator; `None` where it is switched off."""

@@ -4,12 +4,13 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number, check_part, register
-from keras_curvature.curvature import kronecker
+from keras_curvature.curvature import kronecker, linearization
 from keras_curvature.curvature.gauss_newton import require_convex
 from keras_curvature.curvature.sampling import FISHER
 from keras_curvature.operators.kronecker import BlockDiagonal, KroneckerProduct
 from keras_curvature.optimizers import by_layer
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.limits import KL_CLIPPED, LinearStep, NotLinear, heavy_ball
 from keras_curvature.steps import LevenbergMarquardt, as_damping, quadratic
 from keras_curvature.steps.trust_region import kl_clip as clip
 
@@ -211,18 +212,37 @@ class KFAC(CurvatureOptimizer):
             return step, step
         return trees.where(worse, trees.zeros_like(step), step), trees.where(worse, v, step)
 
+    def linear_step(self):
+        """With a fixed `momentum` heavy ball, times the inverse of the last step; else none."""
+        if self.momentum is None:
+            return NotLinear(
+                f"`{type(self).__name__}` with `momentum=None` sets the length of each step, and its momentum, by the "
+                "curvature of the batch: it takes curvature into account, however large. Watch its `reduction_ratio` "
+                "and `damping`."
+            )
+        note = None if self.kl_clip is None else KL_CLIPPED
+        return LinearStep(heavy_ball(self.momentum), self._kept_inverse, note)
+
     # The inverse of the Fisher matrix.
 
     def _inverse(self, batch, damping):
         """An operator."""
         factors, diagonals = self._refreshed_factors(batch)
-        damped = {i: d + self._damping_of(batch, [i], damping, d) for i, d in zip(self._diagonal, diagonals)}
         operators = self._inverse_operators(batch, factors, damping)
+        return self._side_by_side(operators, diagonals, batch.l2, damping)
+
+    def _kept_inverse(self):
+        """The operator of the last step."""
+        l2, damping = linearization.l2_of(self._trainable_variables), tf.identity(self._damping.value)
+        return self._side_by_side(self._kept_operators(l2, damping), trees.values(self._diagonals), l2, damping)
+
+    def _side_by_side(self, operators, diagonals, l2, damping):
+        damped = {i: d + self._damping_of(l2, [i], damping, d) for i, d in zip(self._diagonal, diagonals)}
         return BlockDiagonal(self._blocks, operators, {i: 1.0 / entries for i, entries in damped.items()})
 
     def _inverse_operators(self, batch, factors, damping):
         """One for each block."""
-        dampings = [self._damping_of(batch, b.variables, damping, A) for b, A in zip(self._blocks, factors[::2])]
+        dampings = [self._damping_of(batch.l2, b.variables, damping, A) for b, A in zip(self._blocks, factors[::2])]
 
         def compute():
             return by_layer.inverses(self._blocks, factors, dampings)
@@ -230,9 +250,12 @@ class KFAC(CurvatureOptimizer):
         inverses = self.refresh(self._inverses, self.inverses_every, compute)
         return [KroneckerProduct(*pair) for pair in by_layer.pairs(inverses)]
 
-    def _damping_of(self, batch, indices, damping, like):
+    def _kept_operators(self, l2, damping):
+        return [KroneckerProduct(*pair) for pair in by_layer.pairs(trees.values(self._inverses))]
+
+    def _damping_of(self, l2, indices, damping, like):
         """The damping of some weights of one layer: with the L2 regularizer, where the kernel has one."""
-        return tf.cast(damping, like.dtype) + max(batch.l2[i] for i in indices)
+        return tf.cast(damping, like.dtype) + max(l2[i] for i in indices)
 
     def _refreshed_factors(self, batch):
         """`([A, G, A, G, ...], [diagonal])`, each averaged over the looks at it that were finite."""

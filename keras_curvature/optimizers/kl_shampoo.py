@@ -8,6 +8,7 @@ from keras_curvature import trees
 from keras_curvature.component import check_count, check_number, register
 from keras_curvature.operators import axes
 from keras_curvature.optimizers.by_axis import ByAxis
+from keras_curvature.optimizers.limits import LinearStep, averaged
 from keras_curvature.solvers import eigenbases
 from keras_curvature.solvers.roots import in_stacks
 
@@ -57,6 +58,8 @@ class KLShampoo(ByAxis):
     ```
     """
 
+    idle_steps = 1
+
     def __init__(
         self, learning_rate=3e-3, beta_1=0.9, beta_2=0.98, epsilon=1e-8, every=10, initial=0.1, max_dimension=1000,
         merge=1000, name="kl_shampoo", **kwargs,
@@ -98,9 +101,7 @@ class KLShampoo(ByAxis):
         weights = [tf.where(begun, tf.math.rsqrt(value), tf.ones_like(value)) for value in values]
         Q, weights = self.by_block(bases), self.by_block(weights)
 
-        direction = [
-            -axes.multiply(self._scaled(axes.multiply_transposed(a, q), w), q) for a, q, w in zip(m, Q, weights)
-        ]
+        direction = trees.negative(self._whitened(m, Q, weights))
         for i, adam in zip(self._vectors, self._adam(m, G, taken)):
             direction[i] = adam
         found = [_moments(G[i], k, Q[i], weights[i]) for i, k in self._places]
@@ -109,6 +110,27 @@ class KLShampoo(ByAxis):
         self._remember_eigenvalues(values, [diagonal for _, diagonal in found], begun)
         self._refresh_bases(bases, factors, taken)
         return self.join(direction, gradients)
+
+    def linear_step(self):
+        """An average of gradients, whitened by the present factors; of the vectors, Adam's."""
+        return LinearStep(averaged(self.beta_1), self._preconditioner)
+
+    def _preconditioner(self):
+        Q, v = self.by_block(trees.values(self._bases)), trees.values(self._v)
+        weights = self.by_block([tf.math.rsqrt(value) for value in trees.values(self._eigenvalues)])
+        scales = trees.negative(self.adam([tf.ones_like(a) for a in v], v, tf.identity(self._taken.value) - 1))
+
+        def product(blocks):
+            whitened = self._whitened(blocks, Q, weights)
+            for i, scale in zip(self._vectors, scales):
+                whitened[i] = scale * blocks[i]
+            return whitened
+
+        return self.operator(product)
+
+    def _whitened(self, blocks, Q, weights):
+        turned = [axes.multiply_transposed(b, q) for b, q in zip(blocks, Q)]
+        return [axes.multiply(self._scaled(t, w), q) for t, w, q in zip(turned, weights, Q)]
 
     def _scaled(self, turned, weights):
         scale = math.prod(_along(w, k, turned) for k, w in enumerate(weights) if w is not None)

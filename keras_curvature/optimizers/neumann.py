@@ -9,6 +9,7 @@ from keras_curvature import replicas, trees
 from keras_curvature.component import check, check_count, check_number, register
 from keras_curvature.curvature.linearization import Linearization
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.limits import LinearStep, nesterov
 
 
 @register
@@ -138,6 +139,11 @@ class Neumann(CurvatureOptimizer):
         ramp = 1.0 - 1.0 / (tf.cast(tf.maximum(t, 1), tf.float64) + 1.0 / (1.0 - self.mu_start) - 1.0)
         # the cap also takes off the rounding of the ramp, so that mu_start == mu_end is that number exactly
         return tf.where(t < 1, tf.zeros_like(ramp), tf.clip_by_value(ramp, self.mu_start, self.mu_end))
+
+    def linear_step(self):
+        """Nesterov's momentum `mu(t)`, at the displaced weights."""
+        note = "The forces `alpha` and `beta` towards and from the average of the weights are left out of the limit."
+        return LinearStep(nesterov(float(self._mu(self._t))), note=note if self.alpha or self.beta else None)
 
     # On a curved model.
 

@@ -4,7 +4,9 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_component, check_count, check_number, is_number, register
+from keras_curvature.operators import Function
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.limits import LinearStep, averaged, steps_taken
 from keras_curvature.solvers.low_rank import LowRankGeometry
 from keras_curvature.solvers.whitening import Draws, KroneckerGeometry
 
@@ -132,11 +134,27 @@ class PSGD(CurvatureOptimizer):
         """The next `m`; its decay grows from zero, so that the first steps average evenly."""
         if not self.momentum:
             return gradients
-        t = tf.cast(self.iterations, trees.scalar_dtype(gradients))
-        beta = tf.minimum(t / (1 + t), self.momentum)
+        beta = self._decay(tf.cast(self.iterations, trees.scalar_dtype(gradients)))
         m = trees.add(trees.scale(beta, trees.values(self._m)), gradients, 1 - beta)
         self.remember(self._m, m)
         return m
+
+    def _decay(self, t):
+        return tf.minimum(t / (1 + t), self.momentum)
+
+    def linear_step(self):
+        """An average of gradients, times the preconditioner of the last step."""
+        last = tf.constant(max(steps_taken(self) - 1, 0), tf.float64)
+        note = None if self._clip is None else "Where `clip` cuts a step, the gauge is an upper bound."
+        return LinearStep(averaged(float(self._decay(last))), self._preconditioner, note)
+
+    def _preconditioner(self):
+        P = self._geometry.operator(trees.values(self._fitted), [tuple(v.shape) for v in self._trainable_variables])
+
+        def product(vector):
+            return [tf.cast(a, v.dtype) for a, v in zip(P @ self._cast(vector), vector)]
+
+        return Function(product, psd=True)
 
     def _cast(self, vector):
         return [tf.cast(a, self._fitted[0].dtype) for a in vector]

@@ -6,6 +6,7 @@ from keras_curvature import trees
 from keras_curvature.component import check, check_component, check_count, check_number, register
 from keras_curvature.operators import axes
 from keras_curvature.optimizers.by_axis import ByAxis
+from keras_curvature.optimizers.limits import LinearStep, NotLinear, averaged
 from keras_curvature.solvers.roots import EigenRoot, in_stacks
 
 # Of the grafted step (the reference's example scripts; Keras' own Adam has 1e-7).
@@ -106,6 +107,20 @@ class Shampoo(ByAxis):
             M = trees.scale(1.0 / self.correction(self.beta_1, steps), m)
         P = [axes.multiply(m, root) for m, root in zip(M, roots)]
         return self.join(trees.negative(self._graft(P, M, G, steps)), gradients)
+
+    def linear_step(self):
+        """An average of gradients, times the roots of the last step; none with the length of another method."""
+        if self.grafting is not None:
+            return NotLinear(
+                f"`Shampoo` gives each of its steps the length of a step of another method (`grafting="
+                f"{self.grafting!r}`): its limit is not that of its own matrix. With `grafting=None` there is one."
+            )
+        return LinearStep(averaged(self.beta_1), self._preconditioner)
+
+    def _preconditioner(self):
+        roots = self.by_block(trees.values(self._roots))
+        scale = 1.0 / self.correction(self.beta_1, tf.identity(self._taken.value))
+        return self.operator(lambda blocks: trees.scale(scale, [axes.multiply(b, r) for b, r in zip(blocks, roots)]))
 
     def _refreshed(self, factors, correction, taken):
         counts = [sum(j == i for j, _ in self._places) for i, _ in self._places]

@@ -6,6 +6,7 @@ from keras_curvature import trees
 from keras_curvature.component import check_count, check_number, register
 from keras_curvature.operators import axes
 from keras_curvature.optimizers.by_axis import ByAxis
+from keras_curvature.optimizers.limits import LinearStep, averaged
 from keras_curvature.solvers import eigenbases
 from keras_curvature.solvers.roots import in_stacks
 
@@ -49,6 +50,8 @@ class SOAP(ByAxis):
     ```
     """
 
+    idle_steps = 1
+
     def __init__(
         self, learning_rate=3e-3, beta_1=0.95, beta_2=0.95, epsilon=1e-8, every=10, max_dimension=1000, merge=1000,
         name="soap", **kwargs,
@@ -84,6 +87,20 @@ class SOAP(ByAxis):
         m = self._turn(m, bases, factors, taken)
         self.remember([*self._m, *self._v, *self._factors], [*m, *v, *factors])
         return self.join(direction, gradients)
+
+    def linear_step(self):
+        """Momentum as of Adam, between the present bases."""
+        return LinearStep(averaged(self.beta_1), self._preconditioner)
+
+    def _preconditioner(self):
+        Q, v = self.by_block(trees.values(self._bases)), trees.values(self._v)
+        scales = trees.negative(self.adam([tf.ones_like(a) for a in v], v, tf.identity(self._taken.value) - 1))
+
+        def product(blocks):
+            turned = [axes.multiply_transposed(b, q) for b, q in zip(blocks, Q)]
+            return [axes.multiply(s * b, q) for s, b, q in zip(scales, turned, Q)]
+
+        return self.operator(product)
 
     def _turn(self, m, old, factors, taken):
         """The next basis, remembered, and `m` in it."""

@@ -5,6 +5,7 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check_count, check_number, register
 from keras_curvature.optimizers.diagonal import DiagonalOptimizer
+from keras_curvature.optimizers.limits import NotLinear
 
 
 class Sophia(DiagonalOptimizer):
@@ -31,6 +32,13 @@ class Sophia(DiagonalOptimizer):
         steps = [a / tf.minimum(-self.gamma * b, -self.epsilon) for a, b in zip(m, h)]
         self.report(unclipped=self._when_due(lambda: _unclipped(steps)))
         return [tf.clip_by_value(s, -1.0, 1.0) for s in steps]
+
+    def linear_step(self):
+        """None, because of the clipping."""
+        return NotLinear(
+            f"`{type(self).__name__}` clips each entry of its steps to the learning rate: where it does, a step is "
+            "just as long however small the gradient is. Its report `unclipped` says for how many entries it does not."
+        )
 
     def _when_due(self, number):
         """A report that costs passes over the weights: in the steps with a new estimate alone."""

@@ -2,8 +2,11 @@
 
 import tensorflow as tf
 
+from keras_curvature import trees
 from keras_curvature.component import check, check_number, register
+from keras_curvature.operators import Diagonal
 from keras_curvature.optimizers.diagonal import DiagonalOptimizer
+from keras_curvature.optimizers.limits import LinearStep, averaged, steps_taken
 
 
 @register
@@ -73,9 +76,21 @@ class SquareRootFreeAdam(DiagonalOptimizer):
 
     def _divide(self, gradients, slopes):
         m, v, counts = self.follow(lambda: gradients, lambda: [tf.square(g) for g in slopes()])
-        steps = []
+        return trees.negative(self._quotients(m, v, counts, self.iterations + 1))
+
+    def _quotients(self, m, v, counts, step):
+        """`m^ / (v^ + epsilon)`, with `m` of so many steps."""
+        found = []
         for a, b, n in zip(m, v, counts):
-            taken, share = self.share(self.beta_1, self.iterations + 1, a.dtype), self.share(self.beta_2, n, a.dtype)
+            taken, share = self.share(self.beta_1, step, a.dtype), self.share(self.beta_2, n, a.dtype)
             # no step while nothing is known of `v`
-            steps.append(tf.math.divide_no_nan(a * (-share / taken), b + share * self.epsilon))
-        return steps
+            found.append(tf.math.divide_no_nan(a * (share / taken), b + share * self.epsilon))
+        return found
+
+    def linear_step(self):
+        """Momentum as of Adam; the denominator of the last step."""
+        return LinearStep(averaged(self.beta_1), self._preconditioner)
+
+    def _preconditioner(self):
+        v, counts = trees.values(self._D), tf.unstack(tf.identity(self._counts.value))
+        return Diagonal(self._quotients([tf.ones_like(a) for a in v], v, counts, steps_taken(self)))

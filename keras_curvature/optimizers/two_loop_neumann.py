@@ -6,6 +6,7 @@ from keras_curvature import trees
 from keras_curvature.component import check_component, check_number, register
 from keras_curvature.operators import Function
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers import NeumannSeries
 
 
@@ -88,6 +89,13 @@ class TwoLoopNeumann(CurvatureOptimizer):
             after, v = trees.add(lin.weights, direction, rate), self._center(lin)
             self.remember(self._v, trees.add(after, trees.subtract(v, after), self.gamma))
         return direction
+
+    def linear_step(self):
+        """None: the inner loop is a polynomial in the curvature."""
+        return NotLinear(
+            "`TwoLoopNeumann` makes each step of several gradients at shifted points, and its limit is that of this "
+            "inner loop: it needs the sharpness to be below 2 / solver.rate."
+        )
 
     def _center(self, lin):
         """`v`; at the first step the weights."""

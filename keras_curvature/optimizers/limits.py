@@ -1,0 +1,127 @@
+"""How large a curvature a step bears: closed forms, for methods whose step is a linear map of the gradient.
+
+With the state held fixed, a step of such a method on a quadratic of Hessian `H` is, with `M` positive definite,
+
+    m <- b m + (1 - b) H w
+    w <- (1 - d) w - learning_rate M (p m + q H w)                      the new m; d = learning_rate * weight_decay
+
+In the eigenvectors of `M H` these are two numbers each, and what shrinks there is decided by the roots of
+
+    z^2 - (1 - d + b - a (p (1 - b) + q)) z + b (1 - d - a q) = 0,      a = learning_rate * eigenvalue
+
+The first root to leave the unit circle as `a` grows does so at -1: the weights swing from side to side. There
+
+    a = (2 - d) (1 + b) / (p (1 - b) + q (1 + b))                       the limit
+
+Gradient descent has b = 0; heavy ball, of which Keras writes `m` without the factor `1 - b`, p = 1 / (1 - b) and q = 0;
+Nesterov's momentum p = b / (1 - b) and q = 1; Adam's p = 1 and q = 0.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+KL_CLIPPED = "Where `kl_clip` makes a step shorter, the gauge is an upper bound."
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The limit `(2 - learning_rate * weight_decay) * factor`.
+
+    Args:
+        factor: `(1 + b) / (p (1 - b) + q (1 + b))`, a number.
+        text: The same in words, such as `"(1+0.9)/(1-0.9)"`; nothing where it is 1.
+    """
+
+    factor: float = 1.0
+    text: str = ""
+
+    def limit(self, rate, decay):
+        """On `rate` times the largest eigenvalue of `M H`; `decay` is the decoupled weight decay."""
+        return (2.0 - rate * decay) * self.factor
+
+    def formula(self, rate, decay):
+        """The limit over `rate`, which is the largest eigenvalue that is borne, with its numbers."""
+        two = f"(2-{number(rate)}·{number(decay)})" if decay else "2"
+        return f"{two}{self.text}/{number(rate)}"
+
+
+def heavy_ball(b):
+    """`m <- b m - learning_rate g,  w <- w + m`; gradient descent where `b` is 0."""
+    return Rule(1.0 + b, f"(1+{number(b)})" if b else "")
+
+
+def nesterov(b):
+    """`m <- b m - learning_rate g,  w <- w + b m - learning_rate g`, Keras' form of Nesterov's momentum."""
+    return Rule((1.0 + b) / (1.0 + 2.0 * b), f"(1+{number(b)})/(1+2·{number(b)})" if b else "")
+
+
+def averaged(b):
+    """`m <- b m + (1 - b) g,  w <- w - learning_rate M m`."""
+    return Rule((1.0 + b) / (1.0 - b), f"(1+{number(b)})/(1-{number(b)})" if b else "")
+
+
+def combined(b, p, q):
+    """`m <- b m + (1 - b) g,  w <- w - learning_rate M (p m + q g)`."""
+    text = f"(1+{number(b)})/({number(p)}(1-{number(b)})+{number(q)}(1+{number(b)}))"
+    return Rule((1.0 + b) / (p * (1.0 - b) + q * (1.0 + b)), text)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnTheQuadratic:
+    """`z <- rho z - beta ((H + damping I) z + g),  w <- w + learning_rate z`: momentum that knows the curvature itself.
+
+    The largest eigenvalue that is borne is `2 (1 + rho - beta damping) / (beta (2 + learning_rate))`.
+    """
+
+    rho: float
+    beta: float
+    damping: float
+
+    def limit(self, rate, decay):
+        """As of a `Rule`."""
+        two = 2.0 - rate * decay
+        return rate * two * (1.0 + self.rho - self.beta * self.damping) / (self.beta * (two + rate))
+
+    def formula(self, rate, decay):
+        """As of a `Rule`."""
+        two = f"(2-{number(rate)}·{number(decay)})" if decay else "2"
+        beta = number(self.beta)
+        top = f"(1+{number(self.rho)}-{beta}·{number(self.damping)})"
+        return f"{two}{top}/({beta}({two}+{number(rate)}))"
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearStep:
+    """What a method says of its step, where that is a linear map of the gradient while the state is held fixed.
+
+    Args:
+        rule: A `Rule`, or whatever has its two methods.
+        preconditioner: A function that gives `M` at the present state, a positive definite `LinearOperator`; asked
+            after the first step only. `None`: the identity.
+        note: A sentence on when the limit is another than that, or `None`.
+    """
+
+    rule: Rule
+    preconditioner: Callable | None = None
+    note: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class NotLinear:
+    """What a method says whose step is no such map.
+
+    Args:
+        reason: A sentence for the user.
+    """
+
+    reason: str
+
+
+def steps_taken(optimizer):
+    """What `iterations + 1` was in the last step, a Python integer: Keras counts all batches of accumulated ones."""
+    batches = int(optimizer.iterations)
+    return batches - batches % (optimizer.gradient_accumulation_steps or 1)
+
+
+def number(value):
+    """A number as one would write it: six digits, no more zeros than needed."""
+    return f"{value:.6g}"
