@@ -1,0 +1,106 @@
+"""Vectors in one piece on the host, for methods that keep many of them and work through a product at a time.
+
+A list of tensors becomes one NumPy array, in float64 where the list is and in float32 otherwise. The many vectors of a
+basis then fill the host's memory and not the accelerator's, their products are never rounded to TF32 or bfloat16, and
+nothing has to be traced. Only the vector that is multiplied travels.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+# Sums are taken over so many numbers in the vectors' dtype, and of these in float64.
+CHUNK = 2**16
+
+
+class Layout:
+    """How a list of tensors lies in one array.
+
+    Args:
+        like: A vector, for its shapes and dtypes.
+
+    Attributes:
+        size: Number of entries.
+        dtype: Of the array.
+        starts: Where each tensor begins, an array of integers.
+    """
+
+    def __init__(self, like):
+        self._shapes = [tuple(a.shape) for a in like]
+        self._dtypes = [tf.as_dtype(a.dtype) for a in like]
+        self._sizes = [int(np.prod(shape, dtype=np.int64)) for shape in self._shapes]
+        self.starts = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int64)[:-1]
+        self.size = sum(self._sizes)
+        self.dtype = np.float64 if tf.float64 in self._dtypes else np.float32
+
+    def pack(self, vector):
+        """The array of a list of tensors, a copy."""
+        return np.concatenate([a.numpy().astype(self.dtype, copy=False).ravel() for a in vector])
+
+    def unpack(self, array):
+        """The list of tensors of an array."""
+        return [
+            tf.cast(tf.constant(array[start : start + size].reshape(shape)), dtype)
+            for start, size, shape, dtype in zip(self.starts, self._sizes, self._shapes, self._dtypes)
+        ]
+
+    def product(self, operator, array):
+        """`A v` of an array, an array."""
+        return self.pack(operator @ self.unpack(array))
+
+    def dots(self, u, v):
+        """The inner products of each tensor with its partner, a float64 array of one number for each."""
+        pieces = [slice(start, start + size) for start, size in zip(self.starts, self._sizes)]
+        return np.array([dot(u[piece], v[piece]) for piece in pieces])
+
+    def normal(self, seed, number):
+        """The `number`-th random vector of standard normal numbers."""
+        return tf.random.stateless_normal([self.size], _seed(seed, number), dtype=self.dtype).numpy()
+
+    def signs(self, seed, number):
+        """The `number`-th random vector of `+1` and `-1`."""
+        bits = tf.random.stateless_uniform([self.size], _seed(seed, number), 0, 2, tf.int32).numpy()
+        return (2 * bits - 1).astype(self.dtype)
+
+
+def dot(u, v):
+    """`u'v`, a Python float."""
+    return sum(float(np.dot(u[i : i + CHUNK], v[i : i + CHUNK])) for i in range(0, len(u), CHUNK))
+
+
+def norm(v):
+    """`|v|`, a Python float."""
+    return float(np.sqrt(dot(v, v)))
+
+
+def coefficients(V, w):
+    """`V w` of a matrix of rows, in float64."""
+    found = np.zeros(len(V))
+    for i in range(0, len(w), CHUNK):
+        found += V[:, i : i + CHUNK] @ w[i : i + CHUNK]
+    return found
+
+
+def combination(V, c):
+    """`V' c`, in the dtype of `V`."""
+    return c.astype(V.dtype) @ V
+
+
+def rotate(V, S):
+    """Overwrite the first rows of `V` by `S' V`, without a second matrix of its size."""
+    S = S.T.astype(V.dtype)
+    for i in range(0, V.shape[1], CHUNK):
+        V[: len(S), i : i + CHUNK] = S @ V[:, i : i + CHUNK]
+
+
+def check_memory(vectors, layout, limit, remedy):
+    """Refuse to keep so many vectors where they need more bytes than the limit."""
+    needed = vectors * layout.size * np.dtype(layout.dtype).itemsize
+    if needed > limit:
+        raise ValueError(
+            f"{vectors} vectors of {layout.size:,} weights need ".replace(",", " ")
+            + f"{needed / 1e9:.1f} GB, and the limit is {limit / 1e9:.1f} GB; {remedy}"
+        )
+
+
+def _seed(seed, number):
+    return tf.constant([seed, number], tf.int64)

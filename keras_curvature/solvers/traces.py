@@ -1,0 +1,238 @@
+"""Sums over the spectrum by random vectors: trace, diagonal, Frobenius norm, each with its standard error.
+
+Reference: Hutchinson (1990); Bekas, Kokiopoulou and Saad (2007); Epperly, Tropp and Webber, "XTrace: making the most of
+every sample in stochastic trace estimation" (2024).
+"""
+
+import dataclasses
+
+import numpy as np
+
+from keras_curvature.component import check, check_count
+from keras_curvature.solvers import flat
+from keras_curvature.solvers.lanczos import MEMORY_LIMIT
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number that random vectors estimate.
+
+    Attributes:
+        value: A float; its expectation is the number.
+        stderr: Its standard error, a float.
+        products: How many products it took.
+    """
+
+    value: float
+    stderr: float
+    products: int
+
+
+def hutchinson(operator, like, products=30, seed=0, parts=None):
+    """The trace as the mean of `z'Az` over vectors `z` of random signs, an `Estimate`.
+
+    One product has the variance `2 (|A|_F^2 - sum a_ii^2)`; of a part `b`,
+    `2 sum_{i != j in b} a_ij^2 + sum_{i in b, j not in b} a_ij^2`.
+
+    Args:
+        operator: A symmetric `LinearOperator`.
+        like: A vector, for its shapes and dtypes.
+        products: How many vectors, at least 2. Defaults to `30`.
+        seed: Of the random vectors, an integer. Defaults to `0`.
+        parts: `{name: [indices of tensors in the vector]}`, for the traces of these diagonal blocks from the same
+            products. Optional.
+
+    Returns:
+        The `Estimate`; with `parts`, `(Estimate, {name: Estimate})`.
+
+    Example: `whole, layers = hutchinson(probes, gradient, parts={"dense": [0, 1]})`
+    """
+    return _trace(hutchinson, operator, like, products, seed, parts, [], [])
+
+
+def deflated(operator, like, pairs, products=30, seed=0, parts=None):
+    """The trace where some eigenpairs are known: their values and Hutchinson's estimate of the rest, an `Estimate`.
+
+        tr A = tr D + tr(A - D),     D = sum_i theta_i u_i u_i'
+
+    The first trace is known and the second estimated. It is unbiased whatever the vectors are; with eigenvectors the
+    variance is that of what is left, and the largest eigenvalues make most of it.
+
+    Args:
+        operator: A symmetric `LinearOperator`.
+        like: A vector, for its shapes and dtypes.
+        pairs: `Eigenpairs`, of `eigenpairs`.
+        products: How many random vectors, at least 2. Defaults to `30`.
+        seed: Of the random vectors, an integer. Defaults to `0`.
+        parts: As in `hutchinson`.
+
+    Returns:
+        The `Estimate`; with `parts`, `(Estimate, {name: Estimate})`. `products` counts the random vectors alone.
+
+    Example: `deflated(probes, gradient, eigenpairs(probes, gradient, 10))`
+    """
+    return _trace(deflated, operator, like, products, seed, parts, pairs.values, pairs.vectors)
+
+
+def _trace(asked_by, operator, like, products, seed, parts, values, vectors):
+    check_count(asked_by, "products", products, low=2)
+    _check_parts(asked_by, parts, len(like))
+    layout = flat.Layout(like)
+    known = [(float(value), layout.pack(vector)) for value, vector in zip(values, vectors)]
+    samples = np.array([_by_tensor(operator, layout, layout.signs(seed, i), known) for i in range(products)])
+    samples += sum(value * layout.dots(u, u) for value, u in known)
+    whole = _estimate(samples.sum(1), products)
+    if parts is None:
+        return whole
+    return whole, {name: _estimate(samples[:, list(indices)].sum(1), products) for name, indices in parts.items()}
+
+
+def _by_tensor(operator, layout, z, known):
+    """`z'(A - D)z`, by the tensors of the first `z`."""
+    found = layout.dots(z, layout.product(operator, z))
+    for value, u in known:
+        along = layout.dots(z, u)
+        found -= value * along.sum() * along
+    return found
+
+
+def xtrace(operator, like, products=30, seed=0, memory_limit=MEMORY_LIMIT):
+    """The trace by the XTrace estimator, an `Estimate`: for spectra that fall off, much closer than Hutchinson's.
+
+    Half of the products go to random vectors `w_i`; with `Q_i` an orthonormal basis of the others' products,
+
+        tr_i = tr(Q_i'A Q_i) + (n - rank Q_i) m'Am / |m|^2,     m = w_i - Q_i Q_i' w_i
+
+    is unbiased for each `i`, and the mean over them is returned, with the standard error of the mean. All come of one
+    basis and the other half of the products. Of an operator of low rank, products that lie in the space of the others
+    are left out of the basis. For fewer than about 12 products, use `hutchinson`.
+
+    Args:
+        operator: A symmetric `LinearOperator`.
+        like: A vector, for its shapes and dtypes.
+        products: How many, at least 4; an odd one is not used, nor more than `2 n`. Half as many vectors are held.
+            Defaults to `30`.
+        seed: Of the random vectors, an integer. Defaults to `0`.
+        memory_limit: Most bytes for the vectors. Defaults to `4e9`.
+
+    Raises:
+        ValueError: The vectors would take more than `memory_limit`.
+
+    Example: `xtrace(probes, gradient, products=30)`
+    """
+    check_count(xtrace, "products", products, low=4)
+    layout = flat.Layout(like)
+    k = min(products // 2, layout.size)
+    flat.check_memory(k, layout, memory_limit, "pass fewer products")
+    sketch = _Sketch(operator, layout, k, seed)
+    return _estimate(sketch.traces(), 2 * k if k > 1 else 2)
+
+
+class _Sketch:
+    """Random vectors `W`, an orthonormal basis `Q` of `A W`; `Q R = A W`, `H = Q'A Q`, `C = Q'W`."""
+
+    def __init__(self, operator, layout, k, seed):
+        self._size = layout.size
+        Q, columns, quadratic, lengths = np.zeros((k, layout.size), layout.dtype), [], np.zeros(k), np.zeros(k)
+        rank = 0
+        for i in range(k):
+            w = layout.normal(seed, i)
+            y = layout.product(operator, w)
+            quadratic[i], lengths[i] = flat.dot(w, y), flat.dot(w, w)
+            column, rank = _extend(Q, rank, y)
+            columns.append(column)
+        Q = Q[:rank]
+        self._quadratic, self._lengths = quadratic, lengths
+        self._R = np.array([np.pad(column, (0, k))[:rank] for column in columns]).reshape(k, rank).T
+        self._H = np.array([flat.coefficients(Q, layout.product(operator, q)) for q in Q]).reshape(rank, rank)
+        self._C = np.array([flat.coefficients(Q, layout.normal(seed, i)) for i in range(k)]).reshape(k, rank).T
+
+    def traces(self):
+        """`tr_i` for each random vector."""
+        rank, k = self._R.shape
+        # the unit vector in Q that the other products are orthogonal to; there is none where the rank is below k
+        S = np.linalg.inv(self._R).T if rank == k else np.zeros((rank, k))
+        S = S / np.maximum(np.linalg.norm(S, axis=0), np.finfo(np.float64).tiny)
+        X = self._C - S * (S * self._C).sum(0)  # Q_i'w_i, in coordinates of Q
+        HX = self._H @ X
+        rest = self._quadratic - 2 * (X * self._R).sum(0) + (X * HX).sum(0)
+        length = self._lengths - (X * X).sum(0)
+        outside = self._size - rank + (1 if rank == k else 0)
+        share = np.divide(outside * rest, length, out=np.zeros(k), where=length > 1e-12 * self._lengths)
+        return np.trace(self._H) - (S * (self._H @ S)).sum(0) + share
+
+
+def _extend(Q, rank, y):
+    """Make `y` the next row of an orthonormal basis, unless it lies in it; its coordinates, and the new rank."""
+    size, coordinates = flat.norm(y), np.zeros(rank)
+    y = y.copy()
+    for _ in range(2):
+        along = flat.coefficients(Q[:rank], y)
+        y -= flat.combination(Q[:rank], along)
+        coordinates += along
+    left = flat.norm(y)
+    if left <= 10 * np.finfo(y.dtype).eps * size:
+        return coordinates, rank
+    Q[rank] = y / y.dtype.type(left)
+    return np.append(coordinates, left), rank + 1
+
+
+def diagonal(operator, like, products=100, seed=0):
+    """The diagonal as the mean of `z * Az` over vectors `z` of random signs, with its standard errors.
+
+    The standard error of entry `i` is about `sqrt(sum_{j != i} a_ij^2 / products)`: for a network, 100 products leave
+    the sign of small entries open.
+
+    Args:
+        operator: A symmetric `LinearOperator`.
+        like: A vector, for its shapes and dtypes.
+        products: How many, at least 2. Defaults to `100`.
+        seed: Of the random vectors, an integer. Defaults to `0`.
+
+    Returns:
+        `(vector, vector of standard errors)`.
+
+    Example: `entries, stderr = diagonal(probes, gradient)`
+    """
+    check_count(diagonal, "products", products, low=2)
+    layout = flat.Layout(like)
+    mean, squares = np.zeros(layout.size, layout.dtype), np.zeros(layout.size, layout.dtype)
+    for i in range(products):
+        z = layout.signs(seed, i)
+        sample = z * layout.product(operator, z)
+        change = sample - mean
+        mean += change / (i + 1)
+        squares += change * (sample - mean)  # Welford's
+    stderr = np.sqrt(squares / (products * (products - 1)))
+    return layout.unpack(mean), layout.unpack(stderr)
+
+
+def squared_frobenius(operator, like, products=30, seed=0):
+    """`|A|_F^2`, the sum of the squared eigenvalues, as the mean of `|Az|^2` over random signs, an `Estimate`.
+
+    Args:
+        operator: A symmetric `LinearOperator`.
+        like: A vector, for its shapes and dtypes.
+        products: How many, at least 2. Defaults to `30`.
+        seed: Of the random vectors, an integer. Defaults to `0`.
+
+    Example: `squared_frobenius(probes, gradient).value ** 0.5`
+    """
+    check_count(squared_frobenius, "products", products, low=2)
+    layout = flat.Layout(like)
+    images = (layout.product(operator, layout.signs(seed, i)) for i in range(products))
+    return _estimate(np.array([flat.dot(image, image) for image in images]), products)
+
+
+def _estimate(samples, products):
+    """The mean of samples, with its standard error."""
+    few = len(samples) < 2
+    stderr = float("nan") if few else float(samples.std(ddof=1) / np.sqrt(len(samples)))
+    return Estimate(float(samples.mean()), stderr, products)
+
+
+def _check_parts(asked_by, parts, count):
+    valid = parts is None or (
+        isinstance(parts, dict) and all(0 <= i < count for indices in parts.values() for i in indices)
+    )
+    check(asked_by, "parts", parts, valid, f"a dict of names to lists of indices in [0, {count})")
