@@ -2,7 +2,7 @@
 
 Run by `test_slices.py` in a process of its own, with cases such as `dropout:5:2`: a batch of 5 (3 + 2) in two
 micro-batches on each replica; or `fit:9`: `fit`, with a batch of 1 (1 + 0) at the end of an epoch; or `ragged:7` and
-`sparse:7`, of inputs that are not dense.
+`sparse:7`, of inputs that are not dense; or `probes:5`, what `keras_curvature.monitor.curvature` says of 5 examples.
 """
 
 import json
@@ -16,6 +16,7 @@ from keras import layers
 
 import keras_curvature as kc
 from keras_curvature import Linearization
+from keras_curvature.monitor import curvature
 
 KINDS = {
     "plain": lambda: [layers.Dense(3, kernel_regularizer="l2"), Idle()],
@@ -132,6 +133,16 @@ def fitted_to(kind, n, y):
     return flat(model.weights)
 
 
+def probed(kind, x, y):
+    """What is measured in training mode, and how far the model's variables have moved."""
+    model, found = build(kind), {}
+    for of in ("hessian", "fisher", "empirical_fisher") if kind == "dropout" else ("hessian",):
+        c = curvature(model, (x, y), of, training=True)
+        found |= {"loss": c.loss, "gradient": c.gradient, of: c @ vector(c.variables, 1)}
+    before = build(kind)
+    return {**found, "state": [a - b.value for a, b in zip(model.variables, before.variables)]}
+
+
 def difference(ours, theirs):
     """Relative to the length of theirs."""
     ours, theirs = (np.concatenate([np.ravel(a) for a in tf.nest.flatten(nest)]) for nest in (ours, theirs))
@@ -150,6 +161,14 @@ def compared(strategy, case, x, y):
         one = fitted_to(kind, batch, y)
         with strategy.scope():
             return {"fit": difference(fitted_to(kind, batch, y), one)}
+    if kind == "probes":
+        found = {}
+        for layer in ("dropout", "synchronized"):
+            one = probed(layer, x[:batch], y[:batch])
+            with strategy.scope():
+                two = probed(layer, x[:batch], y[:batch])
+            found |= {f"{layer} {name}": difference(two[name], one[name]) for name in one}
+        return found
     one, state = on_one(kind, x[:batch], y[:batch])
     two, state_on_two = on_two(strategy, kind, x[:batch], y[:batch], int(rest[0]))
     if batch < 8:

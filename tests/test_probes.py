@@ -12,6 +12,7 @@ import tensorflow as tf
 from cases import LOSSES, MODELS, flat, float64
 from keras import layers
 
+from keras_curvature import replicas
 from keras_curvature.curvature import data as probe_data
 from keras_curvature.curvature.naming import layers_of
 from keras_curvature.curvature.probes import PRODUCTS, Probes
@@ -518,6 +519,12 @@ def test_errors(name):
     make, options, message = ERRORS[name]
     with pytest.raises(ValueError, match=message):
         Probes(*make(), **options)
+
+
+def test_several_workers_are_refused(monkeypatch):
+    monkeypatch.setattr(replicas, "of_several_workers", lambda strategy: True)
+    with pytest.raises(ValueError, match="Curvature is measured in one process"):
+        Probes(_linear(), DATA)
 
 
 def test_a_model_that_waits_for_its_shape_is_built_by_the_data():
