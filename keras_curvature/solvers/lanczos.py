@@ -34,7 +34,7 @@ ROUNDINGS = 10
 FRESH = 1e-3
 # An eigenvalue smaller than this share of the largest |eigenvalue| is found to that share's tolerance.
 SMALL = 1e-2
-MEMORY_LIMIT = 4e9
+MEMORY_LIMIT = 8e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +101,13 @@ def tridiagonalize(operator, start, steps, basis=True, metric=None):
     Example: `tridiagonalize(probes, gradient, 10).matrix`
     """
     check_count(tridiagonalize, "steps", steps)
-    process = _Process(operator, start, min(steps, trees.count(start)) if basis else 0, metric)
+    rows = min(steps, trees.count(start)) if basis else 0
+    process = _Process(operator, start, rows, metric)
     process.begin(process.layout.pack(start))
     if not basis:
         alpha, beta = process.run_without_basis(steps)
         return Tridiagonal(alpha, beta, None, process.products)
-    while process.count < process.rows and not process.exhausted:
+    while process.count < rows and not process.exhausted:
         process.step()
     T = process.T[: process.count, : process.count]
     beta = np.append(np.diag(T, -1), process.beta)
@@ -139,7 +140,7 @@ def eigenpairs(
         seed: Of the random vectors, an integer. Defaults to `0`.
         max_products: Most products; what was found until then comes back, and `converged` says which pairs are within
             the tolerance. Defaults to `300 + 20 k`.
-        memory_limit: Most bytes for the vectors. Defaults to `4e9`.
+        memory_limit: Most bytes for the vectors. Defaults to `8e9`.
         metric: A positive definite `LinearOperator`. Optional.
 
     Raises:
@@ -224,7 +225,7 @@ def density(operator, like, probes=4, steps=60, seed=0):
     nodes, weights, products = [], [], 0
     for number in range(probes):
         process = _Process(operator, like, 0, None)
-        process.begin(process.layout.normal(seed, number))
+        process.begin(process.layout.normal(seed, "density", number))
         alpha, beta = process.run_without_basis(steps)
         theta, S = np.linalg.eigh(Tridiagonal(alpha, beta, None, 0).matrix)
         missing = steps - len(theta)  # of a run that ended early: nodes of no weight
@@ -259,7 +260,7 @@ class _Process:
     def __init__(self, operator, like, rows, metric):
         valid = metric is None or isinstance(metric, LinearOperator)
         check(eigenpairs, "metric", metric, valid, "a `LinearOperator`, or None")
-        self.layout = flat.Layout(like)
+        self.layout, self._like = flat.Layout(like), like
         self._operator, self._metric = operator, metric
         self.rows, self.count, self.products = rows, 0, 0
         self.T, self._V = np.zeros((rows, rows)), np.zeros((rows, self.layout.size), self.layout.dtype)
@@ -267,17 +268,18 @@ class _Process:
 
     def first(self, start, seed):
         """Where to begin: a random vector, or the one given with a little of that."""
-        fresh = self.layout.normal(seed, 0)
+        fresh = self.layout.normal(seed, "start")
         if start is None:
             return fresh
         start = self.layout.pack(start)
-        return start + fresh * (FRESH * flat.norm(start) / flat.norm(fresh)).astype(fresh.dtype)
+        return start + fresh * fresh.dtype.type(FRESH * flat.norm(start) / flat.norm(fresh))
 
     def begin(self, vector):
         """Make this the next vector."""
-        length = self._length(vector)[0]
-        check(eigenpairs, "start", length, length > 0 and np.isfinite(length), "a vector that is finite and not zero")
-        self._set_next(vector, length)
+        length = flat.norm(vector)
+        if not 0 < length < np.inf:
+            raise ValueError(f"`start` must be a vector that is finite and not zero. Received: one of length {length}")
+        self._set_next(vector, *self._length(vector))
 
     def step(self):
         """One product: one more vector in the basis, a row and a column of `T`, and the next vector."""
@@ -358,8 +360,6 @@ class _Process:
         """Make what is left of an image the next vector, unless it is rounding."""
         size = np.abs(self.T[: self.count, : self.count]).sum(0).max() if size is None else size
         self.beta, u = self._length(w)
-        if not np.isfinite(self.beta):
-            raise ValueError(f"The product with a vector is not finite after {self.products} products.")
         full = self.count == self.layout.size
         self.exhausted = full or self.beta <= self._rounding(size)
         if self.exhausted:
@@ -368,16 +368,16 @@ class _Process:
             self.T[self.count, self.count - 1] = self.T[self.count - 1, self.count] = self.beta
         self._set_next(w, self.beta, u)
 
-    def _set_next(self, w, length, u=None):
+    def _set_next(self, w, length, u):
         self._v = w / w.dtype.type(length)
-        self._u = self._v if self._metric is None else (self._dual(w) if u is None else u) / w.dtype.type(length)
+        self._u = self._v if self._metric is None else u / w.dtype.type(length)
 
     def _length(self, w):
         """`sqrt(w'Mw)` and `M w`."""
         u = self._dual(w)
         square = flat.dot(w, u)
-        if square < 0:
-            raise ValueError("`metric` must be positive definite. Received: one with a vector v where v'Mv < 0")
+        if square < 0 or (square == 0 and w.any()):
+            raise ValueError("`metric` must be positive definite. Received: one with a vector v for which v'Mv <= 0")
         return float(np.sqrt(square)), u
 
     def _rounding(self, size):
@@ -385,9 +385,7 @@ class _Process:
 
 
 def _check_memory(rows, k, layout, limit):
-    bytes_each = layout.size * np.dtype(layout.dtype).itemsize
-    fits = int(limit // bytes_each) - ROOM  # the basis and the vectors that come out of it
-    fewer = f"pass k={fits // 2} or " if 2 <= fits < 2 * k else ""
-    flat.check_memory(rows + k, layout, limit, f"{fewer}choose fewer weights with layers=...")
-
-
+    """Refuse a basis, and the vectors that come out of it, that are too large; say what would fit."""
+    fits = (int(limit // layout.bytes) - ROOM) // 2
+    fewer = f"pass k={fits}, or " if 1 <= fits < k else ""
+    flat.check_memory(rows + k, layout, limit, f"{fewer}choose fewer weights with layers=[...]")
