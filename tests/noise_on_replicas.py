@@ -1,0 +1,33 @@
+"""Noise and traces on one replica and on two, over logical CPUs; prints them as JSON. Run by `test_noise.py`."""
+
+import json
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_curvature.curvature.noise import layer_traces, noise
+from keras_curvature.curvature.probes import Probes
+
+
+def numbers(x, y):
+    """What is found under the strategy of the caller."""
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(5, activation="tanh"), keras.layers.Dropout(0.2, seed=1), keras.layers.Dense(3)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
+    probes = Probes(model, (x, y), training=True, batch_size=64)  # 64 and 32 examples
+    found = noise(probes, micro_batch=4, parts=8)
+    traces = layer_traces(probes, draws=2).values
+    return [found.signal, found.noise, found.curvature, found.curved_noise, found.stderr["simple"], *traces.tolist()]
+
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+x = np.random.default_rng(0).standard_normal((96, 4)).astype("float32")
+y = np.argmax(x[:, :3], axis=1).astype("int32")
+one = numbers(x, y)
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    two = numbers(x, y)
+print(json.dumps({"one": one, "two": two}))
