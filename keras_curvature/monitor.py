@@ -11,9 +11,10 @@ import keras
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number
 from keras_curvature.curvature.naming import layers_of
+from keras_curvature.curvature.noise import noise
 from keras_curvature.curvature.probes import Probes
 from keras_curvature.operators import Function, Identity, LinearOperator, Masked
-from keras_curvature.solvers import ConjugateGradient
+from keras_curvature.solvers import ConjugateGradient, lanczos, traces
 
 # Fewest products for which XTrace is better than Hutchinson's estimate.
 XTRACE_FROM = 12
@@ -151,8 +152,6 @@ class Curvature(LinearOperator):
         Raises:
             ValueError: The vectors would not fit into memory, with the bytes that they need.
         """
-        from keras_curvature.solvers import lanczos
-
         with self._shown() as operator:
             return lanczos.eigenpairs(
                 operator, self._like, k, tolerance=tolerance, most_negative=most_negative, seed=self.probes.seed
@@ -170,28 +169,27 @@ class Curvature(LinearOperator):
 
     def extremes(self, start=None, steps=10):
         """The largest and the smallest eigenvalue, two `Eigenpairs` of one, of one run; as `sharpness`."""
-        from keras_curvature.solvers import lanczos
-
         with self._shown(steps) as operator:
             return lanczos.extremes(operator, self._like, steps, start=start, seed=self.probes.seed)
 
     def trace(self, products=30, by_layer=False, pairs=None):
         """The sum of the eigenvalues, an `Estimate`; or that of each layer's block, `{name: Estimate}`.
 
+        By XTrace, from 12 products on, which is much the closer one where few eigenvalues are large; by layers and
+        with `pairs` as the mean of `z'Bz` over vectors `z` of random signs. See `solvers/traces.py`.
+
         Args:
             products: How many products to estimate by, an integer. Defaults to `30`.
             by_layer: Whether to give each layer's. Defaults to `False`.
             pairs: `Eigenpairs` of `top`, which are taken out of what has to be estimated. Optional.
         """
-        check_count(Curvature.trace, "products", products)
+        check_count(Curvature.trace, "products", products, low=2)
         check(Curvature.trace, "by_layer", by_layer, isinstance(by_layer, bool), "True or False")
-        from keras_curvature.solvers import traces
-
         seed, parts = self.probes.seed, self.layers if by_layer else None
         with self._shown(products) as operator:
             if pairs is not None:
                 found = traces.deflated(operator, self._like, pairs, products, seed, parts=parts)
-            elif by_layer or products < XTRACE_FROM or products > trees.count(self._like):
+            elif by_layer or products < XTRACE_FROM:
                 found = traces.hutchinson(operator, self._like, products, seed, parts=parts)
             else:
                 found = traces.xtrace(operator, self._like, products, seed)
@@ -199,18 +197,30 @@ class Curvature(LinearOperator):
 
     def diagonal(self, products=100, stderr=False):
         """An estimate of the diagonal, a vector; with `stderr` also its standard errors, `(vector, vector)`."""
-        from keras_curvature.solvers import traces
-
         with self._shown(products) as operator:
             found = traces.diagonal(operator, self._like, products, self.probes.seed)
         return found if stderr else found[0]
 
     def density(self, probes=4, steps=60):
         """The spectral density, a `Density`; `probes * steps` products, and the memory of three vectors."""
-        from keras_curvature.solvers import lanczos
-
         with self._shown(probes * steps) as operator:
             return lanczos.density(operator, self._like, probes, steps, self.probes.seed)
+
+    def noise(self, micro_batch=8):
+        """How noisy the gradient is: the noise scale, `Noise`; see `curvature/noise.py`.
+
+        Args:
+            micro_batch: The number of examples that gradients are compared of, an integer. Defaults to `8`.
+
+        Raises:
+            ValueError: This is the curvature of some layers only, or there are fewer than two micro-batches.
+        """
+        if len(self.variables) < len(self.probes.variables):
+            raise ValueError(
+                f"`Curvature.noise` is of the gradient of all layers. Received: the curvature of "
+                f"{', '.join(self.layers)}. Ask `keras_curvature.curvature(model, data)` without `layers`."
+            )
+        return noise(self.probes, micro_batch)
 
     def solve(self, vector, damping, tolerance=1e-6, max_products=1000):
         """The solution of `(B + damping I) x = vector`, a `Solution`, by conjugate gradients.
@@ -294,4 +304,7 @@ def _chosen(layers, known, argument="layers"):
 
 
 def _matches(pattern, name):
-    return pattern == name or re.fullmatch(pattern, name) is not None
+    try:
+        return pattern == name or re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False  # no expression, and so a name that there is not

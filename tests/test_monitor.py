@@ -1,0 +1,348 @@
+"""`curvature`: what an operator is asked, against dense matrices made by other means, in float64.
+
+The dense matrices are those of `test_probes.py`, which holds them against closed forms and plain tapes.
+"""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from cases import flat, float64
+from keras import layers
+from test_probes import SPARSE, N, evaluated, examples, hessian, jacobian_of_outputs, model_of, softmax
+
+from keras_curvature import trees
+from keras_curvature.curvature.probes import PRODUCTS
+from keras_curvature.monitor import Curvature, curvature
+from keras_curvature.operators import Function, Masked, dense
+
+
+@pytest.fixture(autouse=True)
+def _in_float64():
+    keras.utils.set_random_seed(0)  # for layers made in the test
+    with float64():
+        yield
+
+
+@pytest.fixture(scope="module")
+def network():
+    """`(model, data)` of a small classifier."""
+    with float64():
+        keras.utils.set_random_seed(0)
+        stack = [layers.Dense(4, "tanh", name="first"), layers.Dense(3, "tanh"), layers.Dense(3, name="last")]
+        return model_of(*stack, loss=SPARSE(from_logits=True)), examples(classes=3)
+
+
+@pytest.fixture(scope="module")
+def hessian_of_network(network):
+    """`(Curvature, its matrix)`, of the Hessian."""
+    with float64():
+        model, data = network
+        return curvature(model, data), hessian(evaluated(model, *data), [v.value for v in model.trainable_variables])
+
+
+@pytest.fixture(scope="module")
+def ggn_of_network(network):
+    """`(Curvature, its matrix)`, of the Gauss-Newton matrix."""
+    with float64():
+        model, (x, y) = network
+        J, z = jacobian_of_outputs(model, x)
+        blocks = [j.T @ (np.diag(q) - np.outer(q, q)) @ j for j, q in zip(J, softmax(z))]
+        return curvature(model, (x, y), "ggn"), np.mean(blocks, 0)
+
+
+def random_vector(like, seed=0):
+    """A standard normal vector."""
+    generator = np.random.default_rng(seed)
+    return [tf.constant(generator.standard_normal(a.shape)) for a in like]
+
+
+def test_it_is_an_operator_on_lists_of_weights(hessian_of_network):
+    c, H = hessian_of_network
+    v = random_vector(c.variables)
+    np.testing.assert_allclose(flat(c @ v), H @ flat(v), atol=1e-12)
+    np.testing.assert_allclose(flat((c + 2.0 * c) @ v), 3 * H @ flat(v), atol=1e-12)
+    assert [c.psd, c.layers] == [False, {"first": [0, 1], "dense": [2, 3], "last": [4, 5]}]
+    assert [a.shape for a in c.gradient] == [tuple(a.shape) for a in c.variables]
+    # the derivative of the loss along the gradient
+    ahead, behind = [float(c.probes.loss_at(trees.scale(h, c.gradient))) for h in (1e-4, -1e-4)]
+    assert (ahead - behind) / 2e-4 == pytest.approx(float(trees.squared_norm(c.gradient)), rel=1e-6)
+    assert (ahead + behind - 2 * float(c.loss)) / 1e-8 == pytest.approx(
+        float(c.quadratic_form(c.gradient, c.gradient)), rel=1e-4
+    )
+
+
+def test_eigenpairs(hessian_of_network):
+    c, H = hessian_of_network
+    values = np.linalg.eigvalsh(H)
+    top, bottom = c.top(3, tolerance=1e-8), c.top(2, tolerance=1e-8, most_negative=True)
+    np.testing.assert_allclose(top.values, values[::-1][:3], rtol=1e-10)
+    np.testing.assert_allclose(bottom.values, values[:2], rtol=1e-10)
+    for pairs in (top, bottom):
+        for value, vector, residual in zip(pairs.values, pairs.vectors, pairs.residuals):
+            assert np.linalg.norm(H @ flat(vector) - value * flat(vector)) == pytest.approx(residual, abs=1e-7)
+    sharpest = c.sharpness()
+    assert sharpest.products <= 10
+    assert sharpest.values[0] == pytest.approx(values[-1], rel=1e-3)
+    assert c.sharpness(start=sharpest.vectors[0], steps=5).values[0] == pytest.approx(values[-1], rel=1e-4)
+    largest, smallest = c.extremes(steps=30)
+    assert [largest.values[0], smallest.values[0]] == pytest.approx([values[-1], values[0]], rel=1e-8)
+
+
+def test_traces(hessian_of_network, ggn_of_network):
+    starts = np.cumsum([0, 16, 15, 12])
+    for c, matrix in (hessian_of_network, ggn_of_network):
+        # of as many vectors as there are weights, XTrace is exact
+        assert c.trace(2 * 43).value == pytest.approx(np.trace(matrix), rel=1e-10)
+        by_layer = c.trace(400, by_layer=True)
+        assert list(by_layer) == ["first", "dense", "last"]
+        for estimate, begin, end in zip(by_layer.values(), starts, starts[1:]):
+            assert abs(estimate.value - np.trace(matrix[begin:end, begin:end])) < 4 * estimate.stderr
+            assert 0 < estimate.stderr < 0.1 * np.trace(matrix)
+        # without what is known already, less is left to estimate
+        deflated, plain = c.trace(11, pairs=c.top(12, tolerance=1e-6)), c.trace(11)
+        assert abs(deflated.value - np.trace(matrix)) < 5 * deflated.stderr
+        assert deflated.stderr < plain.stderr / 2
+
+
+def test_diagonal_and_density(hessian_of_network):
+    c, H = hessian_of_network
+    (entries, stderr), values = c.diagonal(300, stderr=True), np.linalg.eigvalsh(H)
+    assert (np.abs(flat(entries) - np.diag(H)) < 5 * flat(stderr)).all()
+    np.testing.assert_array_equal(flat(c.diagonal(300)), flat(entries))
+    found = c.density(probes=2, steps=43)
+    assert found.nodes.min() == pytest.approx(values[0], rel=1e-6)
+    assert found.nodes.max() == pytest.approx(values[-1], rel=1e-6)
+
+
+# Blocks.
+
+
+def test_blocks_are_those_of_the_matrix(hessian_of_network):
+    c, H = hessian_of_network
+    block = c.block("dense")
+    own = slice(16, 31)
+    np.testing.assert_allclose(dense(block, block.variables).numpy(), H[own, own], atol=1e-12)
+    values = np.linalg.eigvalsh(H[own, own])
+    pair = block.top(1, tolerance=1e-8)
+    assert [tuple(a.shape) for a in pair.vectors[0]] == [(4, 3), (3,)]
+    assert pair.values[0] == pytest.approx(values[-1], rel=1e-10)
+    assert pair.values[0] <= np.linalg.eigvalsh(H)[-1]
+    np.testing.assert_allclose(flat(block.gradient), flat(c.gradient)[own])
+    whole = block.extend(pair.vectors[0])
+    assert float(trees.dot(whole, c @ whole)) == pytest.approx(pair.values[0], rel=1e-10)
+    assert block.layers == {"dense": [0, 1]}
+    ends = c.block("first|last")
+    assert ends.layers == {"first": [0, 1], "last": [2, 3]}
+    rows = np.r_[0:16, 31:43]
+    np.testing.assert_allclose(flat(ends @ random_vector(ends.variables)),
+                               H[np.ix_(rows, rows)] @ flat(random_vector(ends.variables)), atol=1e-12)  # fmt: skip
+    assert ends.block("last").layers == {"last": [0, 1]}
+
+
+def test_layers_can_be_chosen_by_names_and_expressions(network):
+    model, data = network
+    assert list(curvature(model, data, layers="dense").layers) == ["dense"]
+    c = curvature(model, data, layers=["last", "fi.*"])
+    assert [tuple(v.shape) for v in c.variables] == [(3, 4), (4,), (3, 3), (3,)]
+
+
+def test_a_masked_operator():
+    A = np.arange(25.0).reshape(5, 5) + np.arange(25.0).reshape(5, 5).T
+    like = [tf.zeros(2), tf.zeros((1, 2)), tf.zeros(1)]
+    like = [tf.cast(a, tf.float64) for a in like]
+
+    def product(v):
+        parts = np.split(A @ flat(v), [2, 4])
+        return [tf.reshape(tf.constant(part), a.shape) for part, a in zip(parts, like)]
+
+    masked = Masked(Function(product, psd=True), [0, 2], like)
+    rows = [0, 1, 4]
+    np.testing.assert_allclose(dense(masked, masked.restrict(like)).numpy(), A[np.ix_(rows, rows)])
+    assert masked.psd
+
+
+# Solving.
+
+
+def test_solutions_are_those_of_the_dense_system(ggn_of_network):
+    c, G = ggn_of_network
+    b, damping = random_vector(c.variables), 2e-2 * np.trace(G) / len(G)
+    solution = c.solve(b, damping, tolerance=1e-8)
+    expected = np.linalg.solve(G + damping * np.eye(len(G)), flat(b))
+    np.testing.assert_allclose(flat(solution.value), expected, atol=5e-8, rtol=5e-5)
+    assert float(solution.residual) <= 1e-8
+    short = c.solve(b, damping, max_products=3)
+    assert int(short.steps) == 3 and float(short.residual) > 1e-6
+
+
+def test_an_indefinite_hessian_is_refused_with_the_number(hessian_of_network):
+    c, H = hessian_of_network
+    lowest, b = np.linalg.eigvalsh(H)[0], random_vector(c.variables)
+    with pytest.raises(ValueError, match=f"most negative eigenvalue is {lowest:.2g}.*damping > .*kind='ggn'"):
+        c.solve(b, -lowest / 2)
+    solution = c.solve(b, -1.2 * lowest)
+    np.testing.assert_allclose(flat(solution.value), np.linalg.solve(H - 1.2 * lowest * np.eye(43), flat(b)), rtol=1e-4)
+
+
+# Peers' cases: curvlinops' registry (models, losses, two ragged batches), each against a dense matrix.
+
+
+def _perceptron(outputs, loss, extra=(), inputs=10):
+    def build():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([
+            keras.Input((*extra, inputs)), layers.Dense(5, "relu"), layers.Dense(outputs),
+        ])  # fmt: skip
+        model.compile("sgd", loss())  # made here, in float64
+        return model
+
+    return build
+
+
+def _convolutional(inputs=8):
+    def build():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([
+            keras.Input((inputs, inputs, 1)), layers.Conv2D(2, 3, 2, "same", activation="relu"),
+            layers.AveragePooling2D(2), layers.Flatten(), layers.Dense(3),
+        ])  # fmt: skip
+        model.compile("sgd", SPARSE(from_logits=True))
+        return model
+
+    return build
+
+
+def _targets(kind, generator, n, extra):
+    if kind == "labels":
+        return generator.integers(0, 3, (n, *extra))
+    if kind == "soft":
+        return generator.uniform(size=(n, *extra, 3))
+    return generator.standard_normal((n, *extra, 3))
+
+
+CE = functools.partial(SPARSE, from_logits=True)
+BCE = functools.partial(keras.losses.BinaryCrossentropy, from_logits=True)
+MSE = keras.losses.MeanSquaredError
+PEERS = {
+    "cross entropy": (_perceptron(3, CE), "labels", (10,), 3),
+    "cross entropy, an extra dimension": (_perceptron(3, CE, (4,)), "labels", (4, 10), 3),
+    "mse": (_perceptron(3, MSE), "numbers", (10,), 3),
+    "mse, an extra dimension": (_perceptron(3, MSE, (4,)), "numbers", (4, 10), 3),
+    "soft labels": (_perceptron(3, BCE), "soft", (10,), 3),
+    "sum": (_perceptron(3, functools.partial(MSE, reduction="sum")), "numbers", (10,), 8),
+    "soft labels, sum": (_perceptron(3, functools.partial(BCE, reduction="sum")), "soft", (10,), 8),
+    "cnn": (_convolutional(), "labels", (8, 8, 1), 2),
+    "cnn 20 x 20": (_convolutional(20), "labels", (20, 20, 1), 2),
+}
+BY_DEFAULT = [("cross entropy, an extra dimension", "ggn"), ("soft labels", "hessian"), ("cnn", "hessian")]
+
+
+def _peer(name):
+    build, kind, shape, _ = PEERS[name]
+    generator = np.random.default_rng(1)
+    n = 8 if name != "cross entropy" else 7
+    extra = shape[:-1] if len(shape) == 2 else ()
+    return build(), generator.uniform(size=(n, *shape)), _targets(kind, generator, n, extra)
+
+
+def _as_dense(model, x, y, kind):
+    """By tapes: the Hessian; or of the outputs `J' H_L J`, with `H_L` the Hessian of the loss of given outputs."""
+    weights = [v.value for v in model.trainable_variables]
+    if kind == "hessian":
+        return hessian(evaluated(model, x, y), weights)
+    J, z = jacobian_of_outputs(model, x)
+    J = J.reshape(z.size, -1)
+    H_L = hessian(lambda z: model.loss(y, z[0]), [tf.constant(z)])
+    return J.T @ H_L @ J
+
+
+def _check_peer(name, kind):
+    model, x, y = _peer(name)
+    first = PEERS[name][3]
+    theirs = _as_dense(model, x, y, kind)
+    batches = [slice(0, len(x))] if "sum" in name else [slice(0, first), slice(first, None)]
+    data = tf.data.Dataset.from_generator(
+        lambda: ((x[batch], y[batch]) for batch in batches),
+        output_signature=(tf.TensorSpec((None, *x.shape[1:]), x.dtype), tf.TensorSpec((None, *y.shape[1:]), y.dtype)),
+    )
+    c = curvature(model, data, kind)
+    assert c.probes.counts == [len(x[batch]) for batch in batches]
+    v = random_vector(c.variables)
+    np.testing.assert_allclose(flat(c @ v), theirs @ flat(v), rtol=1e-5, atol=1e-8)
+    if kind == "ggn":
+        b, damping = random_vector(c.variables, 1), 2e-2 * np.trace(theirs) / len(theirs)
+        expected = np.linalg.solve(theirs + damping * np.eye(len(theirs)), flat(b))
+        np.testing.assert_allclose(flat(c.solve(b, damping, 1e-8).value), expected, atol=5e-8, rtol=5e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), BY_DEFAULT)
+def test_peers_cases(name, kind):
+    _check_peer(name, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+@pytest.mark.parametrize("name", PEERS)
+def test_all_of_the_peers_cases(name, kind):
+    _check_peer(name, kind)
+
+
+# Arguments and messages.
+
+ERRORS = {
+    "no such layer": ({"layers": ["dense_9"]}, r"'dense_9' matches no layer.*'first', 'dense', 'last'"),
+    "no layer": ({"layers": []}, r"`curvature`: `layers` must be one or more names"),
+    "not names": ({"layers": [3]}, r"`layers` must be one or more names.*Received: layers=\[3\]"),
+    "kind": ({"kind": "gnn"}, r"`curvature`: `kind` must be one of 'hessian', 'ggn'.*Received: kind='gnn'"),
+    "progress": ({"progress": 1}, r"`progress` must be True or False"),
+    "expression": ({"layers": "("}, r"`layers`.*'\('"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name, network):
+    options, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        curvature(*network, **options)
+
+
+def test_errors_of_methods(ggn_of_network):
+    c, _ = ggn_of_network
+    b = random_vector(c.variables)
+    wrong = {
+        "`layer`: 'nowhere' matches no layer": lambda: c.block("nowhere"),
+        "`layer` must be the name of a layer": lambda: c.block(1),
+        "`vector` must be a list of 6 tensors": lambda: c @ b[1:],
+        "`damping` must be a number in": lambda: c.solve(b, -1.0),
+        "`tolerance` must be a number in": lambda: c.solve(b, 1.0, tolerance=0.0),
+        "`products` must be an integer >= 2": lambda: c.trace(1),
+        "`by_layer` must be True or False": lambda: c.trace(10, by_layer="first"),
+        "`Curvature.noise` is of the gradient of all layers": lambda: c.block("first").noise(),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_bar_counts_the_products(network, capsys):
+    c = curvature(*network, progress=True)
+    c.trace(5)
+    shown = capsys.readouterr().out
+    assert "5/5" in shown
+    curvature(*network).trace(5)
+    assert capsys.readouterr().out == ""
+
+
+def test_every_kind_but_the_hessian_is_positive_semi_definite(network):
+    model, data = network
+    for kind in PRODUCTS:
+        c = curvature(model, data, kind)
+        assert isinstance(c, Curvature) and c.psd == (kind != "hessian")
+
+
+def test_noise_is_of_the_probes(ggn_of_network):
+    c, _ = ggn_of_network
+    assert c.noise(micro_batch=2).examples == N
