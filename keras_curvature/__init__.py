@@ -3,6 +3,7 @@
 from keras_curvature import callbacks, problems
 from keras_curvature.curvature import Linearization
 from keras_curvature.models import CurvatureModel, curved
+from keras_curvature.monitor import curvature  # over the package of that name, which imports find all the same
 from keras_curvature.optimizers import (
     EKFAC,
     ESGD,
@@ -66,6 +67,7 @@ __all__ = [
     "SquareRootFreeAdam",
     "TwoLoopNeumann",
     "callbacks",
+    "curvature",
     "curved",
     "problems",
 ]
