@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_curvature.component import check
 from keras_curvature.curvature import slices
+from keras_curvature.curvature.convexity import name_of
 
 # Batches of arrays, where nobody says how large: all examples up to the first number, else at most the second.
 WHOLE, PART = 1024, 512
@@ -121,21 +122,48 @@ def _joined(owner, parts):
     return None if parts[0] is None else tf.concat(parts, 0)
 
 
-def check_fits(owner, model, x):
+def check_inputs(owner, model, x):
     """Refuse inputs of another shape than a model of known inputs takes."""
-    inputs = getattr(model, "inputs", None)
-    given = keras.tree.flatten(x)
+    inputs, given = getattr(model, "inputs", None), keras.tree.flatten(x)
     if not inputs or (isinstance(x, dict) and len(given) >= len(inputs)):
         return  # a dict may hold more than the model takes, and is matched by names
     takes, got = [tuple(i.shape) for i in inputs], [tuple(a.shape) for a in given]
-    if len(takes) != len(got) or not all(map(_fits, takes, got)):
+    if len(takes) != len(got) or not all(map(_takes, takes, got)):
         raise ValueError(
             f"`{owner.__name__}`: `data` must hold inputs of the shape that the model {model.name!r} takes: "
             f"{', '.join(map(str, takes))}. Received: inputs of shape {', '.join(map(str, got))}"
         )
 
 
-def _fits(takes, got):
-    # Keras gives inputs of one number for each example an axis
-    got = (*got, 1) if len(got) == len(takes) - 1 else got
-    return len(takes) == len(got) and all(a is None or a == b for a, b in zip(takes, got))
+def check_targets(owner, model, y):
+    """Refuse targets of another shape than one of Keras' losses takes, for a model with one output of known shape."""
+    if type(model).compute_loss is not keras.Model.compute_loss or model.loss is None:
+        return  # a loss of its own
+    if y is None:
+        raise ValueError(
+            f"`{owner.__name__}`: `data` must hold targets for the loss of the model {model.name!r}, as `(x, y)`. "
+            "Received: inputs alone"
+        )
+    outputs = getattr(model, "outputs", None) or []
+    if len(outputs) != 1 or not tf.is_tensor(y) or not _is_of_keras(model.loss):
+        return
+    says, got = tuple(outputs[0].shape), tuple(y.shape)
+    takes = says[:-1] if "sparse" in name_of(model.loss).lower() else says
+    if not (_takes(takes, got) or (len(got) == len(takes) + 1 and got[-1] == 1 and _takes(takes, got[:-1]))):
+        raise ValueError(
+            f"`{owner.__name__}`: `data` must hold targets of shape {takes}, for the loss {name_of(model.loss)} of the "
+            f"model {model.name!r}, whose outputs have the shape {says}. Received: targets of shape {got}"
+        )
+
+
+def _is_of_keras(loss):
+    """Whether it is one of Keras' losses that compare outputs and targets entry by entry, or class by class."""
+    of = type(loss) if isinstance(loss, keras.losses.Loss) else loss
+    known = isinstance(loss, str) or getattr(of, "__module__", "").startswith("keras.")
+    return known and name_of(loss).lower().replace("_", "") not in ("ctc", "categoricalgeneralizedcrossentropy")
+
+
+def _takes(shape, got):
+    # Keras gives what has one number for each example an axis
+    got = (*got, 1) if len(got) == len(shape) - 1 and shape[-1] == 1 else got
+    return len(shape) == len(got) and all(a is None or a == b for a, b in zip(shape, got))

@@ -95,7 +95,8 @@ class Probes:
         self._strategy = replicas.strategy_of(model)
         dtype = "float64" if any(v.dtype == "float64" for v in model.variables) else keras.config.floatx()
         read = probe_data.batches(owner, data, examples, batch_size, dtype)
-        probe_data.check_fits(owner, model, read[0][0])
+        probe_data.check_inputs(owner, model, read[0][0])
+        probe_data.check_targets(owner, model, read[0][1])
         with self._strategy.scope():
             functional.build_for(model, *read[0])
         self.variables = list(model.trainable_variables)
@@ -255,8 +256,8 @@ def _shares(owner, model, read):
     if "sum" in reductions and len(set(sizes)) > 1:
         raise ValueError(
             f"`{owner.__name__}`: a loss with `reduction='sum'` grows with the batch, and `data` must be cut into "
-            f"equal batches. Received: batches of {sorted(set(map(int, sizes)))} examples. Pass a `batch_size` that divides "
-            "their number, or `examples`."
+            f"equal batches. Received: batches of {sorted(set(map(int, sizes)))} examples. Pass a `batch_size` that "
+            "divides their number, or fewer `examples`."
         )
     if reductions == {"mean_with_sample_weight"} and tf.is_tensor(read[0][2]):
         sizes = [float(tf.reduce_sum(tf.cast(batch[2], tf.float64))) for batch in read]
