@@ -3,7 +3,7 @@
 from keras_curvature import callbacks, problems
 from keras_curvature.curvature import Linearization
 from keras_curvature.models import CurvatureModel, curved
-from keras_curvature.monitor import curvature  # over the package of that name, which imports find all the same
+from keras_curvature.monitor import curvature
 from keras_curvature.optimizers import (
     EKFAC,
     ESGD,
@@ -35,6 +35,8 @@ from keras_curvature.solvers import (
 from keras_curvature.steps import ArmijoLineSearch, ConstantDamping, LevenbergMarquardt
 
 __version__ = "0.1.0"
+
+# `curvature` is the function here; `from keras_curvature.curvature import ...` finds the package of that name.
 
 __all__ = [
     "EKFAC",
