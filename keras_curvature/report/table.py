@@ -1,0 +1,207 @@
+"""The report as text: plain numbers in, one string out."""
+
+import math
+
+KINDS = {
+    "hessian": "Hessian",
+    "ggn": "Gauss-Newton",
+    "fisher": "Fisher",
+    "empirical_fisher": "empirical Fisher",
+}
+# Of a model of many layers, those with the largest shares; the rest is one line.
+SHOWN_LAYERS = 20
+BAR = 20  # signs for a share of 100 %
+EDGE = 0.1  # how near to the limit is at it
+
+
+def table(report):
+    """The text of a report, a dict as `measure` gives it."""
+    blocks = [_header(report), "", *_columns(_numbers(report)), _top(report), "", *_layers(report)]
+    blocks += ["", _cost(report), *(f"- {caveat}" for caveat in report["caveats"])]
+    return "\n".join(line.rstrip() for line in blocks)
+
+
+# Numbers as people write them.
+
+
+def count(n):
+    """`38282` as `38 282`."""
+    return f"{n:,}".replace(",", " ")
+
+
+def number(value, digits=4):
+    """A number with so many significant digits, without an exponent where that is short; `None` is not a number."""
+    value = math.nan if value is None else value
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    size = _size(value)
+    if -4 <= size < 6:
+        return f"{value:,.{max(0, digits - 1 - size)}f}".replace(",", " ")
+    return f"{value:.{digits - 1}e}"
+
+
+def with_error(value, error):
+    """`69.0 ± 5.0`: two digits of the error, and of the value as many decimals, but no more than four digits."""
+    value, error = (math.nan if a is None else a for a in (value, error))
+    if not (math.isfinite(value) and math.isfinite(error)):
+        return f"{number(value, 3)} ± {number(error, 2)}"
+    if value == error == 0:
+        return "0 ± 0"
+    size = max(_size(value), _size(error))
+    if not -4 <= size < 6:
+        return f"{value:.2e} ± {error:.0e}"
+    decimals = max(0, min(1 - _size(error) if error > 0 else 9, 3 - size))
+    small = error < 0.5 * 10.0**-decimals
+    said = f"{error:.0e}" if small and error > 0 else f"{error:,.{decimals}f}".replace(",", " ")
+    return f"{value:,.{decimals}f} ± {said}".replace(",", " ")
+
+
+def percent(share):
+    """A share as `13.7 %`."""
+    return f"{100 * share:.1f} %" if abs(share) < 1.1 else f"{100 * share:.0f} %"
+
+
+def _size(value):
+    """The exponent of ten of the first digit."""
+    return math.floor(math.log10(abs(value))) if value else -99
+
+
+# The blocks.
+
+
+def _header(report):
+    mode = "eval mode"
+    if report["training"]:
+        mode = f"train mode, batches of {count(report['batch_size'])}"
+    parts = [
+        f"{count(report['weights'])} weights", f"{count(report['examples'])} examples", KINDS[report["kind"]], mode,
+        report["dtype"], f"loss {number(report['loss'])}",
+    ]  # fmt: skip
+    return f"curvature of {report['model']}    " + " · ".join(parts)
+
+
+def _numbers(report):
+    """Rows of name, number and remark."""
+    yield "sharpness", _pair(report["sharpness"]), stability(report["stability"])
+    preconditioned = report["stability"]["sharpness"]
+    if preconditioned is not None:
+        yield "preconditioned", _pair(preconditioned), "sharpness in the optimizer's own metric, what its limit is on"
+    if report["most_negative"] is not None:
+        yield "most negative", _pair(report["most_negative"]), _negative(report["negative_share"])
+    yield "trace", _estimate(report["trace"]), ""
+    if report["effective_directions"] is not None:
+        yield "effective directions", _estimate(report["effective_directions"]), "trace / sharpness"
+    gradient = report["gradient"]
+    cosine = f"cosine with the sharpest direction {gradient['cosine']:.2f}"
+    yield "gradient norm", _estimate({"value": gradient["norm"], "stderr": gradient["stderr"]}), cosine
+    if report["noise"] is not None:
+        yield from _noise(report["noise"])
+
+
+def _pair(pair):
+    return with_error(pair["value"], pair["residual"])
+
+
+def _estimate(estimate):
+    if estimate["stderr"] is None:  # not known, or not a number that JSON can write
+        return number(estimate["value"])
+    return with_error(estimate["value"], estimate["stderr"])
+
+
+def stability(stability):
+    """A sentence: how near the optimizer's limit is, or why it is not known."""
+    if stability["limit"] is None:
+        return stability["reason"]
+    gauge = stability["gauge"]
+    words = "stable"
+    if gauge > 1 + EDGE:
+        words = "unstable, the step bounces along the sharpest direction"
+    elif gauge > 1 - EDGE:
+        words = "at the edge"
+    limit = number(stability["limit"], 3)
+    return f"{percent(gauge)} of the limit {limit} = {stability['formula']}: {words}"
+
+
+def _negative(share):
+    words = "saddle-like" if share["value"] > 0.1 else "nearly convex"
+    bar = f"{100 * share['value']:.0f} ± {100 * share['stderr']:.0f} %"
+    return f"{words}: {bar} of the |curvature| mass is negative"
+
+
+def _noise(noise):
+    simple, curved = noise["simple"], noise["with_curvature"]
+    if simple["value"] is None or not math.isfinite(simple["value"]):
+        yield "noise scale", "", "beyond these examples: they are too few to see the gradient in its noise"
+        return
+    yield "noise scale", _estimate(simple), "examples: larger batches shorten training ever less"
+    if curved["value"] is not None and math.isfinite(curved["value"]):
+        yield "  with curvature", _estimate(curved), "examples: the same along steps of the best rate"
+
+
+def _columns(rows):
+    """Names to the left, numbers in the middle, remarks to the right."""
+    rows = list(rows)
+    names, numbers = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return [f"{name:<{names}}  {value:>{numbers}}   {remark}" for name, value, remark in rows]
+
+
+def _top(report):
+    values = [number(pair["value"], 2) for pair in report["top"]]
+    first = report["outliers"]
+    if first and first < len(values):
+        values.insert(first, "|")
+    worst = max((pair["residual"] for pair in report["top"]), default=0.0)
+    line = f"top: {' '.join(values)}   ± {worst:.0e} at most"
+    return line + (f"   {first} = classes - 1 before the bar" if first else "")
+
+
+def _layers(report):
+    head = ("layer", "weights", "share", "sharpness", "trace", "per weight", "")
+    rows = [head, *(_layer_row(*row) for row in shown_layers(report["layers"]))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return ["   ".join(_placed(row, widths)) for row in rows]
+
+
+def _placed(row, widths):
+    yield f"{row[0]:<{widths[0]}}"
+    for value, width in zip(row[1:-1], widths[1:-1]):
+        yield f"{value:>{width}}"
+    yield row[-1]
+
+
+def _layer_row(name, layer):
+    sharpness = "" if layer["sharpness"] is None else _pair(layer["sharpness"])
+    bar = "#" * max(0, round(BAR * layer["share"]))
+    trace = _estimate(layer["trace"])
+    return name, count(layer["weights"]), percent(layer["share"]), sharpness, trace, f"{layer['per_weight']:.1e}", bar
+
+
+def shown_layers(layers):
+    """`[(name, layer)]` in the model's order; of many, those with the largest shares, and one for the others."""
+    if len(layers) <= SHOWN_LAYERS:
+        return list(layers.items())
+    ordered = sorted(layers, key=lambda name: -abs(layers[name]["share"]))
+    largest = set(ordered[: SHOWN_LAYERS - 1])
+    rest = [layer for name, layer in layers.items() if name not in largest]
+    return [*((n, layer) for n, layer in layers.items() if n in largest), (f"{len(rest)} others", _together(rest))]
+
+
+def _together(layers):
+    """One row of several layers; the errors, which may be of the same sign, add up."""
+    weights = sum(layer["weights"] for layer in layers)
+    trace = {key: sum(layer["trace"][key] for layer in layers) for key in ("value", "stderr")}
+    share = sum(layer["share"] for layer in layers)
+    return {
+        "weights": weights, "share": share, "trace": trace, "sharpness": None,
+        "per_weight": trace["value"] / weights,
+    }  # fmt: skip
+
+
+def _cost(report):
+    cost = report["cost"]
+    return (
+        f"{cost['products']} products, {cost['seconds']:.1f} s; ± behind an eigenvalue: its residual; "
+        "behind the rest: one standard error"
+    )
