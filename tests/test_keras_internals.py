@@ -37,6 +37,29 @@ X, Y = np.ones((4, 3), "float32"), np.array([0, 1, 0, 1])
 # Of a model.
 
 
+@pytest.mark.parametrize("make", [lambda: layers.Dropout(0.5), lambda: layers.LSTM(2, dropout=0.5)])
+def test_layers_keep_their_seeds_in_variables_of_one_name(make):
+    layer = make()
+    if not layer.built:
+        layer.build((None, 3, 2))
+    (state,) = functional.seeds(layer.non_trainable_variables)
+    before = state.numpy()
+    layer(np.ones((2, 3, 2), "float32"), training=True)
+    assert tuple(state.shape) == (2,) and (state.numpy() != before).any()
+
+
+def test_a_layer_computes_as_its_policy_says_that_stands_there_at_the_time():
+    layer = layers.Dense(2, dtype="mixed_float16")
+    assert layer(X).dtype == tf.float16
+    layer._dtype_policy = keras.DTypePolicy("float32")
+    assert layer(X).dtype == tf.float32
+
+
+def test_compiled_losses_say_how_they_are_reduced(model):
+    functional.build_for(model, X, Y, None)
+    assert [compiled.loss.reduction for compiled in model._compile_loss._flat_losses] == ["sum_over_batch_size"]
+
+
 def test_call_has_training_arg():
     assert Subclassed()._call_has_training_arg is True
     assert SubclassedWithout()._call_has_training_arg is False

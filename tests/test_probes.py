@@ -491,7 +491,9 @@ ERRORS = {
     "empty": (lambda: (_linear(), (DATA[0][:0], DATA[1][:0])), {}, r"`data` must hold.*one at least.*\(0, 3\)"),
     "lengths": (lambda: (_linear(), (DATA[0], DATA[1][:4])), {}, r"same number in all.*\(10, 3\), \(4, 2\)"),
     "shape": (lambda: (_linear(), (DATA[0][:, :2], DATA[1])), {}, r"`data` must hold inputs.*None, 3.*\(10, 2\)"),
-    "targets": (lambda: (_linear(), (DATA[0], DATA[1][:, :1])), {}, r"targets of shape \(None, 2\).*loss mse.*\(10, 1\)"),
+    "targets": (
+        lambda: (_linear(), (DATA[0], DATA[1][:, :1])), {}, r"targets of shape \(None, 2\).*loss mse.*\(10, 1\)",
+    ),
     "labels": (
         lambda: (_linear("sparse_categorical_crossentropy"), DATA), {}, r"targets of shape \(None,\),.*\(10, 2\)",
     ),
