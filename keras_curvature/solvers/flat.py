@@ -10,6 +10,8 @@ import tensorflow as tf
 
 # Sums are taken over so many numbers in the vectors' dtype, and of these in float64.
 CHUNK = 2**16
+# What random vectors are for: those of one are independent of those of another from the same seed.
+STREAMS = ("start", "density", "trace", "sketch")
 
 
 class Layout:
@@ -21,45 +23,56 @@ class Layout:
     Attributes:
         size: Number of entries.
         dtype: Of the array.
-        starts: Where each tensor begins, an array of integers.
+        bytes: Of the array.
     """
 
     def __init__(self, like):
         self._shapes = [tuple(a.shape) for a in like]
         self._dtypes = [tf.as_dtype(a.dtype) for a in like]
         self._sizes = [int(np.prod(shape, dtype=np.int64)) for shape in self._shapes]
-        self.starts = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int64)[:-1]
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int64)[:-1]
         self.size = sum(self._sizes)
         self.dtype = np.float64 if tf.float64 in self._dtypes else np.float32
+        self.bytes = self.size * np.dtype(self.dtype).itemsize
 
     def pack(self, vector):
         """The array of a list of tensors, a copy."""
         return np.concatenate([a.numpy().astype(self.dtype, copy=False).ravel() for a in vector])
 
     def unpack(self, array):
-        """The list of tensors of an array."""
-        return [
-            tf.cast(tf.constant(array[start : start + size].reshape(shape)), dtype)
-            for start, size, shape, dtype in zip(self.starts, self._sizes, self._shapes, self._dtypes)
-        ]
+        """The list of tensors of an array, copies."""
+        places = zip(self._starts, self._sizes, self._shapes, self._dtypes)
+        tensors = [(array[start : start + size].reshape(shape), dtype) for start, size, shape, dtype in places]
+        return [tf.cast(tf.constant(a), d) if a.dtype != d.as_numpy_dtype else tf.constant(a) for a, d in tensors]
 
     def product(self, operator, array):
-        """`A v` of an array, an array."""
-        return self.pack(operator @ self.unpack(array))
+        """`A v` of an array, an array.
+
+        Raises:
+            ValueError: It is not finite.
+        """
+        found = self.pack(operator @ self.unpack(array))
+        if not np.isfinite(found).all():
+            raise ValueError(
+                "A product of the curvature with a vector is not finite: at these weights the loss or its derivatives "
+                "are not numbers, or overflow. Look at the loss on these examples first."
+            )
+        return found
 
     def dots(self, u, v):
         """The inner products of each tensor with its partner, a float64 array of one number for each."""
-        pieces = [slice(start, start + size) for start, size in zip(self.starts, self._sizes)]
+        pieces = [slice(start, start + size) for start, size in zip(self._starts, self._sizes)]
         return np.array([dot(u[piece], v[piece]) for piece in pieces])
 
-    def normal(self, seed, number):
-        """The `number`-th random vector of standard normal numbers."""
-        return tf.random.stateless_normal([self.size], _seed(seed, number), dtype=self.dtype).numpy()
+    def normal(self, seed, stream, number=0):
+        """A random vector of standard normal numbers; another one for each stream and each number."""
+        return tf.random.stateless_normal([self.size], _seed(seed, stream, number), dtype=self.dtype).numpy()
 
-    def signs(self, seed, number):
-        """The `number`-th random vector of `+1` and `-1`."""
-        bits = tf.random.stateless_uniform([self.size], _seed(seed, number), 0, 2, tf.int32).numpy()
-        return (2 * bits - 1).astype(self.dtype)
+    def signs(self, seed, stream, number=0):
+        """A random vector of `+1` and `-1`."""
+        shape = [self.size]
+        bits = tf.random.stateless_uniform(shape, _seed(seed, stream, number), minval=0, maxval=2, dtype=tf.int32)
+        return (2 * bits.numpy() - 1).astype(self.dtype)
 
 
 def dot(u, v):
@@ -94,13 +107,14 @@ def rotate(V, S):
 
 def check_memory(vectors, layout, limit, remedy):
     """Refuse to keep so many vectors where they need more bytes than the limit."""
-    needed = vectors * layout.size * np.dtype(layout.dtype).itemsize
+    needed = vectors * layout.bytes
     if needed > limit:
+        weights = f"{layout.size:,}".replace(",", " ")
         raise ValueError(
-            f"{vectors} vectors of {layout.size:,} weights need ".replace(",", " ")
-            + f"{needed / 1e9:.1f} GB, and the limit is {limit / 1e9:.1f} GB; {remedy}"
+            f"{vectors} vectors of {weights} weights need {needed / 1e9:.1f} GB, and {limit / 1e9:.1f} GB are allowed. "
+            f"Remedy: {remedy}."
         )
 
 
-def _seed(seed, number):
-    return tf.constant([seed, number], tf.int64)
+def _seed(seed, stream, number):
+    return tf.constant([seed, len(STREAMS) * number + STREAMS.index(stream)], tf.int64)

@@ -271,6 +271,7 @@ class _Process:
         fresh = self.layout.normal(seed, "start")
         if start is None:
             return fresh
+        trees.check("start", start, self._like)
         start = self.layout.pack(start)
         return start + fresh * fresh.dtype.type(FRESH * flat.norm(start) / flat.norm(fresh))
 
@@ -361,7 +362,7 @@ class _Process:
         size = np.abs(self.T[: self.count, : self.count]).sum(0).max() if size is None else size
         self.beta, u = self._length(w)
         full = self.count == self.layout.size
-        self.exhausted = full or self.beta <= self._rounding(size)
+        self.exhausted = bool(full or self.beta <= self._rounding(size))
         if self.exhausted:
             return
         if self.count < self.rows:

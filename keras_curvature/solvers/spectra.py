@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_curvature.component import check, check_count, check_number
 
-# The axis is linear up to this share of the largest |eigenvalue|, and logarithmic beyond.
+# The axis is about linear up to this share of the largest |eigenvalue|, and logarithmic beyond.
 LINEAR = 1e-3
 
 
@@ -74,21 +74,12 @@ class Density:
         return LINEAR * float(np.abs(self.nodes).max()) or 1.0
 
     def scale(self, values):
-        """Where eigenvalues stand on the symmetric-logarithmic axis, in decades.
-
-            s(l) = l / (a ln 10)  for |l| <= a,      sign(l) (1 + ln(|l| / a)) / ln 10  beyond,      a = linear
-
-        It has no kink. One decade beyond `a` is 1 long.
-        """
-        values = np.asarray(values, np.float64) / self.linear
-        beyond = np.sign(values) * (1 + np.log(np.maximum(np.abs(values), 1)))
-        return np.where(np.abs(values) <= 1, values, beyond) / math.log(10)
+        """Where eigenvalues stand on the symmetric-logarithmic axis, in decades: `asinh(l / linear) / ln 10`."""
+        return np.arcsinh(np.asarray(values, np.float64) / self.linear) / math.log(10)
 
     def unscale(self, positions):
         """The inverse of `scale`."""
-        s = np.asarray(positions, np.float64) * math.log(10)
-        beyond = np.sign(s) * np.exp(np.maximum(np.abs(s), 1) - 1)
-        return self.linear * np.where(np.abs(s) <= 1, s, beyond)
+        return self.linear * np.sinh(np.asarray(positions, np.float64) * math.log(10))
 
     def axis(self, points=400, margin=0.3):
         """Eigenvalues evenly spaced on the symmetric-logarithmic axis, from end to end and `margin` decades more."""

@@ -12,6 +12,9 @@ from keras_curvature.component import check, check_count
 from keras_curvature.solvers import flat
 from keras_curvature.solvers.lanczos import MEMORY_LIMIT
 
+# A vector lies in a basis where no more than so many roundings of its length are left outside.
+DEPENDENT = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -79,7 +82,7 @@ def _trace(asked_by, operator, like, products, seed, parts, values, vectors):
     _check_parts(asked_by, parts, len(like))
     layout = flat.Layout(like)
     known = [(float(value), layout.pack(vector)) for value, vector in zip(values, vectors)]
-    samples = np.array([_by_tensor(operator, layout, layout.signs(seed, i), known) for i in range(products)])
+    samples = np.array([_by_tensor(operator, layout, layout.signs(seed, "trace", i), known) for i in range(products)])
     samples += sum(value * layout.dots(u, u) for value, u in known)
     whole = _estimate(samples.sum(1), products)
     if parts is None:
@@ -103,17 +106,20 @@ def xtrace(operator, like, products=30, seed=0, memory_limit=MEMORY_LIMIT):
 
         tr_i = tr(Q_i'A Q_i) + (n - rank Q_i) m'Am / |m|^2,     m = w_i - Q_i Q_i' w_i
 
-    is unbiased for each `i`, and the mean over them is returned, with the standard error of the mean. All come of one
-    basis and the other half of the products. Of an operator of low rank, products that lie in the space of the others
-    are left out of the basis. For fewer than about 12 products, use `hutchinson`.
+    is unbiased for each `i`, and the mean over them is returned. All come of one basis and the other half of the
+    products. Of an operator of low rank, products that lie in the space of the others are left out of the basis. For
+    fewer than about 12 products, use `hutchinson`.
+
+    Difference from the paper: (1) the standard error is not that of independent `tr_i`, which is too small (errors are
+    1.1 to 2.5 times that on the average), but the jackknife's, which is too large (errors are 0.4 to 1 times that).
 
     Args:
         operator: A symmetric `LinearOperator`.
         like: A vector, for its shapes and dtypes.
-        products: How many, at least 4; an odd one is not used, nor more than `2 n`. Half as many vectors are held.
-            Defaults to `30`.
+        products: How many, at least 4; of an odd number one is not used, nor are more than `2 n`. Half as many vectors
+            are held. Defaults to `30`.
         seed: Of the random vectors, an integer. Defaults to `0`.
-        memory_limit: Most bytes for the vectors. Defaults to `4e9`.
+        memory_limit: Most bytes for the vectors. Defaults to `8e9`.
 
     Raises:
         ValueError: The vectors would take more than `memory_limit`.
@@ -125,56 +131,72 @@ def xtrace(operator, like, products=30, seed=0, memory_limit=MEMORY_LIMIT):
     k = min(products // 2, layout.size)
     flat.check_memory(k, layout, memory_limit, "pass fewer products")
     sketch = _Sketch(operator, layout, k, seed)
-    return _estimate(sketch.traces(), 2 * k if k > 1 else 2)
+    return Estimate(*map(float, sketch.estimate()), 2 * k)
 
 
 class _Sketch:
-    """Random vectors `W`, an orthonormal basis `Q` of `A W`; `Q R = A W`, `H = Q'A Q`, `C = Q'W`."""
+    """Random vectors `W`, an orthonormal basis `Q` of `A W`, and what the estimates are made of, in float64.
+
+    `R = Q'A W`, `H = Q'A Q`, `C = Q'W`, and for each random vector `w'Aw` and `w'w`.
+    """
 
     def __init__(self, operator, layout, k, seed):
-        self._size = layout.size
-        Q, columns, quadratic, lengths = np.zeros((k, layout.size), layout.dtype), [], np.zeros(k), np.zeros(k)
-        rank = 0
+        rank, Q, R, C = 0, np.zeros((k, layout.size), layout.dtype), np.zeros((k, k)), np.zeros((k, k))
+        quadratic, squares = np.zeros(k), np.zeros(k)
         for i in range(k):
-            w = layout.normal(seed, i)
+            w = layout.normal(seed, "sketch", i)
             y = layout.product(operator, w)
-            quadratic[i], lengths[i] = flat.dot(w, y), flat.dot(w, w)
-            column, rank = _extend(Q, rank, y)
-            columns.append(column)
-        Q = Q[:rank]
-        self._quadratic, self._lengths = quadratic, lengths
-        self._R = np.array([np.pad(column, (0, k))[:rank] for column in columns]).reshape(k, rank).T
-        self._H = np.array([flat.coefficients(Q, layout.product(operator, q)) for q in Q]).reshape(rank, rank)
-        self._C = np.array([flat.coefficients(Q, layout.normal(seed, i)) for i in range(k)]).reshape(k, rank).T
+            quadratic[i], squares[i] = flat.dot(w, y), flat.dot(w, w)
+            R[:, i], rank = _extend(Q, rank, y)
+        for i in range(k):  # drawn once more: so they need not be kept
+            C[:, i] = flat.coefficients(Q, layout.normal(seed, "sketch", i))
+        H = np.array([flat.coefficients(Q[:rank], layout.product(operator, q)) for q in Q[:rank]]).reshape(rank, rank)
+        self._size, self._matrices = layout.size, (R[:rank], H, C[:rank], quadratic, squares)
 
-    def traces(self):
+    def estimate(self):
+        """`(value, standard error)`.
+
+        The `tr_i` share most of their vectors, so their spread says too little: on spectra that fall off, errors are
+        twice what it would allow. Where the rank is full the standard error is the jackknife's: how the mean changes
+        when a vector is left out altogether. It is too large rather than too small.
+        """
+        R, H, C, quadratic, squares = self._matrices
+        traces, k = self._leave_one_out(*self._matrices), len(quadratic)
+        if len(R) < k:
+            return traces.mean(), traces.std(ddof=1) / np.sqrt(k)
+        means = np.zeros(k)
+        for j in range(k):
+            Q, rest = np.linalg.qr(np.delete(R, j, 1))
+            of_vectors = [np.delete(numbers, j) for numbers in (quadratic, squares)]
+            means[j] = self._leave_one_out(rest, Q.T @ H @ Q, Q.T @ np.delete(C, j, 1), *of_vectors).mean()
+        return traces.mean(), np.sqrt((k - 1) * means.var())
+
+    def _leave_one_out(self, R, H, C, quadratic, squares):
         """`tr_i` for each random vector."""
-        rank, k = self._R.shape
+        rank, k = R.shape
         # the unit vector in Q that the other products are orthogonal to; there is none where the rank is below k
-        S = np.linalg.inv(self._R).T if rank == k else np.zeros((rank, k))
+        S = np.linalg.inv(R).T if rank == k else np.zeros((rank, k))
         S = S / np.maximum(np.linalg.norm(S, axis=0), np.finfo(np.float64).tiny)
-        X = self._C - S * (S * self._C).sum(0)  # Q_i'w_i, in coordinates of Q
-        HX = self._H @ X
-        rest = self._quadratic - 2 * (X * self._R).sum(0) + (X * HX).sum(0)
-        length = self._lengths - (X * X).sum(0)
+        X = C - S * (S * C).sum(0)  # Q_i'w_i, in coordinates of Q
+        left = quadratic - 2 * (X * R).sum(0) + (X * (H @ X)).sum(0)
+        length = squares - (X * X).sum(0)
         outside = self._size - rank + (1 if rank == k else 0)
-        share = np.divide(outside * rest, length, out=np.zeros(k), where=length > 1e-12 * self._lengths)
-        return np.trace(self._H) - (S * (self._H @ S)).sum(0) + share
+        share = np.divide(outside * left, length, out=np.zeros(k), where=length > 1e-12 * squares)
+        return np.trace(H) - (S * (H @ S)).sum(0) + share
 
 
 def _extend(Q, rank, y):
     """Make `y` the next row of an orthonormal basis, unless it lies in it; its coordinates, and the new rank."""
-    size, coordinates = flat.norm(y), np.zeros(rank)
-    y = y.copy()
+    size, coordinates = flat.norm(y), np.zeros(len(Q))
     for _ in range(2):
-        along = flat.coefficients(Q[:rank], y)
-        y -= flat.combination(Q[:rank], along)
+        along = flat.coefficients(Q, y)  # rows that are still to come are zero
+        y = y - flat.combination(Q, along)
         coordinates += along
     left = flat.norm(y)
-    if left <= 10 * np.finfo(y.dtype).eps * size:
+    if left <= DEPENDENT * np.finfo(y.dtype).eps * size:
         return coordinates, rank
-    Q[rank] = y / y.dtype.type(left)
-    return np.append(coordinates, left), rank + 1
+    Q[rank], coordinates[rank] = y / y.dtype.type(left), left
+    return coordinates, rank + 1
 
 
 def diagonal(operator, like, products=100, seed=0):
@@ -198,7 +220,7 @@ def diagonal(operator, like, products=100, seed=0):
     layout = flat.Layout(like)
     mean, squares = np.zeros(layout.size, layout.dtype), np.zeros(layout.size, layout.dtype)
     for i in range(products):
-        z = layout.signs(seed, i)
+        z = layout.signs(seed, "trace", i)
         sample = z * layout.product(operator, z)
         change = sample - mean
         mean += change / (i + 1)
@@ -220,15 +242,13 @@ def squared_frobenius(operator, like, products=30, seed=0):
     """
     check_count(squared_frobenius, "products", products, low=2)
     layout = flat.Layout(like)
-    images = (layout.product(operator, layout.signs(seed, i)) for i in range(products))
+    images = (layout.product(operator, layout.signs(seed, "trace", i)) for i in range(products))
     return _estimate(np.array([flat.dot(image, image) for image in images]), products)
 
 
 def _estimate(samples, products):
     """The mean of samples, with its standard error."""
-    few = len(samples) < 2
-    stderr = float("nan") if few else float(samples.std(ddof=1) / np.sqrt(len(samples)))
-    return Estimate(float(samples.mean()), stderr, products)
+    return Estimate(float(samples.mean()), float(samples.std(ddof=1) / np.sqrt(len(samples))), products)
 
 
 def _check_parts(asked_by, parts, count):
