@@ -2,6 +2,7 @@
 
 from keras_curvature import callbacks, problems
 from keras_curvature.curvature import Linearization
+from keras_curvature.landscape import landscape
 from keras_curvature.models import CurvatureModel, curved
 from keras_curvature.monitor import curvature
 from keras_curvature.optimizers import (
@@ -24,6 +25,7 @@ from keras_curvature.optimizers import (
     SquareRootFreeAdam,
     TwoLoopNeumann,
 )
+from keras_curvature.report import report
 from keras_curvature.solvers import (
     ConjugateGradient,
     CoupledNewton,
@@ -36,7 +38,7 @@ from keras_curvature.steps import ArmijoLineSearch, ConstantDamping, LevenbergMa
 
 __version__ = "0.1.0"
 
-# `curvature` is the function here; `from keras_curvature.curvature import ...` finds the package of that name.
+# `curvature`, `landscape` and `report` are functions here; `from keras_curvature.curvature import ...` finds the package.
 
 __all__ = [
     "EKFAC",
@@ -71,5 +73,7 @@ __all__ = [
     "callbacks",
     "curvature",
     "curved",
+    "landscape",
     "problems",
+    "report",
 ]
