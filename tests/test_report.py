@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import flat, float64
+from cases import MODELS, flat, float64
 from keras import layers
 
 import keras_curvature as kc
@@ -20,9 +20,9 @@ from keras_curvature.operators import Function
 from keras_curvature.report import Report, report
 from keras_curvature.report.__main__ import main
 from keras_curvature.report.figures import smooth, spectrum
-from keras_curvature.report.measure import negative_share
+from keras_curvature.report.measure import _Asked, _caveats, _stability, negative_share
 from keras_curvature.report.table import SHOWN_LAYERS, count, number, shown_layers, stability, table, with_error
-from keras_curvature.solvers.lanczos import tridiagonalize
+from keras_curvature.solvers.lanczos import Eigenpairs, tridiagonalize
 
 
 def classifier(optimizer=None, name="small"):
@@ -279,7 +279,8 @@ def test_without_matplotlib_there_is_the_table(measured, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     copy = Report(measured.report)
     copy.save(tmp_path / "curvature.png")  # the ending may be there
-    assert 'needs matplotlib: pip install "keras_curvature[examples]"' in (tmp_path / "curvature.txt").read_text()
+    text = " ".join((tmp_path / "curvature.txt").read_text().split())
+    assert 'needs matplotlib: pip install "keras_curvature[examples]"' in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curvature.json", "curvature.txt"]
 
 
@@ -329,7 +330,7 @@ def test_a_curved_regression_without_a_limit_by_its_gauss_newton_matrix():
     said = report(model, (x, y), kind="ggn", training=True, batch_size=8)
     assert "Gauss-Newton · train mode, batches of 8" in str(said)
     assert said["most_negative"] is None and said["negative_share"] is None and said["outliers"] is None
-    assert said["stability"]["reason"] in str(said) and said["stability"]["limit"] is None
+    assert said["stability"]["reason"] in " ".join(str(said).split()) and said["stability"]["limit"] is None
     assert any("batches of 8" in caveat for caveat in said["caveats"])
     matrix = np.stack([flat(row) for row in _rows(curvature(model, (x, y), "ggn", batch_size=8, training=True))])
     assert said["sharpness"]["value"] == pytest.approx(np.linalg.eigvalsh(matrix)[-1], rel=1e-3)
@@ -342,6 +343,27 @@ def _rows(operator):
             unit = [np.zeros(v.shape, "float32") for v in operator.variables]
             unit[place].flat[i] = 1
             yield operator @ [tf.constant(u) for u in unit]
+
+
+@pytest.mark.parametrize(
+    "compiled, training, expected",
+    [
+        ({"loss": "mse"}, False, ["Batch normalization uses its moving statistics here"]),
+        ({"loss": "mse"}, True, ["Train mode: the numbers belong to batches of 6"]),
+        ({"loss": keras.losses.MeanSquaredError(reduction="sum")}, False, ["The loss is a sum"]),
+        ({"loss": "mse", "optimizer": keras.optimizers.AdamW(weight_decay=0.004)}, False, ["weight decay of 0.004"]),
+        ({"loss": "mse", "optimizer": keras.optimizers.SGD(clipnorm=1.0)}, False, ["Clipping makes steps shorter"]),
+    ],
+)
+def test_what_the_numbers_do_not_say(compiled, training, expected):
+    case = MODELS["batch_normalization"]()
+    case.model.compile(**compiled)
+    asked = _Asked(curvature(case.model, (case.x, case.y), training=training), 0)
+    asked.top = Eigenpairs(np.array([1.0]), [None], np.array([0.0]), 0, np.array([True]))
+    answers = _stability(asked)
+    said = list(_caveats(asked.measured, answers))
+    assert "no property of the function" in said[0]
+    assert all(any(text in sentence for sentence in said[1:]) for text in expected)
 
 
 # The command line.
@@ -373,7 +395,7 @@ def test_a_model_without_a_loss_gets_one(saved, capsys):
     given = [str(saved / "bare.keras"), "--data", str(saved / "data.npz"), "--kind", "ggn"]
     _refused(given, capsys, "was saved without a loss; say which one: --loss sparse_categorical_crossentropy")
     main([*given, "--loss", "sparse_categorical_crossentropy", "--from_logits"])
-    assert "the model has no optimizer" in capsys.readouterr().out
+    assert "The model has no optimizer" in capsys.readouterr().out
 
 
 def _refused(given, capsys, message, status=2):

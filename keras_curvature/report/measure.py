@@ -92,8 +92,15 @@ def _header(measured):
     probes, model = measured.probes, measured.probes.model
     return {
         "model": model.name, "weights": trees.count(measured.variables), "examples": probes.examples,
-        "kind": probes.kind, "training": probes.training, "batch_size": probes.batch_size, "dtype": model.dtype,
+        "kind": probes.kind, "training": probes.training, "batch_size": probes.batch_size,
+        "dtype": "+".join(_dtypes(model)),
     }  # fmt: skip
+
+
+def _dtypes(model):
+    """The dtype policies of the layers with weights, by name."""
+    names = [layer.dtype_policy.name for layer in model._flatten_layers() if layer._trainable_variables]
+    return dict.fromkeys(names or [model.dtype])
 
 
 # The questions, in this order.
@@ -139,7 +146,7 @@ def _stability(asked):
     """How near the optimizer's limit is, and the sharpness that it is on."""
     optimizer = unwrap(getattr(asked.probes.model, "optimizer", None))[0]
     if optimizer is None:
-        return {"stability": _no_limit(None, "the model has no optimizer, and so no limit")}
+        return {"stability": _no_limit(None, "The model has no optimizer, and so no limit for its sharpness.")}
     name, limit = type(optimizer).__name__, stability(optimizer, asked.measured.variables)
     if limit.limit is None:
         return {"stability": _no_limit(name, limit.reason)}
@@ -262,7 +269,8 @@ def _trace(asked):
     whole = sum(abs(float(part.value)) for part in parts.values())
     asked.layers = {name: _layer(asked, name, part, whole) for name, part in parts.items()}
     sharpness = float(asked.top.values[0])
-    directions = {key: value / sharpness for key, value in _estimate(asked.trace).items()} if sharpness else None
+    positive = sharpness > 0
+    directions = {key: value / sharpness for key, value in _estimate(asked.trace).items()} if positive else None
     return {"trace": _estimate(asked.trace), "effective_directions": directions}
 
 
@@ -344,9 +352,9 @@ def _caveats(measured, answers):
     optimizer = unwrap(getattr(model, "optimizer", None))[0]
     if getattr(optimizer, "weight_decay", None):
         yield f"The weight decay of {optimizer.weight_decay:g} is no part of the loss, and is not in these numbers."
-    if answers["stability"]["note"]:
-        yield answers["stability"]["note"]
-    if answers["stability"]["limit"] is not None and probes.kind != "hessian":
+    stable = answers["stability"]
+    yield from (sentence for sentence in (stable["reason"], stable["note"]) if sentence)
+    if stable["limit"] is not None and probes.kind != "hessian":
         yield f"The limit is on the Hessian; `kind={probes.kind!r}` stands in for it."
 
 

@@ -1,6 +1,7 @@
 """The report as text: plain numbers in, one string out."""
 
 import math
+import textwrap
 
 KINDS = {
     "hessian": "Hessian",
@@ -11,14 +12,19 @@ KINDS = {
 # Of a model of many layers, those with the largest shares; the rest is one line.
 SHOWN_LAYERS = 20
 BAR = 20  # signs for a share of 100 %
+WIDTH = 110  # of the sentences below the tables
 EDGE = 0.1  # how near to the limit is at it
 
 
 def table(report):
     """The text of a report, a dict as `measure` gives it."""
     blocks = [_header(report), "", *_columns(_numbers(report)), _top(report), "", *_layers(report)]
-    blocks += ["", _cost(report), *(f"- {caveat}" for caveat in report["caveats"])]
+    blocks += ["", _cost(report), *map(_wrapped, report["caveats"])]
     return "\n".join(line.rstrip() for line in blocks)
+
+
+def _wrapped(sentence):
+    return textwrap.fill(f"- {sentence}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 # Numbers as people write them.
@@ -111,9 +117,9 @@ def _estimate(estimate):
 
 
 def stability(stability):
-    """A sentence: how near the optimizer's limit is, or why it is not known."""
+    """A sentence: how near the optimizer's limit is."""
     if stability["limit"] is None:
-        return stability["reason"]
+        return "no limit is known, see below"
     gauge = stability["gauge"]
     words = "stable"
     if gauge > 1 + EDGE:
@@ -203,5 +209,5 @@ def _cost(report):
     cost = report["cost"]
     return (
         f"{cost['products']} products, {cost['seconds']:.1f} s; ± behind an eigenvalue: its residual; "
-        "behind the rest: one standard error"
+        "behind other numbers: one standard error"
     )
