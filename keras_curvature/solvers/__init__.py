@@ -1,4 +1,4 @@
-"""Solvers of `A x = b`, inverses, roots and eigenbases. They know operators; never a loss, a batch or a variable."""
+"""Solvers of `A x = b`, inverses, roots, eigenvalues, traces: they know operators, never a loss or a variable."""
 
 from keras_curvature.solvers.base import Solution, Solver
 from keras_curvature.solvers.conjugate_gradient import ConjugateGradient
