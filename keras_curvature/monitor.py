@@ -256,13 +256,14 @@ class Curvature(LinearOperator):
 
     def _check_positive(self, damping):
         pairs = self.top(1, tolerance=1e-2, most_negative=True)
-        # a Ritz value is never below the smallest eigenvalue; there is an eigenvalue within the residual of it
-        lowest = float(pairs.values[0]) - float(pairs.residuals[0])
-        if lowest + damping <= 0:
+        value = float(pairs.values[0])
+        # a Ritz value is never below the smallest eigenvalue, and there is an eigenvalue within the residual of it
+        lowest = value - float(pairs.residuals[0])
+        if value < 0 and lowest + damping <= 0:
             raise ValueError(
                 f"`Curvature.solve`: the Hessian is not positive definite with this damping: its most negative "
-                f"eigenvalue is {float(pairs.values[0]):.3g}. Pass damping > {-1.01 * lowest:.3g}, or use kind='ggn'. "
-                f"Received: damping={damping!r}"
+                f"eigenvalue is {value:.3g}. Pass damping > {-1.01 * lowest:.3g}, or use kind='ggn'. Received: "
+                f"damping={damping!r}"
             )
 
     @property

@@ -96,11 +96,11 @@ def test_traces(hessian_of_network, ggn_of_network):
     for c, matrix in (hessian_of_network, ggn_of_network):
         # of as many vectors as there are weights, XTrace is exact
         assert c.trace(2 * 43).value == pytest.approx(np.trace(matrix), rel=1e-10)
-        by_layer = c.trace(400, by_layer=True)
+        by_layer = c.trace(100, by_layer=True)
         assert list(by_layer) == ["first", "dense", "last"]
         for estimate, begin, end in zip(by_layer.values(), starts, starts[1:]):
             assert abs(estimate.value - np.trace(matrix[begin:end, begin:end])) < 4 * estimate.stderr
-            assert 0 < estimate.stderr < 0.1 * np.trace(matrix)
+            assert 0 < estimate.stderr < 0.2 * np.trace(matrix)
         # without what is known already, less is left to estimate
         deflated, plain = c.trace(11, pairs=c.top(12, tolerance=1e-6)), c.trace(11)
         assert abs(deflated.value - np.trace(matrix)) < 5 * deflated.stderr
@@ -109,9 +109,9 @@ def test_traces(hessian_of_network, ggn_of_network):
 
 def test_diagonal_and_density(hessian_of_network):
     c, H = hessian_of_network
-    (entries, stderr), values = c.diagonal(300, stderr=True), np.linalg.eigvalsh(H)
+    (entries, stderr), values = c.diagonal(100, stderr=True), np.linalg.eigvalsh(H)
     assert (np.abs(flat(entries) - np.diag(H)) < 5 * flat(stderr)).all()
-    np.testing.assert_array_equal(flat(c.diagonal(300)), flat(entries))
+    np.testing.assert_array_equal(flat(c.diagonal(100)), flat(entries))
     found = c.density(probes=2, steps=43)
     assert found.nodes.min() == pytest.approx(values[0], rel=1e-6)
     assert found.nodes.max() == pytest.approx(values[-1], rel=1e-6)
@@ -185,6 +185,15 @@ def test_an_indefinite_hessian_is_refused_with_the_number(hessian_of_network):
         c.solve(b, -lowest / 2)
     solution = c.solve(b, -1.2 * lowest)
     np.testing.assert_allclose(flat(solution.value), np.linalg.solve(H - 1.2 * lowest * np.eye(43), flat(b)), rtol=1e-4)
+
+
+def test_a_hessian_that_is_positive_needs_no_damping():
+    model, (x, y) = model_of(layers.Dense(2)), examples(2)
+    c, a = curvature(model, (x, y)), np.hstack([x, np.ones((N, 1))])
+    newton = c.solve([-g for g in c.gradient], 0.0, tolerance=1e-10)
+    best = np.linalg.lstsq(a, y, rcond=None)[0]
+    left = [v.numpy() + step.numpy() for v, step in zip(model.trainable_variables, newton.value)]
+    np.testing.assert_allclose(np.vstack(left), best, atol=1e-8)
 
 
 # Peers' cases: curvlinops' registry (models, losses, two ragged batches), each against a dense matrix.
