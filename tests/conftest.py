@@ -1,6 +1,14 @@
 """What the tests of several methods share."""
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # one thread for each of the processes, before TensorFlow starts its own: small models gain nothing from more, and
+    # the processes would wait for each other
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+
 from cases import float64
 
 
