@@ -128,6 +128,15 @@ def test_a_multiple_of_the_identity_has_one_eigenvalue(scale):
     np.testing.assert_allclose([spread.quantile(0.5), spread.mass(scale - 1e-9, scale + 1e-9)], [scale, 1], rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-12)])
+def test_low_rank_breaks_down_soon_after_its_rank(dtype, tolerance):
+    A = reflected(np.concatenate([np.arange(1.0, 9.0), np.zeros(42)]))
+    found = lanczos.eigenpairs(operator(A, dtype), pieces(50, tf.as_dtype(dtype)), 15)
+    assert found.exhausted and 9 <= found.products <= 11 and found.converged.all()
+    np.testing.assert_allclose(found.values[:8], np.arange(8, 0, -1), rtol=tolerance)
+    np.testing.assert_allclose(found.values[8:], 0, atol=tolerance)
+
+
 def test_more_pairs_than_weights_gives_all_of_them():
     A = reflected([3.0, 1.0, -2.0, 7.0])
     found = lanczos.eigenpairs(operator(A), pieces(4), 10)
