@@ -50,7 +50,8 @@ def curvature(
             alone, and vectors are lists of these. Defaults to all layers.
         examples: The first that many of the data, an integer. Defaults to all.
         batch_size: How many at a time, an integer. In training mode batch normalization takes its statistics over so
-            many. Defaults to the batches of a data set; for arrays to all, or, of more than 1024, to at most 512.
+            many. Defaults to the batches of a data set; for arrays to all, or, of more than 1024 (or 16 MB of inputs),
+            to at most 512.
         training: Whether the model runs as in training, which says whether a step is stable; or as in inference, which
             says how flat the function is that came out. Defaults to `False`.
         seed: An integer: of dropout masks in training mode, and of the random vectors of the estimates. Defaults to

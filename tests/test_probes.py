@@ -323,6 +323,10 @@ def test_every_form_of_data_is_the_same():
 def test_batches_of_arrays_are_equal_where_they_can_be():
     sizes = {1: 1, 1024: 1024, 60000: 500, 1500: 500, 2048: 512, 1797: 450}
     assert {rows: probe_data.size_for(rows) for rows in sizes} == sizes
+    # of large examples, no more than 16 MB: 27 images
+    assert [probe_data.size_for(1024, 4 * 224 * 224 * 3), probe_data.size_for(1000, 2**25)] == [16, 1]
+    model, (x, y) = model_of(layers.Dense(1), inputs=2**18), examples(1, inputs=2**18, n=9)
+    assert Probes(model, (x.astype("float32"), y)).counts == [5, 4]  # of 2 MB each, in float64
 
 
 def test_inputs_by_name_and_added_losses_alone():

@@ -14,8 +14,9 @@ from keras_curvature.component import check
 from keras_curvature.curvature import slices
 from keras_curvature.curvature.convexity import name_of
 
-# Batches of arrays, where nobody says how large: all examples up to the first number, else at most the second.
-WHOLE, PART = 1024, 512
+# Batches of arrays, where nobody says how large: all examples up to the first number, else at most the second; and of
+# large examples (28 images of 224 x 224) no more bytes than the third, because activations are many times that.
+WHOLE, PART, BYTES = 1024, 512, 2**24
 
 
 def batches(owner, data, examples, batch_size, dtype):
@@ -27,8 +28,8 @@ def batches(owner, data, examples, batch_size, dtype):
             `keras.utils.PyDataset` of batches of these.
         examples: The first that many, an integer, or `None` for all.
         batch_size: An integer, of which the last batch has what is left; `None`: the batches of a data set as they are,
-            and of arrays all examples at once or, where these are more than 1024, parts of at most 512, equal ones
-            where the number of examples allows.
+            and of arrays all examples at once or, where these are more than 1024 or 16 MB of inputs, parts of at most
+            512 and 16 MB, equal ones where the number of examples allows.
         dtype: Floating numbers of NumPy become this.
     """
     if isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
@@ -48,14 +49,15 @@ def count(batch):
     return int(slices.examples(batch))
 
 
-def size_for(rows):
-    """The batch size for so many examples: all of them, or the largest of those up to 512 that leaves no rest."""
-    if rows <= WHOLE:
+def size_for(rows, bytes_each=1):
+    """The batch size for so many examples: all of them, or the largest that is not too large and leaves no rest."""
+    most = max(1, BYTES // bytes_each)
+    if rows <= min(WHOLE, most):
         return rows
     # a rest is a batch of another shape, for which everything is traced once more
-    largest = max(size for size in range(1, PART + 1) if rows % size == 0)
-    parts = -(-rows // PART)
-    return largest if largest > PART // 2 else -(-rows // parts)
+    most = min(PART, most)
+    even = max(size for size in range(1, most + 1) if rows % size == 0)
+    return even if even > most // 2 else -(-rows // -(-rows // most))
 
 
 def _of_dataset(owner, data, examples):
@@ -105,10 +107,15 @@ def _cut(owner, read, size):
     """Batches of a size; 0 for what suits the number of examples."""
     whole = read[0] if len(read) == 1 else keras.tree.map_structure(lambda *parts: _joined(owner, parts), *read)
     rows = count(whole)
-    size = size or size_for(rows)
+    size = size or size_for(rows, _bytes(whole[0]) // rows or 1)
     if size >= rows:
         return [whole]
     return [slices.rows(whole, start, min(size, rows - start)) for start in range(0, rows, size)]
+
+
+def _bytes(arrays):
+    dense = [a for a in keras.tree.flatten(arrays) if isinstance(a, tf.Tensor)]
+    return sum(a.shape.num_elements() * a.dtype.size for a in dense)
 
 
 def _joined(owner, parts):

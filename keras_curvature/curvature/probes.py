@@ -56,7 +56,7 @@ class Probes:
             `"empirical_fisher"`; see `Linearization`. Defaults to `"hessian"`.
         examples: The first that many of the data, an integer. Defaults to all.
         batch_size: An integer; of a data set, its examples are put together anew. Defaults to the batches of a data
-            set, and for arrays to all examples at once, up to 1024, else to at most 512 at a time.
+            set, and for arrays to all examples at once, up to 1024 (and 16 MB of inputs), else at most 512 at a time.
         training: Whether the model runs as in training (statistics of the batch, dropout) or as in inference. Defaults
             to `False`.
         seed: An integer, of the random masks in training mode. Defaults to `0`.
