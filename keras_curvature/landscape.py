@@ -261,7 +261,7 @@ def blank(panels, height=4.0):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        message = 'a figure needs matplotlib: pip install "keras_curvature[examples]"'
+        message = 'a figure needs matplotlib: pip install "keras_curvature[monitor]"'
         raise ImportError(message) from error
     figure = Figure(figsize=(4.8 * panels, height), layout="constrained")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])

@@ -280,7 +280,7 @@ def test_without_matplotlib_there_is_the_table(measured, monkeypatch, tmp_path):
     copy = Report(measured.report)
     copy.save(tmp_path / "curvature.png")  # the ending may be there
     text = " ".join((tmp_path / "curvature.txt").read_text().split())
-    assert 'needs matplotlib: pip install "keras_curvature[examples]"' in text
+    assert 'needs matplotlib: pip install "keras_curvature[monitor]"' in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curvature.json", "curvature.txt"]
 
 

@@ -6,8 +6,6 @@ import math
 import os
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings, before it is imported
-
 import keras
 import numpy as np
 
