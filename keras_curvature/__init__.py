@@ -38,7 +38,7 @@ from keras_curvature.steps import ArmijoLineSearch, ConstantDamping, LevenbergMa
 
 __version__ = "0.1.0"
 
-# `curvature`, `landscape` and `report` are functions here; `from keras_curvature.curvature import ...` finds the package.
+# `curvature` and `report` are functions here; `from keras_curvature.curvature import ...` finds the package.
 
 __all__ = [
     "EKFAC",

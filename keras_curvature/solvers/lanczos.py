@@ -50,7 +50,7 @@ class Tridiagonal:
 
     alpha: np.ndarray
     beta: np.ndarray
-    basis: list | None
+    basis: list | None = dataclasses.field(repr=False)  # prints as long as a model
     products: int
 
     @property
@@ -74,7 +74,7 @@ class Eigenpairs:
     """
 
     values: np.ndarray
-    vectors: list
+    vectors: list = dataclasses.field(repr=False)  # print as long as a model
     residuals: np.ndarray
     products: int
     converged: np.ndarray
@@ -155,6 +155,7 @@ def eigenpairs(
     check_number(eigenpairs, "memory_limit", memory_limit, low=0)
     most = max_products if max_products is not None else 300 + 20 * k
     check_count(eigenpairs, "max_products", most)
+    k = min(k, trees.count(like))  # there are no more
     rows = min(k + ROOM, trees.count(like))
     _check_memory(rows, k, flat.Layout(like), memory_limit)
     process = _Process(operator, like, rows, metric)

@@ -30,6 +30,9 @@ class Estimate:
     stderr: float
     products: int
 
+    def __str__(self):
+        return f"{self.value:.4g} ± {self.stderr:.2g}"
+
 
 def hutchinson(operator, like, products=30, seed=0, parts=None):
     """The trace as the mean of `z'Az` over vectors `z` of random signs, an `Estimate`.
