@@ -345,6 +345,22 @@ def _rows(operator):
             yield operator @ [tf.constant(u) for u in unit]
 
 
+def test_a_layer_that_is_dead_has_no_curvature(in_float64):
+    dead = layers.Dense(3, "relu", bias_initializer=keras.initializers.Constant(-100.0), name="dead")
+    model = keras.Sequential([keras.Input((2,)), dead, layers.Dense(2, name="alive")])
+    model.compile(keras.optimizers.Lion(), "mse")
+    random = np.random.default_rng(0)
+    said = report(model, (random.standard_normal((8, 2)), random.standard_normal((8, 2))))
+    assert said["sharpness"]["value"] == pytest.approx(1)  # of each of the two biases: 2 / outputs
+    none, all_of_it = said["layers"]["dead"], said["layers"]["alive"]
+    assert [none["sharpness"]["value"], none["trace"]["value"], none["share"]] == pytest.approx([0, 0, 0], abs=1e-12)
+    assert close(all_of_it["trace"], 2) and all_of_it["share"] == pytest.approx(1)
+    assert said["negative_share"]["value"] == pytest.approx(0, abs=1e-12)
+    assert "nearly convex: 0 ± 0 %" in str(said) and "no limit is known, see below" in str(said)
+    assert "`Lion` steps by the sign" in " ".join(str(said).split())
+    assert said.figure() is not None
+
+
 @pytest.mark.parametrize(
     "compiled, training, expected",
     [

@@ -287,7 +287,7 @@ def _blocks(asked):
     ordered = sorted(asked.layers, key=lambda name: -abs(asked.layers[name]["share"]))
     for name in ordered[: BLOCK_PRODUCTS // steps]:
         start = [asked.found[0][1][i] for i in asked.measured.layers[name]]
-        pairs = asked.measured.block(name).sharpness(start, steps)
+        pairs = asked.measured.block(name).sharpness(start if _norm(start) > 0 else None, steps)
         asked.products += pairs.products
         asked.layers[name]["sharpness"] = _pair(pairs, 0)
     return {"layers": asked.layers}
