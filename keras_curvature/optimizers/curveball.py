@@ -103,7 +103,7 @@ class CurveBall(CurvatureOptimizer):
                 "`CurveBall` sets the length of each step, and its momentum, by the curvature of the batch: it takes "
                 "curvature into account, however large. Watch its `reduction_ratio` and `damping`."
             )
-        damping = float(self._damping.value) if self.built else self._rule.initial
+        damping = float(tf.convert_to_tensor(self._damping)) if self.built else self._rule.initial
         note = "The limit takes the Gauss-Newton matrix, with which the steps are made, for the Hessian."
         return LinearStep(OnTheQuadratic(self.rho, self.beta, damping), note=note)
 

@@ -20,7 +20,10 @@ Nesterov's momentum p = b / (1 - b) and q = 1; Adam's p = 1 and q = 0.
 import dataclasses
 from collections.abc import Callable
 
+import tensorflow as tf
+
 KL_CLIPPED = "Where `kl_clip` makes a step shorter, the gauge is an upper bound."
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -118,7 +121,7 @@ class NotLinear:
 
 def steps_taken(optimizer):
     """What `iterations + 1` was in the last step, a Python integer: Keras counts all batches of accumulated ones."""
-    batches = int(optimizer.iterations)
+    batches = int(tf.convert_to_tensor(optimizer.iterations))  # of replicas, no number by itself
     return batches - batches % (optimizer.gradient_accumulation_steps or 1)
 
 
