@@ -29,9 +29,8 @@ import tensorflow as tf
 matplotlib.use("Agg")  # a file, no window
 import matplotlib.pyplot as plt
 
-from keras_curvature.monitor import curvature
+import keras_curvature as kc
 from keras_curvature.optimizers.stability import stability
-from keras_curvature.problems import data
 from keras_curvature.solvers import lanczos
 
 parser = argparse.ArgumentParser(description="Gradient descent, momentum and Adam at the edge of stability.")
@@ -40,7 +39,7 @@ parser.add_argument("--steps", type=int, default=8000, help="training steps of e
 parser.add_argument("--every", type=int, default=50, help="steps from one look at the curvature to the next")
 args = parser.parse_args()
 
-(images, digits), _ = data("digits")
+(images, digits), _ = kc.problems.data("digits")
 x, y = images[:500] - 0.5, keras.utils.to_categorical(digits[:500], 10)
 RUNS = {
     "gradient descent": lambda: keras.optimizers.SGD(0.05),
@@ -69,7 +68,7 @@ class Watch(keras.callbacks.Callback):
         self.steps, self.sharpness, self.gauges, self.start = [], [], [], None
 
     def on_train_begin(self, logs=None):
-        self.operator = curvature(self.model, (x, y))
+        self.operator = kc.curvature(self.model, (x, y))
         self.bar = keras.utils.Progbar(self.params["epochs"], unit_name="look")
 
     def on_epoch_end(self, epoch, logs=None):

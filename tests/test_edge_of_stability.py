@@ -14,7 +14,6 @@ import pytest
 import tensorflow as tf
 
 import keras_curvature as kc
-from keras_curvature.monitor import curvature
 from keras_curvature.optimizers.stability import stability
 from keras_curvature.problems import data
 from keras_curvature.solvers import lanczos
@@ -54,7 +53,7 @@ class Watch(keras.callbacks.Callback):
         self.data, self.start, self.gauges, self.losses = (x, y), None, [], []
 
     def on_train_begin(self, logs=None):
-        self.probe = curvature(self.model, self.data)
+        self.probe = kc.curvature(self.model, self.data)
 
     def on_epoch_end(self, epoch, logs=None):
         found = stability(self.model.optimizer, self.model.trainable_variables)
@@ -122,7 +121,7 @@ def test_adam_in_the_metric_of_its_preconditioner():
     after = at_the_edge(watch)
     assert len(after) > 40
     assert 0.9 < np.median(after) < 1.1
-    raw = float(curvature(watch.model, (x, y)).sharpness(steps=20).values[0])
+    raw = float(kc.curvature(watch.model, (x, y)).sharpness(steps=20).values[0])
     assert 1e-3 * raw / 38 < 0.1  # without the preconditioner it says nothing
     assert falls_in_the_long_run(watch)
 
