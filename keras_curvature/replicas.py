@@ -42,6 +42,19 @@ def one_of(strategy, values):
     return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], values)
 
 
+def whole(strategy, values):
+    """Of a nest of per-replica values, the rows of all replicas of this worker, one replica after the other.
+
+    Where a batch has nothing at a place (Keras hands out an empty `tf.experimental.Optional` there), so has the result.
+    """
+
+    def rows(value):
+        parts = [part for part in strategy.experimental_local_results(value) if tf.is_tensor(part)]
+        return parts[0] if len(parts) == 1 else tf.concat(parts, 0) if parts else None
+
+    return tf.nest.map_structure(rows, values)
+
+
 def strangers(strategy, variables):
     """Those of the Keras variables that were not created under `strategy`, which cannot train them."""
     return [v for v in variables if not strategy.extended.variable_created_in_scope(v.value)]

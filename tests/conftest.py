@@ -24,7 +24,7 @@ def _owner(item):
     module = item.module.__name__
     if module == "test_products":  # everything about a case is computed once
         return f"{module} {item.callspec.params.get('name') if hasattr(item, 'callspec') else ''}"
-    fixtures = {"two_replicas", "logistic"} & set(item.fixturenames)
+    fixtures = {"two_replicas", "logistic", "shown"} & set(item.fixturenames)
     whole = {"test_replicas", "test_scaling", "test_slices", "test_table_1", "test_tpu"}
     return module if module in whole or fixtures else None
 

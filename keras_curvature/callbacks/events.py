@@ -1,0 +1,105 @@
+"""What TensorBoard reads: one event file for each run, with numbers, texts, histograms, pictures and a layout.
+
+The records are put together here, and not by `tf.summary.scalar` and its like: these write one number at a time, ten
+times as dear, and cannot write histograms of anything but a sample.
+"""
+
+import os
+
+import tensorflow as tf
+
+Summary, Metadata = tf.compat.v1.Summary, tf.compat.v1.SummaryMetadata
+
+# `data_class` of TensorBoard's `SummaryMetadata`
+SCALAR, TENSOR, BLOBS = 1, 2, 3
+# Milliseconds until what was written can be seen.
+FLUSH = 5000
+
+
+class Events:
+    """The event file of one run, opened when something is written.
+
+    Args:
+        folder: The run's folder, which TensorBoard shows by its path under `--logdir`.
+        describe: A function of a tag that gives its description in Markdown; defaults to none.
+    """
+
+    def __init__(self, folder, describe=lambda tag: ""):
+        self.folder, self._describe, self._writer = folder, describe, None
+
+    def scalars(self, values, step):
+        """Write `{tag: number}`; a number that is not finite is left out, as TensorBoard would draw it as one."""
+        summary = Summary()
+        for tag, value in values.items():
+            if abs(float(value)) < float("inf"):
+                self._add(summary, tag, tf.make_tensor_proto(float(value), tf.float32), "scalars", SCALAR)
+        self._write(summary, step)
+
+    def text(self, tag, markdown, step):
+        """Write a text in Markdown."""
+        self._one(tag, tf.make_tensor_proto([markdown.encode()], tf.string), "text", TENSOR, step)
+
+    def histogram(self, tag, triples, step, description):
+        """Write a histogram of our own making, (bins, 3): left, right and height of each bin."""
+        self._one(tag, tf.make_tensor_proto(triples, tf.float64), "histograms", TENSOR, step, description)
+
+    def image(self, tag, png, step):
+        """Write a picture, the bytes of a PNG file."""
+        height, width, _ = tf.io.decode_png(png).shape
+        parts = [str(width).encode(), str(height).encode(), png]
+        self._one(tag, tf.make_tensor_proto(parts, tf.string), "images", BLOBS, step)
+
+    def layout(self, layout, step):
+        """Write the charts of the Custom Scalars page, a `Layout` message of TensorBoard's."""
+        from tensorboard.plugins.custom_scalar import summary as custom_scalar
+
+        self._write(custom_scalar.pb(layout), step)
+
+    def flush(self):
+        """Let readers see what was written."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self):
+        """Close the file; what is written later begins another one, of the same run."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _one(self, tag, tensor, plugin, data_class, step, description=None):
+        summary = Summary()
+        self._add(summary, tag, tensor, plugin, data_class, description)
+        self._write(summary, step)
+
+    def _add(self, summary, tag, tensor, plugin, data_class, description=None):
+        data, description = Metadata.PluginData(plugin_name=plugin), description or self._describe(tag)
+        metadata = Metadata(plugin_data=data, data_class=data_class, summary_description=description)
+        summary.value.add(tag=tag, tensor=tensor, metadata=metadata)
+
+    def _write(self, summary, step):
+        if not summary.value:
+            return
+        if self._writer is None:
+            self._writer = tf.summary.create_file_writer(self.folder, flush_millis=FLUSH)
+        # whatever a training script has switched off for summaries of its own
+        with self._writer.as_default(), tf.summary.record_if(True):
+            tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step=step)
+
+
+def make_folder(owner, name, folder):
+    """Create a folder and try to write into it.
+
+    Raises:
+        ValueError: That is not permitted, or something else is there.
+    """
+    probe = os.path.join(folder, f".written_by_{os.getpid()}")
+    try:
+        tf.io.gfile.makedirs(folder)
+        with tf.io.gfile.GFile(probe, "w") as file:
+            file.write("")
+        tf.io.gfile.remove(probe)
+    except tf.errors.OpError as error:
+        raise ValueError(
+            f"`{type(owner).__name__}`: `{name}` must be a folder that can be written. Received: {name}={folder!r}, "
+            f"and writing there fails: {error.message}. Choose another folder, or see to its permissions."
+        ) from error

@@ -1,0 +1,195 @@
+"""What the pages of TensorBoard say: a question for each group of charts, and a description for each number.
+
+A number and its limit have one tag and two runs, `curvature` and `curvature/limit`, so that every page draws the limit
+as a second line into the number's chart, and not the Custom Scalars page alone.
+"""
+
+import re
+
+# {tag: what it is}, in the order of the charts. `limit:` says what the second line is.
+DESCRIPTIONS = {
+    "1_stability/gauge": (
+        "Learning rate x largest eigenvalue of the (preconditioned) Hessian / limit of the optimizer. "
+        "**limit: 1**, the edge of stability: above it the step grows along the sharpest direction. "
+        "Training that reaches 1 and stays there is normal; far below it, a larger rate is possible."
+    ),
+    "1_stability/sharpness": (
+        "Largest eigenvalue of the curvature on the probe. "
+        "**limit:** the largest that the optimizer's learning rate bears, where it does not precondition."
+    ),
+    "1_stability/preconditioned_sharpness": (
+        "Largest eigenvalue of M^1/2 H M^1/2, with M what the optimizer multiplies gradients by. "
+        "**limit:** the largest that its learning rate bears."
+    ),
+    "1_stability/most_negative": (
+        "Smallest eigenvalue of the curvature on the probe. Clearly below 0: near a saddle; it shrinks as training "
+        "goes on. **limit: 0**."
+    ),
+    "1_stability/reduction_ratio": (
+        "Actual decrease of the loss / decrease that the optimizer's quadratic model had promised. 1: the model is "
+        "right; **limit: 0.25**: below it the model is not trusted, and adaptive damping rises."
+    ),
+    "1_stability/damping": "Damping of the optimizer: how far it keeps from the curvature, towards gradient steps.",
+    "1_stability/steps_skipped": "Steps that were not taken since `fit` began, as loss or step were not finite.",
+    "1_stability/steps_rejected": "Steps that were taken back since `fit` began, as they made the loss worse.",
+    "2_noise/noise_scale": (
+        "Gradient noise scale in examples: the noise of the gradients over their signal. **limit: the batch size**. "
+        "Batches well below the noise scale get faster by averaging more, batches well above it do not."
+    ),
+    "2_noise/gauge": "Batch size / noise scale. **limit: 1**: above it a larger batch hardly shortens training.",
+    "3_step/loss": "Training loss, the mean over the steps since the last point.",
+    "3_step/learning_rate": "Learning rate of the optimizer.",
+    "3_step/best_rate": (
+        "|g|^2 / g'Hg: the learning rate that goes to the minimum along the gradient. **limit: the learning rate**. "
+        "Only for optimizers that step along the gradient."
+    ),
+    "3_step/curvature_along_gradient": "g'Hg / |g|^2: curvature along the gradient, on the probe.",
+    "3_step/gradient_norm": "Norm of the gradient on the probe.",
+    "3_step/gradient_in_top_space": (
+        "Share of the squared gradient along the sharpest direction found, 0 to 1. Near 1, the gradient bounces "
+        "between two walls."
+    ),
+    "3_step/update_norm": "Norm of the change of all weights in one call of the train step.",
+    "3_step/update_to_weight_max": (
+        "Norm of a layer's change / norm of its weights, the largest over the layers. **limit: 0.001**, a rule of "
+        "thumb: much more tears the layer about, much less leaves it where it began."
+    ),
+    "3_step/update_to_weight_median": (
+        "Norm of a layer's change / norm of its weights, the median over the layers. **limit: 0.001**, a rule of thumb."
+    ),
+    "3_step/cosine": (
+        "Cosine between the update and the negative gradient on the probe. 1: a step of gradient descent; "
+        "**limit: 0**: below it the step goes uphill on the probe."
+    ),
+    "3_step/step_norm": "Norm of the optimizer's step, before the learning rate.",
+    "4_solver/cg_iterations": "Iterations of conjugate gradients in one step.",
+    "4_solver/mu": "Momentum that the optimizer chose.",
+    "4_solver/rho": "Momentum that the optimizer chose: what is kept of the last step.",
+    "4_solver/beta": "Rate that the optimizer chose for the new part of the step.",
+    "4_solver/alpha": "Step length that the optimizer chose.",
+    "4_solver/step_length": "Step length that the line search chose.",
+    "5_factors/failed_refreshes": "Factors that could not be computed anew since `fit` began; the old ones stayed.",
+    "5_factors/kl_clip": "Factor by which the step was shortened to stay within the trusted change of the outputs.",
+    "5_factors/unclipped": "Share of the entries of the step that were not clipped.",
+    "5_factors/curvature_norm": "Norm of the curvature estimate that the optimizer keeps.",
+    "6_layers/effective_directions": (
+        "Trace / sharpness: how many directions as sharp as the sharpest one would make up all the curvature."
+    ),
+    "6_layers/trace": "Trace of the Gauss-Newton matrix on the probe.",
+}
+LAYER = "6_layers/trace_share/"
+BOUNDS = ("2_noise/noise_scale_lower", "2_noise/noise_scale_upper")
+
+# The number that an optimizer reports: the tag it gets. Others go to `4_solver/`.
+REPORTED = {
+    "reduction_ratio": "1_stability/reduction_ratio",
+    "damping": "1_stability/damping",
+    "skipped_steps": "1_stability/steps_skipped",
+    "rejected_steps": "1_stability/steps_rejected",
+    "step_norm": "3_step/step_norm",
+    "failed_refreshes": "5_factors/failed_refreshes",
+    "kl_clip": "5_factors/kl_clip",
+    "unclipped": "5_factors/unclipped",
+    "curvature_norm": "5_factors/curvature_norm",
+}
+# Limits that never change.
+LIMITS = {
+    "1_stability/gauge": 1.0,
+    "1_stability/most_negative": 0.0,
+    "1_stability/reduction_ratio": 0.25,
+    "2_noise/gauge": 1.0,
+    "3_step/update_to_weight_max": 1e-3,
+    "3_step/update_to_weight_median": 1e-3,
+    "3_step/cosine": 0.0,
+}
+
+# (question, closed at first, ((title of the chart, its tags), ...)). A tag that ends in "/" stands for all below it.
+QUESTIONS = (
+    ("Is the step stable?", False, (
+        ("stability gauge: 1 is the edge", ("1_stability/gauge",)),
+        ("sharpness, and the most that the rate bears", ("1_stability/sharpness",)),
+        ("preconditioned sharpness, and the most that the rate bears", ("1_stability/preconditioned_sharpness",)),
+        ("most negative eigenvalue", ("1_stability/most_negative",)),
+        ("is the quadratic model trusted? reduction ratio: 1 is perfect, below 0.25 it is not",
+         ("1_stability/reduction_ratio",)),
+        ("damping", ("1_stability/damping",)),
+        ("steps skipped or taken back", ("1_stability/steps_skipped", "1_stability/steps_rejected")),
+    )),
+    ("Is the batch of the right size?", False, (
+        ("noise scale, and the batch size", ("2_noise/noise_scale",)),
+        ("batch size / noise scale: above 1 a larger batch hardly helps", ("2_noise/gauge",)),
+    )),
+    ("How far does a step go?", False, (
+        ("loss", ("3_step/loss",)),
+        ("learning rate", ("3_step/learning_rate",)),
+        ("best rate along the gradient, and the learning rate", ("3_step/best_rate",)),
+        ("update / weight of a layer, largest and median: 0.001 is usual",
+         ("3_step/update_to_weight_max", "3_step/update_to_weight_median")),
+        ("cosine of update and negative gradient: below 0 is uphill", ("3_step/cosine",)),
+        ("share of the gradient in the sharpest direction", ("3_step/gradient_in_top_space",)),
+        ("gradient and update, norms", ("3_step/gradient_norm", "3_step/update_norm", "3_step/step_norm")),
+        ("curvature along the gradient", ("3_step/curvature_along_gradient",)),
+    )),
+    ("What does the solver do?", True, (("iterations, momentum, lengths", ("4_solver/",)),)),
+    ("Are the factors healthy?", True, (("failures and clipping", ("5_factors/",)),)),
+    ("Where is the curvature?", False, (
+        ("share of each layer in the trace", (LAYER,)),
+        ("effective directions: trace / sharpness", ("6_layers/effective_directions",)),
+        ("trace", ("6_layers/trace",)),
+    )),
+)  # fmt: skip
+# Charts of a value between two bounds: (question, title, value, lower, upper).
+MARGINS = (("Is the batch of the right size?", "noise scale, with its error bar", "2_noise/noise_scale", *BOUNDS),)
+
+
+def describe(tag):
+    """The description of a tag in Markdown."""
+    if tag.startswith(LAYER):
+        return "Share of this layer in the sum of the traces of all layers (Gauss-Newton, on the probe)."
+    if tag in BOUNDS:
+        return "The noise scale, one standard error below and above."
+    return DESCRIPTIONS.get(tag, "A number that the optimizer reports.")
+
+
+def tag_of(report):
+    """The tag of a number that an optimizer reports."""
+    return REPORTED.get(report, f"4_solver/{report}")
+
+
+def layout(tags):
+    """The `Layout` message of the Custom Scalars page for those of the charts of which there are `tags`."""
+    from tensorboard.plugins.custom_scalar import layout_pb2 as pb
+
+    categories = []
+    for question, closed, charts in QUESTIONS:
+        there = [(title, _there(wanted, tags)) for title, wanted in charts]
+        drawn = [
+            pb.Chart(title=title, multiline=pb.MultilineChartContent(tag=found)) for title, found in there if found
+        ]
+        margins = [m for m in MARGINS if m[0] == question and set(m[2:]) <= set(tags)]
+        drawn += [_margin(pb, *margin[1:]) for margin in margins]
+        if drawn:
+            categories.append(pb.Category(title=question, chart=drawn, closed=closed))
+    return pb.Layout(category=categories)
+
+
+def _there(wanted, tags):
+    """Patterns for those wanted tags that are there; TensorBoard looks for them at the beginning of a tag."""
+    groups = [tag for tag in wanted if tag.endswith("/") and any(t.startswith(tag) for t in tags)]
+    return [f"^{re.escape(tag)}$" for tag in wanted if tag in tags] + [f"^{re.escape(tag)}.*" for tag in groups]
+
+
+def _margin(pb, title, value, lower, upper):
+    series = pb.MarginChartContent.Series(value=value, lower=lower, upper=upper)
+    return pb.Chart(title=title, margin=pb.MarginChartContent(series=[series]))
+
+
+def check_tensorboard(owner):
+    """Say what to install, where there is no TensorBoard."""
+    try:
+        import tensorboard.plugins.custom_scalar.layout_pb2  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"`{type(owner).__name__}` writes pages of TensorBoard, which is not installed: {error}. Install it: "
+            'pip install "keras_curvature[monitor]"'
+        ) from error

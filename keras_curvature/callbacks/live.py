@@ -1,0 +1,70 @@
+"""Numbers that training has anyway, read off the metrics of the model."""
+
+import tensorflow as tf
+
+from keras_curvature.callbacks import layout
+from keras_curvature.models import unwrap
+
+
+class Live:
+    """What a model's loss and its optimizer's reports were since they were last read.
+
+    Keras' metrics are means over the epoch so far. Their sums and counts tell the mean over the steps in between. What
+    an optimizer counts (skipped steps) is added up over epochs.
+    """
+
+    def __init__(self, model):
+        self.model, self._sums, self._totals = model, {}, {}
+
+    def epoch(self):
+        """The metrics have begun again."""
+        self._sums = {}
+
+    def read(self):
+        """`{tag: number}`; NaN where there was nothing in between."""
+        tracker = self.model._loss_tracker  # a private name of Keras 3.15
+        found = {"3_step/loss": self._since("loss", tracker.total, tracker.count, "mean")}
+        for name, report in self._reports().items():
+            found[layout.tag_of(name)] = self._since(name, report.total, report.count, report.how)
+        return found | {"3_step/learning_rate": learning_rate(self.model)}
+
+    def _since(self, name, total, count, how):
+        total, count = number(total), number(count)
+        before = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = total, count
+        if how == "last":
+            return total if count else float("nan")
+        if how == "sum":
+            self._totals[name] = self._totals.get(name, 0.0) + total - before[0]
+            return self._totals[name]
+        return (total - before[0]) / (count - before[1]) if count > before[1] else float("nan")
+
+    def _reports(self):
+        """The reports of a curved model; a plain one has none."""
+        _, reports = self.model.__dict__.get("_curved_reports") or (None, {})
+        return reports
+
+
+def from_logs(model, logs):
+    """`{tag: number}` of an epoch's logs."""
+    optimizer, _ = unwrap(model.optimizer)
+    reported = {"skipped_steps", *getattr(optimizer, "reports", {})}
+    found = {layout.tag_of(name): float(value) for name, value in logs.items() if name in reported}
+    return {"3_step/loss": float(logs["loss"]), **found, "3_step/learning_rate": learning_rate(model)}
+
+
+def learning_rate(model):
+    """The rate of the next step, a float."""
+    optimizer, _ = unwrap(model.optimizer)
+    return number(optimizer.learning_rate)
+
+
+def iterations(model):
+    """How many steps the optimizer has taken, also before this `fit`."""
+    optimizer, _ = unwrap(model.optimizer)
+    return int(number(optimizer.iterations))
+
+
+def number(variable):
+    """What a variable holds, a float; also one that replicas have."""
+    return float(tf.convert_to_tensor(variable).numpy())

@@ -1,0 +1,279 @@
+"""What is measured in training: pieces of a probe, each a few products with the curvature.
+
+A piece adds numbers by their tags. Pieces run in order and use what those before them have found: the gradient, the
+limits of the optimizer, the sharpest direction.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from keras_curvature import trees
+from keras_curvature.callbacks.layout import BOUNDS, LAYER, LIMITS
+from keras_curvature.curvature import likelihoods, noise
+from keras_curvature.optimizers.stability import stability
+from keras_curvature.solvers import lanczos
+
+# Products of a Lanczos run from a random vector, and from the one of the probe before: MONITOR finds the sharpness to
+# 1e-3 with either.
+COLD, WARM = 20, 5
+# Lines of a chart, and the rest in one more.
+LAYERS = 8
+# Of the traces of the layers: draws of labels, and, where there are none to draw, products.
+DRAWS, PRODUCTS = 2, 5
+# The spectral density: one probe is enough for large models, and the steps are what resolves it.
+DENSITY_PROBES, DENSITY_STEPS = 1, 40
+# Bins of a histogram: as many as TensorBoard draws.
+BINS = 60
+
+
+class NotFinite(ArithmeticError):
+    """The loss or its gradient on the probe is not finite: there is no curvature to measure now."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a probe.
+
+    Attributes:
+        name: What it finds, in words.
+        ask: The method of `Panels` that finds it.
+        products: What it costs, about, until it was timed.
+        every: It is part of every so many-th probe.
+        needed: Whether nothing else can be asked without it.
+        cold: Number of products of the first time, where these are all that it does.
+    """
+
+    name: str
+    ask: Callable
+    products: float
+    every: int = 1
+    needed: bool = False
+    cold: int = 0
+
+
+class Panels:
+    """The pieces of a probe, and what one probe leaves to the next.
+
+    Args:
+        measured: A `Curvature` of the model on the probe.
+        batch_size: Of training, an integer.
+    """
+
+    def __init__(self, measured, batch_size):
+        self.measured, self.batch_size = measured, batch_size
+        self._top = self._bottom = self._preconditioned = self._lines = None
+        self._noise, self._axis = noise.NoiseAverage(decay=0.9), None
+        self._samples = measured.probes.kind != "empirical_fisher" and _is_likelihood(measured.probes.model)
+        self.pieces = (
+            Piece("the gradient", Panels._gradient, 0.5, needed=True),
+            Piece("the curvature along the gradient", Panels._along_gradient, 1),
+            Piece("the sharpness", Panels._sharpness, WARM, cold=COLD),
+            Piece("the preconditioned sharpness", Panels._preconditioned_sharpness, WARM),
+            Piece("the most negative eigenvalue", Panels._most_negative, WARM, every=5),
+            Piece("the noise scale", Panels._noise_scale, 2, every=2),
+            Piece("the shares of the layers", Panels._layers, DRAWS if self._samples else PRODUCTS, every=2),
+        )
+
+    def begin(self, model):
+        """A new probe, at the weights that the model has now."""
+        self.values, self.limits, self.model = {}, {}, model
+        self.weights = trees.values(self.measured.variables)
+        self.stability = stability(model.optimizer, model.trainable_variables)
+
+    def add(self, tag, value, limit=None):
+        """Note a number, and what it must stay below or above."""
+        self.values[tag] = float(value)
+        limit = LIMITS.get(tag) if limit is None else limit
+        if limit is not None:
+            self.limits[tag] = float(limit)
+
+    # The pieces.
+
+    def _gradient(self):
+        self.gradient = self.check_finite()
+        self._squared = float(trees.squared_norm(self.gradient))
+        self.add("3_step/gradient_norm", math.sqrt(self._squared))
+
+    def _along_gradient(self):
+        if self._squared == 0.0:
+            return
+        bent = float(trees.dot(self.gradient, self.measured @ self.gradient))
+        self.add("3_step/curvature_along_gradient", bent / self._squared)
+        along = self.stability.preconditioner is None and self.stability.reason is None
+        if along and bent > 0:
+            self.add("3_step/best_rate", self._squared / bent, self.stability.rate)
+
+    def _sharpness(self):
+        largest, smallest = self.measured.extremes(self._top, COLD if self._top is None else WARM)
+        if self._bottom is None:
+            self._bottom = smallest.vectors[0]
+        self._top = largest.vectors[0]
+        self.sharpness = float(largest.values[0])
+        plain = self.stability.preconditioner is None
+        self.add("1_stability/sharpness", self.sharpness, self.stability.sharpness_limit if plain else None)
+        if plain and self.stability.limit is not None:
+            self.add("1_stability/gauge", self.stability.gauge(self.sharpness))
+        if self._squared:
+            self.add("3_step/gradient_in_top_space", float(trees.dot(self._top, self.gradient)) ** 2 / self._squared)
+
+    def _preconditioned_sharpness(self):
+        if self.stability.preconditioner is None:
+            return
+        steps = COLD if self._preconditioned is None else WARM
+        start, M = self._preconditioned, self.stability.preconditioner
+        largest, _ = lanczos.extremes(self.measured, self.gradient, steps, start=start, metric=M)
+        self._preconditioned = largest.vectors[0]
+        found = float(largest.values[0])
+        self.add("1_stability/preconditioned_sharpness", found, self.stability.sharpness_limit)
+        self.add("1_stability/gauge", self.stability.gauge(found))
+
+    def _most_negative(self):
+        if self.measured.psd:
+            return
+        _, smallest = self.measured.extremes(self._bottom, WARM)
+        self._bottom = smallest.vectors[0]
+        self.add("1_stability/most_negative", smallest.values[0])
+
+    def _noise_scale(self):
+        examples = self.measured.probes.batch_size
+        micro_batch = max(1, min(8, examples // 4))
+        found = noise.noise(self.measured.probes, micro_batch, parts=8, curvature=False)
+        self._noise = self._noise.update(found.signal, found.noise)
+        scale = self._noise.scale
+        if not 0 < scale < math.inf:  # not positive, or the gradient is lost in the noise
+            return
+        self.add("2_noise/noise_scale", scale, self.batch_size)
+        self.add("2_noise/gauge", self.batch_size / scale)
+        # of one probe, and not of the average: these are the same examples every time, and so is their error
+        error = found.stderr["simple"]
+        if math.isfinite(error):
+            for tag, bound in zip(BOUNDS, (max(scale - error, 0.0), scale + error)):
+                self.add(tag, bound)
+
+    def _layers(self):
+        found = self._traces()
+        whole = sum(found.values())
+        self.add("6_layers/trace", whole)
+        if self.sharpness > 0:
+            self.add("6_layers/effective_directions", whole / self.sharpness)
+        if whole <= 0:
+            return
+        if self._lines is None:  # the same layers all the time, for lines without gaps
+            self._lines = sorted(found, key=found.get, reverse=True)[:LAYERS]
+        for name in self._lines:
+            self.add(LAYER + name, found[name] / whole)
+        if len(found) > len(self._lines):
+            self.add(LAYER + "others", 1.0 - sum(found[name] for name in self._lines) / whole)
+
+    def _traces(self):
+        """`{layer: trace}`, by labels drawn from the model, where its loss is a likelihood, and else by products."""
+        probes = self.measured.probes
+        if self._samples:
+            traces = noise.layer_traces(probes, draws=DRAWS)
+            return {name: traces.of(indices)[0] for name, indices in self.measured.layers.items()}
+        return {name: float(found.value) for name, found in self.measured.trace(PRODUCTS, by_layer=True).items()}
+
+    # What is asked at other times.
+
+    def check_finite(self):
+        """The gradient on the probe.
+
+        Raises:
+            NotFinite: It is not.
+        """
+        gradient = self.measured.gradient
+        if not bool(trees.is_finite(gradient)):
+            raise NotFinite("the weights, or the gradient of the loss on the probe, are not finite")
+        return gradient
+
+    def update(self, before, gradient):
+        """`{tag: number}` of the step from the weights `before` to those that the model has now."""
+        self.values, self.limits = {}, {}
+        weights = trees.values(self.measured.variables)
+        step = trees.subtract(weights, before)
+        length, slope = float(trees.norm(step)), float(trees.dot(step, gradient))
+        self.add("3_step/update_norm", length)
+        if length and float(trees.norm(gradient)):
+            self.add("3_step/cosine", -slope / (length * float(trees.norm(gradient))))
+        ratios = [self._ratio(step, before, own) for own in self.measured.layers.values()]
+        ratios = [ratio for ratio in ratios if math.isfinite(ratio)]
+        if ratios:
+            self.add("3_step/update_to_weight_max", max(ratios))
+            self.add("3_step/update_to_weight_median", float(np.median(ratios)))
+        return self.values
+
+    def _ratio(self, step, weights, indices):
+        """How far the step moves a layer, in lengths of its weights; infinite where these are 0."""
+        step, weights = (float(trees.norm([v[i] for i in indices])) for v in (step, weights))
+        return step / weights if weights else math.inf
+
+    def density(self):
+        """The spectral density, `Density`."""
+        return self.measured.density(DENSITY_PROBES, DENSITY_STEPS)
+
+    def bars(self, density):
+        """`(bins, 3)`: left, right and height of the bars of a histogram; see `axis`."""
+        if self._axis is None:
+            self._axis = Axis.of(density)
+        return self._axis.bars(density, trees.count(self.weights))
+
+    @property
+    def axis(self):
+        """The `Axis` of all the histograms."""
+        return self._axis
+
+
+def _is_likelihood(model):
+    """Whether labels can be drawn for all of a model's losses."""
+    losses = model._compile_loss._flat_losses or []  # private names of Keras 3.15
+    return bool(losses) and all(likelihoods.objection(each.loss) is None for each in losses if each is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """A symmetric logarithmic axis, `x = sign(l) log10(1 + |l| / unit)`: the bulk and the outliers are both seen.
+
+    Args:
+        unit: What counts as near 0.
+        ends: The smallest and the largest `x`.
+    """
+
+    unit: float
+    ends: tuple
+
+    @classmethod
+    def of(cls, density):
+        """An axis for a density and for those that follow, whose ends may be some ten times as far out."""
+        far = float(np.max(np.abs(density.nodes))) or 1.0
+        unit = 10.0 ** (math.floor(math.log10(far)) - 3)
+        axis = cls(unit, (0.0, 0.0))
+        right = math.ceil(axis.place(far)) + 1.0
+        left = math.floor(axis.place(float(np.min(density.nodes))))
+        return cls(unit, (min(left, -1.0), right))
+
+    def place(self, value):
+        """Where eigenvalues are on the axis."""
+        return np.sign(value) * np.log10(1.0 + np.abs(value) / self.unit)
+
+    def bars(self, density, size):
+        """Left, right, and log10(1 + number of eigenvalues) in bins of equal width, of `size` eigenvalues in all.
+
+        What lies beyond the ends is counted in the outermost bin.
+        """
+        edges = np.linspace(*self.ends, BINS + 1)
+        nodes = np.clip(self.place(np.asarray(density.nodes)), edges[0], edges[-1])
+        weights = np.asarray(density.weights)
+        weights = weights / weights.sum()
+        counted, _ = np.histogram(nodes, edges, weights=weights * size)
+        return np.stack([edges[:-1], edges[1:], np.log10(1.0 + counted)], axis=1)
+
+    def words(self):
+        """The axis in Markdown."""
+        marks = ", ".join(f"{sign}{n} is {sign}{self.unit * (10.0**n - 1):.3g}" for n in (1, 2, 3, 4) for sign in ("",))
+        return (
+            f"Spectral density on the probe, one layer for each time. The axis is x = sign(l) log10(1 + |l| / "
+            f"{self.unit:.0e}): {marks}; likewise below 0. Heights are log10(1 + number of eigenvalues)."
+        )

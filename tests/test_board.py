@@ -1,0 +1,694 @@
+"""`CurvatureBoard`: what it shows against dense matrices, what it leaves as it was, what it costs, what goes wrong."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import subprocess
+import sys
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from boards import Clock, arrays, boarded, numbers, read, tags, texts
+from cases import float64
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+import keras_curvature as kc
+from keras_curvature import replicas
+from keras_curvature.callbacks import board as board_module
+from keras_curvature.callbacks import first_batch, layout, panels
+from keras_curvature.callbacks.advice import Advice
+from keras_curvature.callbacks.budget import Budget, Costs
+from keras_curvature.solvers.lanczos import Density
+
+HERE = pathlib.Path(__file__).parent
+RATE, MOMENTUM, BATCH = 0.1, 0.8, 16
+
+
+def digits(rows=56, seed=0):
+    """Inputs in four dimensions, and labels of three classes."""
+    x = np.random.default_rng(seed).standard_normal((rows, 4)).astype(keras.config.floatx())
+    return x, np.argmax(x[:, :3] + 0.5 * np.roll(x[:, :3], 1, 0), axis=1).astype("int32")
+
+
+def small(seed=0):
+    """A tanh network of 35 weights."""
+    keras.utils.set_random_seed(seed)
+    layers = keras.layers
+    return keras.Sequential([
+        keras.Input((4,)), layers.Dense(4, activation="tanh", name="hidden"), layers.Dense(3, name="out"),
+    ])  # fmt: skip
+
+
+def compiled(model, optimizer, **arguments):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, jit_compile=False, **arguments)
+    return model
+
+
+# What is shown, against dense matrices.
+
+
+class Weights(keras.callbacks.Callback):
+    """Notes the weights before each step, and after the last."""
+
+    def on_train_begin(self, logs=None):
+        self.before = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.before.append([w.numpy() for w in self.model.trainable_variables])
+
+
+@tf.function(reduce_retracing=True)
+def gradient_and_hessian(vector, x, y):
+    """Of the loss of `small()`, whose weights are laid end to end; by nested tapes."""
+    with tf.GradientTape() as outer:
+        outer.watch(vector)
+        with tf.GradientTape() as inner:
+            inner.watch(vector)
+            parts, shapes = tf.split(vector, [16, 4, 12, 3]), ([4, 4], [4], [4, 3], [3])
+            W1, b1, W2, b2 = (tf.reshape(part, shape) for part, shape in zip(parts, shapes))
+            log_p = tf.nn.log_softmax(tf.tanh(x @ W1 + b1) @ W2 + b2)
+            loss = -tf.reduce_mean(tf.gather(log_p, y, batch_dims=1))
+        gradient = inner.gradient(loss, vector)
+    return gradient, outer.jacobian(gradient, vector)
+
+
+def dense(weights, x, y):
+    """Gradient and Hessian of the loss at some weights; float64."""
+    found = gradient_and_hessian(tf.constant(np.concatenate([w.ravel() for w in weights])), x, y)
+    return [a.numpy() for a in found]
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """A training with heavy ball in float64 that is probed at every step: board, what it wrote, weights, data."""
+    folder = tmp_path_factory.mktemp("shown")
+    with float64():
+        x, y = digits()
+        model = compiled(small(), keras.optimizers.SGD(RATE, momentum=MOMENTUM))
+        board, weights = boarded(folder, Clock(), report_at="end"), Weights()
+        model.fit(x, y, batch_size=BATCH, epochs=3, shuffle=False, verbose=0, callbacks=[board, weights])
+    return {"folder": folder / "curvature", "weights": weights.before, "x": x, "y": y,
+            "numbers": numbers(folder / "curvature"), "limits": numbers(folder / "curvature" / "limit")}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def oracle(shown):
+    """`{step: (weights, gradient, Hessian)}` on the first batch, before the step that follows."""
+    steps = [step for step, _ in shown["numbers"]["3_step/gradient_norm"]]
+    batch = shown["x"][:BATCH], shown["y"][:BATCH]
+    return {s: (shown["weights"][s], *dense(shown["weights"][s], *batch)) for s in steps}
+
+
+def test_it_probes_from_the_first_step_on(shown):
+    steps = [step for step, _ in shown["numbers"]["1_stability/sharpness"]]
+    assert steps[:2] == [1, 2] and len(steps) >= 5
+
+
+@pytest.mark.parametrize(("tag", "tolerance"), [
+    ("1_stability/sharpness", 2e-2), ("1_stability/gauge", 2e-2), ("1_stability/most_negative", 5e-2),
+    ("3_step/gradient_norm", 1e-6), ("3_step/curvature_along_gradient", 1e-6), ("3_step/best_rate", 1e-6),
+])  # fmt: skip
+def test_numbers_of_a_probe_are_those_of_the_dense_matrix(tag, tolerance, shown, oracle):
+    formula = {
+        "1_stability/sharpness": lambda g, H: np.linalg.eigvalsh(H)[-1],
+        "1_stability/gauge": lambda g, H: RATE * np.linalg.eigvalsh(H)[-1] / (2 * (1 + MOMENTUM)),
+        "1_stability/most_negative": lambda g, H: np.linalg.eigvalsh(H)[0],
+        "3_step/gradient_norm": lambda g, H: np.linalg.norm(g),
+        "3_step/curvature_along_gradient": lambda g, H: g @ H @ g / (g @ g),
+        "3_step/best_rate": lambda g, H: g @ g / (g @ H @ g),
+    }[tag]
+    found = shown["numbers"][tag]
+    assert found
+    for step, value in found:
+        _, g, H = oracle[step]
+        # 20 products from a random vector are enough for 1e-6; later on they are 5 from the vector before
+        np.testing.assert_allclose(value, formula(g, H), rtol=1e-6 if step == 1 else tolerance)
+
+
+def test_the_share_of_the_gradient_in_the_sharpest_direction(shown, oracle):
+    step, value = shown["numbers"]["3_step/gradient_in_top_space"][0]
+    _, g, H = oracle[step]
+    u = np.linalg.eigh(H)[1][:, -1]
+    np.testing.assert_allclose(value, (u @ g) ** 2 / (g @ g), rtol=1e-4)
+
+
+def test_an_update_is_that_of_the_step_after_the_probe(shown, oracle):
+    checked = 0
+    for step, value in shown["numbers"]["3_step/update_norm"]:
+        before, g, _ = oracle[step]
+        move = [b - a for a, b in zip(before, shown["weights"][step + 1])]
+        flat_move = np.concatenate([m.ravel() for m in move])
+        np.testing.assert_allclose(value, np.linalg.norm(flat_move), rtol=1e-6)
+        layers = [(move[:2], before[:2]), (move[2:], before[2:])]
+        ratios = [np.sqrt(sum((m**2).sum() for m in a)) / np.sqrt(sum((w**2).sum() for w in b)) for a, b in layers]
+        shown_here = {t: dict(shown["numbers"][f"3_step/{t}"])[step] for t in (
+            "cosine", "update_to_weight_max", "update_to_weight_median")}  # fmt: skip
+        np.testing.assert_allclose(shown_here["update_to_weight_max"], max(ratios), rtol=1e-6)
+        np.testing.assert_allclose(shown_here["update_to_weight_median"], np.median(ratios), rtol=1e-6)
+        cosine = -flat_move @ g / np.linalg.norm(flat_move) / np.linalg.norm(g)
+        np.testing.assert_allclose(shown_here["cosine"], cosine, rtol=1e-5)
+        checked += 1
+    assert checked >= 3
+
+
+def test_shares_of_the_layers_add_up(shown, oracle):
+    shares = {tag: dict(values) for tag, values in shown["numbers"].items() if tag.startswith("6_layers/trace_share/")}
+    assert set(shares) == {"6_layers/trace_share/hidden", "6_layers/trace_share/out"}
+    trace, directions, sharpness = (dict(shown["numbers"][t]) for t in (
+        "6_layers/trace", "6_layers/effective_directions", "1_stability/sharpness"))  # fmt: skip
+    for step in trace:
+        assert sum(share[step] for share in shares.values()) == pytest.approx(1.0)
+        assert directions[step] == pytest.approx(trace[step] / sharpness[step], rel=1e-6)
+
+
+def test_limits_are_second_lines_of_the_same_name(shown):
+    limits, values = shown["limits"], shown["numbers"]
+    assert {"1_stability/gauge", "1_stability/sharpness", "2_noise/gauge", "3_step/best_rate"} <= set(limits)
+    for tag, points in limits.items():
+        assert [step for step, _ in points] == [step for step, _ in values[tag]]
+    assert {value for _, value in limits["1_stability/gauge"]} == {1.0}
+    np.testing.assert_allclose([v for _, v in limits["1_stability/sharpness"]], 2 * (1 + MOMENTUM) / RATE, rtol=1e-6)
+    np.testing.assert_allclose([v for _, v in limits["3_step/best_rate"]], RATE, rtol=1e-6)
+    for _, value in limits.get("2_noise/noise_scale", []):
+        assert value == BATCH
+
+
+def test_the_loss_is_the_mean_since_the_last_point(shown):
+    losses = dict(shown["numbers"]["3_step/loss"])
+    last = max(losses)
+    assert last == len(shown["weights"])  # the end of the last epoch is there, and every step has one point at most
+    x, y = shown["x"], shown["y"]
+    # at the end of an epoch all that was not shown before is in one mean; here the step before was shown too
+    previous = max(step for step in losses if step < last)
+    found, seen = 0.0, 0
+    for step in range(previous, last):
+        rows = slice(BATCH * (step % 4), BATCH * (step % 4 + 1))
+        W1, b1, W2, b2 = shown["weights"][step]
+        logits = np.tanh(x[rows] @ W1 + b1) @ W2 + b2
+        log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        found -= log_p[np.arange(len(log_p)), y[rows]].sum()
+        seen += len(log_p)
+    assert losses[last] == pytest.approx(found / seen, rel=1e-5)
+
+
+def test_the_layout_asks_questions_and_finds_its_numbers(shown):
+    content = arrays(shown["folder"], "custom_scalars__config__")[-1][1].item()
+    found = layout_pb2.Layout.FromString(content)
+    assert [category.title for category in found.category] == [
+        "Is the step stable?", "Is the batch of the right size?", "How far does a step go?", "Where is the curvature?",
+    ]  # fmt: skip
+    patterns = [tag for c in found.category for chart in c.chart for tag in chart.multiline.tag]
+    matched = {tag for tag in shown["numbers"] if any(re.match(pattern, tag) for pattern in patterns)}
+    assert matched == set(shown["numbers"]) - set(layout.BOUNDS)
+    assert all(any(re.match(pattern, tag) for tag in shown["numbers"]) for pattern in patterns)
+    assert found.category[0].chart[0].title.startswith("stability gauge")
+
+
+def test_every_number_is_described(shown):
+    events = read(shown["folder"])
+    for tag in shown["numbers"]:
+        assert len(events.SummaryMetadata(tag).summary_description) > 20
+
+
+def test_texts_are_the_page_about_the_board_and_the_report(shown):
+    found = texts(shown["folder"])
+    about = found["about"][-1][1]
+    assert "Hessian of the loss" in about and "35 weights" in about
+    assert "training mode, on 16 examples in 1 batch" in about and f"2(1+{MOMENTUM:g})/{RATE:g}" in about
+    assert len(found["report"]) == 1 and found["report"][0][1].startswith("```")
+    assert "eval mode" in found["report"][0][1] and "hidden" in found["report"][0][1]
+    assert tags(shown["folder"], "images") == ["report_figure"]
+    width, height, png = arrays(shown["folder"], "report_figure")[0][1]
+    assert tf.io.decode_png(png).shape[:2] == (int(height), int(width))
+
+
+def test_the_spectrum_has_all_eigenvalues(shown, oracle):
+    step, bars = arrays(shown["folder"], board_module.SPECTRUM)[-1]
+    assert step == len(shown["weights"]) and bars.shape == (panels.BINS, 3)
+    assert np.allclose(bars[1:, 0], bars[:-1, 1])
+    assert (10 ** bars[:, 2] - 1).sum() == pytest.approx(35)
+    assert "log10" in read(shown["folder"]).SummaryMetadata(board_module.SPECTRUM).summary_description
+
+
+def test_bars_of_a_known_spectrum():
+    eigenvalues = np.array([[-0.02, 0.0, 0.0, 0.0, 0.5, 0.5, 40.0, 90.0]])
+    density = Density(eigenvalues, np.full((1, 8), 1 / 8), 8)
+    axis = panels.Axis.of(density)
+    assert axis.unit == 1e-2  # three decades below the largest
+    places = axis.place(eigenvalues[0])
+    np.testing.assert_allclose(axis.place(np.array([-0.99, 0.09, 99.99])), [-2, 1, 4], rtol=1e-12)
+    bars = axis.bars(density, 8)
+    for left, right, height in bars:
+        inside = (places >= left) & (places < right)
+        assert 10**height - 1 == pytest.approx(inside.sum())
+    wilder = Density(np.array([[1e6, -1e6]]), np.array([[0.5, 0.5]]), 8)  # off the axis that the first one has set
+    assert 10 ** axis.bars(wilder, 8)[[0, -1], 2] - 1 == pytest.approx([4, 4])
+
+
+def test_adam_is_measured_in_its_own_metric(tmp_path):
+    with float64():
+        x, y = digits()
+        model = compiled(small(), keras.optimizers.Adam(0.01))
+        weights, board = Weights(), boarded(tmp_path, Clock(), report_at=None)
+        state = []
+
+        class State(keras.callbacks.Callback):
+            def on_train_batch_begin(self, batch, logs=None):
+                if len(weights.before) == 2:  # after one step
+                    state.extend(v.numpy().ravel() for v in self.model.optimizer._velocities)
+
+        model.fit(x, y, batch_size=BATCH, epochs=1, shuffle=False, verbose=0, callbacks=[weights, State(), board])
+        _, H = dense(weights.before[1], x[:BATCH], y[:BATCH])
+    # what Keras' step of Adam multiplies the average of the gradients by, after one step
+    root = np.sqrt(np.sqrt(1 - 0.999) / (1 - 0.9) / (np.sqrt(np.concatenate(state)) + 1e-7))
+    expected = np.linalg.eigvalsh(root[:, None] * H * root)[-1]
+    found, limits = numbers(tmp_path / "curvature"), numbers(tmp_path / "curvature" / "limit")
+    (step, value), (_, gauge) = (found[f"1_stability/{t}"][0] for t in ("preconditioned_sharpness", "gauge"))
+    assert step == 1
+    assert value == pytest.approx(expected, rel=1e-3)
+    assert gauge == pytest.approx(0.01 * expected * (1 - 0.9) / (2 * (1 + 0.9)), rel=1e-3)
+    assert limits["1_stability/preconditioned_sharpness"][0][1] == pytest.approx(2 * (1 + 0.9) / (1 - 0.9) / 0.01)
+    assert "1_stability/sharpness" not in limits and "3_step/best_rate" not in found
+
+
+# Training is what it was.
+
+
+def regularized(seed=0):
+    """Batch statistics and random masks."""
+    keras.utils.set_random_seed(seed)
+    layers = keras.layers
+    return keras.Sequential([
+        keras.Input((4,)), layers.Dense(5), layers.BatchNormalization(), layers.Activation("tanh"),
+        layers.Dropout(0.3), layers.Dense(3),
+    ])  # fmt: skip
+
+
+def endless(x, y):
+    """Batches of two sizes from a Python generator."""
+    while True:
+        for start in range(0, 40, 8):
+            yield x[start : start + 8], y[start : start + 8]
+
+
+def trained(make, fit, callbacks=(), **arguments):
+    """All that a training leaves: history, variables, and the state of the global generators."""
+    model = compiled(make["model"](), make["optimizer"](), metrics=["accuracy"], **arguments)
+    random.seed(0)
+    history = model.fit(**fit(), verbose=0, callbacks=list(callbacks)).history
+    drawn = [random.random(), *np.random.random(2), *keras.random.normal((2,)).numpy(), *tf.random.normal((2,)).numpy()]
+    return history, [v.numpy() for v in (*model.variables, *model.optimizer.variables)], drawn
+
+
+def assert_equal_bits(one, other):
+    assert one[0].keys() == other[0].keys()
+    for name in one[0]:
+        np.testing.assert_array_equal(one[0][name], other[0][name])
+    assert len(one[1]) == len(other[1])
+    for a, b in zip(one[1], other[1]):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(one[2], other[2])
+
+
+ADAM = {"model": regularized, "optimizer": keras.optimizers.Adam}
+TRAININGS = {
+    "arrays": (ADAM, lambda x, y: {"x": x, "y": y, "batch_size": 16, "epochs": 2}, {}),
+    "steps_per_execution": (
+        {"model": small, "optimizer": lambda: keras.optimizers.Adam(gradient_accumulation_steps=2)},
+        lambda x, y: {"x": endless(x, y), "steps_per_epoch": 7, "epochs": 2}, {"steps_per_execution": 3},
+    ),
+    "curved": (
+        {"model": lambda: kc.curved(small()), "optimizer": kc.CurveBall},
+        lambda x, y: {"x": x, "y": y, "sample_weight": np.linspace(0, 1, len(x)), "batch_size": 16, "epochs": 2}, {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.shuffle=True. was passed:UserWarning")
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training_with_the_board_is_bit_for_bit_training_without_it(name, tmp_path):
+    make, fit, arguments = TRAININGS[name]
+    x, y = digits()
+    board = boarded(tmp_path, Clock(), report_at="end" if name == "arrays" else None)
+    with_board = trained(make, lambda: fit(x, y), [board], **arguments)
+    assert_equal_bits(with_board, trained(make, lambda: fit(x, y), **arguments))
+    assert len(numbers(tmp_path / "curvature")["1_stability/sharpness"]) >= 2
+    assert len(texts(tmp_path / "curvature").get("report", [])) == (1 if name == "arrays" else 0)
+
+
+def test_training_in_half_precision_is_bit_for_bit_that_without_the_board(tmp_path):
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        x, y = digits()
+        make = {"model": small, "optimizer": keras.optimizers.Adam}
+        fit = lambda: {"x": x, "y": y, "batch_size": 16, "epochs": 2}  # noqa: E731
+        board = boarded(tmp_path, Clock(), report_at=None)
+        assert_equal_bits(trained(make, fit, [board]), trained(make, fit))
+    finally:
+        keras.config.set_dtype_policy(policy)
+    found = numbers(tmp_path / "curvature")
+    assert len(found["1_stability/sharpness"]) >= 2 and "1_stability/gauge" in found
+
+
+class Once(keras.callbacks.Callback):
+    """Watches the first batch of a `fit`."""
+
+    def on_train_begin(self, logs=None):
+        self.batch = None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.batch is None:
+            first_batch.watch(self.model, self.take)
+
+    def take(self, batch):
+        self.batch = batch
+
+
+def ending(x, y):
+    """A data set of which nobody knows the length, with batches of several sizes."""
+    spec = tf.TensorSpec((None, 4), x.dtype), tf.TensorSpec((None,), y.dtype)
+    batches = [(x[a:b], y[a:b]) for a, b in ((0, 8), (8, 16), (16, 20), (20, 27))]
+    return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=spec)
+
+
+@pytest.mark.filterwarnings("ignore:.shuffle=True. was passed:UserWarning", "ignore:Your input ran out of data")
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_the_first_batch_is_seen_in_passing(steps, eagerly):
+    x, y = digits()
+    traces, results, once = [], [], Once()
+    for callbacks in ([], [once]):
+        model = compiled(small(), "sgd", metrics=["accuracy"], steps_per_execution=steps, run_eagerly=eagerly)
+        count, own = [], model.train_step
+        model.train_step = lambda data, own=own, count=count: (count.append(1), own(data))[1]
+        history = model.fit(ending(x, y), epochs=2, verbose=0, callbacks=callbacks).history
+        results.append((history, [v.numpy() for v in model.variables], []))
+        traces.append(len(count))
+    assert_equal_bits(*results)
+    assert traces[0] == traces[1]  # not traced another time
+    np.testing.assert_array_equal(once.batch[0], x[:8])
+    np.testing.assert_array_equal(once.batch[1], y[:8])
+
+
+# What it costs.
+
+
+def test_a_budget_counts_what_is_done_once_apart():
+    clock = Clock(0.0)
+    budget = Budget({"probes": 0.1}, clock)
+
+    def work(seconds):
+        clock.now += seconds
+
+    assert budget.timed("probes", lambda: work(5.0), once=True) == 5.0
+    clock.now += 10.0
+    assert budget.elapsed == 10.0
+    assert budget.allows("probes", 1.0) and not budget.allows("probes", 1.01)
+    budget.timed("probes", lambda: work(0.5))
+    assert budget.spent["probes"] == 0.5 and budget.once["probes"] == 5.0
+    assert budget.allows("probes", 0.55) and not budget.allows("probes", 0.56)  # of 10.5 seconds
+
+
+def test_what_was_done_once_is_taken_to_cost_its_products():
+    costs = Costs()
+    costs.product = 0.1
+    costs.note("sharpness", 30.0)  # tracing and all
+    assert costs.expected("sharpness", 5) == 0.5
+    costs.note("sharpness", 0.7)
+    assert costs.expected("sharpness", 5) == 0.7
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.2])
+def test_the_budget_is_kept(budget, tmp_path, monkeypatch):
+    clock, spent, steps = Clock(0.0), [], 400
+
+    class Fake:
+        """Stands for `Panels`: pieces that take their time, and nothing else."""
+
+        def __init__(self, *_):
+            self.values, self.limits, self.weights, self.gradient = {}, {}, [], []
+            self.pieces = [
+                panels.Piece("a", self.of(8.0, 0.3), 2, cold=20), panels.Piece("b", self.of(3.0, 1.0), 4, every=3),
+            ]  # fmt: skip
+
+        def of(self, first, then):
+            def ask(_):
+                clock.now += first if not ask.asked else then
+                ask.asked += 1
+                spent.append((clock.now, 0.0 if ask.asked == 1 else then))
+
+            ask.asked = 0
+            return ask
+
+        def begin(self, model):
+            """Nothing to do."""
+
+        def update(self, *_):
+            return {}
+
+    class Second(keras.callbacks.Callback):
+        """Every step takes a second."""
+
+        def on_train_batch_begin(self, batch, logs=None):
+            clock.now += 1.0
+
+    monkeypatch.setattr(board_module, "Panels", Fake)
+    monkeypatch.setattr(board_module, "curvature", lambda *_, **__: None)
+    for name in ("_write_about", "_draw_spectrum"):
+        monkeypatch.setattr(board_module.CurvatureBoard, name, lambda self: None)
+    board = boarded(tmp_path, clock, budget, report_at=None)
+    x = np.zeros((1, 4), "float32")
+    data = tf.data.Dataset.from_tensors((x, np.zeros(1, "int32"))).repeat(steps)
+    compiled(small(), "sgd").fit(data, shuffle=False, verbose=0, callbacks=[Second(), board])
+    allowed = 0.75 * budget  # the rest is for the spectrum
+    total = 0.0
+    for now, seconds in spent:
+        total += seconds
+        assert seconds == 0.0 or total <= allowed * (now - 11.0) + 1e-9  # 11: what was done once
+    assert total > 0.5 * allowed * steps  # and it is made use of
+
+
+def test_a_budget_of_nothing_leaves_what_training_has_anyway(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("no curvature is built")
+
+    monkeypatch.setattr(board_module, "curvature", refuse)
+    x, y = digits()
+    model = compiled(kc.curved(small()), kc.CurveBall())
+    model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[boarded(tmp_path, Clock(), budget=0)])
+    found = numbers(tmp_path / "curvature")
+    assert {"3_step/loss", "3_step/learning_rate", "1_stability/damping", "4_solver/beta", "4_solver/rho",
+            "3_step/step_norm", "1_stability/steps_skipped", "1_stability/reduction_ratio"} == set(found)  # fmt: skip
+    reported = [float(r.total.value) for n, r in model._curved_reports[1].items() if n == "damping"]
+    assert found["1_stability/damping"][-1][1] == pytest.approx(reported[0])
+    titles = [c.title for c in layout_pb2.Layout.FromString(
+        arrays(tmp_path / "curvature", "custom_scalars__config__")[-1][1].item()).category]  # fmt: skip
+    assert titles == ["Is the step stable?", "How far does a step go?", "What does the solver do?"]
+
+
+# Over and over.
+
+
+def test_two_probes_of_the_same_weights_are_equal_bit_for_bit(tmp_path):
+    x, y = digits()
+    layers = [keras.layers.Dense(4, activation="tanh"), keras.layers.Dropout(0.3), keras.layers.Dense(3)]
+    model = compiled(keras.Sequential([keras.Input((4,)), *layers]), keras.optimizers.Adam())
+    model.fit(x, y, batch_size=16, verbose=0)
+    found = []
+    for _ in range(2):
+        asked = panels.Panels(kc.curvature(model, (x, y), training=True), 16)
+        asked.begin(model)
+        for piece in asked.pieces:
+            piece.ask(asked)
+        found.append((asked.values, asked.limits, asked.bars(asked.density())))
+    assert found[0][0] == found[1][0] and found[0][1] == found[1][1] and len(found[0][0]) > 10
+    np.testing.assert_array_equal(found[0][2], found[1][2])
+
+
+def test_a_run_that_goes_on_continues_its_curves(tmp_path):
+    x, y = digits()
+    model = compiled(small(), keras.optimizers.SGD(0.1))
+    for _ in range(2):
+        model.fit(x, y, batch_size=16, verbose=0, callbacks=[boarded(tmp_path, Clock(), report_at=None)])
+    steps = [step for step, _ in numbers(tmp_path / "curvature")["1_stability/sharpness"]]
+    assert steps == sorted(set(steps)) and steps[0] == 1 and max(steps) > 4
+    assert max(step for step, _ in numbers(tmp_path / "curvature")["3_step/loss"]) == 8
+
+
+def test_a_report_after_each_epoch(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(board_module.CurvatureBoard, "_draw_report", lambda board: written.append(board._step()))
+    fitted(tmp_path, report_at="epoch")
+    assert written == [4, 8]
+
+
+# What goes wrong.
+
+
+def fitted(folder, callbacks=(), model=None, **arguments):
+    """A short training with a board."""
+    x, y = digits()
+    model = model or compiled(small(), keras.optimizers.SGD(0.1))
+    board = boarded(folder, Clock(), **{"report_at": None, **arguments})
+    model.fit(x, y, batch_size=16, epochs=2, verbose=0, callbacks=[*callbacks, board])
+    return numbers(folder / "curvature")
+
+
+def test_a_piece_that_fails_is_left_out_with_one_warning(tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("no noise today")
+
+    monkeypatch.setattr(panels.Panels, "_noise_scale", fail)
+    with pytest.warns(UserWarning, match="the noise scale failed with RuntimeError: no noise today") as caught:
+        found = fitted(tmp_path)
+    assert len(caught) == 1
+    assert len(found["1_stability/sharpness"]) > 2 and not any(tag.startswith("2_noise") for tag in found)
+    assert "Left out, as it failed: the noise scale." in texts(tmp_path / "curvature")["about"][-1][1]
+
+
+def test_a_probe_that_fails_ends_probing_and_not_training(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "out of memory")
+
+    monkeypatch.setattr(board_module, "curvature", fail)
+    with pytest.warns(UserWarning, match="probing failed with ResourceExhaustedError: out of memory") as caught:
+        found = fitted(tmp_path)
+    assert len(caught) == 1 and "Training goes on" in str(caught[0].message)
+    assert set(found) == {"3_step/loss", "3_step/learning_rate"} and len(found["3_step/loss"]) > 2
+
+
+def test_a_disk_that_is_full_ends_the_board_and_not_training(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(board_module.Events, "scalars", fail)
+    with pytest.warns(UserWarning, match="No space left on device") as caught:
+        fitted(tmp_path)
+    assert len(caught) <= 2  # what is measured, and what training has anyway
+
+
+def test_weights_that_are_not_finite_are_not_probed(tmp_path):
+    class Break(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 2:
+                self.model.trainable_variables[0].assign(np.full((4, 4), np.nan))
+
+    with pytest.warns(UserWarning, match="are not finite. Curvature is left out until they are") as caught:
+        found = fitted(tmp_path, [Break()])
+    assert len(caught) == 1
+    assert 1 <= len(found["1_stability/sharpness"]) <= 2
+    assert all(np.isfinite(value) for points in found.values() for _, value in points)
+
+
+def test_ctrl_c_ends_training(tmp_path, monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(panels.Panels, "_sharpness", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path)
+
+
+def test_several_processes_show_what_training_has_once_an_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(replicas, "of_several_workers", lambda strategy: True)
+    with pytest.warns(UserWarning, match="not measured where several processes train"):
+        found = fitted(tmp_path)
+    assert {tag: [step for step, _ in points] for tag, points in found.items()} == {
+        "3_step/loss": [4, 8], "3_step/learning_rate": [4, 8],
+    }  # fmt: skip
+
+
+def test_only_the_chief_of_several_processes_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(replicas, "of_several_workers", lambda strategy: True)
+    monkeypatch.setattr(board_module, "is_chief", lambda strategy: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fitted(tmp_path) == {}
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"kind": "hess"}, "`kind` must be one of 'hessian', 'ggn', 'fisher', 'empirical_fisher'"),
+    ({"budget": 1.0}, r"`budget` must be a number in \[0, 1\)"),
+    ({"budget": -0.1}, r"`budget` must be a number in \[0, 1\)"),
+    ({"examples": 0}, "`examples` must be an integer >= 1"),
+    ({"report_at": "batch"}, '`report_at` must be "end", "epoch" or None. Received: report_at=.batch'),
+    ({"log_dir": ""}, "`log_dir` must be a path"),
+])  # fmt: skip
+def test_arguments_are_checked_at_construction(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        kc.callbacks.CurvatureBoard(**{"log_dir": str(tmp_path), **arguments})
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_construction(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`log_dir` must be a folder that can be written. Received: log_dir=.*file"):
+        kc.callbacks.CurvatureBoard(tmp_path / "file" / "logs")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="everything is permitted to root")
+def test_a_folder_without_permission_is_refused_at_construction(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="see to its permissions"):
+        kc.callbacks.CurvatureBoard(tmp_path / "logs")
+
+
+# Advice.
+
+
+def test_advice_is_given_once_when_a_limit_is_crossed():
+    advice = Advice()
+    said = [advice.of({"1_stability/gauge": gauge}) for gauge in (1.2, 1.2, 0.9, 1.1, 1.2, 1.3, 1.4, 0.9, 2, 2, 2)]
+    assert [len(sentences) for sentences in said] == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
+    assert "bounces along the sharpest direction (stability gauge 1.30" in said[5][0]
+    assert [len(advice.of({"2_noise/gauge": g})) for g in (3, 3, 3, 3, 0.1, 0.1, 0.1)] == [0, 0, 1, 0, 0, 0, 1]
+
+
+def test_advice_names_the_layer_that_has_it_all():
+    advice, share = Advice(), "6_layers/trace_share/"
+    assert advice.of({f"{share}a": 0.7, f"{share}b": 0.3}) == []
+    assert advice.of({f"{share}a": 0.1, f"{share}b": 0.9}) == ["One layer, `b`, has 90% of the trace."]
+    assert advice.of({f"{share}a": 0.1, f"{share}b": 0.9}) == []
+    assert advice.of({f"{share}a": 0.5, f"{share}b": 0.5}) == []
+    assert advice.of({f"{share}a": 0.9, f"{share}b": 0.1}) == ["One layer, `a`, has 90% of the trace."]
+
+
+def test_advice_is_written_as_text(tmp_path):
+    with float64():
+        found = fitted(tmp_path, model=compiled(small(), keras.optimizers.SGD(5.0)))
+    gauges = [value for _, value in found["1_stability/gauge"]]
+    assert sum(np.array(gauges) > 1) >= 3
+    said = [text for _, text in texts(tmp_path / "curvature")["advice"]]
+    assert any("bounces along the sharpest direction" in text for text in said)
+
+
+# Two replicas, in a process of its own: two strategies in one collide.
+
+
+def on_replicas(folder, name):
+    """`{tag: points}` on one device and on two replicas."""
+    paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, HERE / "board_on_replicas.py", folder, name], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])[name]
+
+
+@pytest.mark.parametrize("name", ["Adam", pytest.param("CurveBall", marks=pytest.mark.slow)])
+def test_two_replicas_show_what_one_device_shows(name, tmp_path):
+    found = on_replicas(tmp_path, name)
+    one, two = found["one"], found["two"]
+    assert set(one) == set(two) and {"1_stability/sharpness", "2_noise/gauge", "6_layers/trace"} <= set(one)
+    for tag in one:
+        assert [step for step, _ in one[tag]] == [step for step, _ in two[tag]]
+        values = np.array([[a, b] for (_, a), (_, b) in zip(one[tag], two[tag])])
+        # the share of one direction is what is least determined
+        np.testing.assert_allclose(values[:, 1], values[:, 0], rtol=1e-5, atol=1e-6, err_msg=tag)
