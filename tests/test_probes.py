@@ -395,7 +395,7 @@ def _has(kind, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PRODUCTS)
-@pytest.mark.parametrize("name", [*MODELS, *LOSSES])
+@pytest.mark.parametrize("name", [name for name in [*MODELS, *LOSSES] if name != "mse_sum"])
 def test_ragged_batches_make_up_every_kind_of_the_whole(name, kind):
     case = {**MODELS, **LOSSES}[name]().compile()
     data = tuple(a for a in case.batch if a is not None)
