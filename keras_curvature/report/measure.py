@@ -24,11 +24,11 @@ TOLERANCE, LOWER_TOLERANCE = 1e-3, 3e-2
 # Products at most for each end; the residual says what they came to.
 MOST_PRODUCTS = 100
 # The density is that of the operator without the pairs found: few probes do, and steps resolve the bulk.
-DENSITY_PROBES, DENSITY_STEPS = 3, 24
+DENSITY_PROBES, DENSITY_STEPS = 3, 20
 TRACE_PRODUCTS = 20
 # A product by the block of a layer costs as much as one by the whole matrix: so many for all layers together, each
 # from where the sharpest direction is in it; of a model of many layers, for those with the largest shares.
-BLOCK_PRODUCTS, FEWEST_STEPS, MOST_STEPS = 60, 5, 8
+BLOCK_PRODUCTS, FEWEST_STEPS, MOST_STEPS = 60, 5, 6
 POINTS = 41
 MICRO_BATCH, FEWEST_EXAMPLES = 8, 4  # for micro-batches of 8, batches of 32
 CLASSIFIERS = {
