@@ -273,11 +273,13 @@ def blank(panels, height=4.0):
 def draw_lines(ax, axis, loss, quadratic):
     """Lines of losses and, dotted, of their quadratic models into one panel."""
     others = itertools.cycle([BLUE, "#66ccee", "#228833", "#aa3377"])
+    dotted = "its quadratic model" if len(quadratic) == 1 else "dotted: the quadratic models"
     for name, values in loss.items():
         colour = _COLOURS.get(name) or next(others)
         ax.plot(axis, values, color=colour, label=_LABELS.get(name, name))
         if name in quadratic:
-            ax.plot(axis, quadratic[name], ":", color=colour, label="its quadratic model")
+            ax.plot(axis, quadratic[name], ":", color=colour, label=dotted)
+            dotted = None  # said once
     low, high = _limits(list(loss.values()))
     if math.isfinite(low) and high > low:
         ax.set_ylim(low - 0.03 * (high - low), high + 0.3 * (high - low))  # room for the legend
@@ -300,6 +302,7 @@ def _draw_plane(figure, ax, axis, name, loss):
     above = np.log10(loss - np.nanmin(loss) + 1e-3 * (np.nanmax(loss) - np.nanmin(loss)) + 1e-30)
     shades = ax.contourf(axis, axis, above.T, levels=20, cmap="Blues")
     figure.colorbar(shades, ax=ax, label="log10 of the loss above the lowest")
+    ax.locator_params(nbins=5)
     ax.plot(0, 0, "+", color=RED, markersize=10, label="the weights")
     ax.set(xlabel=f"step, {first}", ylabel=f"step, {second}", title=f"Loss in the plane {name}")
     ax.legend(frameon=False, fontsize="small", loc="upper right")
