@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import MODELS, flat, float64, put
+from cases import LOSSES, MODELS, flat, float64, put
 
 from keras_curvature.curvature import noise as noise_module
 from keras_curvature.curvature.noise import LayerTraces, Noise, NoiseAverage, layer_traces, noise, two_batch_sizes
@@ -311,6 +311,23 @@ def test_in_training_mode_normalization_is_of_the_micro_batch():
     trace = 6 * np.sum(np.var(means, 0)) * 8 / 7
     np.testing.assert_allclose(found.noise, trace, rtol=1e-10)
     np.testing.assert_allclose(found.signal, np.sum(np.mean(means, 0) ** 2) - trace / ROWS, rtol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", [*MODELS, *[f"loss_{name}" for name in LOSSES]])
+def test_on_every_model_the_micro_batches_make_up_the_batch(name, training):
+    """`|g|^2 = |G|^2 + tr S / N` is that of the whole gradient, dropout's masks with it."""
+    case = (LOSSES[name[5:]] if name.startswith("loss_") else MODELS[name])().compile()
+    probes = Probes(case.model, tuple(a for a in case.batch if a is not None), training=training)
+    by_slices = name == "masked_outputs" or training and any(
+        isinstance(layer, keras.layers.BatchNormalization) for layer in case.model._flatten_layers()
+    )  # fmt: skip
+    found = noise(probes, micro_batch=3, parts=2, curvature=False)
+    whole = np.sum(flat(probes.gradient()) ** 2)
+    assert found.noise >= 0 and math.isfinite(found.signal)
+    if not by_slices:
+        np.testing.assert_allclose(found.signal + found.noise / found.examples, whole, rtol=1e-10)
 
 
 # Traces by sampled labels.
