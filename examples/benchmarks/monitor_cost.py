@@ -366,7 +366,7 @@ def train(problem, seconds, board=None):
     clock = Clock(seconds) if board is None else Clock(seconds, lambda: sum(board._budget.once.values()))
     batches = tf.data.Dataset.from_tensor_slices(problem.sample(2048)).repeat().batch(BATCHES[problem.name])
     callbacks = [clock] if board is None else [clock, board]
-    model.fit(batches, steps_per_epoch=200, epochs=10**6, callbacks=callbacks, verbose=0)
+    model.fit(batches, steps_per_epoch=200, epochs=10**6, shuffle=False, callbacks=callbacks, verbose=0)
     return clock
 
 
@@ -426,9 +426,9 @@ def main():
     parser = argparse.ArgumentParser(description="What it costs to watch the curvature.")
     parser.add_argument("--data_dir", help="folder of TensorFlow Datasets with MNIST; without it made-up images")
     parser.add_argument("--out", help="write what is printed to this file too")
-    parser.add_argument("--examples", type=int, nargs=2, default=(1024, 512), help="for the questions to mlp and cnn")
+    parser.add_argument("--examples", type=int, nargs=2, default=(1024, 256), help="for the questions to mlp and cnn")
     parser.add_argument("--points", type=int, nargs="+", default=(20, 100, 300), help="training steps of the questions")
-    parser.add_argument("--seconds", type=float, default=24, help="of training with the board")
+    parser.add_argument("--seconds", type=float, default=30, help="of training with the board")
     parser.add_argument("--only", nargs="+", choices=("questions", "board", "report"), help="some of the tables")
     args = parser.parse_args()
     lines, missing = [], to_install()
