@@ -31,6 +31,7 @@ TRACE_PRODUCTS = 20
 BLOCK_PRODUCTS, FEWEST_STEPS, MOST_STEPS = 60, 5, 6
 POINTS = 41
 MICRO_BATCH, FEWEST_EXAMPLES = 8, 4  # for micro-batches of 8, batches of 32
+ROUNDING = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 CLASSIFIERS = {
     "SparseCategoricalCrossentropy", "sparse_categorical_crossentropy",
     "CategoricalCrossentropy", "categorical_crossentropy",
@@ -75,6 +76,12 @@ class _Asked:
         return self.measured.probes
 
     @property
+    def rounding(self):
+        """Of the least precise layer's numbers."""
+        layers = [layer for layer in self.probes.model._flatten_layers() if layer._trainable_variables]
+        return max((ROUNDING.get(layer.compute_dtype, 2.0**-23) for layer in layers), default=2.0**-23)
+
+    @property
     def size(self):
         return trees.count(self.measured.variables)
 
@@ -115,7 +122,7 @@ def _slope(asked):
 def _upper(asked):
     asked.top = top = asked.pairs(min(_wanted(asked), asked.size), TOLERANCE)
     asked.found = [(value, vector) for value, vector in zip(top.values, top.vectors)]
-    pairs = [_pair(top, i) for i in range(len(top.values))]
+    pairs = [_pair(top, i, asked.rounding) for i in range(len(top.values))]
     return {"sharpness": pairs[0], "top": pairs, "outliers": _outliers(asked.probes.model)}
 
 
@@ -139,7 +146,7 @@ def _lower(asked):
     pairs = asked.pairs(1, LOWER_TOLERANCE, most_negative=True)
     if pairs.values[0] < min(value for value, _ in asked.found):  # of a small model all have been found
         asked.found.append((pairs.values[0], pairs.vectors[0]))
-    return {"most_negative": _pair(pairs, 0)}
+    return {"most_negative": _pair(pairs, 0, asked.rounding)}
 
 
 def _stability(asked):
@@ -153,7 +160,7 @@ def _stability(asked):
     sharpness, pair = float(asked.top.values[0]), None
     if limit.preconditioner is not None:
         pairs = asked.pairs(1, TOLERANCE, metric=limit.preconditioner)
-        sharpness, pair = float(pairs.values[0]), _pair(pairs, 0)
+        sharpness, pair = float(pairs.values[0]), _pair(pairs, 0, asked.rounding)
     known = {"rate": limit.rate, "limit": limit.sharpness_limit, "formula": limit.formula, "note": limit.note}
     found = {"gauge": float(limit.gauge(sharpness)), "sharpness": pair}
     return {"stability": _no_limit(name, None) | known | found}
@@ -289,7 +296,7 @@ def _blocks(asked):
         start = [asked.found[0][1][i] for i in asked.measured.layers[name]]
         pairs = asked.measured.block(name).sharpness(start if _norm(start) > 0 else None, steps)
         asked.products += pairs.products
-        asked.layers[name]["sharpness"] = _pair(pairs, 0)
+        asked.layers[name]["sharpness"] = _pair(pairs, 0, asked.rounding)
     return {"layers": asked.layers}
 
 
@@ -361,10 +368,10 @@ def _caveats(measured, answers):
 # Plain numbers.
 
 
-def _pair(pairs, i):
-    """One eigenvalue; below rounding a residual says nothing."""
-    rounding = np.finfo(trees.scalar_dtype(pairs.vectors[i]).as_numpy_dtype).eps * np.abs(pairs.values).max()
-    return {"value": float(pairs.values[i]), "residual": float(max(pairs.residuals[i], rounding))}
+def _pair(pairs, i, rounding):
+    """One eigenvalue; `rounding`: of the products, below which a residual says nothing."""
+    least = rounding * np.abs(pairs.values).max()
+    return {"value": float(pairs.values[i]), "residual": float(max(pairs.residuals[i], least))}
 
 
 def _estimate(estimate):
