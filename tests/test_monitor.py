@@ -31,7 +31,8 @@ def network():
     """`(model, data)` of a small classifier."""
     with float64():
         keras.utils.set_random_seed(0)
-        stack = [layers.Dense(4, "tanh", name="first"), layers.Dense(3, "tanh"), layers.Dense(3, name="last")]
+        stack = [layers.Dense(4, "tanh", name="first"), layers.Dense(3, "tanh", name="dense")]
+        stack.append(layers.Dense(3, name="last"))
         return model_of(*stack, loss=SPARSE(from_logits=True)), examples(classes=3)
 
 
