@@ -1,6 +1,7 @@
 """Curvature in TensorBoard while a model trains."""
 
 import io
+import math
 import os
 import time
 import warnings
@@ -91,7 +92,7 @@ class CurvatureBoard(keras.callbacks.Callback):
         self._values = Events(folder, layout.describe)
         self._limits = Events(os.path.join(folder, "limit"), lambda tag: f"The limit of `{tag}`.")
         self._clock = time.perf_counter
-        self._works = False  # until training begins
+        self._lively = self._in_epoch = False  # until training begins
 
     # When things happen. A step is looked at where the next one begins: the weights are the same as where it ended, and
     # Keras need not wait for the numbers of each step to hand them to its callbacks.
@@ -100,8 +101,7 @@ class CurvatureBoard(keras.callbacks.Callback):
         """The clock begins to run."""
         strategy = self.model.distribute_strategy
         self._works, self._alone = is_chief(strategy), not replicas.of_several_workers(strategy)
-        self._lively = self._works and self._alone
-        self._probing = self._works and self._alone and self.budget > 0
+        self._lively, self._probing = self._works, self._works and self._alone and self.budget > 0
         self._batch = self._panels = self._before = None
         self._probes, self._dropped, self._tags, self._told = 0, set(), set(), set()
         self._live, self._advice, self._costs = live.Live(self.model), Advice(), Costs()
@@ -113,7 +113,7 @@ class CurvatureBoard(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         """Keras' metrics begin again; and what happens to the weights between epochs is no step."""
         self._live.epoch()
-        self._before = None
+        self._before, self._in_epoch = None, True
 
     def on_train_batch_begin(self, batch, logs=None):
         """Look at the step before this one."""
@@ -121,19 +121,27 @@ class CurvatureBoard(keras.callbacks.Callback):
             first_batch.watch(self.model, self._take)
         if self._probing and self._before is not None:
             self._guard("the update of the weights", self._write_update)
-        if batch and self._lively and self._budget.allows("live", self._costs.expected("live", 0)):
+        if batch and self._lively and self._alone and self._budget.allows("live", self._costs.expected("live", 0)):
             self._show_live()
         if self._probing and self._batch is not None:
             expected = sum(self._costs.expected(piece.name, piece.products) for piece in self._due())
             if self._panels is None or self._budget.allows("probes", expected):
                 self._guard("probing", self._probe, ends="_probing")
 
+    def on_test_begin(self, logs=None):
+        """The last step of an epoch, before validation takes the metrics."""
+        if self._in_epoch and self._lively and self._alone:
+            self._show_live()
+        self._in_epoch = False
+
     def on_epoch_end(self, epoch, logs=None):
         """The last step of an epoch, the spectrum, and a report where asked for."""
-        if self._lively:
-            self._show_live()
-        elif self._works and not self._alone:
-            self._guard("writing", lambda: self._write(live.from_logs(self.model, logs or {})), ends="_works")
+        if self._in_epoch and self._lively:
+            if self._alone and self._live.agrees(logs or {}):
+                self._show_live()
+            else:
+                self._guard("live numbers", lambda: self._write(self._live.of_epoch(logs or {})), ends="_lively")
+        self._in_epoch = False
         if self._probing and self._panels is not None:
             expected = self._costs.expected("density", DENSITY_PROBES * DENSITY_STEPS)
             if self._budget.allows("density", expected):
@@ -152,13 +160,17 @@ class CurvatureBoard(keras.callbacks.Callback):
             self._guard("writing", self._write_about, ends="_works")
         if self._works:
             self._guard("writing", self._close, ends="_works")
-        self._works = self._probing = False
+        self._works = self._lively = self._probing = False
         self._batch = self._panels = self._before = None
 
     # Probes.
 
     def _take(self, batch):
-        """Keep the first batch."""
+        self._guard("probing", lambda: self._keep(batch), ends="_probing")
+
+    def _keep(self, batch):
+        """Keep the first batch, of all replicas."""
+        batch = replicas.whole(self.model.distribute_strategy, batch)
         self._batch = keras.utils.unpack_x_y_sample_weight(batch)
         self._batch_size = int(next(a for a in keras.tree.flatten(self._batch) if a is not None).shape[0])
 
@@ -180,6 +192,8 @@ class CurvatureBoard(keras.callbacks.Callback):
         step = self._step()
         self._budget.timed("probes", lambda: self._write_probe(step, first), once=first)
         self._before = step, self._panels.weights, self._panels.gradient
+        if first:
+            self._guard("the spectrum", lambda: self._budget.timed("probes", self._draw_spectrum, once=True))
 
     def _begin(self):
         self._panels = Panels(self._curvature(training=True), self._batch_size)
@@ -270,6 +284,7 @@ class CurvatureBoard(keras.callbacks.Callback):
     def _write(self, values, limits=None, step=None):
         """Numbers by their tags, their limits, and the layout of their charts, where there are new ones."""
         step = self._step() if step is None else step
+        values = {tag: value for tag, value in values.items() if math.isfinite(value)}
         known = {tag: layout.LIMITS[tag] for tag in values if tag in layout.LIMITS}
         self._values.scalars(values, step)
         self._limits.scalars(known | (limits or {}), step)

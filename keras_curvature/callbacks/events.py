@@ -28,11 +28,10 @@ class Events:
         self.folder, self._describe, self._writer = folder, describe, None
 
     def scalars(self, values, step):
-        """Write `{tag: number}`; a number that is not finite is left out, as TensorBoard would draw it as one."""
+        """Write `{tag: number}`."""
         summary = Summary()
         for tag, value in values.items():
-            if abs(float(value)) < float("inf"):
-                self._add(summary, tag, tf.make_tensor_proto(float(value), tf.float32), "scalars", SCALAR)
+            self._add(summary, tag, tf.make_tensor_proto(float(value), tf.float32), "scalars", SCALAR)
         self._write(summary, step)
 
     def text(self, tag, markdown, step):

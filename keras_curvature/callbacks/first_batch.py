@@ -15,7 +15,7 @@ def watch(model, take):
 
     Args:
         model: A compiled `keras.Model` in `fit`, whose train function is made.
-        take: A function of the batch as the data gives it, a nest of tensors with all rows of all replicas.
+        take: A function of the batch as the iterator gives it, a nest of tensors or of what the replicas get.
     """
     # a `fit` that failed before its first batch has left one behind
     original = getattr(model.train_function, "watched", model.train_function)
@@ -25,7 +25,7 @@ def watch(model, take):
         batches = _draw(iterator, model.steps_per_execution) if replicas.is_iterator(iterator) else []
         if not batches:
             return original(iterator)
-        take(replicas.whole(model.distribute_strategy, batches[0]))
+        take(batches[0])
         return original(_once_more(iterator, batches))
 
     once.watched = original

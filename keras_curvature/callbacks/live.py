@@ -1,5 +1,7 @@
 """Numbers that training has anyway, read off the metrics of the model."""
 
+import math
+
 import tensorflow as tf
 
 from keras_curvature.callbacks import layout
@@ -14,11 +16,17 @@ class Live:
     """
 
     def __init__(self, model):
-        self.model, self._sums, self._totals = model, {}, {}
+        self.model, self._sums, self._totals, self._before = model, {}, {}, {}
 
     def epoch(self):
         """The metrics have begun again."""
-        self._sums = {}
+        self._sums, self._before = {}, dict(self._totals)
+
+    def agrees(self, logs):
+        """Whether the metrics are still those of an epoch's logs: an `evaluate` of another callback takes them."""
+        tracker = self.model._loss_tracker
+        count = number(tracker.count)
+        return count > 0 and math.isclose(number(tracker.total) / count, logs.get("loss", math.nan), rel_tol=1e-5)
 
     def read(self):
         """`{tag: number}`; NaN where there was nothing in between."""
@@ -28,29 +36,31 @@ class Live:
             found[layout.tag_of(name)] = self._since(name, report.total, report.count, report.how)
         return found | {"3_step/learning_rate": learning_rate(self.model)}
 
+    def of_epoch(self, logs):
+        """`{tag: number}` of an epoch, by its logs: means over all of it."""
+        optimizer, _ = unwrap(self.model.optimizer)
+        found = {"3_step/loss": float(logs.get("loss", math.nan)), "3_step/learning_rate": learning_rate(self.model)}
+        for name, how in {"skipped_steps": "sum", **getattr(optimizer, "reports", {})}.items():
+            if name in logs:
+                self._totals[name] = self._before.get(name, 0.0) + float(logs[name])
+                found[layout.tag_of(name)] = self._totals[name] if how == "sum" else float(logs[name])
+        return found
+
     def _since(self, name, total, count, how):
         total, count = number(total), number(count)
         before = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = total, count
         if how == "last":
-            return total if count else float("nan")
+            return total if count else math.nan
         if how == "sum":
             self._totals[name] = self._totals.get(name, 0.0) + total - before[0]
             return self._totals[name]
-        return (total - before[0]) / (count - before[1]) if count > before[1] else float("nan")
+        return (total - before[0]) / (count - before[1]) if count > before[1] else math.nan
 
     def _reports(self):
         """The reports of a curved model; a plain one has none."""
         _, reports = self.model.__dict__.get("_curved_reports") or (None, {})
         return reports
-
-
-def from_logs(model, logs):
-    """`{tag: number}` of an epoch's logs."""
-    optimizer, _ = unwrap(model.optimizer)
-    reported = {"skipped_steps", *getattr(optimizer, "reports", {})}
-    found = {layout.tag_of(name): float(value) for name, value in logs.items() if name in reported}
-    return {"3_step/loss": float(logs["loss"]), **found, "3_step/learning_rate": learning_rate(model)}
 
 
 def learning_rate(model):

@@ -25,8 +25,9 @@ LAYERS = 8
 DRAWS, PRODUCTS = 2, 5
 # The spectral density: one probe is enough for large models, and the steps are what resolves it.
 DENSITY_PROBES, DENSITY_STEPS = 1, 40
-# Bins of a histogram: as many as TensorBoard draws.
-BINS = 60
+# Bins of a histogram, some more than TensorBoard draws; and the standard deviation, in decades, that each eigenvalue is
+# drawn with: Lanczos' nodes are few.
+BINS, WIDTH = 60, 0.15
 
 
 class NotFinite(ArithmeticError):
@@ -72,7 +73,7 @@ class Panels:
             Piece("the curvature along the gradient", Panels._along_gradient, 1),
             Piece("the sharpness", Panels._sharpness, WARM, cold=COLD),
             Piece("the preconditioned sharpness", Panels._preconditioned_sharpness, WARM),
-            Piece("the most negative eigenvalue", Panels._most_negative, WARM, every=5),
+            Piece("the most negative eigenvalue", Panels._most_negative, COLD, every=5),
             Piece("the noise scale", Panels._noise_scale, 2, every=2),
             Piece("the shares of the layers", Panels._layers, DRAWS if self._samples else PRODUCTS, every=2),
         )
@@ -133,7 +134,8 @@ class Panels:
     def _most_negative(self):
         if self.measured.psd:
             return
-        _, smallest = self.measured.extremes(self._bottom, WARM)
+        # a warm start is of little use here: the lower end lies close to the many eigenvalues near 0
+        _, smallest = self.measured.extremes(self._bottom, COLD)
         self._bottom = smallest.vectors[0]
         self.add("1_stability/most_negative", smallest.values[0])
 
@@ -148,10 +150,10 @@ class Panels:
         self.add("2_noise/noise_scale", scale, self.batch_size)
         self.add("2_noise/gauge", self.batch_size / scale)
         # of one probe, and not of the average: these are the same examples every time, and so is their error
-        error = found.stderr["simple"]
-        if math.isfinite(error):
-            for tag, bound in zip(BOUNDS, (max(scale - error, 0.0), scale + error)):
-                self.add(tag, bound)
+        error = min(found.stderr["simple"], 9 * scale)  # nor is it ever a number where the signal may be 0
+        error = error if math.isfinite(error) else 9 * scale
+        for tag, bound in zip(BOUNDS, (max(scale - error, 0.0), scale + error)):
+            self.add(tag, bound, self.batch_size)  # a chart with bounds is drawn of runs that have all three
 
     def _layers(self):
         found = self._traces()
@@ -261,13 +263,14 @@ class Axis:
     def bars(self, density, size):
         """Left, right, and log10(1 + number of eigenvalues) in bins of equal width, of `size` eigenvalues in all.
 
-        What lies beyond the ends is counted in the outermost bin.
+        Each is spread out to a Gaussian on this axis. What lies beyond the ends is counted in the outermost bin.
         """
         edges = np.linspace(*self.ends, BINS + 1)
-        nodes = np.clip(self.place(np.asarray(density.nodes)), edges[0], edges[-1])
-        weights = np.asarray(density.weights)
-        weights = weights / weights.sum()
-        counted, _ = np.histogram(nodes, edges, weights=weights * size)
+        nodes, weights = self.place(density.nodes).ravel(), density.weights.ravel() / density.weights.sum()
+        nodes = np.clip(nodes, *self.ends)
+        below = np.vectorize(math.erf)((edges[:, None] - nodes) / (WIDTH * math.sqrt(2))) / 2 + 0.5  # (edges, nodes)
+        below[0], below[-1] = 0.0, 1.0
+        counted = np.diff(below, axis=0) @ weights * size
         return np.stack([edges[:-1], edges[1:], np.log10(1.0 + counted)], axis=1)
 
     def words(self):
