@@ -4,6 +4,7 @@ No mathematics of its own: products are of `curvature/probes.py`, and what is ma
 """
 
 import contextlib
+import math
 import re
 
 import keras
@@ -104,11 +105,22 @@ class Curvature(LinearOperator):
         known = layers_of(probes.model)
         chosen = known if layers is None else _chosen(layers, known)
         self.probes, self._progress = probes, progress
-        self._indices = sorted(i for own in chosen.values() for i in own)
+        everything = range(len(probes.variables))
+        self._indices = list(everything) if layers is None else sorted(i for own in chosen.values() for i in own)
         place = {i: k for k, i in enumerate(self._indices)}
         self.layers = {name: [place[i] for i in own] for name, own in chosen.items()}
         self._masked = Masked(Function(probes.product, probes.psd), self._indices, probes.variables)
         self.variables = self._masked.restrict(probes.variables)
+
+    def __repr__(self):
+        whole, p = len(self.variables) == len(self.probes.variables), self.probes
+        weights = sum(math.prod(v.shape) for v in self.variables)
+        parts = "" if whole else f" of {', '.join(self.layers)}"
+        mode = "training" if p.training else "inference"
+        return (
+            f"<Curvature: {p.kind} of {p.model.name!r}, {weights:,} weights{parts}, {p.examples:,} examples in batches "
+            f"of {p.batch_size}, {mode} mode>"
+        )
 
     @property
     def psd(self):

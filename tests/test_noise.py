@@ -359,6 +359,33 @@ def test_traces_of_other_layers_are_without_bias(name):
     assert np.all(np.abs(found.values - [d.sum() for d in diagonal]) < 4 * found.stderr)
 
 
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_traces_through_batch_statistics_are_without_bias(batch_size):
+    """Of 16 examples that all depend on each other; the oracle is tapes over Keras' own `stateless_call`."""
+    model = network(extra=[keras.layers.Dense(3), keras.layers.BatchNormalization(), keras.layers.ReLU()])
+    x, y = data(16)
+    found = layer_traces(Probes(model, (x, y), training=True, batch_size=batch_size), draws=400)
+    size = batch_size or 16
+    expected = np.mean([gauss_newton_traces(model, x[i : i + size]) for i in range(0, 16, size)], 0)
+    assert np.all(np.abs(found.values - expected) < 4 * found.stderr + 1e-14)
+    assert found.stderr.sum() < 0.15 * expected.sum()
+    # normalization takes the bias out that is before it
+    assert max(expected[3], found.values[3]) < 1e-20 < 1e-3 < expected[2]
+    frozen = network(extra=[keras.layers.BatchNormalization(trainable=False)])
+    assert not Probes(frozen, (x, y), training=True).mixes_examples
+
+
+def gauss_newton_traces(model, x):
+    """The trace of each variable's block on one batch in training mode, of a softmax cross-entropy."""
+    weights, rest = [[v.value for v in a] for a in (model.trainable_variables, model.non_trainable_variables)]
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        z, _ = model.stateless_call(weights, rest, tf.convert_to_tensor(x), training=True)
+    p, rows = tf.nn.softmax(z).numpy(), [j.numpy().reshape(*z.shape, -1) for j in tape.jacobian(z, weights)]
+    information = np.einsum("nk,kl->nkl", p, np.eye(CLASSES)) - np.einsum("nk,nl->nkl", p, p)
+    return np.array([np.einsum("nkv,nkl,nlv->", j, information, j) for j in rows]) / len(x)
+
+
 def test_standard_errors_of_traces():
     found = LayerTraces(np.array([[1.0, 5.0], [3.0, 3.0], [5.0, 1.0]]))
     np.testing.assert_allclose(found.values, [3.0, 3.0])

@@ -3,6 +3,7 @@
 The oracles are NumPy's, or tapes over Keras' own `stateless_call` and `stateless_compute_loss`.
 """
 
+import contextlib
 import random
 
 import keras
@@ -17,6 +18,7 @@ from keras_curvature.curvature import convexity, functional, likelihoods
 from keras_curvature.curvature import data as probe_data
 from keras_curvature.curvature.naming import layers_of
 from keras_curvature.curvature.probes import PRODUCTS, Probes
+from keras_curvature.monitor import curvature
 from keras_curvature.operators import Function, dense
 
 N, RAGGED = 10, 4  # examples, and a batch size that leaves a rest
@@ -547,6 +549,56 @@ def test_errors(name):
         Probes(*make(), **options)
 
 
+@pytest.mark.parametrize(("shift", "floatx", "refused"), [
+    (1e-5, "float32", False), (1e-3, "float32", True), (1e-11, "float64", False), (1e-8, "float64", True),
+])  # fmt: skip
+def test_a_loss_may_differ_by_rounding(monkeypatch, shift, floatx, refused):
+    """As sums on an accelerator do; numbers drawn at random differ by more."""
+    keras.config.set_dtype_policy(floatx)
+    keras.config.set_floatx(floatx)
+    losses = iter([2.0, 2.0 * (1 + shift)])
+    monkeypatch.setattr(Probes, "loss", lambda probes: next(losses))
+    with pytest.raises(ValueError, match="another loss whenever") if refused else contextlib.nullcontext():
+        Probes(_linear(), DATA)
+
+
+@pytest.mark.parametrize("bad", ["x", "y"])
+def test_numbers_that_are_not_finite_are_found_where_the_loss_is(monkeypatch, bad):
+    """A fused ReLU makes 0 of NaN, and the loss is finite."""
+    x, y = (np.where(np.arange(N)[:, None] == 3, np.nan, a) if name == bad else a for name, a in zip("xy", DATA))
+    monkeypatch.setattr(Probes, "loss", lambda probes: 1.0)
+    with pytest.raises(ValueError, match="`data` must hold finite numbers.*NaN"):
+        Probes(_linear(), (x, y))
+
+
+def test_a_model_may_fill_what_is_missing():
+    model = model_of(layers.Lambda(lambda x: tf.where(tf.math.is_nan(x), tf.zeros_like(x), x)), layers.Dense(2))
+    x, y = DATA
+    missing = np.arange(3 * N).reshape(N, 3) % 4 == 0
+    filled, left = np.where(missing, 0.0, x), np.where(missing, np.nan, x)
+    np.testing.assert_array_equal(
+        *[flat(Probes(model, (a, y), batch_size=RAGGED).gradient()) for a in (filled, left)]
+    )
+
+
+@pytest.mark.parametrize("of_data_set", [False, True])
+def test_what_does_not_fit_into_memory_is_refused_with_the_bytes(monkeypatch, of_data_set):
+    """A row has 3 + 2 numbers of 8 bytes."""
+    monkeypatch.setattr(probe_data, "MEMORY", 250)
+    data = tf.data.Dataset.from_tensor_slices(DATA).batch(4) if of_data_set else DATA
+    many = "8 of them need 3.2e-07" if of_data_set else "10 of them need 4e-07"
+    with pytest.raises(ValueError, match=rf"{many} GB, more than 2.5e-07 GB. Pass `examples=6` or fewer"):
+        Probes(_linear(), data)
+    assert Probes(_linear(), data, examples=6).examples == 6
+
+
+def test_examples_stay_in_the_memory_of_the_host_and_are_cut_before_they_are_copied():
+    big = np.broadcast_to(np.ones(3), (2**40, 3))  # 25 TB, if somebody looked at all of it
+    read = probe_data.batches(Probes, (big, np.broadcast_to(1.0, (2**40, 2))), 5, 2, "float32")
+    assert [a.shape.as_list() for a, _, _ in read] == [[2, 3], [2, 3], [1, 3]]
+    assert {(a.device[-5:], a.dtype) for a in keras.tree.flatten(read) if a is not None} == {("CPU:0", tf.float32)}
+
+
 def test_several_workers_are_refused(monkeypatch):
     monkeypatch.setattr(replicas, "of_several_workers", lambda strategy: True)
     with pytest.raises(ValueError, match="Curvature is measured in one process"):
@@ -570,3 +622,36 @@ def test_layers_by_name():
         "dense": [15, 16],
     }  # fmt: skip
     assert len(model.trainable_variables) == 17
+
+
+class Namesakes(keras.Model):
+    """Layers of one name, which Keras lets a model have, and weights of no layer."""
+
+    def __init__(self):
+        super().__init__(name="d")
+        self.parts = [layers.Dense(2, name=name) for name in ("d", "d", "d_2", "d")]
+        self.factor = self.add_weight(name="factor", shape=(2,), initializer="ones")
+
+    def call(self, x):
+        """All of them in a row."""
+        for part in self.parts:
+            x = part(x)
+        return x * self.factor
+
+
+def test_every_weight_is_in_one_layer_whatever_the_layers_are_called():
+    model = Namesakes()
+    model.compile("sgd", "mse")
+    c = curvature(model, DATA)
+    assert sorted(map(tuple, c.layers.values())) == [(0,), (1, 2), (3, 4), (5, 6), (7, 8)]
+    assert len(c.variables) == len(model.trainable_variables) == 9
+    assert set(c.layers) >= {"d_2"} and len(set(c.layers)) == 5
+    assert [tuple(v.shape) for v in c.block(next(iter(c.layers))).variables] == [(2,)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_have_every_weight_once(name):
+    case = MODELS[name]().compile()
+    functional.build_for(case.model, *case.batch)
+    places = sorted(i for own in layers_of(case.model).values() for i in own)
+    assert places == list(range(len(case.model.trainable_variables)))

@@ -5,6 +5,7 @@ Ritz values with tiny residuals that are 20-30 % off. So the data are read once,
 """
 
 import itertools
+import math
 
 import keras
 import numpy as np
@@ -17,10 +18,11 @@ from keras_curvature.curvature.convexity import name_of
 # Batches of arrays, where nobody says how large: all examples up to the first number, else at most the second; and of
 # large examples (28 images of 224 x 224) no more bytes than the third, because activations are many times that.
 WHOLE, PART, BYTES = 1024, 512, 2**24
+MEMORY = 8e9  # most bytes of a probe set
 
 
 def batches(owner, data, examples, batch_size, dtype):
-    """The probe set of some data, a list of `(x, y, sample_weight)`, nests of tensors.
+    """The probe set of some data, a list of `(x, y, sample_weight)`, nests of tensors in the host's memory.
 
     Args:
         owner: Whose argument `data` is, for messages.
@@ -31,6 +33,9 @@ def batches(owner, data, examples, batch_size, dtype):
             and of arrays all examples at once or, where these are more than 1024 or 16 MB of inputs, parts of at most
             512 and 16 MB, equal ones where the number of examples allows.
         dtype: Floating numbers of NumPy become this.
+
+    Raises:
+        ValueError: `data` are none of these; they need more than 8 GB.
     """
     if isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
         known = _of_dataset(owner, data, examples)
@@ -39,9 +44,19 @@ def batches(owner, data, examples, batch_size, dtype):
         expected = "arrays `(x, y)`, a `tf.data.Dataset` or a `keras.utils.PyDataset`, which can be read more than once"
         check(owner, "data", data, not read_once, expected)
         known, batch_size = [data], batch_size or 0
-    read = _first((_tensors(owner, batch, dtype) for batch in known), examples)
-    check(owner, "data", data, len(read) > 0, "a data set of one batch at least")
-    return read if batch_size is None else _cut(owner, read, batch_size)
+    # a batch is copied to the accelerator when it is used
+    with tf.device("CPU:0"):
+        read = _first(owner, (_arrays(owner, batch) for batch in known), examples, dtype)
+        check(owner, "data", data, len(read) > 0, "a data set of one batch at least")
+        read = read if batch_size is None else _cut(owner, read, batch_size, dtype)
+        return [_tensors(batch, dtype) for batch in read]
+
+
+def is_finite(read):
+    """Whether all floating numbers of some batches are finite."""
+    parts = [getattr(a, "flat_values", getattr(a, "values", a)) for a in keras.tree.flatten(read) if a is not None]
+    with tf.device("CPU:0"):
+        return all(bool(tf.reduce_all(tf.math.is_finite(part))) for part in parts if part.dtype.is_floating)
 
 
 def count(batch):
@@ -71,17 +86,14 @@ def _of_dataset(owner, data, examples):
     return known
 
 
-def _tensors(owner, batch, dtype):
-    """`(x, y, sample_weight)` of a batch in one of Keras' forms, of tensors."""
+def _arrays(owner, batch):
+    """`(x, y, sample_weight)` of a batch in one of Keras' forms, of tensors and NumPy's arrays as they are."""
 
-    def tensor(a):
-        if a is None or tf.is_tensor(a):
-            return a
-        a = np.asarray(a)
-        return tf.convert_to_tensor(a.astype(dtype) if np.issubdtype(a.dtype, np.floating) else a)
+    def array(a):
+        return a if a is None or tf.is_tensor(a) else np.asarray(a)
 
     parts = keras.utils.unpack_x_y_sample_weight(batch)
-    made = tuple(None if part is None else keras.tree.map_structure(tensor, part) for part in parts)
+    made = tuple(None if part is None else keras.tree.map_structure(array, part) for part in parts)
     shapes = [tuple(a.shape) for a in keras.tree.flatten(made) if a is not None]
     equal = all(shapes) and len({shape[0] for shape in shapes}) == 1
     if not equal or shapes[0][0] == 0:
@@ -92,30 +104,64 @@ def _tensors(owner, batch, dtype):
     return made
 
 
-def _first(read, examples):
+def _tensors(batch, dtype):
+    """A batch of tensors."""
+
+    def tensor(a):
+        if a is None or tf.is_tensor(a):
+            return a
+        return tf.convert_to_tensor(a.astype(dtype, copy=False) if np.issubdtype(a.dtype, np.floating) else a)
+
+    return keras.tree.map_structure(tensor, batch)
+
+
+def _first(owner, read, examples, dtype):
     """The first `examples` of some batches."""
-    found, left = [], float("inf") if examples is None else examples
+    found, taken, left = [], 0, float("inf") if examples is None else examples
     for batch in read:
-        found.append(batch if count(batch) <= left else slices.rows(batch, 0, int(left)))
-        left -= count(batch)
+        found.append(batch if count(batch) <= left else _rows(batch, 0, int(left)))
+        taken, left = taken + _bytes(found[-1], dtype), left - count(found[-1])
+        _check_memory(owner, taken, sum(map(count, found)))
         if left <= 0:
             break
     return found
 
 
-def _cut(owner, read, size):
+def _check_memory(owner, taken, examples):
+    if taken > MEMORY:
+        raise ValueError(
+            f"`{owner.__name__}`: the examples are kept in memory, and {examples} of them need {taken / 1e9:.3g} GB, "
+            f"more than {MEMORY / 1e9:.3g} GB. Pass `examples={max(1, int(examples * MEMORY / taken))}` or fewer."
+        )
+
+
+def _cut(owner, read, size, dtype):
     """Batches of a size; 0 for what suits the number of examples."""
     whole = read[0] if len(read) == 1 else keras.tree.map_structure(lambda *parts: _joined(owner, parts), *read)
     rows = count(whole)
-    size = size or size_for(rows, _bytes(whole[0]) // rows or 1)
+    size = size or size_for(rows, _bytes(whole[0], dtype) // rows or 1)
     if size >= rows:
         return [whole]
-    return [slices.rows(whole, start, min(size, rows - start)) for start in range(0, rows, size)]
+    return [_rows(whole, start, min(size, rows - start)) for start in range(0, rows, size)]
 
 
-def _bytes(arrays):
-    dense = [a for a in keras.tree.flatten(arrays) if isinstance(a, tf.Tensor)]
-    return sum(a.shape.num_elements() * a.dtype.size for a in dense)
+def _rows(batch, start, length):
+    """Rows `start .. start + length`; of NumPy's arrays a view."""
+
+    def cut(a):
+        return a[start : start + length] if isinstance(a, np.ndarray) else slices.rows(a, start, length)
+
+    return keras.tree.map_structure(lambda a: None if a is None else cut(a), batch)
+
+
+def _bytes(arrays, dtype):
+    """Bytes of the dense tensors that a nest of arrays becomes."""
+    dense = [a for a in keras.tree.flatten(arrays) if isinstance(a, (tf.Tensor, np.ndarray))]
+    return sum(math.prod(a.shape) * _itemsize(a.dtype, dtype) for a in dense)
+
+
+def _itemsize(own, dtype):
+    return own.size if isinstance(own, tf.DType) else np.dtype(dtype if own.kind == "f" else own).itemsize
 
 
 def _joined(owner, parts):
@@ -126,7 +172,8 @@ def _joined(owner, parts):
             f"`data` with examples of shapes {sorted(shapes)[:4]}. Leave `batch_size` out, and the batches of the data "
             "set stay as they are."
         )
-    return None if parts[0] is None else tf.concat(parts, 0)
+    join = np.concatenate if isinstance(parts[0], np.ndarray) else tf.concat
+    return None if parts[0] is None else join(parts, 0)
 
 
 def check_inputs(owner, model, x):

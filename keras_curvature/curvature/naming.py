@@ -1,6 +1,7 @@
 """Which weights belong to which layer, by the names that a user knows the layers by."""
 
 import collections
+import itertools
 
 import keras
 
@@ -10,7 +11,8 @@ def layers_of(model):
 
     Layers are those of the model and of the models in it, in the order of their first weight; what a layer is made of
     (the projections of attention, the cell of a recurrent layer) is part of it. A name that several layers have gets
-    the names of their models put before it, `"encoder/dense"`. Weights of no layer have the model's name.
+    the names of their models put before it, `"encoder/dense"`, and where that is not enough a number after it,
+    `"dense_2"`. Weights of no layer have the model's name. Every weight is in one layer.
     """
     places = {id(v): i for i, v in enumerate(model.trainable_variables)}
     found, taken = [], set()
@@ -21,8 +23,20 @@ def layers_of(model):
         if own:
             found.append((path, sorted(own)))
     often = collections.Counter(path[-1] for path, _ in found)
-    named = {path[-1] if often[path[-1]] == 1 else "/".join(path): own for path, own in found}
-    return dict(sorted(named.items(), key=lambda item: item[1]))
+    found.sort(key=lambda item: item[1])
+    names = [path[-1] if often[path[-1]] == 1 else "/".join(path) for path, _ in found]
+    return dict(zip(_numbered(names), [own for _, own in found], strict=True))
+
+
+def _numbered(names):
+    """Names of which no two are equal: the second of a name gets `_2` or the first number that is free."""
+    seen, taken = set(), set(names)
+    for name in names:
+        numbered = (f"{name}_{k}" for k in itertools.count(2))
+        own = next(n for n in numbered if n not in taken) if name in seen else name
+        seen.add(name)
+        taken.add(own)
+        yield own
 
 
 def _leaves(model, path):

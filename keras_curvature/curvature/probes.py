@@ -35,14 +35,18 @@ PRODUCTS = {
     "empirical_fisher": lambda lin, v: lin.fisher("empirical") @ v,
 }
 
+# Largest difference of two losses of one model, relative and absolute: sums are not in one order on every device.
+TOLERANCES = {"float32": (5e-5, 1e-6), "float64": (1e-10, 1e-10)}
+
 
 class Probes:
     """A probe set: a model and the examples that its curvature is measured on.
 
-    The examples are read once and kept. Whatever is asked, the answer is at the weights that the model has then, and
-    nothing of the model, its optimizer or its metrics moves. What layers draw at random is a function of `seed` and of
-    the batch's number alone, so two answers at the same weights agree bit for bit. Under the strategy that the model
-    was made under, each batch is cut over its replicas.
+    The examples are read once and kept in the host's memory; a batch is copied to the accelerator when it is used.
+    Whatever is asked, the answer is at the weights that the model has then, and nothing of the model, its optimizer or
+    its metrics moves. What layers draw at random is a function of `seed` and of the batch's number alone, so two
+    answers at the same weights agree (on a CPU, bit for bit); the loss is computed twice at first, to see that it does.
+    Under the strategy that the model was made under, each batch is cut over its replicas.
 
     Layers whose policy is `mixed_float16` or `mixed_bfloat16` compute in float32 here, and the loss is not scaled.
     Layers with half precision weights stay as they are.
@@ -76,7 +80,8 @@ class Probes:
         ValueError: An argument is none of these; the model is not compiled, or made under a strategy of several
             workers; `data` are empty, not of one length, infinite without `examples`, or not of the model's shape;
             the loss is not convex in the outputs and `kind="ggn"`, or of no known likelihood and `kind="fisher"`; the
-            loss on these examples is not finite, or is another one when it is computed again.
+            loss on these examples is not finite, or is another one when it is computed again; `data` have numbers that
+            are not finite, and neither is the gradient; `data` need more than 8 GB.
 
     Example:
 
@@ -93,20 +98,23 @@ class Probes:
         _check_arguments(owner, model, kind, examples, batch_size, training, seed)
         self.model, self.kind, self.training, self.seed = model, kind, training, seed
         self._strategy = replicas.strategy_of(model)
-        dtype = "float64" if any(v.dtype == "float64" for v in model.variables) else keras.config.floatx()
-        read = probe_data.batches(owner, data, examples, batch_size, dtype)
+        self._dtype = "float64" if any(v.dtype == "float64" for v in model.variables) else keras.config.floatx()
+        read = probe_data.batches(owner, data, examples, batch_size, self._dtype)
         probe_data.check_inputs(owner, model, read[0][0])
         probe_data.check_targets(owner, model, read[0][1])
         with self._strategy.scope():
             functional.build_for(model, *read[0])
         self.variables = list(model.trainable_variables)
-        self._functions, self._structure = {}, read[0]
+        self._functions = {}
+        self._structure = keras.tree.map_structure(lambda a: a is not None, read[0])
         self.counts, self.shares = [probe_data.count(batch) for batch in read], _shares(owner, model, read)
         self._batches = [replicas.scatter(self._strategy, _flat(batch)) for batch in read]
         self._seeds = [self._seeds_of(i) for i in range(len(read))]
         self.not_convex = tuple(convexity.not_convex(model))
         _check_kind(owner, kind, model, self.not_convex)
         self._check_loss(owner)
+        if not probe_data.is_finite(read):
+            self._check_gradient(owner)
 
     @property
     def examples(self):
@@ -127,6 +135,11 @@ class Probes:
     def psd(self):
         """Whether what `product` multiplies by is positive semi-definite: every kind but the Hessian."""
         return self.kind != "hessian"
+
+    @property
+    def mixes_examples(self):
+        """Whether what the model says of an example depends on the others of the batch; see `mixes_examples`."""
+        return self.training and mixes_examples(self.model)
 
     @property
     def weights(self):
@@ -189,7 +202,7 @@ class Probes:
     def _packed(self, flat):
         """`(x, y, sample_weight)` again."""
         rest = iter(flat)
-        return keras.tree.map_structure(lambda a: None if a is None else next(rest), self._structure)
+        return keras.tree.map_structure(lambda given: next(rest) if given else None, self._structure)
 
     def _seeds_of(self, number):
         """Seeds of the model's layers in a batch, a tensor `(seeds, 2)`."""
@@ -206,13 +219,29 @@ class Probes:
                 f"for values that are not finite in `data` and in the weights of the model {self.model.name!r}."
             )
         again = float(self.loss())
-        if again != loss:
+        relative, absolute = TOLERANCES["float64" if self._dtype == "float64" else "float32"]
+        if abs(again - loss) > relative * abs(loss) + absolute:
             raise ValueError(
                 f"`{owner.__name__}`: the model {self.model.name!r} has another loss whenever it is computed, {loss} "
                 f"and {again}, at the same weights and examples: a layer draws random numbers that are not a function "
                 "of a `keras.random.SeedGenerator` of its own. Give it one, `self.seed = keras.random.SeedGenerator()` "
                 "and `keras.random.normal(shape, seed=self.seed)`, or measure with `training=False`."
             )
+
+    def _check_gradient(self, owner):
+        # kernels that drop what is not a number (a matrix product and a ReLU in one) leave the loss finite
+        if not bool(trees.is_finite(self.gradient())):
+            raise ValueError(
+                f"`{owner.__name__}`: `data` must hold finite numbers, unless the model {self.model.name!r} itself "
+                "fills what is missing. Received: NaN or infinite ones; the loss is finite, but its gradient is not. "
+                "Leave these examples out, or fill them."
+            )
+
+
+def mixes_examples(model):
+    """Whether a model in training mode has statistics of the batch in it: a `BatchNormalization` that is not frozen."""
+    layers = model._flatten_layers()
+    return any(isinstance(layer, keras.layers.BatchNormalization) and layer.trainable for layer in layers)
 
 
 def _check_arguments(owner, model, kind, examples, batch_size, training, seed):
