@@ -117,13 +117,15 @@ def slices(measured, named, lines, points=41, span=1.0, header=""):
     """
     axis = np.linspace(-span, span, points)
     bent = {name: measured @ vector for name, vector in named.items()}
+    value, gradient = float(measured.loss), measured.gradient  # each goes through all of the examples
     loss, quadratic = {}, {}
     for line in lines:
         vectors, key = [named[name] for name in line], " x ".join(line)
         steps = np.array(list(itertools.product(axis, repeat=len(line))))  # (points ** directions, directions)
         shape = (points,) * len(line)
         loss[key] = np.array([_loss_at(measured, vectors, step) for step in steps]).reshape(shape)
-        quadratic[key] = _quadratic(measured, vectors, [bent[name] for name in line], steps).reshape(shape)
+        rise = _quadratic(gradient, vectors, [bent[name] for name in line], steps)
+        quadratic[key] = value + rise.reshape(shape)
     return Landscape(axis, loss, quadratic, named, header)
 
 
@@ -134,11 +136,11 @@ def _loss_at(measured, vectors, step):
     return float(measured.probes.loss_at(shift))
 
 
-def _quadratic(measured, vectors, bent, steps):
-    """`f + c'V'g + 1/2 c'(V'HV) c` for each row `c` of `steps`."""
-    slope = np.array([_dot(measured.gradient, v) for v in vectors])
+def _quadratic(gradient, vectors, bent, steps):
+    """`c'V'g + 1/2 c'(V'HV) c` for each row `c` of `steps`."""
+    slope = np.array([_dot(gradient, v) for v in vectors])
     matrix = np.array([[_dot(u, v) for v in bent] for u in vectors])
-    return float(measured.loss) + steps @ slope + 0.5 * np.sum(steps @ matrix * steps, axis=1)
+    return steps @ slope + 0.5 * np.sum(steps @ matrix * steps, axis=1)
 
 
 def _dot(u, v):
@@ -204,7 +206,9 @@ def filter_normalized(model, seed=0, number=0):
         A list of tensors in the order of `model.trainable_variables`.
     """
     axes = filter_axes(model)
-    return [_like_filters(v, axes[id(v)], [seed, 1000 * number + i]) for i, v in enumerate(model.trainable_variables)]
+    # below zero: no other random vector of the package has these seeds
+    seeds = ([seed, -1 - i - 1000 * number] for i in itertools.count())
+    return [_like_filters(v, axes[id(v)], own) for v, own in zip(model.trainable_variables, seeds)]
 
 
 def _like_filters(variable, axes, seed):

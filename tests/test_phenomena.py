@@ -149,7 +149,7 @@ def test_the_density_has_the_outliers_and_the_bulk():
     high, low = 0.2 * values[-1], 0.01 * values[-1]
     assert np.sum(values > high) == 9 and abs(found.count(high) - 9) < 3
     assert abs(found.mass(-low, low) - np.mean(np.abs(values) < low)) < 0.02
-    assert abs(found.negative - np.sum(-values[values < 0]) / np.sum(np.abs(values))) < 0.03
+    assert abs(found.negative.value - np.sum(-values[values < 0]) / np.sum(np.abs(values))) < 0.03
 
 
 def test_the_noise_scale_grows():

@@ -16,13 +16,11 @@ from keras import layers
 
 import keras_curvature as kc
 from keras_curvature.monitor import curvature
-from keras_curvature.operators import Function
 from keras_curvature.report import Report, report
 from keras_curvature.report.__main__ import main
-from keras_curvature.report.figures import smooth, spectrum
-from keras_curvature.report.measure import _Asked, _caveats, _stability, negative_share
+from keras_curvature.report.measure import _Asked, _caveats, _stability
 from keras_curvature.report.table import SHOWN_LAYERS, count, number, shown_layers, stability, table, with_error
-from keras_curvature.solvers.lanczos import Eigenpairs, tridiagonalize
+from keras_curvature.solvers.lanczos import Density, Eigenpairs
 
 
 def classifier(optimizer=None, name="small"):
@@ -140,39 +138,17 @@ def dense_gradient(model, x, y):
 
 
 def test_the_spectrum_is_whole(measured):
-    nodes, weights = spectrum(measured.report)
-    assert weights.sum() == pytest.approx(1)
-    # its first moments are those of the matrix: the trace by the probes' error, and the found ones exactly
-    trace = np.trace(measured.hessian)
-    assert nodes @ weights * len(measured.values) == pytest.approx(trace, abs=5 * measured.report["trace"]["stderr"])
-    axis = np.linspace(-3, 3, 2001)
-    assert np.trapezoid(smooth(axis, np.array([-1.0, 0.5]), np.array([0.25, 0.75])), axis) == pytest.approx(1)
-
-
-def test_the_negative_share_of_a_known_spectrum():
-    random = np.random.default_rng(0)
-    bulk = np.concatenate([1e-3 * random.standard_normal(9000), random.normal(0.02, 0.1, 300)])
-    known = np.array([5.0, 3.0, -1.0])
-    everything = np.concatenate([bulk, known])
-    true = np.maximum(-everything, 0).sum() / np.abs(everything).sum()
-    values = tf.constant(bulk)
-    within = []
-    for seed in range(20):
-        starts = np.random.default_rng(seed).standard_normal((3, 9300))
-        operator = Function(lambda v: [values * v[0]])
-        runs = [tridiagonalize(operator, [tf.constant(start)], 24, basis=False) for start in starts]
-        found = negative_share(runs, known, 9300)
-        assert found["value"] == pytest.approx(true, abs=0.1)
-        within.append(abs(found["value"] - true) / found["stderr"])
-    assert np.max(within) < 3 and np.mean(np.array(within) < 1) > 0.5
-
-
-def test_a_negative_share_without_error_where_the_runs_are_exact():
-    operator = Function(lambda v: [tf.constant([-1.0, 3.0], tf.float64) * v[0]])
-    starts = [[1.0, 1.0], [1.0, -1.0]]  # as long along each of the two
-    runs = [tridiagonalize(operator, [tf.constant(start, tf.float64)], 24, basis=False) for start in starts]
-    found = negative_share(runs, [-2.0, 5.0], 2)
-    assert found["value"] == pytest.approx((2 + 1) / (7 + 4)) and found["stderr"] < 1e-12
+    said, values = measured.report, measured.values
+    density = Density(*(np.array(said["density"][key]) for key in ("nodes", "weights")), 35)
+    found = [pair["value"] for pair in said["top"]] + [said["most_negative"]["value"]]
+    np.testing.assert_array_equal(density.nodes[:, -6:], [found] * 3)
+    np.testing.assert_allclose(density.weights[:, -6:], 1 / 35)
+    np.testing.assert_allclose(density.weights.sum(1), 1, rtol=1e-12)
+    # the others lie between the ends, and none at the zeros that taking the found ones out would leave
+    assert values[0] * 1.01 < density.nodes[:, :-6].min() and density.nodes[:, :-6].max() < values[-6] * 1.01
+    nearest = np.abs(values).min()
+    assert density.mass(-nearest / 2, nearest / 2) < 0.05
+    assert density.moment(1) == pytest.approx(values.mean(), abs=5 * said["trace"]["stderr"] / 35)
 
 
 def test_nothing_is_changed(measured):
@@ -231,7 +207,7 @@ def test_numbers_as_people_write_them():
 
 @pytest.mark.parametrize("gauge, words", [(0.137, "stable"), (0.98, "at the edge"), (1.4, "unstable")])
 def test_the_limit_in_words(gauge, words):
-    sentence = stability({"limit": 76.0, "gauge": gauge, "formula": "2(1+0.9)/0.05"})
+    sentence = stability({"limit": 76.0, "gauge": gauge, "formula": "2(1+0.9)/0.05", "of_training": True})
     assert re.match(r"(13.7|98.0|140) % of the limit 76.0 = 2\(1\+0.9\)/0.05: " + words, sentence)
 
 
@@ -337,6 +313,11 @@ def test_a_curved_regression_without_a_limit_by_its_gauss_newton_matrix():
     assert said.figure() is not None
 
 
+def test_the_limit_of_training_says_nothing_of_eval_mode():
+    sentence = stability({"limit": 76.0, "gauge": 0.137, "formula": "2/r", "of_training": False})
+    assert sentence == "13.7 % of the limit 76.0 = 2/r: but of the model in eval mode, see below"
+
+
 def _rows(operator):
     for place, variable in enumerate(operator.variables):
         for i in range(int(np.prod(variable.shape))):
@@ -377,6 +358,7 @@ def test_what_the_numbers_do_not_say(compiled, training, expected):
     asked = _Asked(curvature(case.model, (case.x, case.y), training=training), 0)
     asked.top = Eigenpairs(np.array([1.0]), [None], np.array([0.0]), 0, np.array([True]))
     answers = _stability(asked)
+    assert answers["stability"]["of_training"] in (training, None)
     said = list(_caveats(asked.measured, answers))
     assert "no property of the function" in said[0]
     assert all(any(text in sentence for sentence in said[1:]) for text in expected)

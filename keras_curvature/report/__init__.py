@@ -7,6 +7,7 @@ know nothing else, so that a report that was saved can be drawn again.
 import json
 import math
 import os
+import sys
 
 from keras_curvature.component import check
 from keras_curvature.monitor import curvature
@@ -58,7 +59,7 @@ def report(model, data, path=None, kind="hessian", training=False, examples=1024
     Sharpness `lambda_1(B)` against what the optimizer can bear, the most negative eigenvalue, the trace, effective
     directions `tr(B) / lambda_1`, the gradient, the noise scale, the top eigenvalues, and where in the layers the
     curvature is. Each number comes with an error: of an eigenvalue the residual `|B u - lambda u|`, of estimates the
-    standard error. Nothing of the model or its optimizer is changed.
+    standard error. Nothing of the model or its optimizer is changed. In a terminal, a bar shows how far it is.
 
     Sharpness is no property of the function: two ReLU layers, multiplied and divided by 10, compute the same and have
     another one. Compare it with the learning rate, not with other models.
@@ -86,7 +87,7 @@ def report(model, data, path=None, kind="hessian", training=False, examples=1024
     if path is not None:
         path = _checked(path)
     measured = curvature(model, data, kind, examples=examples, batch_size=batch_size, training=training, seed=seed)
-    result = Report(measure(measured, seed=seed))
+    result = Report(measure(measured, seed, progress=sys.stdout.isatty()))
     if path is not None:
         result.save(path)
     print(result)

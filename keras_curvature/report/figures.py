@@ -6,11 +6,7 @@ import numpy as np
 
 from keras_curvature.landscape import BLUE, GREY, RED, blank, draw_lines
 from keras_curvature.report.table import shown_layers
-
-# Inside this part of the largest eigenvalue the axis of the density is linear, outside logarithmic.
-LINEAR = 2e-3
-# Width of the kernel on that axis, in units of its logarithmic part (one decade is 2.3).
-KERNEL = 0.2
+from keras_curvature.solvers.spectra import Density
 
 
 def figure(report):
@@ -23,46 +19,22 @@ def figure(report):
 
 
 def _density(ax, report):
-    """Eigenvalues per decade, on an axis of `asinh(x / linear)`: the kernel is as wide everywhere on it."""
+    """Eigenvalues per decade, on the axis of `Density`."""
     top = np.array([pair["value"] for pair in report["top"]])
-    nodes, weights = spectrum(report)
-    linear = LINEAR * (np.abs(np.concatenate([nodes, top])).max() or 1.0)
-    centres = np.arcsinh(nodes / linear)
-    axis = np.linspace(centres.min() - 6 * KERNEL, centres.max() + 6 * KERNEL, 1000)
-    density = smooth(axis, centres, weights) * math.log(10)
-    ax.set_xscale("function", functions=(lambda x: np.arcsinh(x / linear), lambda y: linear * np.sinh(y)))
+    drawn = Density(*(np.array(report["density"][key], float) for key in ("nodes", "weights")), report["weights"])
+    axis = drawn.axis(1000, margin=0.5)
+    density, ends = drawn.smooth(axis), (axis[0], axis[-1])
+    ax.set_xscale("function", functions=(drawn.scale, drawn.unscale))
     floor = 0.1 / report["weights"]  # a tenth of one eigenvalue
-    ax.fill_between(linear * np.sinh(axis), floor, np.maximum(density, floor), color=BLUE, alpha=0.8, linewidth=0)
+    ax.fill_between(axis, floor, np.maximum(density, floor), color=BLUE, alpha=0.8, linewidth=0)
     ax.set_yscale("log")
     ax.set_ylim(floor, 8 * density.max())
-    ax.set_xlim(linear * np.sinh(axis[0]), linear * np.sinh(axis[-1]))
+    ax.set_xlim(*ends)
     _mark_top(ax, top, report["outliers"], 1.5 * floor)
-    ax.set_xticks(_ticks(linear, linear * np.sinh(axis[0]), linear * np.sinh(axis[-1])))
+    ax.set_xticks(_ticks(drawn.linear, *ends))
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set(xlabel="eigenvalue (symmetric log scale)", ylabel="share of the eigenvalues per decade")
     ax.set_title("Spectral density")
-
-
-def spectrum(report):
-    """Nodes and weights of the spectrum: the eigenvalues found, each of weight `1/n`, and the density of the rest.
-
-    The density is that of the operator with the found eigenvalues set to zero; what lies there for them is dropped.
-    """
-    density, n = report["density"], report["weights"]
-    nodes, weights = (np.ravel(density[key]).astype(float) for key in ("nodes", "weights"))
-    weights = weights / weights.sum()
-    found = [pair["value"] for pair in report["top"]]
-    lowest = report["most_negative"]
-    if lowest is not None and lowest["value"] < min(found):  # else it is among them
-        found.append(lowest["value"])
-    weights *= max(n - len(found), 0) / n
-    return np.concatenate([nodes, found]), np.concatenate([weights, np.full(len(found), 1 / n)])
-
-
-def smooth(axis, centres, weights):
-    """A sum of normal densities of width `KERNEL`."""
-    scaled = (axis[:, np.newaxis] - centres) / KERNEL
-    return np.exp(-0.5 * scaled**2) @ weights / (KERNEL * math.sqrt(2 * math.pi))
 
 
 def _mark_top(ax, top, outliers, height):

@@ -6,14 +6,12 @@ import time
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.curvature.convexity import name_of
 from keras_curvature.curvature.noise import noise
 from keras_curvature.landscape import downhill, filter_normalized, slices
 from keras_curvature.models import unwrap
-from keras_curvature.operators import Function
 from keras_curvature.optimizers.stability import stability
 from keras_curvature.solvers import lanczos, traces
 
@@ -31,26 +29,27 @@ TRACE_PRODUCTS = 20
 BLOCK_PRODUCTS, FEWEST_STEPS, MOST_STEPS = 60, 5, 6
 POINTS = 41
 MICRO_BATCH, FEWEST_EXAMPLES = 8, 4  # for micro-batches of 8, batches of 32
-ROUNDING = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 CLASSIFIERS = {
     "SparseCategoricalCrossentropy", "sparse_categorical_crossentropy",
     "CategoricalCrossentropy", "categorical_crossentropy",
 }  # fmt: skip
 
 
-def measure(measured, seed=0):
+def measure(measured, seed=0, progress=False):
     """The dict of a `Report`.
 
     Args:
         measured: A `Curvature` of all layers, as `keras_curvature.curvature` makes it.
         seed: Of the random probes, an integer. Defaults to `0`.
+        progress: Whether to show a bar while it is made. Defaults to `False`.
     """
     asked, began = _Asked(measured, seed), time.perf_counter()
-    answers = _header(measured)
-    for name, question in QUESTIONS.items():
+    answers, bar = _header(measured), keras.utils.Progbar(len(QUESTIONS), verbose=int(progress), unit_name="part")
+    for done, (name, question) in enumerate(QUESTIONS.items(), start=1):
         before, start = asked.products, time.perf_counter()
         answers |= question(asked)
         asked.parts[name] = {"products": asked.products - before, "seconds": time.perf_counter() - start}
+        bar.update(done)
     answers["caveats"] = list(_caveats(measured, answers))
     seconds = time.perf_counter() - began
     answers["cost"] = {"products": asked.products, "seconds": seconds, "parts": asked.parts}
@@ -76,10 +75,10 @@ class _Asked:
         return self.measured.probes
 
     @property
-    def rounding(self):
-        """Of the least precise layer's numbers."""
-        layers = [layer for layer in self.probes.model._flatten_layers() if layer._trainable_variables]
-        return max((ROUNDING.get(layer.compute_dtype, 2.0**-23) for layer in layers), default=2.0**-23)
+    def known(self):
+        """The `Eigenpairs` of both ends."""
+        values, vectors = zip(*self.found)
+        return dataclasses.replace(self.top, values=np.array(values), vectors=list(vectors))
 
     @property
     def size(self):
@@ -122,7 +121,7 @@ def _slope(asked):
 def _upper(asked):
     asked.top = top = asked.pairs(min(_wanted(asked), asked.size), TOLERANCE)
     asked.found = [(value, vector) for value, vector in zip(top.values, top.vectors)]
-    pairs = [_pair(top, i, asked.rounding) for i in range(len(top.values))]
+    pairs = [_pair(top, i) for i in range(len(top.values))]
     return {"sharpness": pairs[0], "top": pairs, "outliers": _outliers(asked.probes.model)}
 
 
@@ -146,7 +145,7 @@ def _lower(asked):
     pairs = asked.pairs(1, LOWER_TOLERANCE, most_negative=True)
     if pairs.values[0] < min(value for value, _ in asked.found):  # of a small model all have been found
         asked.found.append((pairs.values[0], pairs.vectors[0]))
-    return {"most_negative": _pair(pairs, 0, asked.rounding)}
+    return {"most_negative": _pair(pairs, 0)}
 
 
 def _stability(asked):
@@ -160,116 +159,31 @@ def _stability(asked):
     sharpness, pair = float(asked.top.values[0]), None
     if limit.preconditioner is not None:
         pairs = asked.pairs(1, TOLERANCE, metric=limit.preconditioner)
-        sharpness, pair = float(pairs.values[0]), _pair(pairs, 0, asked.rounding)
+        sharpness, pair = float(pairs.values[0]), _pair(pairs, 0)
+    other = _normalized(asked.probes.model) and not asked.probes.training
     known = {"rate": limit.rate, "limit": limit.sharpness_limit, "formula": limit.formula, "note": limit.note}
-    found = {"gauge": float(limit.gauge(sharpness)), "sharpness": pair}
+    found = {"of_training": not other, "gauge": float(limit.gauge(sharpness)), "sharpness": pair}
     return {"stability": _no_limit(name, None) | known | found}
 
 
 def _no_limit(name, reason):
-    nothing = dict.fromkeys(("rate", "limit", "formula", "note", "gauge", "sharpness"))
+    nothing = dict.fromkeys(("of_training", "rate", "limit", "formula", "note", "gauge", "sharpness"))
     return {"optimizer": name, **nothing, "reason": reason}
 
 
 def _density(asked):
-    """Quadrature of the operator without the pairs found: nodes and weights, and how much of it is negative."""
-    rest, like = without(asked.measured, asked.found), asked.probes.weights
-    starts = [_start(like, asked.seed, probe) for probe in range(DENSITY_PROBES)]
-    runs = [lanczos.tridiagonalize(rest, start, DENSITY_STEPS, basis=False) for start in starts]
-    asked.products += sum(run.products for run in runs)
-    nodes, weights = zip(*(quadrature(run, DENSITY_STEPS) for run in runs))
-    known = [value for value, _ in asked.found]
-    share = None if asked.measured.psd else negative_share(runs, known, asked.size)
-    return {"density": {"nodes": _list(nodes), "weights": _list(weights)}, "negative_share": share}
-
-
-def _start(like, seed, probe):
-    """A random vector."""
-    return [
-        tf.random.stateless_normal(a.shape, [seed, len(like) * probe + i], dtype=a.dtype) for i, a in enumerate(like)
-    ]
-
-
-def quadrature(run, steps):
-    """`(nodes, weights)` of the first steps of a Lanczos run: `v'f(A)v ~ sum_i weights_i f(nodes_i)`, `|v| = 1`.
-
-    Of a run that ended early the nodes are fewer, and those that are added have no weight.
-    """
-    block = run.matrix[:steps, :steps]
-    nodes, vectors = np.linalg.eigh(block)
-    missing = steps - len(nodes)
-    return np.pad(nodes, (0, missing), mode="edge"), np.pad(vectors[0] ** 2, (0, missing))
-
-
-def without(operator, found):
-    """`A - sum_i theta_i u_i u_i'` for pairs `(theta, u)`, an operator."""
-    values = [float(value) for value, _ in found]
-    stacked = [tf.stack(parts) for parts in zip(*(vector for _, vector in found))]
-
-    @tf.function(autograph=False)
-    def subtract(product, vector):
-        dtype = trees.scalar_dtype(vector)
-        along = tf.add_n([
-            tf.reduce_sum(tf.cast(u * a, dtype), list(range(1, u.shape.rank))) for u, a in zip(stacked, vector)
-        ])  # fmt: skip
-        scaled = along * tf.constant(values, dtype)
-        return [
-            a - tf.reduce_sum(tf.reshape(tf.cast(scaled, u.dtype), [-1] + [1] * (u.shape.rank - 1)) * u, 0)
-            for a, u in zip(product, stacked)
-        ]
-
-    return Function(lambda vector: subtract(operator @ vector, list(vector)))
-
-
-def negative_share(runs, known, size):
-    """The share of `sum |lambda|` that is below zero: of known eigenvalues, and of the rest by Lanczos runs.
-
-        (sum_known lambda^- + n mean_p N_p) / (sum_known |lambda| + n mean_p A_p)
-
-    with `N_p`, `A_p` the quadratures of `lambda^-` and `|lambda|` of run `p`. Most eigenvalues of a network are near
-    zero, where `|lambda|` has its kink: quadratures of an even and an odd number of steps lie to both sides of it. So
-    these are means over all numbers of steps from half of them on, and their spread is part of the error, beside the
-    jackknife's over the runs.
-
-    Args:
-        runs: `Tridiagonal` records of random starts.
-        known: Eigenvalues that are zero in their operator.
-        size: `n`.
-    """
-    most = max(len(run.alpha) for run in runs)
-    below, whole = (np.array(a) for a in zip(*(_sums(runs, steps) for steps in range(max(1, most // 2), most + 1))))
-    known = np.asarray(known, np.float64)
-    lost, total = np.maximum(-known, 0).sum(), np.abs(known).sum()
-
-    def share(chosen):  # for each number of steps
-        parts = lost + size * below[:, chosen].mean(1), total + size * whole[:, chosen].mean(1)
-        return np.divide(*parts, out=np.zeros(len(below)), where=parts[1] > 0)
-
-    probes = np.arange(len(runs))
-    left_out = [share(np.delete(probes, i)).mean() for i in probes] if len(probes) > 1 else [math.nan]
-    found = share(probes)
-    error = math.hypot(math.sqrt((len(probes) - 1) * np.var(left_out)), np.std(found))
-    return {"value": float(found.mean()), "stderr": error}
-
-
-def _sums(runs, steps):
-    """The quadratures of `lambda^-` and `|lambda|` of each run; one that ended before is exact at its end."""
-    pairs = [quadrature(run, steps if len(run.alpha) >= steps and not _ended(run) else len(run.alpha)) for run in runs]
-    sums = [(np.sum(w * np.maximum(-nodes, 0)), np.sum(w * np.abs(nodes))) for nodes, w in pairs]
-    return tuple(zip(*sums))
-
-
-def _ended(run):
-    return len(run.alpha) < DENSITY_STEPS or run.beta[-1] <= 1e-6 * np.abs(run.alpha).max()
+    """Quadrature beside the pairs found: nodes and weights of the whole spectrum, and how much of it is negative."""
+    like = asked.probes.weights
+    found = lanczos.density(asked.measured, like, DENSITY_PROBES, DENSITY_STEPS, asked.seed, asked.known)
+    asked.products += found.products
+    share = None if asked.measured.psd else _estimate(found.negative)
+    return {"density": {"nodes": _list(found.nodes), "weights": _list(found.weights)}, "negative_share": share}
 
 
 def _trace(asked):
     """The trace without the pairs found, which are exact, by random probes; the same probes give the layers' parts."""
-    pairs = dataclasses.replace(
-        asked.top, values=np.array([value for value, _ in asked.found]), vectors=[vector for _, vector in asked.found]
-    )
     found = traces.deflated(
-        asked.measured, asked.probes.weights, pairs, TRACE_PRODUCTS, asked.seed, parts=asked.measured.layers
+        asked.measured, asked.probes.weights, asked.known, TRACE_PRODUCTS, asked.seed, parts=asked.measured.layers
     )
     asked.trace, parts = found
     asked.products += asked.trace.products
@@ -296,7 +210,7 @@ def _blocks(asked):
         start = [asked.found[0][1][i] for i in asked.measured.layers[name]]
         pairs = asked.measured.block(name).sharpness(start if _norm(start) > 0 else None, steps)
         asked.products += pairs.products
-        asked.layers[name]["sharpness"] = _pair(pairs, 0, asked.rounding)
+        asked.layers[name]["sharpness"] = _pair(pairs, 0)
     return {"layers": asked.layers}
 
 
@@ -349,11 +263,13 @@ def _caveats(measured, answers):
         "another one. Compare it with the learning rate, not with other models."
     )
     probes, model = measured.probes, measured.probes.model
-    normalized = any(isinstance(layer, keras.layers.BatchNormalization) for layer in model._flatten_layers())
     if probes.training:
         yield f"Train mode: the numbers belong to batches of {probes.batch_size}; other batches, other numbers."
-    elif normalized:
-        yield "Batch normalization uses its moving statistics here; what a step of training meets is `training=True`."
+    elif _normalized(model):
+        yield (
+            "Batch normalization uses its moving statistics here: how flat the function is that was found. What a step "
+            "of training meets, and the limit is on, is measured with `training=True`."
+        )
     if of_sums(model):
         yield "The loss is a sum over the examples of a batch: all numbers grow with the batch."
     optimizer = unwrap(getattr(model, "optimizer", None))[0]
@@ -365,13 +281,15 @@ def _caveats(measured, answers):
         yield f"The limit is on the Hessian; `kind={probes.kind!r}` stands in for it."
 
 
+def _normalized(model):
+    return any(isinstance(layer, keras.layers.BatchNormalization) for layer in model._flatten_layers())
+
+
 # Plain numbers.
 
 
-def _pair(pairs, i, rounding):
-    """One eigenvalue; `rounding`: of the products, below which a residual says nothing."""
-    least = rounding * np.abs(pairs.values).max()
-    return {"value": float(pairs.values[i]), "residual": float(max(pairs.residuals[i], least))}
+def _pair(pairs, i):
+    return {"value": float(pairs.values[i]), "residual": float(pairs.residuals[i])}
 
 
 def _estimate(estimate):

@@ -122,7 +122,9 @@ def stability(stability):
         return "no limit is known, see below"
     gauge = stability["gauge"]
     words = "stable"
-    if gauge > 1 + EDGE:
+    if not stability["of_training"]:
+        words = "but of the model in eval mode, see below"
+    elif gauge > 1 + EDGE:
         words = "unstable, the step bounces along the sharpest direction"
     elif gauge > 1 - EDGE:
         words = "at the edge"

@@ -14,6 +14,10 @@ CHUNK = 2**16
 STREAMS = ("start", "density", "trace", "sketch")
 
 
+class ProductNotFinite(ValueError):
+    """A product of an operator with a vector is not finite."""
+
+
 class Layout:
     """How a list of tensors lies in one array.
 
@@ -49,11 +53,11 @@ class Layout:
         """`A v` of an array, an array.
 
         Raises:
-            ValueError: It is not finite.
+            ProductNotFinite: It is not.
         """
         found = self.pack(operator @ self.unpack(array))
         if not np.isfinite(found).all():
-            raise ValueError(
+            raise ProductNotFinite(
                 "A product of the curvature with a vector is not finite: at these weights the loss or its derivatives "
                 "are not numbers, or overflow. Look at the loss on these examples first."
             )
@@ -103,6 +107,23 @@ def rotate(V, S):
     S = S.T.astype(V.dtype)
     for i in range(0, V.shape[1], CHUNK):
         V[: len(S), i : i + CHUNK] = S @ V[:, i : i + CHUNK]
+
+
+class Complement:
+    """What is orthogonal to some vectors `U`, which need not be orthogonal to each other.
+
+    Args:
+        U: A matrix of rows.
+    """
+
+    def __init__(self, U):
+        self._U = U
+        self._inverse = np.linalg.pinv(np.array([coefficients(U, u) for u in U]), hermitian=True)
+
+    def project(self, w):
+        """`w - U'(U U')^-1 U w`, in place."""
+        w -= combination(self._U, self._inverse @ coefficients(self._U, w))
+        return w
 
 
 def check_memory(vectors, layout, limit, remedy):

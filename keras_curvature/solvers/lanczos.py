@@ -3,8 +3,10 @@
     w = A v_j - beta_{j-1} v_{j-1},   alpha_j = v_j'w,   w -= alpha_j v_j,   beta_j = |w|,   v_{j+1} = w / beta_j
 
 With the eigenpairs `(theta, s)` of the tridiagonal matrix `T` of the alphas and betas, `theta` is a Ritz value,
-`x = V s` its vector, and `|A x - theta x| = beta_m |s_m|` its residual, at no further product; an eigenvalue of `A` is
-never farther from `theta` than that.
+`x = V s` its vector, and `|A x - theta x| = beta_m |s_m|` its residual, at no further product, in exact arithmetic; an
+eigenvalue of `A` is never farther from `theta` than that. Products are rounded, in float32, TF32 or bfloat16: what they
+have along vectors where they should have nothing is seen when the next vector is made orthogonal, and is part of the
+residuals given here, which are never below 10 roundings of the largest eigenvalue.
 
 It knows operators and vectors, never a model. The loop runs on the host, in NumPy, one product a step; `T` and all that
 is made of it are in float64.
@@ -24,7 +26,7 @@ from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number
 from keras_curvature.operators import LinearOperator
 from keras_curvature.solvers import flat
-from keras_curvature.solvers.spectra import Density
+from keras_curvature.solvers.spectra import Density, Tridiagonal
 
 # Vectors that a restart keeps beyond those asked for, and room to go on with.
 KEPT, ROOM = 5, 20
@@ -35,28 +37,7 @@ FRESH = 1e-3
 # An eigenvalue smaller than this share of the largest |eigenvalue| is found to that share's tolerance.
 SMALL = 1e-2
 MEMORY_LIMIT = 8e9
-
-
-@dataclasses.dataclass(frozen=True)
-class Tridiagonal:
-    """`V'AV = T`, tridiagonal.
-
-    Attributes:
-        alpha: The diagonal, float64 `(steps,)`; shorter where an invariant subspace was found.
-        beta: Below and beside it, float64 `(steps,)`; the last is the norm of what `V` does not hold of `A V`.
-        basis: The vectors `V`, one for each alpha, or `None`.
-        products: How many products it took.
-    """
-
-    alpha: np.ndarray
-    beta: np.ndarray
-    basis: list | None = dataclasses.field(repr=False)  # prints as long as a model
-    products: int
-
-    @property
-    def matrix(self):
-        """`T`, `(steps, steps)`."""
-        return np.diag(self.alpha) + np.diag(self.beta[:-1], 1) + np.diag(self.beta[:-1], -1)
+FEWER = "pass fewer steps, or choose fewer weights with layers=[...]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +47,10 @@ class Eigenpairs:
     Attributes:
         values: float64 `(k,)`; largest first, or smallest first where these were asked for.
         vectors: `k` vectors of length 1, orthogonal to each other.
-        residuals: `|A x - theta x|`, float64 `(k,)`: an eigenvalue lies within it.
+        residuals: `|A x - theta x|` with the rounding that the products were seen to have, float64 `(k,)`: an
+            eigenvalue lies within it.
         products: How many products it took.
-        converged: Whether each residual is within the tolerance, booleans `(k,)`.
+        converged: Whether each residual is within the tolerance, or as small as rounding allows, booleans `(k,)`.
         exhausted: Whether the method ended because its vectors span an invariant subspace: the eigenvalues are exact,
             and where they are fewer than asked for, no more can be found from this start.
     """
@@ -81,7 +63,7 @@ class Eigenpairs:
     exhausted: bool = False
 
 
-def tridiagonalize(operator, start, steps, basis=True, metric=None):
+def tridiagonalize(operator, start, steps, basis=True, metric=None, memory_limit=MEMORY_LIMIT):
     """So many steps of the Lanczos method, a `Tridiagonal`.
 
     Without a basis three vectors are held, and nothing is re-orthogonalized: eigenvalues come several times then, which
@@ -94,24 +76,26 @@ def tridiagonalize(operator, start, steps, basis=True, metric=None):
         steps: How many, an integer.
         basis: Whether to keep the vectors. Defaults to `True`.
         metric: See `eigenpairs`.
+        memory_limit: Most bytes for the vectors. Defaults to `8e9`.
 
     Raises:
-        ValueError: A product is not finite; `start` is zero.
+        ValueError: The vectors would take more than `memory_limit`; a product is not finite; `start` is zero.
 
     Example: `tridiagonalize(probes, gradient, 10).matrix`
     """
     check_count(tridiagonalize, "steps", steps)
     rows = min(steps, trees.count(start)) if basis else 0
+    flat.check_memory(2 * rows, flat.Layout(start), memory_limit, FEWER)
     process = _Process(operator, start, rows, metric)
     process.begin(process.layout.pack(start))
     if not basis:
         alpha, beta = process.run_without_basis(steps)
-        return Tridiagonal(alpha, beta, None, process.products)
+        return Tridiagonal(alpha, beta, None, process.products, process.exhausted)
     while process.count < rows and not process.exhausted:
         process.step()
     T = process.T[: process.count, : process.count]
     beta = np.append(np.diag(T, -1), process.beta)
-    return Tridiagonal(np.diag(T).copy(), beta, process.basis(), process.products)
+    return Tridiagonal(np.diag(T).copy(), beta, process.basis(), process.products, process.exhausted)
 
 
 def eigenpairs(
@@ -170,7 +154,7 @@ def eigenpairs(
             process.restart(process.ritz(min(k + KEPT, rows - 1), tolerance, most_negative))
 
 
-def extremes(operator, like, steps=10, start=None, seed=0, metric=None):
+def extremes(operator, like, steps=10, start=None, seed=0, metric=None, memory_limit=MEMORY_LIMIT):
     """The largest and the smallest eigenvalue of one run of so many steps, `(Eigenpairs, Eigenpairs)` of one each.
 
     For watching a model train: a fixed number of products, and a warm start. From the sum of both vectors of the last
@@ -184,6 +168,7 @@ def extremes(operator, like, steps=10, start=None, seed=0, metric=None):
             random one.
         seed: Of the random vector, an integer. Defaults to `0`.
         metric: See `eigenpairs`.
+        memory_limit: Most bytes for the vectors, of which there are `steps`. Defaults to `8e9`.
 
     Raises:
         ValueError: As `eigenpairs`.
@@ -192,6 +177,7 @@ def extremes(operator, like, steps=10, start=None, seed=0, metric=None):
     """
     check_count(extremes, "steps", steps)
     rows = min(steps, trees.count(like))
+    flat.check_memory(rows + 2, flat.Layout(like), memory_limit, FEWER)
     process = _Process(operator, like, rows, metric)
     process.begin(process.first(start, seed))
     while process.count < rows and not process.exhausted:
@@ -200,12 +186,15 @@ def extremes(operator, like, steps=10, start=None, seed=0, metric=None):
     return tuple(process.eigenpairs(end) for end in ends)
 
 
-def density(operator, like, probes=4, steps=60, seed=0):
+def density(operator, like, probes=4, steps=60, seed=0, pairs=None, memory_limit=MEMORY_LIMIT):
     """The spectral density, a `Density`, by stochastic Lanczos quadrature; no basis, the memory of three vectors.
 
     For each of the random unit vectors: the nodes are the eigenvalues of `T`, the weights the squared first entries of
     its eigenvectors. For many weights the distance to the true density is at most `12 / steps` of its range
     (Wasserstein distance, with high probability) from one probe; several reduce the noise in the weights of outliers.
+
+    Where eigenpairs are known, each of their values has its weight `1/n`, and random vectors orthogonal to theirs are
+    asked for the rest of the spectrum alone, whose range is what the steps have to resolve then.
 
     Reference: Chen, Trogdon and Ubaru, "Analysis of stochastic Lanczos quadrature for spectrum approximation" (2021).
 
@@ -215,25 +204,29 @@ def density(operator, like, probes=4, steps=60, seed=0):
         probes: How many random vectors. Defaults to `4`.
         steps: Products for each. Defaults to `60`.
         seed: Of the random vectors, an integer. Defaults to `0`.
+        pairs: `Eigenpairs` that are known, of either end or both. Optional.
+        memory_limit: Most bytes for the vectors of `pairs`. Defaults to `8e9`.
 
     Raises:
-        ValueError: A product is not finite.
+        ValueError: A product is not finite; the vectors of `pairs` would take more than `memory_limit`.
 
     Example: `density(probes, gradient).quantile([0.1, 0.5, 0.9])`
     """
     check_count(density, "probes", probes)
     check_count(density, "steps", steps)
-    nodes, weights, products = [], [], 0
+    values, layout = np.zeros(0) if pairs is None else np.asarray(pairs.values, np.float64), flat.Layout(like)
+    flat.check_memory(len(values), layout, memory_limit, "pass fewer pairs")
+    rest = flat.Complement(np.stack([layout.pack(u) for u in pairs.vectors])) if len(values) else None
+    size = np.abs(values).max(initial=0.0)
+    runs = []
     for number in range(probes):
-        process = _Process(operator, like, 0, None)
-        process.begin(process.layout.normal(seed, "density", number))
-        alpha, beta = process.run_without_basis(steps)
-        theta, S = np.linalg.eigh(Tridiagonal(alpha, beta, None, 0).matrix)
-        missing = steps - len(theta)  # of a run that ended early: nodes of no weight
-        nodes.append(np.pad(theta, (0, missing), mode="edge"))
-        weights.append(np.pad(S[0] ** 2, (0, missing)))
-        products += process.products
-    return Density(np.array(nodes), np.array(weights), process.layout.size, products)
+        process = _Process(operator, like, 0, None, rest, size)
+        alpha = beta = np.zeros(0)
+        if len(values) < layout.size:  # else all is known
+            process.begin(process.project(layout.normal(seed, "density", number)))
+            alpha, beta = process.run_without_basis(steps)
+        runs.append(Tridiagonal(alpha, beta, None, process.products, process.exhausted))
+    return Density.of_runs(runs, layout.size, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,16 +249,25 @@ class _Process:
         beta: The length of what the basis does not hold of its image.
         exhausted: Whether that is zero.
         products: How many there were.
+
+    Args:
+        rest: The `flat.Complement` to stay in. Optional.
+        size: Of the eigenvalues outside of it, for what is rounding.
     """
 
-    def __init__(self, operator, like, rows, metric):
+    def __init__(self, operator, like, rows, metric, rest=None, size=0.0):
         valid = metric is None or isinstance(metric, LinearOperator)
         check(eigenpairs, "metric", metric, valid, "a `LinearOperator`, or None")
         self.layout, self._like = flat.Layout(like), like
-        self._operator, self._metric = operator, metric
+        self._operator, self._metric, self._rest, self._outside = operator, metric, rest, size
         self.rows, self.count, self.products = rows, 0, 0
         self.T, self._V = np.zeros((rows, rows)), np.zeros((rows, self.layout.size), self.layout.dtype)
         self.beta, self.exhausted = 0.0, False
+        self._errors = np.zeros(rows)  # length of what each product had along the basis, and should not
+
+    def project(self, w):
+        """What `w` has in the complement, in place."""
+        return w if self._rest is None else self._rest.project(w)
 
     def first(self, start, seed):
         """Where to begin: a random vector, or the one given with a little of that."""
@@ -293,8 +295,9 @@ class _Process:
         alpha = flat.dot(self._u, w)
         w -= w.dtype.type(alpha) * self._v
         V = self._V[: j + 1]
-        w -= flat.combination(V, flat.coefficients(V, self._dual(w)))
-        self.T[j, j], self.count = alpha, j + 1
+        errors = flat.coefficients(V, self._dual(w))
+        w -= flat.combination(V, errors)
+        self.T[j, j], self._errors[j], self.count = alpha, np.linalg.norm(errors), j + 1
         self._advance(w)
 
     def run_without_basis(self, steps):
@@ -318,15 +321,16 @@ class _Process:
         order = np.arange(len(theta)) if most_negative else np.arange(len(theta))[::-1]
         order = order[:k]
         values, S = theta[order], S[:, order]
-        residuals = self.beta * np.abs(S[-1])
-        size = np.abs(theta).max()
+        left, size = self.beta * np.abs(S[-1]), np.abs(theta).max()
+        rounded = self._seen(S) + self._rounding(size)
         goal = tolerance * np.maximum(np.abs(values), SMALL * size)
-        return _Ritz(values, S, residuals, residuals <= np.maximum(goal, self._rounding(size)))
+        return _Ritz(values, S, left + rounded, left <= np.maximum(goal, rounded))
 
     def restart(self, ritz):
         """Keep these Ritz vectors and the next vector, which is orthogonal to them, and nothing else."""
         k = len(ritz.values)
         flat.rotate(self._V[: self.count], ritz.coefficients)
+        self._errors[:k] = self._seen(ritz.coefficients)
         self.T[:] = 0
         self.T[:k, :k] = np.diag(ritz.values)
         self.T[:k, k] = self.T[k, :k] = self.beta * ritz.coefficients[-1]
@@ -344,7 +348,11 @@ class _Process:
 
     def _image(self):
         self.products += 1
-        return self.layout.product(self._operator, self._u)
+        return self.project(self.layout.product(self._operator, self._u))
+
+    def _seen(self, S):
+        """The rounding that was seen in the products of the basis, in these combinations of it."""
+        return np.sqrt(self._errors[: self.count] ** 2 @ S**2)
 
     def _dual(self, w):
         """`M w`."""
@@ -383,7 +391,7 @@ class _Process:
         return float(np.sqrt(square)), u
 
     def _rounding(self, size):
-        return ROUNDINGS * np.finfo(self.layout.dtype).eps * size
+        return ROUNDINGS * np.finfo(self.layout.dtype).eps * max(size, self._outside)
 
 
 def _check_memory(rows, k, layout, limit):

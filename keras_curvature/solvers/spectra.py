@@ -1,4 +1,4 @@
-"""A spectral density as stochastic Lanczos quadrature finds it: nodes and weights, and what can be read off them."""
+"""What is known of a spectrum from a few random vectors: sums with their errors, and the density by quadrature."""
 
 import dataclasses
 import math
@@ -12,25 +12,97 @@ LINEAR = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number that random vectors estimate.
+
+    Attributes:
+        value: A float; its expectation is the number.
+        stderr: Its standard error, a float.
+        products: How many products it took.
+    """
+
+    value: float
+    stderr: float
+    products: int
+
+    def __str__(self):
+        return f"{self.value:.4g} ± {self.stderr:.2g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tridiagonal:
+    """`V'AV = T`, tridiagonal.
+
+    Attributes:
+        alpha: The diagonal, float64 `(steps,)`; shorter where an invariant subspace was found.
+        beta: Below and beside it, float64 `(steps,)`; the last is the norm of what `V` does not hold of `A V`.
+        basis: The vectors `V`, one for each alpha, or `None`.
+        products: How many products it took.
+        exhausted: Whether `V` spans an invariant subspace: then its quadrature is exact.
+    """
+
+    alpha: np.ndarray
+    beta: np.ndarray
+    basis: list | None = dataclasses.field(repr=False)  # prints as long as a model
+    products: int
+    exhausted: bool = False
+
+    @property
+    def matrix(self):
+        """`T`, `(steps, steps)`."""
+        return np.diag(self.alpha) + np.diag(self.beta[:-1], 1) + np.diag(self.beta[:-1], -1)
+
+    def quadrature(self, steps=None):
+        """`(nodes, weights)` with `v'f(A)v ~ sum_i weights_i f(nodes_i)`, `v` the first vector of `V`.
+
+        Args:
+            steps: Of so many steps only, the others left out. Defaults to all.
+        """
+        nodes, vectors = np.linalg.eigh(self.matrix[:steps, :steps])
+        return nodes, vectors[:1].ravel() ** 2
+
+
+@dataclasses.dataclass(frozen=True)
 class Density:
     """The spectral density of a matrix, `phi(l) = 1/n sum_i delta(l - l_i)`, as nodes and weights.
 
         phi(l)  ~  1/p sum_j sum_k weights[j, k] delta(l - nodes[j, k])
 
     One row for each of the `p` random vectors; its weights add up to 1. Nothing is smoothed: a kernel is chosen when it
-    is drawn.
+    is drawn. Eigenvalues that were known before are nodes of every row, of weight `1/n`.
 
     Attributes:
-        nodes: `(probes, steps)`, float64.
-        weights: `(probes, steps)`, float64.
+        nodes: `(probes, nodes)`, float64.
+        weights: `(probes, nodes)`, float64.
         size: `n`, the number of eigenvalues.
         products: How many products it took.
+        runs: The Lanczos runs that it came of, `Tridiagonal` records, of what is orthogonal to the known eigenvectors.
+        known: The known eigenvalues.
     """
 
     nodes: np.ndarray
     weights: np.ndarray
     size: int
     products: int = 0
+    runs: tuple = dataclasses.field(default=(), repr=False)
+    known: np.ndarray = dataclasses.field(default=(), repr=False)
+
+    @classmethod
+    def of_runs(cls, runs, size, known=()):
+        """The `Density` of Lanczos runs from random unit vectors, and of eigenvalues that these do not contain."""
+        known = np.asarray(known, np.float64)
+        longest = max(len(run.alpha) for run in runs)
+        rest, each = (size - len(known)) / size, np.full(len(known), 1 / size)
+        nodes, weights = [], []
+        for run in runs:
+            theta, shares = run.quadrature()
+            missing = longest - len(theta)  # of a run that ended early: nodes of no weight
+            if len(theta):
+                theta, shares = np.pad(theta, (0, missing), mode="edge"), np.pad(shares, (0, missing))
+            nodes.append(np.concatenate([theta, known]))
+            weights.append(np.concatenate([rest * shares, each]))
+        products = sum(run.products for run in runs)
+        return cls(np.array(nodes), np.array(weights), size, products, tuple(runs), known)
 
     def mass(self, low=-math.inf, high=math.inf):
         """The share of the eigenvalues in `[low, high]`, a number in `[0, 1]`."""
@@ -57,10 +129,17 @@ class Density:
 
     @property
     def negative(self):
-        """The share of the negative eigenvalues in `sum |l_i|`, a number in `[0, 1]`."""
-        absolute = self.weights * np.abs(self.nodes)
-        total = absolute.sum()
-        return float(absolute[self.nodes < 0].sum() / total) if total else 0.0
+        """The share of the negative eigenvalues in `sum |l_i|`, an `Estimate` in `[0, 1]`.
+
+        Most eigenvalues of a network are near zero, where `|l|` has its kink, and quadratures of an even and of an odd
+        number of steps lie to both sides of the truth. So it is the mean over all numbers of steps from half of them
+        on, and the spread of these is part of the standard error, beside the jackknife's over the random vectors.
+        """
+        below, whole = self._absolute()
+        shares, rows = _ratio(below, whole), range(below.shape[1])
+        left_out = [_ratio(np.delete(below, i, 1), np.delete(whole, i, 1)).mean() for i in rows if len(rows) > 1]
+        spread = math.sqrt((len(rows) - 1) * np.var(left_out)) if left_out else math.nan
+        return Estimate(float(shares.mean()), math.hypot(spread, np.std(shares)), self.products)
 
     @property
     def effective_rank(self):
@@ -109,3 +188,25 @@ class Density:
         """The nodes of all probes in order, and the mass up to and with each."""
         order = np.argsort(self.nodes, axis=None, kind="stable")
         return self.nodes.ravel()[order], np.cumsum(self.weights.ravel()[order])
+
+    def _absolute(self):
+        """The means of `max(-l, 0)` and of `|l|`, each `(numbers of steps, probes)`."""
+        if not self.runs:
+            both = [(self.weights * part).sum(1) for part in (np.maximum(-self.nodes, 0), np.abs(self.nodes))]
+            return both[0][np.newaxis], both[1][np.newaxis]
+        most = max(len(run.alpha) for run in self.runs)
+        found = [[_absolute(run, steps) for run in self.runs] for steps in range(max(1, most // 2), max(1, most) + 1)]
+        below, whole = np.moveaxis(np.array(found), -1, 0) * (self.size - len(self.known)) / self.size
+        return below + np.maximum(-self.known, 0).sum() / self.size, whole + np.abs(self.known).sum() / self.size
+
+
+def _absolute(run, steps):
+    """The quadratures of `max(-l, 0)` and of `|l|`; of a run that is exact at its end, those."""
+    nodes, weights = run.quadrature(None if run.exhausted else steps)
+    return weights @ np.maximum(-nodes, 0), weights @ np.abs(nodes)
+
+
+def _ratio(below, whole):
+    """The ratio of the means over the probes; 0 where there is nothing."""
+    parts = below.mean(1), whole.mean(1)
+    return np.divide(*parts, out=np.zeros(len(below)), where=parts[1] > 0)

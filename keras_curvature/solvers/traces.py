@@ -4,34 +4,15 @@ Reference: Hutchinson (1990); Bekas, Kokiopoulou and Saad (2007); Epperly, Tropp
 every sample in stochastic trace estimation" (2024).
 """
 
-import dataclasses
-
 import numpy as np
 
 from keras_curvature.component import check, check_count
 from keras_curvature.solvers import flat
 from keras_curvature.solvers.lanczos import MEMORY_LIMIT
+from keras_curvature.solvers.spectra import Estimate
 
 # A vector lies in a basis where no more than so many roundings of its length are left outside.
 DEPENDENT = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A number that random vectors estimate.
-
-    Attributes:
-        value: A float; its expectation is the number.
-        stderr: Its standard error, a float.
-        products: How many products it took.
-    """
-
-    value: float
-    stderr: float
-    products: int
-
-    def __str__(self):
-        return f"{self.value:.4g} ± {self.stderr:.2g}"
 
 
 def hutchinson(operator, like, products=30, seed=0, parts=None):
@@ -84,6 +65,7 @@ def _trace(asked_by, operator, like, products, seed, parts, values, vectors):
     check_count(asked_by, "products", products, low=2)
     _check_parts(asked_by, parts, len(like))
     layout = flat.Layout(like)
+    flat.check_memory(len(vectors), layout, MEMORY_LIMIT, "pass fewer pairs")
     known = [(float(value), layout.pack(vector)) for value, vector in zip(values, vectors)]
     samples = np.array([_by_tensor(operator, layout, layout.signs(seed, "trace", i), known) for i in range(products)])
     samples += sum(value * layout.dots(u, u) for value, u in known)
