@@ -9,6 +9,7 @@ filter that it moves, and the slice stays the same (for whole layers; not where 
 import dataclasses
 import itertools
 import math
+import sys
 
 import keras
 import numpy as np
@@ -16,9 +17,9 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number
+from keras_curvature.figures import RED, blank, draw_lines, png
 from keras_curvature.monitor import curvature
 
-RED, BLUE, GREY = "#cc3311", "#4477aa", "#bbbbbb"
 NAMES = ("sharpest", "random", "gradient")
 # of the weights that move no filter: Li et al. leave biases, scales and shifts where they are
 _NO_FILTERS = ("bias", "gamma", "beta", "scale", "alpha")
@@ -55,6 +56,10 @@ class Landscape:
         figure.suptitle(self.header, fontsize="medium")
         return figure
 
+    def _repr_png_(self):
+        """What a notebook shows."""
+        return png(self)
+
 
 def landscape(
     model, data, directions="sharpest+random", points=41, span=1.0, *,
@@ -67,7 +72,7 @@ def landscape(
     Directions by name: `"sharpest"`: the eigenvector of the Hessian's largest eigenvalue, of length 1, downhill to the
     right; `"gradient"`: the gradient, of length 1; `"random"`: normal numbers, each filter scaled to the length of the
     filter of the weights, and no biases, scales or shifts (see `filter_normalized`). A plane is `"a x b"`. No weight is
-    assigned: the model is evaluated as a function of them.
+    assigned: the model is evaluated as a function of them. In a terminal, a bar shows how far it is.
 
     Reference: Li, Xu, Taylor, Studer and Goldstein (2018), "Visualizing the Loss Landscape of Neural Nets". Difference
     from their code: (1) the axes of filters are those of Keras' layers, and theirs is the first one.
@@ -106,15 +111,17 @@ def landscape(
         named[name] = _direction(name, directions, measured, seed)
     mode = f"train mode, batches of {measured.probes.batch_size}" if training else "eval mode"
     header = f"loss of {model.name}, {measured.probes.examples} examples, {mode}"
-    return slices(measured, named, lines, points, span, header)
+    return slices(measured, named, lines, points, span, header, progress=sys.stdout.isatty())
 
 
-def slices(measured, named, lines, points=41, span=1.0, header=""):
+def slices(measured, named, lines, points=41, span=1.0, header="", progress=False):
     """The `Landscape` along `lines`, tuples of one or two names of the vectors in `named`.
 
     Args:
         measured: A `Curvature`, whose quadratic model is drawn; with one product for each direction.
+        progress: Whether to show a bar while losses are computed. Defaults to `False`.
     """
+    bar = keras.utils.Progbar(sum(points ** len(line) for line in lines), verbose=int(progress), unit_name="loss")
     axis = np.linspace(-span, span, points)
     bent = {name: measured @ vector for name, vector in named.items()}
     value, gradient = float(measured.loss), measured.gradient  # each goes through all of the examples
@@ -123,16 +130,17 @@ def slices(measured, named, lines, points=41, span=1.0, header=""):
         vectors, key = [named[name] for name in line], " x ".join(line)
         steps = np.array(list(itertools.product(axis, repeat=len(line))))  # (points ** directions, directions)
         shape = (points,) * len(line)
-        loss[key] = np.array([_loss_at(measured, vectors, step) for step in steps]).reshape(shape)
+        loss[key] = np.array([_loss_at(measured, vectors, step, bar) for step in steps]).reshape(shape)
         rise = _quadratic(gradient, vectors, [bent[name] for name in line], steps)
         quadratic[key] = value + rise.reshape(shape)
     return Landscape(axis, loss, quadratic, named, header)
 
 
-def _loss_at(measured, vectors, step):
+def _loss_at(measured, vectors, step, bar):
     shift = trees.scale(float(step[0]), vectors[0])
     for scale, vector in zip(step[1:], vectors[1:]):
         shift = trees.add(shift, vector, float(scale))
+    bar.add(1)
     return float(measured.probes.loss_at(shift))
 
 
@@ -250,54 +258,7 @@ def _axes_of(layer, variable):
     return (-2,) if isinstance(layer, transposed) else (-1,)
 
 
-# Drawing. Colours: red for what to watch, grey for reference, blue for the rest.
-
-_LABELS = {
-    "sharpest": "sharpest direction (unit length)",
-    "gradient": "gradient (unit length)",
-    "random": "random, filter-normalized",
-}
-_COLOURS = {"sharpest": RED, "gradient": "#888888", "random": BLUE}
-
-
-def blank(panels, height=4.0):
-    """An empty figure with so many panels side by side, `(Figure, [Axes])`; pyplot knows nothing of it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        message = 'a figure needs matplotlib: pip install "keras_curvature[monitor]"'
-        raise ImportError(message) from error
-    figure = Figure(figsize=(4.8 * panels, height), layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def draw_lines(ax, axis, loss, quadratic):
-    """Lines of losses and, dotted, of their quadratic models into one panel."""
-    others = itertools.cycle([BLUE, "#66ccee", "#228833", "#aa3377"])
-    dotted = "its quadratic model" if len(quadratic) == 1 else "dotted: the quadratic models"
-    for name, values in loss.items():
-        colour = _COLOURS.get(name) or next(others)
-        ax.plot(axis, values, color=colour, label=_LABELS.get(name, name))
-        if name in quadratic:
-            ax.plot(axis, quadratic[name], ":", color=colour, label=dotted)
-            dotted = None  # said once
-    low, high = _limits(list(loss.values()))
-    if math.isfinite(low) and high > low:
-        ax.set_ylim(low - 0.03 * (high - low), high + 0.3 * (high - low))  # room for the legend
-    ax.set(xlabel="step", ylabel="loss")
-    ax.legend(frameon=False, fontsize="small", loc="upper right")
-
-
-def _limits(lines):
-    """Of the finite losses; a line that leaves the others at the bottom is cut off at three times their height."""
-    finite = [values[np.isfinite(values)] for values in map(np.asarray, lines)]
-    finite = [values for values in finite if values.size]
-    low = min((values.min() for values in finite), default=math.inf)
-    heights = [values.max() - low for values in finite]
-    return low, low + min(max(heights, default=0), 3 * min(heights, default=0) or math.inf)
+# Drawing.
 
 
 def _draw_plane(figure, ax, axis, name, loss):

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import sys
 
 import pytest
 
@@ -14,7 +15,7 @@ FLOORS = {
     "operators": 1,
     "curvature": 2, "solvers": 2, "steps": 2,
     "optimizers": 3,
-    "models": 4, "callbacks": 4, "problems": 4, "monitor": 4, "report": 4, "landscape": 4,
+    "models": 4, "callbacks": 4, "problems": 4, "monitor": 4, "report": 4, "landscape": 4, "figures": 4,
     "__init__": 5,
 }  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py"))
@@ -83,3 +84,12 @@ def test_no_import_is_cyclic():
 def test_only_one_file_says_tf_distribute():
     says = {module_name(p) for p in FILES if "tf.distribute" in p.read_text() or "tf.__internal__" in p.read_text()}
     assert says == {"keras_curvature.replicas"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.count(".") > 1 and not name.endswith("__main__")])
+def test_modules_are_found_in_their_packages(module):
+    """Also in `keras_curvature.curvature`, which is a function by that name: `from` finds the package."""
+    package, name = module.rsplit(".", 1)
+    found = {}
+    exec(f"from {package} import {name}", found)
+    assert name in found and (found[name] is sys.modules[module] or callable(found[name]))

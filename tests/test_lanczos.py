@@ -1,7 +1,5 @@
 """Lanczos against matrices whose spectrum is known in closed form, and dense eigenvalues in float64."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -500,9 +498,8 @@ def test_known_pairs_need_not_be_exact_nor_orthogonal():
     A = reflected(network_like(1))
     pairs = lanczos.eigenpairs(operator(A), pieces(400), 9, tolerance=3e-2)
     low = lanczos.eigenpairs(operator(A), pieces(400), 1, tolerance=0.3, most_negative=True)
-    both = dataclasses.replace(
-        pairs, values=np.append(pairs.values, low.values), vectors=[*pairs.vectors, *low.vectors]
-    )
+    both = pairs.beside(low)
+    assert both.products == pairs.products + low.products and len(both.residuals) == len(both.vectors) == 10
     found = lanczos.density(operator(A), pieces(400), 4, 20, pairs=both)
     bulk = np.sort(network_like(1))[:-9]
     rest = found.nodes[:, :-10]
@@ -540,3 +537,15 @@ def test_a_negative_share_without_error_where_the_runs_are_exact():
     assert all(run.exhausted and len(run.alpha) == 2 for run in runs)
     found = lanczos.Density.of_runs(runs, 4, [-2.0, 5.0]).negative
     assert found.value == pytest.approx((2 + 1) / (7 + 4)) and found.stderr < 1e-12
+
+
+def test_over_an_orthonormal_basis_of_starts_the_density_is_the_spectrum():
+    values = np.array([7.0, 3.0, 1.0, 0.5, -0.25, -2.0])
+    A = reflected(values)
+    runs = [lanczos.tridiagonalize(operator(A), pieces_of(e), 6) for e in np.eye(6)]
+    found = lanczos.Density.of_runs(runs, 6)
+    for value in values:
+        assert found.mass(value - 1e-6, value + 1e-6) == pytest.approx(1 / 6, rel=1e-9)
+    moments = [found.moment(order) for order in range(1, 6)]
+    np.testing.assert_allclose(moments, [np.mean(values**order) for order in range(1, 6)], rtol=1e-9)
+    assert found.negative.value == pytest.approx(2.25 / 13.75, rel=1e-9)

@@ -251,10 +251,22 @@ def test_the_figure_shows_the_numbers(measured):
     assert drawn["quadratic"]["sharpest"][0] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_notebook_shows_the_figure(measured):
+    assert measured.report._repr_png_().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("outliers, bar", [(2, True), (5, False), (7, False), (None, False)])
+def test_a_bar_only_where_there_are_eigenvalues_behind_it(measured, outliers, bar):
+    text = table(Report(measured.report, outliers=outliers))
+    assert (" | " in text) == ("before the bar" in text) == bar
+
+
 def test_without_matplotlib_there_is_the_table(measured, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     copy = Report(measured.report)
     copy.save(tmp_path / "curvature.png")  # the ending may be there
+    assert copy._repr_png_() is None
+    assert str(Report(json.loads((tmp_path / "curvature.json").read_text()))) == str(copy)
     text = " ".join((tmp_path / "curvature.txt").read_text().split())
     assert 'needs matplotlib: pip install "keras_curvature[monitor]"' in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curvature.json", "curvature.txt"]

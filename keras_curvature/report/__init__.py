@@ -10,6 +10,7 @@ import os
 import sys
 
 from keras_curvature.component import check
+from keras_curvature.figures import MISSING, png
 from keras_curvature.monitor import curvature
 from keras_curvature.report.figures import figure
 from keras_curvature.report.measure import measure
@@ -40,17 +41,20 @@ class Report(dict):
 
     def save(self, path):
         """Write `path.txt`, `path.json` and `path.png`; the last one only where there is a matplotlib."""
-        path = _stem(path)
+        path, image = _stem(path), png(self)
+        if image is None:
+            self["caveats"] = [*self["caveats"], f"There is no {path}.png: {MISSING}"]
+        else:
+            with open(f"{path}.png", "wb") as file:
+                file.write(image)
         with open(f"{path}.json", "w", encoding="utf-8") as file:
             json.dump(_finite(self), file, indent=1, allow_nan=False)
-        try:
-            drawn = self.figure()
-        except ImportError as error:
-            self["caveats"] = [*self["caveats"], f"There is no {path}.png: {error}"]
-        else:
-            drawn.savefig(f"{path}.png", dpi=110)
         with open(f"{path}.txt", "w", encoding="utf-8") as file:
             file.write(f"{self}\n")
+
+    def _repr_png_(self):
+        """What a notebook shows."""
+        return png(self)
 
 
 def report(model, data, path=None, kind="hessian", training=False, examples=1024, seed=0, *, batch_size=None):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from keras_curvature.landscape import BLUE, GREY, RED, blank, draw_lines
+from keras_curvature.figures import BLUE, GREY, RED, blank, draw_lines
 from keras_curvature.report.table import shown_layers
 from keras_curvature.solvers.spectra import Density
 

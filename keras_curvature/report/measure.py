@@ -10,6 +10,7 @@ import numpy as np
 from keras_curvature import trees
 from keras_curvature.curvature.convexity import name_of
 from keras_curvature.curvature.noise import noise
+from keras_curvature.curvature.probes import mixes_examples
 from keras_curvature.landscape import downhill, filter_normalized, slices
 from keras_curvature.models import unwrap
 from keras_curvature.optimizers.stability import stability
@@ -66,19 +67,13 @@ class _Asked:
     parts: dict = dataclasses.field(default_factory=dict)
     gradient: list = None
     top: object = None
-    found: object = None  # eigenvalues and vectors of both ends
+    known: object = None  # `Eigenpairs` of both ends
     trace: object = None
     layers: dict = None
 
     @property
     def probes(self):
         return self.measured.probes
-
-    @property
-    def known(self):
-        """The `Eigenpairs` of both ends."""
-        values, vectors = zip(*self.found)
-        return dataclasses.replace(self.top, values=np.array(values), vectors=list(vectors))
 
     @property
     def size(self):
@@ -119,8 +114,7 @@ def _slope(asked):
 
 
 def _upper(asked):
-    asked.top = top = asked.pairs(min(_wanted(asked), asked.size), TOLERANCE)
-    asked.found = [(value, vector) for value, vector in zip(top.values, top.vectors)]
+    asked.top = asked.known = top = asked.pairs(min(_wanted(asked), asked.size), TOLERANCE)
     pairs = [_pair(top, i) for i in range(len(top.values))]
     return {"sharpness": pairs[0], "top": pairs, "outliers": _outliers(asked.probes.model)}
 
@@ -143,8 +137,8 @@ def _lower(asked):
     if asked.measured.psd:
         return {"most_negative": None}
     pairs = asked.pairs(1, LOWER_TOLERANCE, most_negative=True)
-    if pairs.values[0] < min(value for value, _ in asked.found):  # of a small model all have been found
-        asked.found.append((pairs.values[0], pairs.vectors[0]))
+    if pairs.values[0] < asked.top.values[-1]:  # of a small model all have been found
+        asked.known = asked.top.beside(pairs)
     return {"most_negative": _pair(pairs, 0)}
 
 
@@ -160,7 +154,7 @@ def _stability(asked):
     if limit.preconditioner is not None:
         pairs = asked.pairs(1, TOLERANCE, metric=limit.preconditioner)
         sharpness, pair = float(pairs.values[0]), _pair(pairs, 0)
-    other = _normalized(asked.probes.model) and not asked.probes.training
+    other = mixes_examples(asked.probes.model) and not asked.probes.training
     known = {"rate": limit.rate, "limit": limit.sharpness_limit, "formula": limit.formula, "note": limit.note}
     found = {"of_training": not other, "gauge": float(limit.gauge(sharpness)), "sharpness": pair}
     return {"stability": _no_limit(name, None) | known | found}
@@ -207,7 +201,7 @@ def _blocks(asked):
     steps = min(MOST_STEPS, max(FEWEST_STEPS, BLOCK_PRODUCTS // len(asked.layers)))
     ordered = sorted(asked.layers, key=lambda name: -abs(asked.layers[name]["share"]))
     for name in ordered[: BLOCK_PRODUCTS // steps]:
-        start = [asked.found[0][1][i] for i in asked.measured.layers[name]]
+        start = [asked.top.vectors[0][i] for i in asked.measured.layers[name]]
         pairs = asked.measured.block(name).sharpness(start if _norm(start) > 0 else None, steps)
         asked.products += pairs.products
         asked.layers[name]["sharpness"] = _pair(pairs, 0)
@@ -217,7 +211,7 @@ def _blocks(asked):
 def _noise(asked):
     """The noise scale; and the gradient with the error that the choice of examples gives it."""
     length = _norm(asked.gradient)
-    cosine = abs(float(trees.dot(asked.gradient, asked.found[0][1]))) / length if length else 0.0
+    cosine = abs(float(trees.dot(asked.gradient, asked.top.vectors[0]))) / length if length else 0.0
     gradient = {"norm": length, "stderr": None, "cosine": cosine}
     probes = asked.probes
     uneven = of_sums(probes.model) and len(set(probes.counts)) > 1  # each batch on a scale of its own
@@ -240,7 +234,7 @@ def _scale(noise, name):
 
 
 def _landscape(asked):
-    sharpest = downhill(asked.found[0][1], asked.gradient)
+    sharpest = downhill(asked.top.vectors[0], asked.gradient)
     lines = {"sharpest": sharpest, "random": filter_normalized(asked.probes.model, asked.seed)}
     drawn = slices(asked.measured, lines, [(name,) for name in lines], POINTS)
     asked.products += len(lines)
@@ -265,7 +259,7 @@ def _caveats(measured, answers):
     probes, model = measured.probes, measured.probes.model
     if probes.training:
         yield f"Train mode: the numbers belong to batches of {probes.batch_size}; other batches, other numbers."
-    elif _normalized(model):
+    elif mixes_examples(model):
         yield (
             "Batch normalization uses its moving statistics here: how flat the function is that was found. What a step "
             "of training meets, and the limit is on, is measured with `training=True`."
@@ -279,10 +273,6 @@ def _caveats(measured, answers):
     yield from (sentence for sentence in (stable["reason"], stable["note"]) if sentence)
     if stable["limit"] is not None and probes.kind != "hessian":
         yield f"The limit is on the Hessian; `kind={probes.kind!r}` stands in for it."
-
-
-def _normalized(model):
-    return any(isinstance(layer, keras.layers.BatchNormalization) for layer in model._flatten_layers())
 
 
 # Plain numbers.

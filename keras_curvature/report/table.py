@@ -158,11 +158,12 @@ def _columns(rows):
 def _top(report):
     values = [number(pair["value"], 2) for pair in report["top"]]
     first = report["outliers"]
-    if first and first < len(values):
+    barred = first is not None and 0 < first < len(values)
+    if barred:
         values.insert(first, "|")
     worst = max((pair["residual"] for pair in report["top"]), default=0.0)
     line = f"top: {' '.join(values)}   ± {worst:.0e} at most"
-    return line + (f"   {first} = classes - 1 before the bar" if first else "")
+    return line + (f"   {first} = classes - 1 before the bar" if barred else "")
 
 
 def _layers(report):

@@ -62,6 +62,13 @@ class Eigenpairs:
     converged: np.ndarray
     exhausted: bool = False
 
+    def beside(self, other):
+        """These pairs and those after them, such as of the other end; both must be of one operator."""
+        arrays = (np.append(getattr(self, name), getattr(other, name)) for name in ("values", "residuals", "converged"))
+        values, residuals, converged = arrays
+        products, exhausted = self.products + other.products, self.exhausted or other.exhausted
+        return Eigenpairs(values, [*self.vectors, *other.vectors], residuals, products, converged, exhausted)
+
 
 def tridiagonalize(operator, start, steps, basis=True, metric=None, memory_limit=MEMORY_LIMIT):
     """So many steps of the Lanczos method, a `Tridiagonal`.
@@ -202,7 +209,7 @@ def density(operator, like, probes=4, steps=60, seed=0, pairs=None, memory_limit
         operator: A symmetric `LinearOperator`.
         like: A vector, for its shapes and dtypes.
         probes: How many random vectors. Defaults to `4`.
-        steps: Products for each. Defaults to `60`.
+        steps: Products for each, but no more than there are eigenvalues. Defaults to `60`.
         seed: Of the random vectors, an integer. Defaults to `0`.
         pairs: `Eigenpairs` that are known, of either end or both. Optional.
         memory_limit: Most bytes for the vectors of `pairs`. Defaults to `8e9`.
@@ -224,7 +231,7 @@ def density(operator, like, probes=4, steps=60, seed=0, pairs=None, memory_limit
         alpha = beta = np.zeros(0)
         if len(values) < layout.size:  # else all is known
             process.begin(process.project(layout.normal(seed, "density", number)))
-            alpha, beta = process.run_without_basis(steps)
+            alpha, beta = process.run_without_basis(min(steps, layout.size - len(values)))
         runs.append(Tridiagonal(alpha, beta, None, process.products, process.exhausted))
     return Density.of_runs(runs, layout.size, values)
 
