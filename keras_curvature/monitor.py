@@ -6,11 +6,13 @@ No mathematics of its own: products are of `curvature/probes.py`, and what is ma
 import contextlib
 import math
 import re
+import warnings
 
 import keras
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number
+from keras_curvature.curvature.label_traces import layer_traces
 from keras_curvature.curvature.naming import layers_of
 from keras_curvature.curvature.noise import noise
 from keras_curvature.curvature.probes import Probes
@@ -49,7 +51,8 @@ def curvature(
         kind: One of the above. Defaults to `"hessian"`.
         layers: Names of layers, or regular expressions that match whole names; `B` is then that of their weights
             alone, and vectors are lists of these. Defaults to all layers.
-        examples: The first that many of the data, an integer. Defaults to all.
+        examples: The first that many of the data, an integer; data that are sorted, as by class, should be shuffled
+            before. Defaults to all.
         batch_size: How many at a time, an integer. In training mode batch normalization takes its statistics over so
             many. Defaults to the batches of a data set; for arrays to all, or, of more than 1024 (or 16 MB of inputs),
             to at most 512.
@@ -154,21 +157,27 @@ class Curvature(LinearOperator):
         check(Curvature.block, "layer", layer, isinstance(layer, str), "the name of a layer, or a regular expression")
         return Curvature(self.probes, list(_chosen([layer], self.layers, "layer")), self._progress)
 
-    def top(self, k=10, tolerance=1e-3, most_negative=False):
+    def top(self, k=10, tolerance=1e-3, most_negative=False, max_products=None, metric=None):
         """The `k` largest eigenvalues with their vectors, `Eigenpairs`; see `solvers/lanczos.py`.
 
         Args:
             k: How many, an integer. Defaults to `10`.
-            tolerance: Largest residual `|B u - l u|`, relative to `|l|`. Defaults to `1e-3`.
+            tolerance: Largest residual `|B u - l u|`, relative to `|l|`, or to 1 % of the largest eigenvalue where
+                that is more. Defaults to `1e-3`.
             most_negative: Whether to find the `k` smallest instead. Defaults to `False`.
+            max_products: An integer; `Eigenpairs.converged` says which are within the tolerance then. Defaults to
+                `300 + 20 k`.
+            metric: A positive definite `LinearOperator` `M` on such vectors, as an optimizer's in
+                `optimizers/stability.py`: the eigenvalues are those of `M^1/2 B M^1/2`. Optional.
 
         Raises:
             ValueError: The vectors would not fit into memory, with the bytes that they need.
         """
         with self._shown() as operator:
             return lanczos.eigenpairs(
-                operator, self._like, k, tolerance=tolerance, most_negative=most_negative, seed=self.probes.seed
-            )
+                operator, self._like, k, tolerance=tolerance, most_negative=most_negative, seed=self.probes.seed,
+                max_products=max_products, metric=metric,
+            )  # fmt: skip
 
     def sharpness(self, start=None, steps=10):
         """The largest eigenvalue with its vector, `Eigenpairs` of one.
@@ -180,24 +189,35 @@ class Curvature(LinearOperator):
         """
         return self.extremes(start, steps)[0]
 
-    def extremes(self, start=None, steps=10):
-        """The largest and the smallest eigenvalue, two `Eigenpairs` of one, of one run; as `sharpness`."""
+    def extremes(self, start=None, steps=10, metric=None):
+        """The largest and the smallest eigenvalue, two `Eigenpairs` of one, of one run; as `sharpness` and `top`."""
         with self._shown(steps) as operator:
-            return lanczos.extremes(operator, self._like, steps, start=start, seed=self.probes.seed)
+            return lanczos.extremes(operator, self._like, steps, start=start, seed=self.probes.seed, metric=metric)
 
-    def trace(self, products=30, by_layer=False, pairs=None):
+    def trace(self, products=30, by_layer=False, pairs=None, labels=False):
         """The sum of the eigenvalues, an `Estimate`; or that of each layer's block, `{name: Estimate}`.
 
         By XTrace, from 12 products on, which is much the closer one where few eigenvalues are large; by layers and
-        with `pairs` as the mean of `z'Bz` over vectors `z` of random signs. See `solvers/traces.py`.
+        with `pairs` as the mean of `z'Bz` over vectors `z` of random signs; see `solvers/traces.py`. With `labels`, of
+        a Gauss-Newton or Fisher matrix, from labels that are drawn from what the model says, which is much the closest
+        for each layer: over 512 examples 10 draws are within 2 %, 10 products within 15 %; see
+        `curvature/label_traces.py`.
 
         Args:
-            products: How many products to estimate by, an integer. Defaults to `30`.
+            products: How many products, or draws of labels, to estimate by, an integer. Defaults to `30`.
             by_layer: Whether to give each layer's. Defaults to `False`.
             pairs: `Eigenpairs` of `top`, which are taken out of what has to be estimated. Optional.
+            labels: Whether to draw labels. A draw costs about as much as a product. Defaults to `False`.
+
+        Raises:
+            ValueError: `labels=True`, and the matrix is another one, its loss is not minus the logarithm of a
+                likelihood that is known, or `pairs` are given.
         """
         check_count(Curvature.trace, "products", products, low=2)
         check(Curvature.trace, "by_layer", by_layer, isinstance(by_layer, bool), "True or False")
+        check(Curvature.trace, "labels", labels, isinstance(labels, bool), "True or False")
+        if labels:
+            return self._trace_by_labels(products, by_layer, pairs)
         seed, parts = self.probes.seed, self.layers if by_layer else None
         with self._shown(products) as operator:
             if pairs is not None:
@@ -208,16 +228,32 @@ class Curvature(LinearOperator):
                 found = traces.xtrace(operator, self._like, products, seed)
         return found[1] if by_layer else found
 
+    def _trace_by_labels(self, draws, by_layer, pairs):
+        kind = self.probes.kind
+        check(Curvature.trace, "labels", True, kind in ("ggn", "fisher"), f"False for kind={kind!r}")
+        check(Curvature.trace, "pairs", pairs, pairs is None, "left out where `labels=True`")
+        found = layer_traces(self.probes, self.probes.seed, draws)
+
+        def estimate(places):
+            return traces.Estimate(*found.of([self._indices[i] for i in places]), draws)
+
+        if by_layer:
+            return {name: estimate(places) for name, places in self.layers.items()}
+        return estimate(range(len(self.variables)))
+
     def diagonal(self, products=100, stderr=False):
         """An estimate of the diagonal, a vector; with `stderr` also its standard errors, `(vector, vector)`."""
         with self._shown(products) as operator:
             found = traces.diagonal(operator, self._like, products, self.probes.seed)
         return found if stderr else found[0]
 
-    def density(self, probes=4, steps=60):
-        """The spectral density, a `Density`; `probes * steps` products, and the memory of three vectors."""
+    def density(self, probes=4, steps=60, pairs=None):
+        """The spectral density, a `Density`; `probes * steps` products, and the memory of three vectors.
+
+        With `pairs`, `Eigenpairs` of `top`, these are taken as they are, and the products are of the rest.
+        """
         with self._shown(probes * steps) as operator:
-            return lanczos.density(operator, self._like, probes, steps, self.probes.seed)
+            return lanczos.density(operator, self._like, probes, steps, self.probes.seed, pairs=pairs)
 
     def noise(self, micro_batch=8):
         """How noisy the gradient is: the noise scale, `Noise`; see `curvature/noise.py`.
@@ -244,7 +280,8 @@ class Curvature(LinearOperator):
             vector: A vector.
             damping: A number, at least 0.
             tolerance: Largest residual `|vector - (B + damping I) x|`, relative to `|vector|`. Defaults to `1e-6`.
-            max_products: An integer. `Solution.residual` says how far it came. Defaults to `1000`.
+            max_products: An integer. `Solution.residual` says how far it came, and a warning that it did not come to
+                the tolerance. Defaults to `1000`.
 
         Raises:
             ValueError: The Hessian is not positive definite with this damping; the message has its most negative
@@ -259,12 +296,17 @@ class Curvature(LinearOperator):
         solver = ConjugateGradient(max_products, progress_tolerance=0.0, residual_tolerance=tolerance)
         with self._shown() as operator:
             solution = solver.solve(Function((operator + damping * Identity()).multiply, psd=True), list(vector))
-        ended = float(solution.residual) > tolerance and int(solution.steps) < max_products
-        if ended and not self.psd:
+        left, steps = float(solution.residual), int(solution.steps)
+        if left > tolerance and steps < max_products and not self.psd:
             raise ValueError(
                 f"`Curvature.solve`: the Hessian with damping={damping!r} is not positive definite: conjugate "
                 "gradients met a direction of negative curvature. Pass a larger damping, or use kind='ggn'."
             )
+        if left > tolerance:
+            warnings.warn(
+                f"`Curvature.solve`: the residual is {left:.2g} after {steps} products, more than "
+                f"tolerance={tolerance:g}. Pass a larger `damping` or `max_products`.", stacklevel=2,
+            )  # fmt: skip
         return solution
 
     def _check_positive(self, damping):
@@ -274,9 +316,9 @@ class Curvature(LinearOperator):
         lowest = value - float(pairs.residuals[0])
         if value < 0 and lowest + damping <= 0:
             raise ValueError(
-                f"`Curvature.solve`: the Hessian is not positive definite with this damping: its most negative "
-                f"eigenvalue is {value:.3g}. Pass damping > {-1.01 * lowest:.3g}, or use kind='ggn'. Received: "
-                f"damping={damping!r}"
+                f"`Curvature.solve`: the Hessian is not positive definite with damping={damping!r}, or not to the "
+                f"precision of its products: its most negative eigenvalue is {value:.3g}. Pass "
+                f"damping > {-1.01 * lowest:.3g}, or use kind='ggn'."
             )
 
     @property

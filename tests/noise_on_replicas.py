@@ -6,7 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_curvature.curvature.noise import layer_traces, noise
+from keras_curvature.curvature.label_traces import layer_traces
+from keras_curvature.curvature.noise import noise
 from keras_curvature.curvature.probes import Probes
 
 

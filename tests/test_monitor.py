@@ -16,7 +16,9 @@ from test_probes import SPARSE, N, evaluated, examples, hessian, jacobian_of_out
 from keras_curvature import trees
 from keras_curvature.curvature.probes import PRODUCTS
 from keras_curvature.monitor import Curvature, curvature
-from keras_curvature.operators import Function, Masked, dense
+from keras_curvature.operators import Diagonal, Function, Masked, dense
+
+SPLITS = np.cumsum([12, 4, 12, 3, 9])  # where one of the weights of the network ends, and the next one begins
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +110,34 @@ def test_traces(hessian_of_network, ggn_of_network):
         assert deflated.stderr < plain.stderr / 2
 
 
+def test_traces_by_labels_are_much_the_closest_of_layers(ggn_of_network):
+    c, G = ggn_of_network
+    found, whole = c.trace(100, by_layer=True, labels=True), c.trace(100, labels=True)
+    products = c.trace(100, by_layer=True)
+    for (name, estimate), begin, end in zip(found.items(), (0, 16, 31), (16, 31, 43)):
+        assert abs(estimate.value - np.trace(G[begin:end, begin:end])) < 4 * estimate.stderr
+        assert estimate.stderr < products[name].stderr / 2
+    assert abs(whole.value - np.trace(G)) < 4 * whole.stderr
+    assert sum(e.value for e in found.values()) == pytest.approx(whole.value, rel=1e-12)
+    assert c.block("dense").trace(100, labels=True) == found["dense"]
+
+
+def test_what_is_passed_on(hessian_of_network):
+    """The metric, known eigenpairs, and the most products."""
+    c, H = hessian_of_network
+    m = np.random.default_rng(3).uniform(0.5, 2.0, 43)
+    M = Diagonal([tf.reshape(tf.constant(a), v.shape) for a, v in zip(np.split(m, SPLITS), c.variables)])
+    values = np.linalg.eigvalsh(np.sqrt(m)[:, None] * H * np.sqrt(m))
+    assert c.top(1, tolerance=1e-8, metric=M).values[0] == pytest.approx(values[-1], rel=1e-9)
+    largest, smallest = c.extremes(steps=30, metric=M)
+    assert [largest.values[0], smallest.values[0]] == pytest.approx([values[-1], values[0]], rel=1e-8)
+    short = c.top(2, tolerance=1e-8, max_products=4)
+    assert short.products == 4 and not short.converged.all()
+    pairs, values = c.top(3, tolerance=1e-8), np.linalg.eigvalsh(H)[::-1]
+    nodes = c.density(probes=2, steps=40, pairs=pairs).nodes
+    assert np.abs(nodes - values[0]).min() < 1e-10 and nodes.min() == pytest.approx(values[-1], rel=1e-6)
+
+
 def test_diagonal_and_density(hessian_of_network):
     c, H = hessian_of_network
     (entries, stderr), values = c.diagonal(100, stderr=True), np.linalg.eigvalsh(H)
@@ -175,7 +205,8 @@ def test_solutions_are_those_of_the_dense_system(ggn_of_network):
     expected = np.linalg.solve(G + damping * np.eye(len(G)), flat(b))
     np.testing.assert_allclose(flat(solution.value), expected, atol=5e-8, rtol=5e-5)
     assert float(solution.residual) <= 1e-8
-    short = c.solve(b, damping, max_products=3)
+    with pytest.warns(UserWarning, match="`Curvature.solve`: the residual is .* after 3 products, more than tolerance"):
+        short = c.solve(b, damping, max_products=3)
     assert int(short.steps) == 3 and float(short.residual) > 1e-6
 
 
@@ -330,11 +361,18 @@ def test_errors_of_methods(ggn_of_network):
         "`tolerance` must be a number in": lambda: c.solve(b, 1.0, tolerance=0.0),
         "`products` must be an integer >= 2": lambda: c.trace(1),
         "`by_layer` must be True or False": lambda: c.trace(10, by_layer="first"),
+        "`labels` must be True or False": lambda: c.trace(10, labels="all"),
+        "`pairs` must be left out where": lambda: c.trace(10, pairs=c.top(1), labels=True),
         "`Curvature.noise` is of the gradient of all layers": lambda: c.block("first").noise(),
     }
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_labels_are_drawn_for_a_gauss_newton_matrix(hessian_of_network):
+    with pytest.raises(ValueError, match="`labels` must be False for kind='hessian'"):
+        hessian_of_network[0].trace(10, labels=True)
 
 
 def test_a_bar_counts_the_products(network, capsys):

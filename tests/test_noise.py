@@ -15,8 +15,10 @@ import tensorflow as tf
 from cases import LOSSES, MODELS, flat, float64, put
 
 from keras_curvature.curvature import noise as noise_module
-from keras_curvature.curvature.noise import LayerTraces, Noise, NoiseAverage, layer_traces, noise, two_batch_sizes
+from keras_curvature.curvature.label_traces import LayerTraces, layer_traces
+from keras_curvature.curvature.noise import Noise, NoiseAverage, noise, two_batch_sizes
 from keras_curvature.curvature.probes import Probes
+from keras_curvature.monitor import curvature
 
 ROWS = 48
 CLASSES = 3
@@ -369,6 +371,9 @@ def test_traces_through_batch_statistics_are_without_bias(batch_size):
     expected = np.mean([gauss_newton_traces(model, x[i : i + size]) for i in range(0, 16, size)], 0)
     assert np.all(np.abs(found.values - expected) < 4 * found.stderr + 1e-14)
     assert found.stderr.sum() < 0.15 * expected.sum()
+    by_products = curvature(model, (x, y), "ggn", training=True, batch_size=batch_size).trace(60, by_layer=True)
+    for estimate, exact in zip(by_products.values(), np.split(expected, [2, 4, 6])):
+        assert abs(estimate.value - exact.sum()) < 4 * estimate.stderr
     # normalization takes the bias out that is before it
     assert max(expected[3], found.values[3]) < 1e-20 < 1e-3 < expected[2]
     frozen = network(extra=[keras.layers.BatchNormalization(trainable=False)])

@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_curvature import trees
 from keras_curvature.callbacks.layout import BOUNDS, LAYER, LIMITS
-from keras_curvature.curvature import likelihoods, noise
+from keras_curvature.curvature import label_traces, likelihoods, noise
 from keras_curvature.optimizers.stability import stability
 from keras_curvature.solvers import lanczos
 
@@ -174,7 +174,7 @@ class Panels:
         """`{layer: trace}`, by labels drawn from the model, where its loss is a likelihood, and else by products."""
         probes = self.measured.probes
         if self._samples:
-            traces = noise.layer_traces(probes, draws=DRAWS)
+            traces = label_traces.layer_traces(probes, draws=DRAWS)
             return {name: traces.of(indices)[0] for name, indices in self.measured.layers.items()}
         return {name: float(found.value) for name, found in self.measured.trace(PRODUCTS, by_layer=True).items()}
 

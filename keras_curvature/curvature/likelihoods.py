@@ -269,6 +269,14 @@ def objection(loss):
     return None
 
 
+def unknown(model):
+    """The name of the first loss of a compiled and built model that has no `likelihood`; `None`: all have one."""
+    if type(model).compute_loss is not keras.Model.compute_loss:
+        return "compute_loss"
+    losses = [compiled.loss for compiled in getattr(model._compile_loss, "_flat_losses", None) or [] if compiled]
+    return next((name_of(getattr(loss, "fn", loss)) for loss in losses if objection(loss)), None)
+
+
 def no_likelihood(loss):
     """The error for a loss that is not `-log p(y | z)` of anything known."""
     return ValueError(

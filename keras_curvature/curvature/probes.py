@@ -58,7 +58,8 @@ class Probes:
             Read once, in its order: a `Dataset` that shuffles anew in every epoch has one epoch behind it then.
         kind: What `product` multiplies by: `"hessian"`, `"ggn"` (the generalized Gauss-Newton matrix), `"fisher"` or
             `"empirical_fisher"`; see `Linearization`. Defaults to `"hessian"`.
-        examples: The first that many of the data, an integer. Defaults to all.
+        examples: The first that many of the data, an integer; data that are sorted, as by class, should be shuffled
+            before. Defaults to all.
         batch_size: An integer; of a data set, its examples are put together anew. Defaults to the batches of a data
             set, and for arrays to all examples at once, up to 1024 (and 16 MB of inputs), else at most 512 at a time.
         training: Whether the model runs as in training (statistics of the batch, dropout) or as in inference. Defaults
@@ -135,6 +136,11 @@ class Probes:
     def psd(self):
         """Whether what `product` multiplies by is positive semi-definite: every kind but the Hessian."""
         return self.kind != "hessian"
+
+    @property
+    def is_sum(self):
+        """Whether a compiled loss adds up the examples of a batch (`reduction="sum"`), and grows with the batch."""
+        return "sum" in _reductions(self.model)
 
     @property
     def mixes_examples(self):
@@ -266,11 +272,8 @@ def _check_kind(owner, kind, model, not_convex):
             "is not known to be. Use kind='hessian'."
         )
     if kind == "fisher":
-        own = type(model).compute_loss is not keras.Model.compute_loss
-        losses = [] if own else [compiled.loss for compiled in model._compile_loss._flat_losses]
-        unknown = ["compute_loss"] if own else [loss for loss in losses if likelihoods.objection(loss)]
-        if unknown:
-            name = convexity.name_of(getattr(unknown[0], "fn", unknown[0]))
+        name = likelihoods.unknown(model)
+        if name is not None:
             raise ValueError(
                 f"`{owner.__name__}`: `kind='fisher'` needs a loss that is minus the logarithm of a known likelihood; "
                 f"`{name}` is not. Use kind='ggn', kind='empirical_fisher' or kind='hessian'."
@@ -279,8 +282,7 @@ def _check_kind(owner, kind, model, not_convex):
 
 def _shares(owner, model, read):
     """The weight of each batch: its share of the examples, or of their weights where the loss is a mean over these."""
-    losses = getattr(model._compile_loss, "_flat_losses", None) or []
-    reductions = {compiled.loss.reduction for compiled in losses}
+    reductions = _reductions(model)
     sizes = [float(probe_data.count(batch)) for batch in read]
     if "sum" in reductions and len(set(sizes)) > 1:
         raise ValueError(
@@ -291,6 +293,11 @@ def _shares(owner, model, read):
     if reductions == {"mean_with_sample_weight"} and tf.is_tensor(read[0][2]):
         sizes = [float(tf.reduce_sum(tf.cast(batch[2], tf.float64))) for batch in read]
     return [size / math.fsum(sizes) for size in sizes]
+
+
+def _reductions(model):
+    losses = getattr(model._compile_loss, "_flat_losses", None) or []
+    return {compiled.loss.reduction for compiled in losses if compiled is not None}
 
 
 def _flat(batch):

@@ -151,9 +151,7 @@ def _graded(recording, targets):
 
 def _empirical(recording):
     """Cotangents of the true labels: the slope has `omega`, and a cotangent the root of it."""
-    model = recording.pure.model
-    own = type(model).compute_loss is not keras.Model.compute_loss
-    if own or any(likelihoods.objection(compiled.loss) for compiled in model._compile_loss._flat_losses):
+    if likelihoods.unknown(recording.pure.model) is not None:
         return of_examples(recording)
     true = _graded(recording, lambda likelihood, z, y: y)
     roots = [(w, tf.sqrt(_no_less_than_zero(w.omega))) for w in weighed(recording)]
