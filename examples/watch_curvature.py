@@ -24,7 +24,7 @@ import keras_curvature as kc
 
 parser = argparse.ArgumentParser(description="The curvature of two trainings in TensorBoard.")
 parser.add_argument("--out", default="watch_curvature_out", help="folder for the logs")
-parser.add_argument("--epochs", type=int, default=60)
+parser.add_argument("--epochs", type=int, default=120)
 parser.add_argument("--batch_size", type=int, default=64)
 parser.add_argument("--budget", type=float, default=0.1, help="share of the time for looking at the curvature")
 args = parser.parse_args()

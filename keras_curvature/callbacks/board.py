@@ -259,7 +259,8 @@ class CurvatureBoard(keras.callbacks.Callback):
     def _draw_spectrum(self):
         self._panels.check_finite()
         bars = self._panels.bars(self._panels.density())
-        self._values.histogram(SPECTRUM, bars, self._step(), self._panels.axis.words())
+        axis = self._panels.axis
+        self._values.histogram(SPECTRUM, bars, self._step(), axis.title(), axis.words())
 
     def _write_report(self):
         self._budget.timed("report", self._draw_report, once=True)

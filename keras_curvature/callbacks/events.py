@@ -38,9 +38,9 @@ class Events:
         """Write a text in Markdown."""
         self._one(tag, tf.make_tensor_proto([markdown.encode()], tf.string), "text", TENSOR, step)
 
-    def histogram(self, tag, triples, step, description):
+    def histogram(self, tag, triples, step, title, description):
         """Write a histogram of our own making, (bins, 3): left, right and height of each bin."""
-        self._one(tag, tf.make_tensor_proto(triples, tf.float64), "histograms", TENSOR, step, description)
+        self._one(tag, tf.make_tensor_proto(triples, tf.float64), "histograms", TENSOR, step, title, description)
 
     def image(self, tag, png, step):
         """Write a picture, the bytes of a PNG file."""
@@ -65,14 +65,16 @@ class Events:
             self._writer.close()
             self._writer = None
 
-    def _one(self, tag, tensor, plugin, data_class, step, description=None):
+    def _one(self, tag, tensor, plugin, data_class, step, *words):
         summary = Summary()
-        self._add(summary, tag, tensor, plugin, data_class, description)
+        self._add(summary, tag, tensor, plugin, data_class, *words)
         self._write(summary, step)
 
-    def _add(self, summary, tag, tensor, plugin, data_class, description=None):
-        data, description = Metadata.PluginData(plugin_name=plugin), description or self._describe(tag)
-        metadata = Metadata(plugin_data=data, data_class=data_class, summary_description=description)
+    def _add(self, summary, tag, tensor, plugin, data_class, title="", description=None):
+        metadata = Metadata(
+            plugin_data=Metadata.PluginData(plugin_name=plugin), data_class=data_class, display_name=title,
+            summary_description=self._describe(tag) if description is None else description,
+        )  # fmt: skip
         summary.value.add(tag=tag, tensor=tensor, metadata=metadata)
 
     def _write(self, summary, step):

@@ -34,7 +34,8 @@ DESCRIPTIONS = {
     "1_stability/steps_rejected": "Steps that were taken back since `fit` began, as they made the loss worse.",
     "2_noise/noise_scale": (
         "Gradient noise scale in examples: the noise of the gradients over their signal. **limit: the batch size**. "
-        "Batches well below the noise scale get faster by averaging more, batches well above it do not."
+        "Batches well below the noise scale get faster by averaging more, batches well above it do not. No point where "
+        "the gradient is lost in the noise of the examples probed: the noise scale is beyond them."
     ),
     "2_noise/gauge": "Batch size / noise scale. **limit: 1**: above it a larger batch hardly shortens training.",
     "3_step/loss": "Training loss, the mean over the steps since the last point.",

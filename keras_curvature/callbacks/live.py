@@ -2,6 +2,7 @@
 
 import math
 
+import keras
 import tensorflow as tf
 
 from keras_curvature.callbacks import layout
@@ -64,9 +65,10 @@ class Live:
 
 
 def learning_rate(model):
-    """The rate of the next step, a float."""
+    """The rate of the next step, a float; not a number where several optimizers have one each."""
     optimizer, _ = unwrap(model.optimizer)
-    return number(optimizer.learning_rate)
+    several = isinstance(optimizer, keras.optimizers.MultiOptimizer)
+    return math.nan if several else number(optimizer.learning_rate)
 
 
 def iterations(model):

@@ -21,6 +21,8 @@ from keras_curvature.solvers import lanczos
 COLD, WARM = 20, 5
 # Lines of a chart, and the rest in one more.
 LAYERS = 8
+# Of the noise scale: what one pass over the probe is cut into.
+MICRO_BATCHES = 16
 # Of the traces of the layers: draws of labels, and, where there are none to draw, products.
 DRAWS, PRODUCTS = 2, 5
 # The spectral density: one probe is enough for large models, and the steps are what resolves it.
@@ -66,7 +68,7 @@ class Panels:
     def __init__(self, measured, batch_size):
         self.measured, self.batch_size = measured, batch_size
         self._top = self._bottom = self._preconditioned = self._lines = None
-        self._noise, self._axis = noise.NoiseAverage(decay=0.9), None
+        self._axis = None
         self._samples = measured.probes.kind != "empirical_fisher" and _is_likelihood(measured.probes.model)
         self.pieces = (
             Piece("the gradient", Panels._gradient, 0.5, needed=True),
@@ -141,15 +143,15 @@ class Panels:
 
     def _noise_scale(self):
         examples = self.measured.probes.batch_size
-        micro_batch = max(1, min(8, examples // 4))
+        micro_batch = max(1, examples // MICRO_BATCHES)
+        # No average over probes: these are the same examples every time, and so is their error; and where the gradient
+        # gets smaller and smaller, an average would be that of long ago.
         found = noise.noise(self.measured.probes, micro_batch, parts=8, curvature=False)
-        self._noise = self._noise.update(found.signal, found.noise)
-        scale = self._noise.scale
-        if not 0 < scale < math.inf:  # not positive, or the gradient is lost in the noise
+        scale = found.simple
+        if not 0 < scale < math.inf:  # the gradient is lost in the noise
             return
         self.add("2_noise/noise_scale", scale, self.batch_size)
         self.add("2_noise/gauge", self.batch_size / scale)
-        # of one probe, and not of the average: these are the same examples every time, and so is their error
         error = min(found.stderr["simple"], 9 * scale)  # nor is it ever a number where the signal may be 0
         error = error if math.isfinite(error) else 9 * scale
         for tag, bound in zip(BOUNDS, (max(scale - error, 0.0), scale + error)):
@@ -273,10 +275,14 @@ class Axis:
         counted = np.diff(below, axis=0) @ weights * size
         return np.stack([edges[:-1], edges[1:], np.log10(1.0 + counted)], axis=1)
 
+    def title(self):
+        """The axis in a line."""
+        return f"eigenvalues; on this axis 3 is {1e3 * self.unit:.3g}, 4 is {1e4 * self.unit:.3g}"
+
     def words(self):
         """The axis in Markdown."""
-        marks = ", ".join(f"{sign}{n} is {sign}{self.unit * (10.0**n - 1):.3g}" for n in (1, 2, 3, 4) for sign in ("",))
+        marks = ", ".join(f"{n} is {self.unit * (10.0**n - 1):.3g}" for n in (1, 2, 3, 4))
         return (
             f"Spectral density on the probe, one layer for each time. The axis is x = sign(l) log10(1 + |l| / "
-            f"{self.unit:.0e}): {marks}; likewise below 0. Heights are log10(1 + number of eigenvalues)."
+            f"{self.unit:.3g}): {marks}; likewise below 0. Heights are log10(1 + number of eigenvalues)."
         )
