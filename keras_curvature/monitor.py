@@ -255,21 +255,24 @@ class Curvature(LinearOperator):
         with self._shown(probes * steps) as operator:
             return lanczos.density(operator, self._like, probes, steps, self.probes.seed, pairs=pairs)
 
-    def noise(self, micro_batch=8):
+    def noise(self, micro_batch=8, parts=16):
         """How noisy the gradient is: the noise scale, `Noise`; see `curvature/noise.py`.
 
         Args:
             micro_batch: The number of examples that gradients are compared of, an integer. Defaults to `8`.
+            parts: Number of parts of the examples that standard errors are of, and whose gradients are kept at a time,
+                an integer. Defaults to `16`.
 
         Raises:
-            ValueError: This is the curvature of some layers only, or there are fewer than two micro-batches.
+            ValueError: This is the curvature of some layers only, there are fewer than two micro-batches, or the
+                gradients need more than 8 GB.
         """
         if len(self.variables) < len(self.probes.variables):
             raise ValueError(
                 f"`Curvature.noise` is of the gradient of all layers. Received: the curvature of "
                 f"{', '.join(self.layers)}. Ask `keras_curvature.curvature(model, data)` without `layers`."
             )
-        return noise(self.probes, micro_batch)
+        return noise(self.probes, micro_batch, parts)
 
     def solve(self, vector, damping, tolerance=1e-6, max_products=1000):
         """The solution of `(B + damping I) x = vector`, a `Solution`, by conjugate gradients.

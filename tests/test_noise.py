@@ -429,6 +429,15 @@ def test_arguments_that_are_refused(probes):
         noise(probes, 3, 4).rate(0)
 
 
+def test_gradients_that_do_not_fit_into_memory_are_refused_with_the_bytes(probes, monkeypatch):
+    """16 gradients and two products, of 8 bytes for each weight."""
+    size = sum(v.shape.num_elements() for v in probes.variables)
+    monkeypatch.setattr(noise_module, "MEMORY", 10.5 * 8 * size)
+    with pytest.raises(ValueError, match=rf"16 parts need {18 * 8 * size / 1e9:.3g} GB .*Pass `parts=8` or fewer"):
+        noise(probes)
+    assert noise(probes, parts=8, curvature=False).examples == ROWS
+
+
 def test_one_micro_batch_is_refused(probes):
     with pytest.raises(ValueError, match=r"micro_batch=25 and a probe set of 48 examples. Use a smaller `micro_batch`"):
         noise(probes, micro_batch=25)

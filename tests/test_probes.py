@@ -279,12 +279,33 @@ def test_in_inference_mode_it_does_not_matter_how_the_examples_are_cut():
     assert np.abs(in_training[0] - in_training[1]).max() > 0.01
 
 
+def test_the_other_mode_is_of_the_same_examples():
+    model, (x, y) = normalized(), examples(2)
+    shuffled = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(N, reshuffle_each_iteration=True).batch(5)
+    probes = Probes(model, shuffled, training=True)
+    other = probes.in_mode(False)
+    assert float(other.loss()) == pytest.approx(float(Probes(model, (x, y)).loss()), rel=1e-14)
+    assert float(other.in_mode(True).loss()) == float(probes.loss()) != float(other.loss())
+    assert probes.in_mode(True) is probes
+
+
 def test_sample_weights_that_a_mean_is_taken_over():
     model = model_of(layers.Dense(2), loss=keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"))
     x, y = examples(2)
     weight, a = np.linspace(0.0, 2.0, N), with_a_one(x)
     expected = np.kron(2 / (weight.sum() * 2) * (weight[:, None] * a).T @ a, np.eye(2))
     close(matrix(model, (x, y, weight), batch_size=RAGGED), expected)
+
+
+def test_which_losses_are_sums_and_which_no_likelihoods():
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, {name: layers.Dense(1, name=name)(inputs) for name in "ab"})
+    model.compile("sgd", {"a": keras.losses.MeanSquaredError(reduction="sum"), "b": "huber"})
+    x, y = DATA
+    assert Probes(model, (x, {"a": y[:, :1], "b": y[:, 1:]})).is_sum
+    assert likelihoods.unknown(model) == "huber"
+    model = _linear()
+    assert not Probes(model, DATA).is_sum and likelihoods.unknown(model) is None
 
 
 def test_a_sum_is_the_mean_of_the_sums_of_batches():

@@ -25,6 +25,8 @@ from keras_curvature.curvature import products, slices
 from keras_curvature.curvature.differentiable import differentiable_keras
 from keras_curvature.curvature.micro_batches import MicroBatches
 
+MEMORY = 8e9  # most bytes of gradients at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
@@ -131,7 +133,8 @@ def noise(probes, micro_batch=8, parts=16, curvature=True):
         `Noise`.
 
     Raises:
-        ValueError: There are fewer than two micro-batches; an argument is none of these.
+        ValueError: There are fewer than two micro-batches; the gradients of the parts need more than 8 GB; an argument
+            is none of these.
 
     Example:
 
@@ -143,6 +146,7 @@ def noise(probes, micro_batch=8, parts=16, curvature=True):
     check_count(noise, "micro_batch", micro_batch)
     check_count(noise, "parts", parts, low=2)
     check(noise, "curvature", curvature, isinstance(curvature, bool), "True or False")
+    _check_memory(probes.variables, parts)
     swept = _swept(probes, micro_batch, parts)
     if len(swept) < 2:
         raise ValueError(
@@ -299,6 +303,17 @@ class NoiseAverage:
 
 
 # The parts of a probe set.
+
+
+def _check_memory(variables, parts):
+    each = sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
+    most = int(MEMORY // each)
+    if most < parts + 2:  # two products are there at a time, beside the gradients
+        remedy = f"Pass `parts={most - 2}` or fewer." if most >= 4 else "Measure a smaller model."
+        raise ValueError(
+            f"`noise`: the gradients of {parts} parts need {(parts + 2) * each / 1e9:.3g} GB of memory, more than "
+            f"{MEMORY / 1e9:.3g} GB. {remedy}"
+        )
 
 
 def _swept(probes, micro_batch, parts):

@@ -16,6 +16,7 @@ inference mode they are the moving ones, and it does not matter how the examples
 """
 
 import contextlib
+import copy
 import math
 
 import keras
@@ -116,6 +117,16 @@ class Probes:
         self._check_loss(owner)
         if not probe_data.is_finite(read):
             self._check_gradient(owner)
+
+    def in_mode(self, training):
+        """The same examples in the same batches, with the model as in training or as in inference, `Probes`."""
+        check(Probes.in_mode, "training", training, isinstance(training, bool), "True or False")
+        if training == self.training:
+            return self
+        other = copy.copy(self)
+        other.training, other._functions = training, {}
+        other._check_loss(Probes.in_mode)
+        return other
 
     @property
     def examples(self):

@@ -96,6 +96,9 @@ def stability(optimizer, variables=None):
 
     Decoupled weight decay takes `learning_rate * weight_decay` off the 2. Others have no such limit, and a `reason`.
 
+    `M` is held as it is, and a real step renews it first. Where a row of an embedding has not been in a batch for long,
+    `v` is near 0 and `M` as large as `1 / epsilon`: on examples that have the row, this limit is far too strict.
+
     Reference: Cohen et al., "Gradient descent on neural networks typically occurs at the edge of stability" (2021), and
     "Adaptive gradient methods at the edge of stability" (2022).
 
