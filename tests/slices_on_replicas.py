@@ -2,7 +2,8 @@
 
 Run by `test_slices.py` in a process of its own, with cases such as `dropout:5:2`: a batch of 5 (3 + 2) in two
 micro-batches on each replica; or `fit:9`: `fit`, with a batch of 1 (1 + 0) at the end of an epoch; or `ragged:7` and
-`sparse:7`, of inputs that are not dense; or `probes:5`, what `keras_curvature.monitor.curvature` says of 5 examples.
+`sparse:7`, of inputs that are not dense; or `probes:5`, what `keras_curvature.monitor.curvature` says of 5 examples; or
+`report:13`, the numbers of a report.
 """
 
 import json
@@ -17,6 +18,7 @@ from keras import layers
 import keras_curvature as kc
 from keras_curvature import Linearization
 from keras_curvature.monitor import curvature
+from keras_curvature.report.measure import measure
 
 KINDS = {
     "plain": lambda: [layers.Dense(3, kernel_regularizer="l2"), Idle()],
@@ -143,6 +145,19 @@ def probed(kind, x, y):
     return {**found, "state": [a - b.value for a, b in zip(model.variables, before.variables)]}
 
 
+def reported(x, y):
+    """The numbers of a report, but for the noise: where the batch is cut in two, the micro-batches are other ones."""
+    said = measure(curvature(build("plain"), (x, y)))
+    layers = said["layers"].values()
+    return {
+        "eigenvalues": [pair["value"] for pair in (*said["top"], said["most_negative"])],
+        "traces": [said["trace"]["value"], *(layer["trace"]["value"] for layer in layers)],
+        "blocks": [layer["sharpness"]["value"] for layer in layers],
+        "density": said["density"]["nodes"], "losses": list(said["landscape"]["loss"].values()),
+        "slope": [said["loss"], said["gradient"]["norm"], said["gradient"]["cosine"]],
+    }  # fmt: skip
+
+
 def difference(ours, theirs):
     """Relative to the length of theirs."""
     ours, theirs = (np.concatenate([np.ravel(a) for a in tf.nest.flatten(nest)]) for nest in (ours, theirs))
@@ -169,6 +184,11 @@ def compared(strategy, case, x, y):
                 two = probed(layer, x[:batch], y[:batch])
             found |= {f"{layer} {name}": difference(two[name], one[name]) for name in one}
         return found
+    if kind == "report":
+        one = reported(x[:batch], y[:batch])
+        with strategy.scope():
+            two = reported(x[:batch], y[:batch])
+        return {name: difference(two[name], one[name]) for name in one}
     one, state = on_one(kind, x[:batch], y[:batch])
     two, state_on_two = on_two(strategy, kind, x[:batch], y[:batch], int(rest[0]))
     if batch < 8:

@@ -1,5 +1,8 @@
 """Slices of the loss against Keras' own evaluation, dense Hessians, and the invariance that they are made for."""
 
+import io
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -206,3 +209,20 @@ def test_mistakes_say_what_to_do(small, wrong, message):
     model, data, _ = small
     with pytest.raises(ValueError, match=message):
         landscape(model, data, **wrong)
+
+
+class Terminal(io.StringIO):
+    """A terminal that keeps what is written."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_bar_in_a_terminal_and_a_figure_in_a_notebook(small, monkeypatch):
+    model, data, drawn = small
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    with float64():
+        landscape(model, data, "gradient", points=3)
+    assert "3/3" in terminal.getvalue()
+    monkeypatch.setattr(sys, "stdout", silent := io.StringIO())
+    assert drawn._repr_png_().startswith(b"\x89PNG") and silent.getvalue() == ""

@@ -367,7 +367,7 @@ def test_a_layer_that_is_dead_has_no_curvature(in_float64):
 def test_what_the_numbers_do_not_say(compiled, training, expected):
     case = MODELS["batch_normalization"]()
     case.model.compile(**compiled)
-    asked = _Asked(curvature(case.model, (case.x, case.y), training=training), 0)
+    asked = _Asked(curvature(case.model, (case.x, case.y), training=training))
     asked.top = Eigenpairs(np.array([1.0]), [None], np.array([0.0]), 0, np.array([True]))
     answers = _stability(asked)
     assert answers["stability"]["of_training"] in (training, None)

@@ -160,6 +160,7 @@ def test_pieces_of_equal_slices_make_up_the_piece_of_the_whole(size):
 
 CASES = [
     "noise:8:1", "dropout:5:2", "synchronized:5:1", "plain:1:1", "fit:13", "fit:9", "ragged:7", "sparse:7", "probes:5",
+    "report:13",
 ]  # fmt: skip
 KINDS = ["plain", "dropout", "noise", "recurrent_dropout", "attention", "synchronized"]
 SIZES = ["8:1", "5:1", "1:1", "8:2", "5:2"]

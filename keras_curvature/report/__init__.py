@@ -91,7 +91,7 @@ def report(model, data, path=None, kind="hessian", training=False, examples=1024
     if path is not None:
         path = _checked(path)
     measured = curvature(model, data, kind, examples=examples, batch_size=batch_size, training=training, seed=seed)
-    result = Report(measure(measured, seed, progress=sys.stdout.isatty()))
+    result = Report(measure(measured, progress=sys.stdout.isatty()))
     if path is not None:
         result.save(path)
     print(result)

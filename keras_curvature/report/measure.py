@@ -9,12 +9,11 @@ import numpy as np
 
 from keras_curvature import trees
 from keras_curvature.curvature.convexity import name_of
-from keras_curvature.curvature.noise import noise
 from keras_curvature.curvature.probes import mixes_examples
 from keras_curvature.landscape import downhill, filter_normalized, slices
 from keras_curvature.models import unwrap
 from keras_curvature.optimizers.stability import stability
-from keras_curvature.solvers import lanczos, traces
+from keras_curvature.solvers import traces
 
 # Eigenvalues to find, and how many beyond the classes of a classifier, to see the gap behind the last of them.
 TOP, BEYOND, MOST_CLASSES = 10, 3, 20
@@ -36,15 +35,14 @@ CLASSIFIERS = {
 }  # fmt: skip
 
 
-def measure(measured, seed=0, progress=False):
+def measure(measured, progress=False):
     """The dict of a `Report`.
 
     Args:
         measured: A `Curvature` of all layers, as `keras_curvature.curvature` makes it.
-        seed: Of the random probes, an integer. Defaults to `0`.
         progress: Whether to show a bar while it is made. Defaults to `False`.
     """
-    asked, began = _Asked(measured, seed), time.perf_counter()
+    asked, began = _Asked(measured), time.perf_counter()
     answers, bar = _header(measured), keras.utils.Progbar(len(QUESTIONS), verbose=int(progress), unit_name="part")
     for done, (name, question) in enumerate(QUESTIONS.items(), start=1):
         before, start = asked.products, time.perf_counter()
@@ -62,7 +60,6 @@ class _Asked:
     """What the questions share: each adds to `products`, and the later ones use what the earlier ones found."""
 
     measured: object
-    seed: int
     products: int = 0
     parts: dict = dataclasses.field(default_factory=dict)
     gradient: list = None
@@ -81,10 +78,7 @@ class _Asked:
 
     def pairs(self, k, tolerance, **options):
         """`Eigenpairs` of the model's curvature."""
-        like = self.probes.weights
-        pairs = lanczos.eigenpairs(
-            self.measured, like, k, tolerance, seed=self.seed, max_products=MOST_PRODUCTS, **options
-        )
+        pairs = self.measured.top(k, tolerance, max_products=MOST_PRODUCTS, **options)
         self.products += pairs.products
         return pairs
 
@@ -167,8 +161,7 @@ def _no_limit(name, reason):
 
 def _density(asked):
     """Quadrature beside the pairs found: nodes and weights of the whole spectrum, and how much of it is negative."""
-    like = asked.probes.weights
-    found = lanczos.density(asked.measured, like, DENSITY_PROBES, DENSITY_STEPS, asked.seed, asked.known)
+    found = asked.measured.density(DENSITY_PROBES, DENSITY_STEPS, asked.known)
     asked.products += found.products
     share = None if asked.measured.psd else _estimate(found.negative)
     return {"density": {"nodes": _list(found.nodes), "weights": _list(found.weights)}, "negative_share": share}
@@ -176,9 +169,8 @@ def _density(asked):
 
 def _trace(asked):
     """The trace without the pairs found, which are exact, by random probes; the same probes give the layers' parts."""
-    found = traces.deflated(
-        asked.measured, asked.probes.weights, asked.known, TRACE_PRODUCTS, asked.seed, parts=asked.measured.layers
-    )
+    like, layers = asked.probes.weights, asked.measured.layers
+    found = traces.deflated(asked.measured, like, asked.known, TRACE_PRODUCTS, asked.probes.seed, parts=layers)
     asked.trace, parts = found
     asked.products += asked.trace.products
     whole = sum(abs(float(part.value)) for part in parts.values())
@@ -214,19 +206,14 @@ def _noise(asked):
     cosine = abs(float(trees.dot(asked.gradient, asked.top.vectors[0]))) / length if length else 0.0
     gradient = {"norm": length, "stderr": None, "cosine": cosine}
     probes = asked.probes
-    uneven = of_sums(probes.model) and len(set(probes.counts)) > 1  # each batch on a scale of its own
+    uneven = probes.is_sum and len(set(probes.counts)) > 1  # each batch on a scale of its own
     if uneven or min(probes.counts) < FEWEST_EXAMPLES:
         return {"gradient": gradient, "noise": None}
-    found = noise(probes, min(MICRO_BATCH, min(probes.counts) // FEWEST_EXAMPLES))
+    found = asked.measured.noise(min(MICRO_BATCH, min(probes.counts) // FEWEST_EXAMPLES))
     asked.products += found.products
     gradient["stderr"] = math.sqrt(max(found.noise, 0.0) / probes.examples)
     scales = {name: _scale(found, name) for name in ("simple", "with_curvature")}
     return {"gradient": gradient, "noise": scales}
-
-
-def of_sums(model):
-    """Whether the compiled loss adds up the examples of a batch."""
-    return any(getattr(loss, "reduction", None) == "sum" for loss in keras.tree.flatten(getattr(model, "loss", None)))
 
 
 def _scale(noise, name):
@@ -235,7 +222,7 @@ def _scale(noise, name):
 
 def _landscape(asked):
     sharpest = downhill(asked.top.vectors[0], asked.gradient)
-    lines = {"sharpest": sharpest, "random": filter_normalized(asked.probes.model, asked.seed)}
+    lines = {"sharpest": sharpest, "random": filter_normalized(asked.probes.model, asked.probes.seed)}
     drawn = slices(asked.measured, lines, [(name,) for name in lines], POINTS)
     asked.products += len(lines)
     losses, models = ({name: _list(v) for name, v in values.items()} for values in (drawn.loss, drawn.quadratic))
@@ -264,7 +251,7 @@ def _caveats(measured, answers):
             "Batch normalization uses its moving statistics here: how flat the function is that was found. What a step "
             "of training meets, and the limit is on, is measured with `training=True`."
         )
-    if of_sums(model):
+    if probes.is_sum:
         yield "The loss is a sum over the examples of a batch: all numbers grow with the batch."
     optimizer = unwrap(getattr(model, "optimizer", None))[0]
     if getattr(optimizer, "weight_decay", None):
