@@ -12,7 +12,7 @@ import keras
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number
-from keras_curvature.curvature.label_traces import layer_traces
+from keras_curvature.curvature.label_traces import is_gauss_newton, layer_traces
 from keras_curvature.curvature.naming import layers_of
 from keras_curvature.curvature.noise import noise
 from keras_curvature.curvature.probes import Probes
@@ -210,8 +210,8 @@ class Curvature(LinearOperator):
             labels: Whether to draw labels. A draw costs about as much as a product. Defaults to `False`.
 
         Raises:
-            ValueError: `labels=True`, and the matrix is another one, its loss is not minus the logarithm of a
-                likelihood that is known, or `pairs` are given.
+            ValueError: `labels=True`, and the matrix is neither a Fisher matrix nor equal to it (as the Gauss-Newton
+                matrix is with cross-entropies of logits and squared errors), or `pairs` are given.
         """
         check_count(Curvature.trace, "products", products, low=2)
         check(Curvature.trace, "by_layer", by_layer, isinstance(by_layer, bool), "True or False")
@@ -232,6 +232,11 @@ class Curvature(LinearOperator):
         kind = self.probes.kind
         check(Curvature.trace, "labels", True, kind in ("ggn", "fisher"), f"False for kind={kind!r}")
         check(Curvature.trace, "pairs", pairs, pairs is None, "left out where `labels=True`")
+        if kind == "ggn" and not is_gauss_newton(self.probes):
+            raise ValueError(
+                "`Curvature.trace`: `labels=True` gives the trace of the Fisher matrix, and with this loss and these "
+                "outputs the Gauss-Newton matrix is another one. Use kind='fisher', or labels=False."
+            )
         found = layer_traces(self.probes, self.probes.seed, draws)
 
         def estimate(places):

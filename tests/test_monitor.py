@@ -375,6 +375,22 @@ def test_labels_are_drawn_for_a_gauss_newton_matrix(hessian_of_network):
         hessian_of_network[0].trace(10, labels=True)
 
 
+@pytest.mark.parametrize("loss", ["mae", "poisson", "mse"])
+def test_labels_are_drawn_where_the_gauss_newton_matrix_is_the_fisher_matrix(loss):
+    """Of `y = xW` with a softplus: the second derivative of the loss is 0, or has the true label in it, or is 2."""
+    hidden = layers.Dense(2, "softplus", kernel_regularizer=keras.regularizers.L2(0.1))
+    model, (x, y) = model_of(hidden, loss=loss), examples(2)
+    c = curvature(model, (x, np.abs(y)), "ggn")
+    if loss == "mse":
+        J, _ = jacobian_of_outputs(model, x)
+        expected = 2 * np.mean(J**2, (0, 1)).sum() + 0.2 * 6
+        found = c.trace(200, labels=True)
+        assert abs(found.value - expected) < 4 * found.stderr < 0.2 * expected
+    else:
+        with pytest.raises(ValueError, match="the Gauss-Newton matrix is another one. Use kind='fisher'"):
+            c.trace(10, labels=True)
+
+
 def test_a_bar_counts_the_products(network, capsys):
     c = curvature(*network, progress=True)
     c.trace(5)

@@ -6,8 +6,12 @@ import math
 import numpy as np
 import tensorflow as tf
 
+from keras_curvature import trees
 from keras_curvature.component import check, check_count
+from keras_curvature.curvature.diagonal import draw
 from keras_curvature.curvature.linearization import l2_of
+
+SAME = 1e-2  # relative difference of products by one matrix; devices that round to TF32 included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,23 @@ def layer_traces(probes, seed=0, draws=10):
     # numbers of the seeds that go into each draw do not meet those of a neighbouring seed
     samples = np.stack([_one_draw(probes, draws * seed + i) for i in range(draws)])
     return LayerTraces(samples if probes.kind == "fisher" else samples + _l2_traces(probes))
+
+
+def is_gauss_newton(probes):
+    """Whether the Fisher matrix is the Gauss-Newton matrix, but for L2 regularizers, as seen from one product of each.
+
+    It is for cross-entropies of logits and squared errors; not for losses of other outputs than natural parameters,
+    such as probabilities that no softmax of the last layer gives, rates (Poisson), or absolute errors.
+    """
+    vector = draw(probes.weights, probes.seed)
+    apart, length = probes.on_batch(0, "Fisher and Gauss-Newton", _apart, vector).numpy()
+    return bool(apart <= SAME * length)
+
+
+def _apart(lin, vector):
+    fisher, ggn = lin.fisher() @ vector, lin.gauss_newton() @ vector
+    apart = [f + c * v - g for f, g, v, c in zip(fisher, ggn, vector, lin.l2)]
+    return tf.stack([tf.cast(trees.norm(a), tf.float64) for a in (apart, fisher)])
 
 
 def _one_draw(probes, number):
