@@ -1,4 +1,4 @@
-"""The curvature of two trainings, side by side in TensorBoard, in a minute or two:
+"""The curvature of two trainings, side by side in TensorBoard, in a minute:
 
     pip install ".[examples]"
     python examples/watch_curvature.py
@@ -24,9 +24,9 @@ import keras_curvature as kc
 
 parser = argparse.ArgumentParser(description="The curvature of two trainings in TensorBoard.")
 parser.add_argument("--out", default="watch_curvature_out", help="folder for the logs")
-parser.add_argument("--epochs", type=int, default=120)
+parser.add_argument("--epochs", type=int, default=60)
 parser.add_argument("--batch_size", type=int, default=64)
-parser.add_argument("--budget", type=float, default=0.1, help="share of the time for looking at the curvature")
+parser.add_argument("--budget", type=float, default=0.2, help="share of the time for looking at the curvature")
 args = parser.parse_args()
 
 # 1437 images of 8x8 pixels in 10 classes, 360 for testing; a 64-64-32-10 network with tanh.
