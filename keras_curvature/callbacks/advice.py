@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
+from keras_curvature.callbacks.layout import LAYER
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -60,8 +62,6 @@ class Advice:
         return self._counts[rule] == rule.times
 
     def _of_layers(self, values):
-        from keras_curvature.callbacks.layout import LAYER
-
         shares = {tag.removeprefix(LAYER): value for tag, value in values.items() if tag.startswith(LAYER)}
         if not shares:
             return []

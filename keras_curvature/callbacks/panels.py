@@ -16,8 +16,8 @@ from keras_curvature.curvature import label_traces, likelihoods, noise
 from keras_curvature.optimizers.stability import stability
 from keras_curvature.solvers import lanczos
 
-# Products of a Lanczos run from a random vector, and from the one of the probe before: MONITOR finds the sharpness to
-# 1e-3 with either.
+# Products of a Lanczos run from a random vector, and from the one of the probe before: either finds the sharpness to
+# about 1e-3, and the second to 1e-2 where training went a long way in between.
 COLD, WARM = 20, 5
 # Lines of a chart, and the rest in one more.
 LAYERS = 8
@@ -68,7 +68,7 @@ class Panels:
     def __init__(self, measured, batch_size):
         self.measured, self.batch_size = measured, batch_size
         self._top = self._bottom = self._preconditioned = self._lines = None
-        self._axis = None
+        self._axis, self.sharpness = None, math.nan
         self._samples = measured.probes.kind != "empirical_fisher" and _is_likelihood(measured.probes.model)
         self.pieces = (
             Piece("the gradient", Panels._gradient, 0.5, needed=True),
