@@ -90,10 +90,11 @@ def _header(report):
 
 def _numbers(report):
     """Rows of name, number and remark."""
-    yield "sharpness", _pair(report["sharpness"]), stability(report["stability"])
-    preconditioned = report["stability"]["sharpness"]
+    preconditioned = report["stability"]["sharpness"]  # in the optimizer's own metric, which its limit is on
+    said = stability(report["stability"])
+    yield "sharpness", _pair(report["sharpness"]), said if preconditioned is None else ""
     if preconditioned is not None:
-        yield "preconditioned", _pair(preconditioned), "sharpness in the optimizer's own metric, what its limit is on"
+        yield f"  in {report['stability']['optimizer']}'s metric", _pair(preconditioned), said
     if report["most_negative"] is not None:
         yield "most negative", _pair(report["most_negative"]), _negative(report["negative_share"])
     yield "trace", _estimate(report["trace"]), ""
