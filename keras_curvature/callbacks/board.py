@@ -16,10 +16,11 @@ from keras_curvature.callbacks.chief import is_chief
 from keras_curvature.callbacks.events import Events, make_folder
 from keras_curvature.callbacks.panels import DENSITY_PROBES, DENSITY_STEPS, NotFinite, Panels
 from keras_curvature.component import check, check_count, check_number
-from keras_curvature.curvature.probes import PRODUCTS
-from keras_curvature.monitor import curvature
+from keras_curvature.curvature.probes import PRODUCTS, mixes_examples
+from keras_curvature.monitor import Curvature, curvature
 from keras_curvature.report import Report
 from keras_curvature.report.measure import measure
+from keras_curvature.solvers.flat import ProductNotFinite
 
 # Share of the wall clock for the numbers that training has anyway, beside the budget.
 LIVE_SHARE = 0.005
@@ -54,11 +55,13 @@ class CurvatureBoard(keras.callbacks.Callback):
     Args:
         log_dir: Folder for TensorBoard; the board writes the runs `curvature` and, for limits, `curvature/limit`
             into it. Created where it is not there. A run that goes on continues its curves.
-        data: What to probe: `(x, y)`, `(x, y, sample_weight)`, a `tf.data.Dataset` or a `keras.utils.PyDataset`. Few
-            examples overestimate the sharpness, by about 5 % at 1024 and by up to half at 32. Defaults to the first
-            batch that training sees.
+        data: What to probe: `(x, y)`, `(x, y, sample_weight)`, a `tf.data.Dataset` or a `keras.utils.PyDataset`, of
+            which the first `examples` are read, once. Reading a `Dataset` that shuffles moves its order: give the board
+            another object than `fit`, or training is not what it was. Few examples overestimate the sharpness, by
+            about 5 % at 1024 and by up to half at 32. Defaults to the first batch that training sees.
         budget: Share of the wall clock that probes may take, in [0, 1); 0: what training has anyway, and no curvature.
-            Defaults to `0.05`.
+            With an optimizer of Keras' own that is its loss and learning rate; what is shown of a step (`update_norm`,
+            `cosine`, ...) takes a probe before it. Defaults to `0.05`.
         examples: How many examples of the data at most. Defaults to `1024`.
         kind: The curvature: `"hessian"`, `"ggn"`, `"fisher"` or `"empirical_fisher"`. Defaults to `"hessian"`, which
             the gauge is defined by.
@@ -102,7 +105,7 @@ class CurvatureBoard(keras.callbacks.Callback):
         strategy = self.model.distribute_strategy
         self._works, self._alone = is_chief(strategy), not replicas.of_several_workers(strategy)
         self._lively, self._probing = self._works, self._works and self._alone and self.budget > 0
-        self._batch = self._panels = self._before = None
+        self._batch = self._panels = self._in_inference = self._before = None
         self._probes, self._dropped, self._tags, self._told = 0, set(), set(), set()
         self._live, self._advice, self._costs = live.Live(self.model), Advice(), Costs()
         probes, density = self.budget * (1 - DENSITY_SHARE), self.budget * DENSITY_SHARE
@@ -161,7 +164,7 @@ class CurvatureBoard(keras.callbacks.Callback):
         if self._works:
             self._guard("writing", self._close, ends="_works")
         self._works = self._lively = self._probing = False
-        self._batch = self._panels = self._before = None
+        self._batch = self._panels = self._in_inference = self._before = None
 
     # Probes.
 
@@ -192,36 +195,31 @@ class CurvatureBoard(keras.callbacks.Callback):
         step = self._step()
         self._budget.timed("probes", lambda: self._write_probe(step, first), once=first)
         self._before = step, self._panels.weights, self._panels.gradient
+        if not self._costs.product:  # one is traced by now: this one tells what the others will cost
+            self._costs.product = self._budget.timed("probes", self._panels.multiply, once=True)
         if first:
             self._guard("the spectrum", lambda: self._budget.timed("probes", self._draw_spectrum, once=True))
 
     def _begin(self):
-        self._panels = Panels(self._curvature(training=True), self._batch_size)
-
-    def _curvature(self, training):
-        data, batch_size = self.data, self._batch_size if training and self._has_batch_statistics() else None
-        if data is None:
-            data, batch_size = self._batch, None
-        return curvature(
-            self.model, data, kind=self.kind, examples=self.examples, batch_size=batch_size, training=training
+        given = self.data is not None
+        batch_size = self._batch_size if given and mixes_examples(self.model) else None
+        data = self.data if given else self._batch
+        measured = curvature(
+            self.model, data, kind=self.kind, examples=self.examples, batch_size=batch_size, training=True
         )
-
-    def _has_batch_statistics(self):
-        return any(isinstance(layer, keras.layers.BatchNormalization) for layer in self.model._flatten_layers())
+        self._panels = Panels(measured, self._batch_size)
 
     def _ask(self, piece):
         """One piece of a probe; the first time, tracing and all, is not in the budget."""
         new = self._costs.is_new(piece.name)
         seconds = self._budget.timed("probes", lambda: self._answer(piece), once=new)
         self._costs.note(piece.name, seconds)
-        if new and piece.cold:
-            self._costs.product = seconds / piece.cold
 
     def _answer(self, piece):
         if piece.needed:  # without it the probe fails, and not a part of it
             piece.ask(self._panels)
-        elif not self._guard(piece.name, lambda: piece.ask(self._panels)):
-            self._dropped.add(piece.name)
+        else:
+            self._guard(piece.name, lambda: piece.ask(self._panels))
 
     def _step(self):
         return live.iterations(self.model)
@@ -267,7 +265,9 @@ class CurvatureBoard(keras.callbacks.Callback):
 
     def _draw_report(self):
         self._panels.check_finite()
-        report, step = Report(measure(self._curvature(training=False))), self._step()
+        if self._in_inference is None:  # kept: another one would be traced anew
+            self._in_inference = Curvature(self._panels.measured.probes.in_mode(False))
+        report, step = Report(measure(self._in_inference)), self._step()
         self._values.text("report", f"```\n{report}\n```", step)
         try:
             figure = report.figure()
@@ -310,22 +310,27 @@ class CurvatureBoard(keras.callbacks.Callback):
     # What goes wrong.
 
     def _guard(self, what, work, ends=None):
-        """Whether `work()` went well; if not, say so once, and go on without it."""
+        """Do some work, unless it has failed before; where it fails, say so once, and go on without it.
+
+        What was not finite may be so the next time.
+        """
+        if what in self._dropped:
+            return
         try:
             work()
         except NotFinite as error:
             self._tell(f"{error}. Curvature is left out until they are.")
-            return False
+        except ProductNotFinite:
+            self._tell(f"{what} is left out as long as products with the curvature overflow.")
         # Whatever it is: hours of training are worth more than a picture of them. Ctrl-C is no `Exception`.
         except Exception as error:
+            self._dropped.add(what)
             if ends is not None:
                 setattr(self, ends, False)
             self._tell(
                 f"{what} failed with {type(error).__name__}: {error}. Training goes on, and so does what else the "
                 "board shows."
             )
-            return False
-        return True
 
     def _tell(self, sentence):
         """A warning, once."""

@@ -46,7 +46,6 @@ class Piece:
         products: What it costs, about, until it was timed.
         every: It is part of every so many-th probe.
         needed: Whether nothing else can be asked without it.
-        cold: Number of products of the first time, where these are all that it does.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Piece:
     products: float
     every: int = 1
     needed: bool = False
-    cold: int = 0
 
 
 class Panels:
@@ -68,12 +66,12 @@ class Panels:
     def __init__(self, measured, batch_size):
         self.measured, self.batch_size = measured, batch_size
         self._top = self._bottom = self._preconditioned = self._lines = None
-        self._axis, self.sharpness = None, math.nan
+        self._axis = None
         self._samples = measured.probes.kind != "empirical_fisher" and _is_likelihood(measured.probes.model)
         self.pieces = (
             Piece("the gradient", Panels._gradient, 0.5, needed=True),
             Piece("the curvature along the gradient", Panels._along_gradient, 1),
-            Piece("the sharpness", Panels._sharpness, WARM, cold=COLD),
+            Piece("the sharpness", Panels._sharpness, WARM),
             Piece("the preconditioned sharpness", Panels._preconditioned_sharpness, WARM),
             Piece("the most negative eigenvalue", Panels._most_negative, COLD, every=5),
             Piece("the noise scale", Panels._noise_scale, 2, every=2),
@@ -82,9 +80,13 @@ class Panels:
 
     def begin(self, model):
         """A new probe, at the weights that the model has now."""
-        self.values, self.limits, self.model = {}, {}, model
+        self.values, self.limits, self.model, self.sharpness = {}, {}, model, math.nan
         self.weights = trees.values(self.measured.variables)
         self.stability = stability(model.optimizer, model.trainable_variables)
+
+    def multiply(self):
+        """One product, for whoever wants to know what it costs."""
+        return float(trees.norm(self.measured @ self.weights))  # a number: the device has done it then
 
     def add(self, tag, value, limit=None):
         """Note a number, and what it must stay below or above."""
@@ -106,7 +108,7 @@ class Panels:
         bent = float(trees.dot(self.gradient, self.measured @ self.gradient))
         self.add("3_step/curvature_along_gradient", bent / self._squared)
         along = self.stability.preconditioner is None and self.stability.reason is None
-        if along and bent > 0:
+        if along and 0 < bent < math.inf:
             self.add("3_step/best_rate", self._squared / bent, self.stability.rate)
 
     def _sharpness(self):
