@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 import sys
+import types
 
 import keras
 import numpy as np
@@ -76,16 +77,29 @@ def test_what_is_asked_comes_out_as_eigvalsh_says(bench, trained):
     assert "<= 10 yes" in said[1]
 
 
-def test_the_clock_leaves_out_what_is_done_once(bench, monkeypatch):
-    times, once = iter([0.0, 1.0, 102.0]), iter([0.0, 0.0, 100.0])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(times))
-    clock = bench.Clock(2.0, lambda: next(once))
+def test_the_clock_leaves_out_the_other_model_and_what_is_done_once(bench, monkeypatch):
+    times, turns, budget = {"now": 0.0}, [], types.SimpleNamespace(once={})
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: times["now"])
+
+    def other(seconds):
+        turns.append(times["now"])
+        times["now"] += 50.0
+
+    monkeypatch.setattr(bench, "TURN", 2.0)
+    monkeypatch.setattr(bench, "timed", lambda call, *args: (call(*args), 50.0))
+    board = types.SimpleNamespace(_budget=budget)
+    clock = bench.Turns(2.5, board, other)
     clock.set_model(keras.Model())
-    stopped = []
-    for batch in range(3):
-        clock.on_train_batch_end(batch)
-        stopped.append(clock.model.stop_training)
-    assert (clock.steps, clock.seconds, stopped) == (2, 2.0, [False, False, True])
+    clock.on_train_begin()
+    for passed in (1.0, 1.0, 0.25, 0.75, 101.0, 0.5):  # the first one is not counted
+        times["now"] += passed
+        if passed == 101.0:
+            budget.once["tracing"] = 101.0
+        clock.on_train_batch_end(0)
+    assert turns == [3.0]
+    assert (clock.steps, clock.seconds) == (5, 2.5)
+    assert clock.model.stop_training
+    assert board._clock() == times["now"] - 50.0
 
 
 def _basis(curvature):

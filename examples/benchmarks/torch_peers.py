@@ -206,10 +206,14 @@ def questions(path, point, earlier, reference, sharpness, trace, like_ours, step
     def one(values):
         return off(values[0][0], reference["top"][0])
 
+    def near(products):
+        return one(power.ask("eigenvalues", maxIter=products, tol=0.0)[0]) <= sharpness
+
     power, set_up = timed(first_product, PyHessian, subject)
-    fewest = least(lambda m: one(power.ask("eigenvalues", maxIter=m, tol=0.0)[0]) <= sharpness, most) or most
+    fewest = least(near, most) or most
     cold = "sharpness, cold"
-    add(cold, "PyHessian, fewest", lambda: power.ask("eigenvalues", maxIter=fewest, tol=0.0), one, set_up)
+    who = f"PyHessian, {'fewest' if near(fewest) else 'most'}"
+    add(cold, who, lambda: power.ask("eigenvalues", maxIter=fewest, tol=0.0), one, set_up)
     add(cold, "PyHessian, its rule", lambda: power.ask("eigenvalues", tol=sharpness, maxIter=most), one, set_up)
     add("top", "PyHessian, its rule", lambda: power.ask("eigenvalues", top_n=top, tol=sharpness, maxIter=most),
         lambda found: off(np.abs(_by_size(found[0])), np.abs(reference["by size"])), set_up)  # fmt: skip
