@@ -106,7 +106,7 @@ class CurvatureBoard(keras.callbacks.Callback):
         self._works, self._alone = is_chief(strategy), not replicas.of_several_workers(strategy)
         self._lively, self._probing = self._works, self._works and self._alone and self.budget > 0
         self._batch = self._panels = self._in_inference = self._before = None
-        self._probes, self._dropped, self._tags, self._told = 0, set(), set(), set()
+        self._probes, self._calls, self._dropped, self._tags, self._told = 0, 0, set(), set(), set()
         self._live, self._advice, self._costs = live.Live(self.model), Advice(), Costs()
         probes, density = self.budget * (1 - DENSITY_SHARE), self.budget * DENSITY_SHARE
         self._budget = Budget({"live": LIVE_SHARE, "probes": probes, "density": density}, self._clock)
@@ -130,6 +130,7 @@ class CurvatureBoard(keras.callbacks.Callback):
             expected = sum(self._costs.expected(piece.name, piece.products) for piece in self._due())
             if self._panels is None or self._budget.allows("probes", expected):
                 self._guard("probing", self._probe, ends="_probing")
+        self._calls += 1
 
     def on_test_begin(self, logs=None):
         """The last step of an epoch, before validation takes the metrics."""
@@ -222,7 +223,8 @@ class CurvatureBoard(keras.callbacks.Callback):
             self._guard(piece.name, lambda: piece.ask(self._panels))
 
     def _step(self):
-        return live.iterations(self.model)
+        taken = live.iterations(self.model)
+        return self._calls if taken is None else taken
 
     # Writing.
 

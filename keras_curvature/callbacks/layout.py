@@ -17,6 +17,14 @@ DESCRIPTIONS = {
         "Largest eigenvalue of the curvature on the probe. "
         "**limit:** the largest that the optimizer's learning rate bears, where it does not precondition."
     ),
+    "1_stability/sharpness_residual": (
+        "|Hu - lu| / l of the sharpness l: there is an eigenvalue as near. **limit: 0.05**, beyond which the "
+        "board takes more products; still above it, the gauge is not to be relied on."
+    ),
+    "1_stability/preconditioned_residual": (
+        "Likewise, of the preconditioned sharpness. **limit: 0.05**."
+    ),
+    "1_stability/most_negative_residual": "Likewise, of the most negative eigenvalue.",
     "1_stability/preconditioned_sharpness": (
         "Largest eigenvalue of M^1/2 H M^1/2, with M what the optimizer multiplies gradients by. "
         "**limit:** the largest that its learning rate bears."
@@ -35,7 +43,8 @@ DESCRIPTIONS = {
     "2_noise/noise_scale": (
         "Gradient noise scale in examples: the noise of the gradients over their signal. **limit: the batch size**. "
         "Batches well below the noise scale get faster by averaging more, batches well above it do not. No point where "
-        "the gradient is lost in the noise of the examples probed: the noise scale is beyond them."
+        "the gradient is lost in the noise of the examples probed: the noise scale is beyond them. With batch "
+        "normalization the statistics are those of a quarter of the probe's batch, and the number is a rough one."
     ),
     "2_noise/gauge": "Batch size / noise scale. **limit: 1**: above it a larger batch hardly shortens training.",
     "3_step/loss": "Training loss, the mean over the steps since the last point.",
@@ -46,7 +55,7 @@ DESCRIPTIONS = {
     ),
     "3_step/curvature_along_gradient": "g'Hg / |g|^2: curvature along the gradient, on the probe.",
     "3_step/gradient_norm": "Norm of the gradient on the probe.",
-    "3_step/gradient_in_top_space": (
+    "3_step/gradient_in_sharpest": (
         "Share of the squared gradient along the sharpest direction found, 0 to 1. Near 1, the gradient bounces "
         "between two walls."
     ),
@@ -74,9 +83,15 @@ DESCRIPTIONS = {
     "5_factors/unclipped": "Share of the entries of the step that were not clipped.",
     "5_factors/curvature_norm": "Norm of the curvature estimate that the optimizer keeps.",
     "6_layers/effective_directions": (
-        "Trace / sharpness: how many directions as sharp as the sharpest one would make up all the curvature."
+        "Trace (of the Gauss-Newton matrix, see `6_layers/trace`) / sharpness (of the curvature probed): how many "
+        "directions as sharp as the sharpest one would make up all the curvature."
     ),
-    "6_layers/trace": "Trace of the Gauss-Newton matrix on the probe.",
+    "6_layers/trace": (
+        "Trace of the Gauss-Newton (Fisher) matrix on the probe, by labels drawn from what the model says, also where "
+        "the curvature probed is the Hessian: of ReLU networks both have one trace. Where the loss is no likelihood, "
+        "the trace of the curvature probed."
+    ),
+    "6_layers/trace_stderr": "Standard error of the trace; of few draws, and itself a rough number.",
 }
 LAYER = "6_layers/trace_share/"
 BOUNDS = ("2_noise/noise_scale_lower", "2_noise/noise_scale_upper")
@@ -97,6 +112,8 @@ REPORTED = {
 LIMITS = {
     "1_stability/gauge": 1.0,
     "1_stability/most_negative": 0.0,
+    "1_stability/sharpness_residual": 0.05,
+    "1_stability/preconditioned_residual": 0.05,
     "1_stability/reduction_ratio": 0.25,
     "2_noise/gauge": 1.0,
     "3_step/update_to_weight_max": 1e-3,
@@ -110,6 +127,9 @@ QUESTIONS = (
         ("sharpness, and its limit", ("1_stability/sharpness",)),
         ("preconditioned sharpness, and its limit", ("1_stability/preconditioned_sharpness",)),
         ("most negative eigenvalue", ("1_stability/most_negative",)),
+        ("how far off these may be, relatively: their residuals",
+         ("1_stability/sharpness_residual", "1_stability/preconditioned_residual",
+          "1_stability/most_negative_residual")),
         ("reduction ratio: near 1 the quadratic model is right, below 0.25 it is not",
          ("1_stability/reduction_ratio",)),
         ("damping", ("1_stability/damping",)),
@@ -126,7 +146,7 @@ QUESTIONS = (
         ("update / weight of a layer: 0.001 is usual",
          ("3_step/update_to_weight_max", "3_step/update_to_weight_median")),
         ("cosine of update and negative gradient: below 0 is uphill", ("3_step/cosine",)),
-        ("share of the gradient in the sharpest direction", ("3_step/gradient_in_top_space",)),
+        ("share of the gradient in the sharpest direction", ("3_step/gradient_in_sharpest",)),
         ("gradient and update, norms", ("3_step/gradient_norm", "3_step/update_norm", "3_step/step_norm")),
         ("curvature along the gradient", ("3_step/curvature_along_gradient",)),
     )),
@@ -135,7 +155,7 @@ QUESTIONS = (
     ("Where is the curvature?", False, (
         ("share of each layer in the trace", (LAYER,)),
         ("effective directions: trace / sharpness", ("6_layers/effective_directions",)),
-        ("trace", ("6_layers/trace",)),
+        ("trace, and its error", ("6_layers/trace", "6_layers/trace_stderr")),
     )),
 )  # fmt: skip
 # Charts of a value between two bounds: (question, title, value, lower, upper).
@@ -145,7 +165,7 @@ MARGINS = (("Is the batch of the right size?", "noise scale, with its error bar"
 def describe(tag):
     """The description of a tag in Markdown."""
     if tag.startswith(LAYER):
-        return "Share of this layer in the sum of the traces of all layers (Gauss-Newton, on the probe)."
+        return "Share of this layer in `6_layers/trace`, the sum of the traces of all layers."
     if tag in BOUNDS:
         return "The noise scale, one standard error below and above; at most ten times the noise scale."
     return DESCRIPTIONS.get(tag, "A number that the optimizer reports.")

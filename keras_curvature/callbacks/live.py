@@ -65,16 +65,16 @@ class Live:
 
 
 def learning_rate(model):
-    """The rate of the next step, a float; not a number where several optimizers have one each."""
+    """The rate of the next step, a float; not a number where several optimizers have one each, or there is none."""
     optimizer, _ = unwrap(model.optimizer)
-    several = isinstance(optimizer, keras.optimizers.MultiOptimizer)
-    return math.nan if several else number(optimizer.learning_rate)
+    no_one = optimizer is None or isinstance(optimizer, keras.optimizers.MultiOptimizer)
+    return math.nan if no_one else number(optimizer.learning_rate)
 
 
 def iterations(model):
-    """How many steps the optimizer has taken, also before this `fit`."""
+    """How many steps the optimizer has taken, also before this `fit`; `None` without an optimizer."""
     optimizer, _ = unwrap(model.optimizer)
-    return int(number(optimizer.iterations))
+    return None if optimizer is None else int(number(optimizer.iterations))
 
 
 def number(variable):

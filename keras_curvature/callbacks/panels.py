@@ -13,16 +13,20 @@ import numpy as np
 from keras_curvature import trees
 from keras_curvature.callbacks.layout import BOUNDS, LAYER, LIMITS
 from keras_curvature.curvature import label_traces, likelihoods, noise
-from keras_curvature.optimizers.stability import stability
-from keras_curvature.solvers import lanczos
+from keras_curvature.optimizers.stability import Stability, stability
 
 # Products of a Lanczos run from a random vector, and from the one of the probe before: either finds the sharpness to
-# about 1e-3, and the second to 1e-2 where training went a long way in between.
-COLD, WARM = 20, 5
+# about 1e-3, and the second to 1e-2 where training went a long way in between. The smallest eigenvalue takes more: it
+# lies close to the many near 0.
+COLD, WARM, LOWER = 10, 5, 20
+# Relative residual of the sharpness beyond which there are COLD products more.
+FAR = 0.05
 # Lines of a chart, and the rest in one more.
 LAYERS = 8
 # Of the noise scale: what one pass over the probe is cut into.
 MICRO_BATCHES = 16
+# Likewise with batch normalization, whose statistics are then of a micro-batch: large ones are closer to training.
+NORMALIZED_BATCHES = 4
 # Of the traces of the layers: draws of labels, and, where there are none to draw, products.
 DRAWS, PRODUCTS = 2, 5
 # The spectral density: one probe is enough for large models, and the steps are what resolves it.
@@ -73,7 +77,7 @@ class Panels:
             Piece("the curvature along the gradient", Panels._along_gradient, 1),
             Piece("the sharpness", Panels._sharpness, WARM),
             Piece("the preconditioned sharpness", Panels._preconditioned_sharpness, WARM),
-            Piece("the most negative eigenvalue", Panels._most_negative, COLD, every=5),
+            Piece("the most negative eigenvalue", Panels._most_negative, LOWER, every=5),
             Piece("the noise scale", Panels._noise_scale, 2, every=2),
             Piece("the shares of the layers", Panels._layers, DRAWS if self._samples else PRODUCTS, every=2),
         )
@@ -82,7 +86,8 @@ class Panels:
         """A new probe, at the weights that the model has now."""
         self.values, self.limits, self.model, self.sharpness = {}, {}, model, math.nan
         self.weights = trees.values(self.measured.variables)
-        self.stability = stability(model.optimizer, model.trainable_variables)
+        optimizer, none = model.optimizer, Stability(math.nan, reason="The model was compiled without an optimizer.")
+        self.stability = stability(optimizer, model.trainable_variables) if optimizer is not None else none
 
     def multiply(self):
         """One product, for whoever wants to know what it costs."""
@@ -112,43 +117,51 @@ class Panels:
             self.add("3_step/best_rate", self._squared / bent, self.stability.rate)
 
     def _sharpness(self):
-        largest, smallest = self.measured.extremes(self._top, COLD if self._top is None else WARM)
+        largest, smallest = self._ends(self._top)
         if self._bottom is None:
             self._bottom = smallest.vectors[0]
         self._top = largest.vectors[0]
         self.sharpness = float(largest.values[0])
         plain = self.stability.preconditioner is None
         self.add("1_stability/sharpness", self.sharpness, self.stability.sharpness_limit if plain else None)
+        self.add("1_stability/sharpness_residual", _residual(largest))
         if plain and self.stability.limit is not None:
             self.add("1_stability/gauge", self.stability.gauge(self.sharpness))
         if self._squared:
-            self.add("3_step/gradient_in_top_space", float(trees.dot(self._top, self.gradient)) ** 2 / self._squared)
+            self.add("3_step/gradient_in_sharpest", float(trees.dot(self._top, self.gradient)) ** 2 / self._squared)
 
     def _preconditioned_sharpness(self):
         if self.stability.preconditioner is None:
             return
-        steps = COLD if self._preconditioned is None else WARM
-        start, M = self._preconditioned, self.stability.preconditioner
-        largest, _ = lanczos.extremes(self.measured, self.gradient, steps, start=start, metric=M)
+        largest, _ = self._ends(self._preconditioned, self.stability.preconditioner)
         self._preconditioned = largest.vectors[0]
         found = float(largest.values[0])
         self.add("1_stability/preconditioned_sharpness", found, self.stability.sharpness_limit)
+        self.add("1_stability/preconditioned_residual", _residual(largest))
         self.add("1_stability/gauge", self.stability.gauge(found))
+
+    def _ends(self, start, metric=None):
+        """The largest and the smallest eigenvalue; the smallest is a rough one."""
+        largest, smallest = self.measured.extremes(start, COLD if start is None else WARM, metric)
+        if _residual(largest) > FAR:
+            largest, _ = self.measured.extremes(largest.vectors[0], COLD, metric)
+        return largest, smallest
 
     def _most_negative(self):
         if self.measured.psd:
             return
-        # a warm start is of little use here: the lower end lies close to the many eigenvalues near 0
-        _, smallest = self.measured.extremes(self._bottom, COLD)
+        _, smallest = self.measured.extremes(self._bottom, LOWER)
         self._bottom = smallest.vectors[0]
         self.add("1_stability/most_negative", smallest.values[0])
+        self.add("1_stability/most_negative_residual", _residual(smallest))
 
     def _noise_scale(self):
-        examples = self.measured.probes.batch_size
-        micro_batch = max(1, examples // MICRO_BATCHES)
+        probes = self.measured.probes
+        parts = NORMALIZED_BATCHES if probes.mixes_examples else MICRO_BATCHES
+        micro_batch = max(1, probes.batch_size // parts)
         # No average over probes: these are the same examples every time, and so is their error; and where the gradient
         # gets smaller and smaller, an average would be that of long ago.
-        found = noise.noise(self.measured.probes, micro_batch, parts=8, curvature=False)
+        found = noise.noise(probes, micro_batch, parts=8, curvature=False)
         scale = found.simple
         if not 0 < scale < math.inf:  # the gradient is lost in the noise
             return
@@ -160,9 +173,10 @@ class Panels:
             self.add(tag, bound, self.batch_size)  # a chart with bounds is drawn of runs that have all three
 
     def _layers(self):
-        found = self._traces()
+        found, stderr = self._traces()
         whole = sum(found.values())
         self.add("6_layers/trace", whole)
+        self.add("6_layers/trace_stderr", stderr)
         if self.sharpness > 0:
             self.add("6_layers/effective_directions", whole / self.sharpness)
         if whole <= 0:
@@ -175,12 +189,15 @@ class Panels:
             self.add(LAYER + "others", 1.0 - sum(found[name] for name in self._lines) / whole)
 
     def _traces(self):
-        """`{layer: trace}`, by labels drawn from the model, where its loss is a likelihood, and else by products."""
-        probes = self.measured.probes
+        """`{layer: trace}`, by labels drawn from the model, where its loss is a likelihood, and else by products.
+
+        And a standard error of their sum; of products, whose errors go together, at most.
+        """
         if self._samples:
-            traces = label_traces.layer_traces(probes, draws=DRAWS)
-            return {name: traces.of(indices)[0] for name, indices in self.measured.layers.items()}
-        return {name: float(found.value) for name, found in self.measured.trace(PRODUCTS, by_layer=True).items()}
+            traces = label_traces.layer_traces(self.measured.probes, draws=DRAWS)
+            return {name: traces.of(own)[0] for name, own in self.measured.layers.items()}, traces.of()[1]
+        found = self.measured.trace(PRODUCTS, by_layer=True)
+        return {name: each.value for name, each in found.items()}, sum(each.stderr for each in found.values())
 
     # What is asked at other times.
 
@@ -232,10 +249,15 @@ class Panels:
         return self._axis
 
 
+def _residual(pairs):
+    """The residual of the first of `Eigenpairs` over its eigenvalue."""
+    value = abs(float(pairs.values[0]))
+    return float(pairs.residuals[0]) / value if value else math.inf
+
+
 def _is_likelihood(model):
     """Whether labels can be drawn for all of a model's losses."""
-    losses = model._compile_loss._flat_losses or []  # private names of Keras 3.15
-    return bool(losses) and all(likelihoods.objection(each.loss) is None for each in losses if each is not None)
+    return model.loss is not None and likelihoods.unknown(model) is None
 
 
 @dataclasses.dataclass(frozen=True)
