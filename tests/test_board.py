@@ -20,8 +20,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 import keras_curvature as kc
 from keras_curvature import replicas
+from keras_curvature.callbacks import axis, first_batch, layout, panels
 from keras_curvature.callbacks import board as board_module
-from keras_curvature.callbacks import first_batch, layout, panels
 from keras_curvature.callbacks.advice import Advice
 from keras_curvature.callbacks.budget import Budget, Costs
 from keras_curvature.curvature import data as probe_data
@@ -195,6 +195,16 @@ def test_an_update_is_that_of_the_step_after_the_probe(shown, oracle):
     assert checked >= 3
 
 
+def test_two_updates_in_a_row_are_compared(shown):
+    flat_weights = np.stack([np.concatenate([w.ravel() for w in weights]) for weights in shown["weights"]])
+    moves = np.diff(flat_weights, axis=0)
+    found = shown["numbers"]["3_step/cosine_of_updates"]
+    assert len(found) >= 2
+    for step, value in found:  # the second of them begins at this step
+        one, two = moves[step - 1], moves[step]
+        np.testing.assert_allclose(value, one @ two / np.linalg.norm(one) / np.linalg.norm(two), rtol=1e-5)
+
+
 def test_shares_of_the_layers_add_up(shown, oracle):
     shares = {tag: dict(values) for tag, values in shown["numbers"].items() if tag.startswith("6_layers/trace_share/")}
     assert set(shares) == {"6_layers/trace_share/hidden", "6_layers/trace_share/out"}
@@ -320,7 +330,7 @@ def test_texts_are_the_page_about_the_board_and_the_report(shown):
 
 def test_the_spectrum_has_all_eigenvalues(shown, oracle):
     step, bars = arrays(shown["folder"], board_module.SPECTRUM)[-1]
-    assert step == len(shown["weights"]) and bars.shape == (panels.BINS, 3)
+    assert step == len(shown["weights"]) and bars.shape == (axis.BINS, 3)
     assert np.allclose(bars[1:, 0], bars[:-1, 1])
     assert (10 ** bars[:, 2] - 1).sum() == pytest.approx(35)
     assert "log10" in read(shown["folder"]).SummaryMetadata(board_module.SPECTRUM).summary_description
@@ -329,16 +339,16 @@ def test_the_spectrum_has_all_eigenvalues(shown, oracle):
 def test_bars_of_a_known_spectrum():
     eigenvalues = np.array([[-0.02, 0.0, 0.0, 0.0, 0.5, 0.5, 40.0, 90.0]])
     density = Density(eigenvalues, np.full((1, 8), 1 / 8), 8)
-    axis = panels.Axis.of(density)
-    assert axis.unit == 1e-2  # three decades below the largest
-    np.testing.assert_allclose(axis.place(np.array([-0.99, 0.09, 99.99])), [-2, 1, 4], rtol=1e-12)
-    bars = axis.bars(density, 8)
-    places, draws = axis.place(eigenvalues[0]), np.random.default_rng(0).standard_normal(200_000)
+    line = axis.Axis.of(density)
+    assert line.unit == 1e-2  # three decades below the largest
+    np.testing.assert_allclose(line.place(np.array([-0.99, 0.09, 99.99])), [-2, 1, 4], rtol=1e-12)
+    bars = line.bars(density, 8)
+    places, draws = line.place(eigenvalues[0]), np.random.default_rng(0).standard_normal(200_000)
     edges = np.concatenate([[-np.inf], bars[1:, 0], [np.inf]])  # each eigenvalue is a Gaussian on the axis
-    expected = sum(np.histogram(place + panels.WIDTH * draws, edges)[0] for place in places) / len(draws)
+    expected = sum(np.histogram(place + axis.WIDTH * draws, edges)[0] for place in places) / len(draws)
     np.testing.assert_allclose(10 ** bars[:, 2] - 1, expected, atol=0.01)
     wilder = Density(np.array([[1e6, -1e6]]), np.array([[0.5, 0.5]]), 8)  # off the axis that the first one has set
-    heights = 10 ** axis.bars(wilder, 8)[:, 2] - 1
+    heights = 10 ** line.bars(wilder, 8)[:, 2] - 1
     assert heights.sum() == pytest.approx(8) and heights[:4].sum() > 3.9 and heights[-4:].sum() > 3.9
 
 
@@ -422,7 +432,9 @@ TRAININGS = {
 
 
 @pytest.mark.filterwarnings("ignore:.shuffle=True. was passed:UserWarning")
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name == "curved" else name for name in TRAININGS
+])  # fmt: skip
 def test_training_with_the_board_is_bit_for_bit_training_without_it(name, tmp_path):
     make, fit, arguments = TRAININGS[name]
     x, y = digits()
@@ -433,6 +445,7 @@ def test_training_with_the_board_is_bit_for_bit_training_without_it(name, tmp_pa
     assert len(texts(tmp_path / "curvature").get("report", [])) == (1 if name == "arrays" else 0)
 
 
+@pytest.mark.slow
 def test_training_in_half_precision_is_bit_for_bit_that_without_the_board(tmp_path):
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_float16")
@@ -449,7 +462,7 @@ def test_training_in_half_precision_is_bit_for_bit_that_without_the_board(tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:.shuffle=True. was passed:UserWarning")
-@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_data_set_that_shuffles_is_another_one_for_the_board(own, tmp_path, monkeypatch):
     """Reading it moves its order, once: what the docstring warns of, and that what it says to do is enough."""
     x, y = digits()
@@ -562,14 +575,14 @@ def test_a_training_of_seconds_is_probed_within_the_budget(tmp_path):
     model, board = compiled(small(), keras.optimizers.Adam()), kc.callbacks.CurvatureBoard(tmp_path, report_at=None)
     board._clock = time.process_time  # of this process alone, whatever else the machine does
     data = tf.data.Dataset.from_tensors((x, y)).repeat()
-    model.fit(data, steps_per_epoch=200, epochs=1000, shuffle=False, verbose=0, callbacks=[board, Until(3.0, board)])
+    model.fit(data, steps_per_epoch=200, epochs=1000, shuffle=False, verbose=0, callbacks=[board, Until(2.0, board)])
     spent = board._budget.spent
-    assert len(numbers(tmp_path / "curvature")["1_stability/preconditioned_sharpness"]) == board._probes >= 4
+    assert len(numbers(tmp_path / "curvature")["1_stability/preconditioned_sharpness"]) == board._probes >= 3
     assert spent["probes"] + spent["density"] <= 1.5 * 0.05 * board._budget.elapsed
     assert sum(spent.values()) <= 1.5 * 0.055 * board._budget.elapsed
 
 
-@pytest.mark.parametrize("budget", [0.02, 0.2])
+@pytest.mark.parametrize("budget", [pytest.param(0.02, marks=pytest.mark.slow), 0.2])
 def test_the_budget_is_kept(budget, tmp_path, monkeypatch):
     clock, spent, steps = Clock(0.0), [], 400
 
@@ -598,6 +611,9 @@ def test_the_budget_is_kept(budget, tmp_path, monkeypatch):
             clock.now += 0.4
 
         def update(self, *_):
+            return {}
+
+        def bounce(self):
             return {}
 
     class Second(keras.callbacks.Callback):
@@ -670,7 +686,7 @@ def test_a_run_that_goes_on_continues_its_curves(tmp_path):
     assert steps == sorted(set(steps)) and {1, 4, 5, 8} <= set(steps) <= set(range(1, 9))
 
 
-@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("evaluates", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_validation_does_not_pass_for_training(evaluates, tmp_path):
     x, y = digits()
 
@@ -691,6 +707,7 @@ def test_validation_does_not_pass_for_training(evaluates, tmp_path):
         assert [value for _, value in found[tag]] == pytest.approx(history[name])
 
 
+@pytest.mark.slow
 def test_a_report_after_each_epoch(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(board_module.CurvatureBoard, "_draw_report", lambda board: written.append(board._step()))
@@ -772,6 +789,7 @@ def test_a_piece_whose_products_overflow_comes_back(tmp_path, monkeypatch):
     assert "Left out" not in texts(tmp_path / "curvature")["about"][-1][1]
 
 
+@pytest.mark.slow
 def test_no_sharpness_of_another_probe_is_divided_by(tmp_path, monkeypatch):
     asked, ask = [], panels.Panels._sharpness
 

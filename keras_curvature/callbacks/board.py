@@ -105,7 +105,7 @@ class CurvatureBoard(keras.callbacks.Callback):
         strategy = self.model.distribute_strategy
         self._works, self._alone = is_chief(strategy), not replicas.of_several_workers(strategy)
         self._lively, self._probing = self._works, self._works and self._alone and self.budget > 0
-        self._batch = self._panels = self._in_inference = self._before = None
+        self._batch = self._panels = self._in_inference = self._before = self._after = None
         self._probes, self._calls, self._dropped, self._tags, self._told = 0, 0, set(), set(), set()
         self._live, self._advice, self._costs = live.Live(self.model), Advice(), Costs()
         probes, density = self.budget * (1 - DENSITY_SHARE), self.budget * DENSITY_SHARE
@@ -116,14 +116,15 @@ class CurvatureBoard(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         """Keras' metrics begin again; and what happens to the weights between epochs is no step."""
         self._live.epoch()
-        self._before, self._in_epoch = None, True
+        self._before = self._after = None
+        self._in_epoch = True
 
     def on_train_batch_begin(self, batch, logs=None):
         """Look at the step before this one."""
         if self._probing and self._batch is None:
             first_batch.watch(self.model, self._take)
-        if self._probing and self._before is not None:
-            self._guard("the update of the weights", self._write_update)
+        if self._probing:
+            self._guard("the update of the weights", self._write_updates)
         if batch and self._lively and self._alone and self._budget.allows("live", self._costs.expected("live", 0)):
             self._show_live()
         if self._probing and self._batch is not None:
@@ -165,7 +166,7 @@ class CurvatureBoard(keras.callbacks.Callback):
         if self._works:
             self._guard("writing", self._close, ends="_works")
         self._works = self._lively = self._probing = False
-        self._batch = self._panels = self._in_inference = self._before = None
+        self._batch = self._panels = self._in_inference = self._before = self._after = None
 
     # Probes.
 
@@ -248,10 +249,15 @@ class CurvatureBoard(keras.callbacks.Callback):
         if first:
             self._write_about()
 
-    def _write_update(self):
-        """What a step has done to the weights that were probed."""
-        (step, weights, gradient), self._before = self._before, None
-        self._budget.timed("probes", lambda: self._write(self._panels.update(weights, gradient), step=step))
+    def _write_updates(self):
+        """What a step has done to the weights that were probed, and whether the one after it goes the same way."""
+        after, self._after = self._after, None
+        if after is not None:
+            self._budget.timed("probes", lambda: self._write(self._panels.bounce(), step=after))
+        if self._before is not None:
+            (step, weights, gradient), self._before = self._before, None
+            self._budget.timed("probes", lambda: self._write(self._panels.update(weights, gradient), step=step))
+            self._after = self._step()
 
     def _write_spectrum(self):
         self._costs.note("density", self._budget.timed("density", self._draw_spectrum))

@@ -71,6 +71,10 @@ DESCRIPTIONS = {
         "Cosine between the update and the negative gradient on the probe. 1: a step of gradient descent; "
         "**limit: 0**: below it the step goes uphill on the probe."
     ),
+    "3_step/cosine_of_updates": (
+        "Cosine between two updates that follow one another, after a probe. Near 1: they go on; **limit: 0**: below "
+        "it they go back and forth, as between two walls."
+    ),
     "3_step/step_norm": "Norm of the optimizer's step, before the learning rate.",
     "4_solver/cg_iterations": "Iterations of conjugate gradients in one step.",
     "4_solver/mu": "Momentum that the optimizer chose.",
@@ -118,6 +122,7 @@ LIMITS = {
     "2_noise/gauge": 1.0,
     "3_step/update_to_weight_max": 1e-3,
     "3_step/cosine": 0.0,
+    "3_step/cosine_of_updates": 0.0,
 }
 
 # (question, closed at first, ((title of the chart, its tags), ...)). A tag that ends in "/" stands for all below it.
@@ -146,6 +151,7 @@ QUESTIONS = (
         ("update / weight of a layer: 0.001 is usual",
          ("3_step/update_to_weight_max", "3_step/update_to_weight_median")),
         ("cosine of update and negative gradient: below 0 is uphill", ("3_step/cosine",)),
+        ("cosine of two updates in a row: below 0 they bounce", ("3_step/cosine_of_updates",)),
         ("share of the gradient in the sharpest direction", ("3_step/gradient_in_sharpest",)),
         ("gradient and update, norms", ("3_step/gradient_norm", "3_step/update_norm", "3_step/step_norm")),
         ("curvature along the gradient", ("3_step/curvature_along_gradient",)),

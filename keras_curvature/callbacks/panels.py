@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from keras_curvature import trees
+from keras_curvature.callbacks.axis import Axis
 from keras_curvature.callbacks.layout import BOUNDS, LAYER, LIMITS
 from keras_curvature.curvature import label_traces, likelihoods, noise
 from keras_curvature.optimizers.stability import Stability, stability
@@ -31,9 +32,6 @@ NORMALIZED_BATCHES = 4
 DRAWS, PRODUCTS = 2, 5
 # The spectral density: one probe is enough for large models, and the steps are what resolves it.
 DENSITY_PROBES, DENSITY_STEPS = 1, 40
-# Bins of a histogram, some more than TensorBoard draws; and the standard deviation, in decades, that each eigenvalue is
-# drawn with: Lanczos' nodes are few.
-BINS, WIDTH = 60, 0.15
 
 
 class NotFinite(ArithmeticError):
@@ -218,6 +216,7 @@ class Panels:
         weights = trees.values(self.measured.variables)
         step = trees.subtract(weights, before)
         length, slope = float(trees.norm(step)), float(trees.dot(step, gradient))
+        self._moved = weights, step
         self.add("3_step/update_norm", length)
         if length and float(trees.norm(gradient)):
             self.add("3_step/cosine", -slope / (length * float(trees.norm(gradient))))
@@ -227,6 +226,13 @@ class Panels:
             self.add("3_step/update_to_weight_max", max(ratios))
             self.add("3_step/update_to_weight_median", float(np.median(ratios)))
         return self.values
+
+    def bounce(self):
+        """`{tag: number}` of the step after that of `update`, to the weights that the model has now."""
+        (before, last), self._moved = self._moved, None
+        step = trees.subtract(trees.values(self.measured.variables), before)
+        length = float(trees.norm(step)) * float(trees.norm(last))
+        return {"3_step/cosine_of_updates": float(trees.dot(step, last)) / length} if length else {}
 
     def _ratio(self, step, weights, indices):
         """How far the step moves a layer, in lengths of its weights; infinite where these are 0."""
@@ -258,55 +264,3 @@ def _residual(pairs):
 def _is_likelihood(model):
     """Whether labels can be drawn for all of a model's losses."""
     return model.loss is not None and likelihoods.unknown(model) is None
-
-
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """A symmetric logarithmic axis, `x = sign(l) log10(1 + |l| / unit)`: the bulk and the outliers are both seen.
-
-    Args:
-        unit: What counts as near 0.
-        ends: The smallest and the largest `x`.
-    """
-
-    unit: float
-    ends: tuple
-
-    @classmethod
-    def of(cls, density):
-        """An axis for a density and for those that follow, whose ends may be some ten times as far out."""
-        far = float(np.max(np.abs(density.nodes))) or 1.0
-        unit = 10.0 ** (math.floor(math.log10(far)) - 3)
-        axis = cls(unit, (0.0, 0.0))
-        right = math.ceil(axis.place(far)) + 1.0
-        left = math.floor(axis.place(float(np.min(density.nodes))))
-        return cls(unit, (min(left, -1.0), right))
-
-    def place(self, value):
-        """Where eigenvalues are on the axis."""
-        return np.sign(value) * np.log10(1.0 + np.abs(value) / self.unit)
-
-    def bars(self, density, size):
-        """Left, right, and log10(1 + number of eigenvalues) in bins of equal width, of `size` eigenvalues in all.
-
-        Each is spread out to a Gaussian on this axis. What lies beyond the ends is counted in the outermost bin.
-        """
-        edges = np.linspace(*self.ends, BINS + 1)
-        nodes, weights = self.place(density.nodes).ravel(), density.weights.ravel() / density.weights.sum()
-        nodes = np.clip(nodes, *self.ends)
-        below = np.vectorize(math.erf)((edges[:, None] - nodes) / (WIDTH * math.sqrt(2))) / 2 + 0.5  # (edges, nodes)
-        below[0], below[-1] = 0.0, 1.0
-        counted = np.diff(below, axis=0) @ weights * size
-        return np.stack([edges[:-1], edges[1:], np.log10(1.0 + counted)], axis=1)
-
-    def title(self):
-        """The axis in a line."""
-        return f"eigenvalues; on this axis 3 is {1e3 * self.unit:.3g}, 4 is {1e4 * self.unit:.3g}"
-
-    def words(self):
-        """The axis in Markdown."""
-        marks = ", ".join(f"{n} is {self.unit * (10.0**n - 1):.3g}" for n in (1, 2, 3, 4))
-        return (
-            f"Spectral density on the probe, one layer for each time. The axis is x = sign(l) log10(1 + |l| / "
-            f"{self.unit:.3g}): {marks}; likewise below 0. Heights are log10(1 + number of eigenvalues)."
-        )
