@@ -14,7 +14,7 @@ from keras_curvature.callbacks.advice import Advice
 from keras_curvature.callbacks.budget import Budget, Costs
 from keras_curvature.callbacks.chief import is_chief
 from keras_curvature.callbacks.events import Events, make_folder
-from keras_curvature.callbacks.panels import DENSITY_PROBES, DENSITY_STEPS, NotFinite, Panels
+from keras_curvature.callbacks.panels import DENSITY_PROBES, DENSITY_STEPS, WARM, NotFinite, Panels
 from keras_curvature.component import check, check_count, check_number
 from keras_curvature.curvature.probes import PRODUCTS, mixes_examples
 from keras_curvature.monitor import Curvature, curvature
@@ -197,8 +197,8 @@ class CurvatureBoard(keras.callbacks.Callback):
         step = self._step()
         self._budget.timed("probes", lambda: self._write_probe(step, first), once=first)
         self._before = step, self._panels.weights, self._panels.gradient
-        if not self._costs.product:  # one is traced by now: this one tells what the others will cost
-            self._costs.product = self._budget.timed("probes", self._panels.multiply, once=True)
+        if not self._costs.product:  # products are traced by now: these tell what the others will cost
+            self._costs.product = self._budget.timed("probes", self._panels.again, once=True) / WARM
         if first:
             self._guard("the spectrum", lambda: self._budget.timed("probes", self._draw_spectrum, once=True))
 

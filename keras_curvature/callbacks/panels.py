@@ -20,7 +20,7 @@ from keras_curvature.optimizers.stability import Stability, stability
 # about 1e-3, and the second to 1e-2 where training went a long way in between. The smallest eigenvalue takes more: it
 # lies close to the many near 0.
 COLD, WARM, LOWER = 10, 5, 20
-# Relative residual of the sharpness beyond which there are COLD products more.
+# Relative residual of the sharpness beyond which there are WARM products more.
 FAR = 0.05
 # Lines of a chart, and the rest in one more.
 LAYERS = 8
@@ -74,7 +74,7 @@ class Panels:
             Piece("the gradient", Panels._gradient, 0.5, needed=True),
             Piece("the curvature along the gradient", Panels._along_gradient, 1),
             Piece("the sharpness", Panels._sharpness, WARM),
-            Piece("the preconditioned sharpness", Panels._preconditioned_sharpness, WARM),
+            Piece("the preconditioned sharpness", Panels._preconditioned_sharpness, 2 * WARM),  # and the metric's
             Piece("the most negative eigenvalue", Panels._most_negative, LOWER, every=5),
             Piece("the noise scale", Panels._noise_scale, 2, every=2),
             Piece("the shares of the layers", Panels._layers, DRAWS if self._samples else PRODUCTS, every=2),
@@ -87,9 +87,9 @@ class Panels:
         optimizer, none = model.optimizer, Stability(math.nan, reason="The model was compiled without an optimizer.")
         self.stability = stability(optimizer, model.trainable_variables) if optimizer is not None else none
 
-    def multiply(self):
-        """One product, for whoever wants to know what it costs."""
-        return float(trees.norm(self.measured @ self.weights))  # a number: the device has done it then
+    def again(self):
+        """As many products as a warm start takes, once more, for whoever wants to know what they cost."""
+        self.measured.extremes(self._top, WARM)
 
     def add(self, tag, value, limit=None):
         """Note a number, and what it must stay below or above."""
@@ -142,7 +142,7 @@ class Panels:
         """The largest and the smallest eigenvalue; the smallest is a rough one."""
         largest, smallest = self.measured.extremes(start, COLD if start is None else WARM, metric)
         if _residual(largest) > FAR:
-            largest, _ = self.measured.extremes(largest.vectors[0], COLD, metric)
+            largest, _ = self.measured.extremes(largest.vectors[0], WARM, metric)
         return largest, smallest
 
     def _most_negative(self):
