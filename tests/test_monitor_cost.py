@@ -87,7 +87,7 @@ def test_the_clock_leaves_out_the_other_model_and_what_is_done_once(bench, monke
 
     monkeypatch.setattr(bench, "TURN", 2.0)
     monkeypatch.setattr(bench, "timed", lambda call, *args: (call(*args), 50.0))
-    board = types.SimpleNamespace(_budget=budget)
+    board = types.SimpleNamespace(_budget=budget, _probes=0)
     clock = bench.Turns(2.5, board, other)
     clock.set_model(keras.Model())
     clock.on_train_begin()
