@@ -246,7 +246,7 @@ def test_sharpness_of_network_like_spectra_in_ten_products_cold_and_five_warm(dt
         low.append(again[1].values[0] / exact[0])
         assert largest.products == 10 and again[0].products == again[1].products == 5
     assert max(cold) < 1e-5 and max(warm) < 1e-5  # asked for: 1e-3
-    assert min(low) > 0.99 and max(low) < 1 + 1e-5
+    assert min(low) > 0.99 and max(low) < 1 + 1e-4  # a small one: rounding is that of the largest
 
 
 def test_warm_and_cold_find_the_same_with_fewer_products():

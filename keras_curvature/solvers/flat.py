@@ -8,8 +8,9 @@ nothing has to be traced. Only the vector that is multiplied travels.
 import numpy as np
 import tensorflow as tf
 
-# Sums are taken over so many numbers in the vectors' dtype, and of these in float64.
-CHUNK = 2**16
+# Sums are taken over so many numbers in the vectors' dtype, and of these in float64. So few, and by `einsum` where
+# there is a matrix, because the threads of a BLAS would go on waiting for work on the cores that the next product needs.
+CHUNK = 2**13
 # What random vectors are for: those of one are independent of those of another from the same seed.
 STREAMS = ("start", "density", "trace", "sketch")
 
@@ -93,13 +94,16 @@ def coefficients(V, w):
     """`V w` of a matrix of rows, in float64."""
     found = np.zeros(len(V))
     for i in range(0, len(w), CHUNK):
-        found += V[:, i : i + CHUNK] @ w[i : i + CHUNK]
+        found += np.einsum("ij,j->i", V[:, i : i + CHUNK], w[i : i + CHUNK])
     return found
 
 
 def combination(V, c):
     """`V' c`, in the dtype of `V`."""
-    return c.astype(V.dtype) @ V
+    found = np.empty(V.shape[1], V.dtype)
+    for i in range(0, len(found), CHUNK):
+        np.einsum("i,ij->j", c.astype(V.dtype), V[:, i : i + CHUNK], out=found[i : i + CHUNK])
+    return found
 
 
 def rotate(V, S):
