@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 # Sums are taken over so many numbers in the vectors' dtype, and of these in float64. So few, and by `einsum` where
-# there is a matrix, because the threads of a BLAS would go on waiting for work on the cores that the next product needs.
+# there is a matrix: the threads of a BLAS would go on waiting for work, on the cores that the next product needs.
 CHUNK = 2**13
 # What random vectors are for: those of one are independent of those of another from the same seed.
 STREAMS = ("start", "density", "trace", "sketch")
