@@ -21,8 +21,8 @@ of this package and says what to install; without `--data_dir` made-up images st
   is there. All products count. PyHessian stops by its own rule at `tol=0.05`, which is no error bar; curvlinops has no
   rule, and gets as many products as this package took. `off by` is the root mean square over four seeds.
 * Board: two models in `fit`, with it and without it, by turns of one second; the time of the other one passes for
-  nobody. `adds` is by how much a step takes longer with it, without what is done only once (`once`: tracing, as the
-  board counts it, and taking away the garbage that it leaves); `own` is the share that the board has counted.
+  nobody. `adds` is by how much a step takes longer with it, without what is done only once (`once`: tracing and
+  the first spectrum, as the board counts it); `own` is the share that the board has counted.
 * Report: as it counts its parts, the first time that a model is asked: tracing and files are included.
 
 What the two packages do is counted where they make a product: in PyHessian by the `model.zero_grad` that comes with
@@ -33,7 +33,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import gc
 import importlib.metadata
 import importlib.util
 import io
@@ -379,7 +378,7 @@ class Turns(Clock):
 
     def __init__(self, limit, board, other):
         super().__init__(limit)
-        self._board, self._other, self._away, self._next, self._garbage = board, other, 0.0, TURN, None
+        self._board, self._other, self._away, self._next = board, other, 0.0, TURN
         board._clock = self.clock
 
     def clock(self):
@@ -391,14 +390,11 @@ class Turns(Clock):
         return self.clock() - self.once()
 
     def once(self):
-        """Seconds of what the board does only once, and for the garbage that its tracing leaves."""
-        once = {**self._board._budget.once, "report": 0.0}  # that comes after training
-        return sum(once.values()) + (self._garbage or 0.0)
+        """Seconds of what the board does only once, but for what comes after training."""
+        return sum(seconds for kind, seconds in self._board._budget.once.items() if kind != "report")
 
     def on_train_batch_end(self, batch, logs=None):
         """Looks at the clock; now and then it is the other one's turn."""
-        if self._garbage is None and self._board._probes:  # Python would take it away at any time, for seconds
-            self._garbage = timed(gc.collect)[1]
         super().on_train_batch_end(batch, logs)
         if self.seconds >= self._next:
             self._next += TURN
@@ -409,6 +405,9 @@ def board_cost(name, seconds, say):
     """The row of one network: the one with the board and another one without it, by turns."""
     problem = kc.problems.get(name)
     batches = tf.data.Dataset.from_tensor_slices(problem.sample(2048)).repeat().batch(BATCHES[name])
+    options = tf.data.Options()
+    options.autotune.enabled = False  # its thread is waited for, for a second, when an iterator is deleted
+    batches = batches.with_options(options)
     watched, plain = (problem.compiled("adam", jit_compile=False) for _ in range(2))
     without = Clock(TURN)
 
