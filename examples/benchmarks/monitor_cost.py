@@ -23,6 +23,7 @@ of this package and says what to install; without `--data_dir` made-up images st
 * Board: two models in `fit`, with it and without it, by turns of one second; the time of the other one passes for
   nobody. `adds` is by how much a step takes longer with it, without what is done only once (`once`: tracing and
   the first spectrum, as the board counts it); `own` is the share that the board has counted.
+  From one run of this program to the next `adds` has moved by up to three percentage points.
 * Report: as it counts its parts, the first time that a model is asked: tracing and files are included.
 
 What the two packages do is counted where they make a product: in PyHessian by the `model.zero_grad` that comes with
