@@ -1,6 +1,5 @@
 """Curvature in TensorBoard while a model trains."""
 
-import gc
 import io
 import math
 import os
@@ -202,8 +201,6 @@ class CurvatureBoard(keras.callbacks.Callback):
             self._costs.product = self._budget.timed("probes", self._panels.again, once=True) / WARM
         if first:
             self._guard("the spectrum", lambda: self._budget.timed("probes", self._draw_spectrum, once=True))
-            # what tracing leaves behind, which Python would clear away in the middle of some later step
-            self._budget.timed("probes", gc.collect, once=True)
 
     def _begin(self):
         given = self.data is not None
