@@ -56,12 +56,12 @@ def _limits(lines):
     return low, low + min(max(heights, default=0), 3 * min(heights, default=0) or math.inf)
 
 
-def png(drawn):
+def png(drawn, dpi=110):
     """The bytes of `drawn.figure()`; `None` where there is no matplotlib."""
     try:
         figure = drawn.figure()
     except ImportError:
         return None
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
+    figure.savefig(file, format="png", dpi=dpi)
     return file.getvalue()

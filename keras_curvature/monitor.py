@@ -4,7 +4,6 @@ No mathematics of its own: products are of `curvature/probes.py`, and what is ma
 """
 
 import contextlib
-import math
 import re
 import warnings
 
@@ -117,7 +116,7 @@ class Curvature(LinearOperator):
 
     def __repr__(self):
         whole, p = len(self.variables) == len(self.probes.variables), self.probes
-        weights = sum(math.prod(v.shape) for v in self.variables)
+        weights = trees.count(self.variables)
         parts = "" if whole else f" of {', '.join(self.layers)}"
         mode = "training" if p.training else "inference"
         return (

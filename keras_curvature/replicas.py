@@ -42,6 +42,11 @@ def one_of(strategy, values):
     return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], values)
 
 
+def read(variable):
+    """What a variable of one number holds, a Python number; also one that replicas have, which is none by itself."""
+    return tf.convert_to_tensor(variable).numpy().item()
+
+
 def whole(strategy, values):
     """Of a nest of per-replica values, the rows of all replicas of this worker, one replica after the other.
 

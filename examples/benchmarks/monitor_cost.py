@@ -56,6 +56,7 @@ import tensorflow as tf
 from keras import layers
 from measuring import least, off, root_mean_square, timed  # which stands beside this file
 from step_cost import PROBLEMS as BATCHES
+from step_cost import printing
 
 import keras_curvature as kc
 from keras_curvature.solvers import traces
@@ -472,12 +473,13 @@ def main():
     parser.add_argument("--seconds", type=float, default=26, help="of training with the board")
     parser.add_argument("--only", nargs="+", choices=("questions", "board", "report"), help="some of the tables")
     args = parser.parse_args()
-    lines, missing = [], to_install()
+    with printing(args.out) as say:
+        report(args, say)
 
-    def say(line=""):
-        print(line, flush=True)
-        lines.append(line)
 
+def report(args, say):
+    """The tables that are asked for."""
+    missing = to_install()
     said = "MNIST" if args.data_dir else "made-up images in place of MNIST"
     say(f"{versions(not missing)}; {os.cpu_count()} cores ({platform.machine()}), {said}")
     if missing:
@@ -493,10 +495,6 @@ def main():
         boards(BATCHES, args.seconds, say)
     if "report" in wanted:
         report_cost(cnn, points[-1], say)
-    if args.out:
-        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-        with open(args.out, "w") as file:
-            file.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ more product in a loop, as conjugate gradients pay it. The targets are this proj
 """
 
 import argparse
+import contextlib
 import os
 import platform
 import statistics
@@ -334,6 +335,22 @@ def report_products(name, rounds, say):
     say(f"one CG iteration is {ratio:.2f} Gauss-Newton products, target {verdict_of}; {amortized:.2f} amortized ones")
 
 
+@contextlib.contextmanager
+def printing(out):
+    """Gives a function that prints a line; at the end, what it has printed is written to the file `out` too, if any."""
+    lines = []
+
+    def say(line=""):
+        print(line, flush=True)
+        lines.append(line)
+
+    yield say
+    if out:
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+        with open(out, "w") as file:
+            file.write("\n".join(lines) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Time, memory and passes of a step.")
     parser.add_argument("--out", help="write what is printed to this file too")
@@ -348,12 +365,12 @@ def main():
     if args.child:
         child(*args.child)
         return
-    lines = []
+    with printing(args.out) as say:
+        report(args, say)
 
-    def say(line=""):
-        print(line, flush=True)
-        lines.append(line)
 
+def report(args, say):
+    """The tables that are asked for."""
     versions = f"TensorFlow {tf.__version__}, Keras {keras.__version__}, keras_curvature {kc.__version__}"
     say(f"{versions}; {os.cpu_count()} cores ({platform.machine()}), graph mode, {args.rounds} rounds")
     say(f"slots in copies of the weights, without step counters; HessianFree with {CG_STEPS} iterations in every step")
@@ -364,10 +381,6 @@ def main():
         report_steps(name, list(dict.fromkeys(["SGD", *args.optimizers])), args.rounds, not args.only_steps, say)
         if not args.only_steps:
             report_products(name, args.rounds, say)
-    if args.out:
-        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-        with open(args.out, "w") as file:
-            file.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,7 @@
 
 from keras_curvature import trees
 from keras_curvature.callbacks import layout
-
-OPERATORS = {
-    "hessian": "Hessian", "ggn": "Gauss-Newton matrix", "fisher": "Fisher matrix",
-    "empirical_fisher": "empirical Fisher matrix",
-}  # fmt: skip
+from keras_curvature.report.table import KINDS
 
 
 def words(panels, data, budget, probes, dropped, tags):
@@ -26,9 +22,10 @@ def words(panels, data, budget, probes, dropped, tags):
 
 def _what(panels, data, dropped):
     measured = panels.measured.probes
+    matrix = KINDS[measured.kind] + ("" if measured.kind == "hessian" else " matrix")
     failed = f" Left out, as it failed: {', '.join(dropped)}." if dropped else ""
     return (
-        f"**Measured**: the {OPERATORS[measured.kind]} of the loss of `{measured.model.name}`, which has "
+        f"**Measured**: the {matrix} of the loss of `{measured.model.name}`, which has "
         f"{trees.count(panels.weights)} weights, in training mode, on {measured.examples} examples in "
         f"{measured.batches} batch{'es' if measured.batches > 1 else ''}: {data}. Batches of training have "
         f"{panels.batch_size} examples.{failed}"

@@ -1,6 +1,5 @@
 """Curvature in TensorBoard while a model trains."""
 
-import io
 import math
 import os
 import time
@@ -17,6 +16,7 @@ from keras_curvature.callbacks.events import Events, make_folder
 from keras_curvature.callbacks.panels import DENSITY_PROBES, DENSITY_STEPS, WARM, NotFinite, Panels
 from keras_curvature.component import check, check_count, check_number
 from keras_curvature.curvature.probes import PRODUCTS, mixes_examples
+from keras_curvature.figures import png
 from keras_curvature.monitor import Curvature, curvature
 from keras_curvature.report import Report
 from keras_curvature.report.measure import measure
@@ -277,13 +277,9 @@ class CurvatureBoard(keras.callbacks.Callback):
             self._in_inference = Curvature(self._panels.measured.probes.in_mode(False))
         report, step = Report(measure(self._in_inference)), self._step()
         self._values.text("report", f"```\n{report}\n```", step)
-        try:
-            figure = report.figure()
-        except ImportError:  # no matplotlib: the text has all of the numbers
-            return
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=100)
-        self._values.image("report_figure", picture.getvalue(), step)
+        picture = png(report, dpi=100)
+        if picture is not None:  # without matplotlib the text has all of the numbers
+            self._values.image("report_figure", picture, step)
 
     def _write_about(self):
         data = "the first batch of training" if self.data is None else "the data given"

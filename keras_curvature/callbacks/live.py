@@ -3,8 +3,8 @@
 import math
 
 import keras
-import tensorflow as tf
 
+from keras_curvature import replicas
 from keras_curvature.callbacks import layout
 from keras_curvature.models import unwrap
 
@@ -26,8 +26,8 @@ class Live:
     def agrees(self, logs):
         """Whether the metrics are still those of an epoch's logs: an `evaluate` of another callback takes them."""
         tracker = self.model._loss_tracker
-        count = number(tracker.count)
-        return count > 0 and math.isclose(number(tracker.total) / count, logs.get("loss", math.nan), rel_tol=1e-5)
+        total, count = replicas.read(tracker.total), replicas.read(tracker.count)
+        return count > 0 and math.isclose(total / count, logs.get("loss", math.nan), rel_tol=1e-5)
 
     def read(self):
         """`{tag: number}`; NaN where there was nothing in between."""
@@ -48,7 +48,7 @@ class Live:
         return found
 
     def _since(self, name, total, count, how):
-        total, count = number(total), number(count)
+        total, count = replicas.read(total), replicas.read(count)
         before = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = total, count
         if how == "last":
@@ -68,15 +68,10 @@ def learning_rate(model):
     """The rate of the next step, a float; not a number where several optimizers have one each, or there is none."""
     optimizer, _ = unwrap(model.optimizer)
     no_one = optimizer is None or isinstance(optimizer, keras.optimizers.MultiOptimizer)
-    return math.nan if no_one else number(optimizer.learning_rate)
+    return math.nan if no_one else replicas.read(optimizer.learning_rate)
 
 
 def iterations(model):
     """How many steps the optimizer has taken, also before this `fit`; `None` without an optimizer."""
     optimizer, _ = unwrap(model.optimizer)
-    return None if optimizer is None else int(number(optimizer.iterations))
-
-
-def number(variable):
-    """What a variable holds, a float; also one that replicas have."""
-    return float(tf.convert_to_tensor(variable).numpy())
+    return None if optimizer is None else replicas.read(optimizer.iterations)

@@ -86,7 +86,7 @@ class Linearization(Estimates):
         self, model, x, y=None, sample_weight=None, *,
         shift=None, loss_scale=None, part=None, micro_batches=1, products=True, training=True, seeds=None,
     ):  # fmt: skip
-        _check_model(model)
+        check_model(Linearization, model)
         check_count(Linearization, "micro_batches", micro_batches)
         check(Linearization, "training", training, isinstance(training, bool), "True or False")
         build_for(model, x, y, sample_weight)
@@ -427,10 +427,10 @@ def l2_of(variables):
     return tuple(coefficient(getattr(v, "regularizer", None)) for v in variables)
 
 
-def _check_model(model):
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"`Linearization`: `model` must be a `keras.Model`. Received: model={model!r}")
+def check_model(owner, model):
+    """Refuse what is no Keras model, or has no loss; `owner` is the class or function whose argument it is."""
+    check(owner, "model", model, isinstance(model, keras.Model), "a `keras.Model`")
     if not model.compiled:
         raise ValueError(
-            f"`Linearization`: the model {model.name!r} has no loss. Call `model.compile(loss=...)` first."
+            f"`{owner.__name__}`: the model {model.name!r} has no loss. Call `model.compile(loss=...)` first."
         )

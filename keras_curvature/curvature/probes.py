@@ -27,7 +27,7 @@ from keras_curvature import replicas, trees
 from keras_curvature.component import check, check_count
 from keras_curvature.curvature import convexity, functional, likelihoods
 from keras_curvature.curvature import data as probe_data
-from keras_curvature.curvature.linearization import Linearization
+from keras_curvature.curvature.linearization import Linearization, check_model
 
 PRODUCTS = {
     "hessian": lambda lin, v: lin.hessian() @ v,
@@ -262,11 +262,7 @@ def mixes_examples(model):
 
 
 def _check_arguments(owner, model, kind, examples, batch_size, training, seed):
-    check(owner, "model", model, isinstance(model, keras.Model), "a `keras.Model`")
-    if not model.compiled:
-        raise ValueError(
-            f"`{owner.__name__}`: the model {model.name!r} has no loss. Call `model.compile(loss=...)` first."
-        )
+    check_model(owner, model)
     check(owner, "kind", kind, kind in PRODUCTS, f"one of {', '.join(map(repr, PRODUCTS))}")
     for name, value in (("examples", examples), ("batch_size", batch_size)):
         if value is not None:

@@ -10,6 +10,7 @@ import math
 import keras
 import tensorflow as tf
 
+from keras_curvature import trees
 from keras_curvature.operators import Function
 from keras_curvature.operators.blocks import Blocks
 from keras_curvature.optimizers.base import CurvatureOptimizer
@@ -97,3 +98,7 @@ class ByAxis(CurvatureOptimizer):
         """Adam's step from its two moments after so many of them, in the form that Keras and PyTorch have."""
         rate = -tf.sqrt(self.correction(self.beta_2, steps)) / self.correction(self.beta_1, steps)
         return [rate * m_ / (tf.sqrt(v_) + self.epsilon) for m_, v_ in zip(m, v)]
+
+    def adam_scales(self, v):
+        """What the last of Adam's steps multiplied the entries of its gradients by, but for the sign."""
+        return trees.negative(self.adam([tf.ones_like(a) for a in v], v, tf.identity(self._taken.value) - 1))

@@ -118,7 +118,7 @@ class KLShampoo(ByAxis):
     def _preconditioner(self):
         Q, v = self.by_block(trees.values(self._bases)), trees.values(self._v)
         weights = self.by_block([tf.math.rsqrt(value) for value in trees.values(self._eigenvalues)])
-        scales = trees.negative(self.adam([tf.ones_like(a) for a in v], v, tf.identity(self._taken.value) - 1))
+        scales = self.adam_scales(v)
 
         def product(blocks):
             whitened = self._whitened(blocks, Q, weights)

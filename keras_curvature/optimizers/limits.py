@@ -20,7 +20,7 @@ Nesterov's momentum p = b / (1 - b) and q = 1; Adam's p = 1 and q = 0.
 import dataclasses
 from collections.abc import Callable
 
-import tensorflow as tf
+from keras_curvature import replicas
 
 KL_CLIPPED = "Where `kl_clip` makes a step shorter, the gauge is an upper bound."
 
@@ -121,7 +121,7 @@ class NotLinear:
 
 def steps_taken(optimizer):
     """What `iterations + 1` was in the last step, a Python integer: Keras counts all batches of accumulated ones."""
-    batches = int(tf.convert_to_tensor(optimizer.iterations))  # of replicas, no number by itself
+    batches = replicas.read(optimizer.iterations)
     return batches - batches % (optimizer.gradient_accumulation_steps or 1)
 
 

@@ -94,7 +94,7 @@ class SOAP(ByAxis):
 
     def _preconditioner(self):
         Q, v = self.by_block(trees.values(self._bases)), trees.values(self._v)
-        scales = trees.negative(self.adam([tf.ones_like(a) for a in v], v, tf.identity(self._taken.value) - 1))
+        scales = self.adam_scales(v)
 
         def product(blocks):
             turned = [axes.multiply_transposed(b, q) for b, q in zip(blocks, Q)]

@@ -18,7 +18,7 @@ import math
 import keras
 import tensorflow as tf
 
-from keras_curvature import trees
+from keras_curvature import replicas, trees
 from keras_curvature.component import check
 from keras_curvature.operators import Diagonal, LinearOperator
 from keras_curvature.optimizers import limits
@@ -125,7 +125,7 @@ def stability(optimizer, variables=None):
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         return Stability(math.nan, reason="`MultiOptimizer` trains with several optimizers, each with its own limit.")
-    rate = float(tf.convert_to_tensor(optimizer.learning_rate))  # of replicas, no number by itself
+    rate = replicas.read(optimizer.learning_rate)
     variables = list(optimizer._trainable_variables if optimizer.built and variables is None else variables or [])
     step = _step_of(optimizer, variables)
     M = _preconditioner(optimizer, step, variables) if isinstance(step, LinearStep) else None
@@ -203,7 +203,7 @@ def _adam(optimizer, variables):
 
 def _nadam(optimizer, variables):
     b, t = optimizer.beta_1, steps_taken(optimizer)
-    product = float(tf.convert_to_tensor(getattr(optimizer, "_u_product", 1.0)))
+    product = replicas.read(getattr(optimizer, "_u_product", 1.0))
     if product == 1.0:  # before the first step, also that of a loaded optimizer: Keras does not save it
         return LinearStep(limits.Rule(), lambda: NotLinear("`Nadam` has not taken a step since it was made or loaded."))
     u, following = (b * (1.0 - 0.5 * 0.96**s) for s in (t, t + 1))

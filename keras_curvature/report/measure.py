@@ -65,7 +65,6 @@ class _Asked:
     gradient: list = None
     top: object = None
     known: object = None  # `Eigenpairs` of both ends
-    trace: object = None
     layers: dict = None
 
     @property
@@ -171,18 +170,18 @@ def _trace(asked):
     """The trace without the pairs found, which are exact, by random probes; the same probes give the layers' parts."""
     like, layers = asked.probes.weights, asked.measured.layers
     found = traces.deflated(asked.measured, like, asked.known, TRACE_PRODUCTS, asked.probes.seed, parts=layers)
-    asked.trace, parts = found
-    asked.products += asked.trace.products
+    trace, parts = found
+    asked.products += trace.products
     whole = sum(abs(float(part.value)) for part in parts.values())
     asked.layers = {name: _layer(asked, name, part, whole) for name, part in parts.items()}
     sharpness = float(asked.top.values[0])
     positive = sharpness > 0
-    directions = {key: value / sharpness for key, value in _estimate(asked.trace).items()} if positive else None
-    return {"trace": _estimate(asked.trace), "effective_directions": directions}
+    directions = {key: value / sharpness for key, value in _estimate(trace).items()} if positive else None
+    return {"trace": _estimate(trace), "effective_directions": directions}
 
 
 def _layer(asked, name, trace, whole):
-    weights = sum(int(np.prod(asked.measured.variables[i].shape)) for i in asked.measured.layers[name])
+    weights = trees.count([asked.measured.variables[i] for i in asked.measured.layers[name]])
     value = float(trace.value)
     share, each = value / whole if whole else 0.0, value / weights
     return {"weights": weights, "trace": _estimate(trace), "share": share, "sharpness": None, "per_weight": each}
@@ -206,8 +205,7 @@ def _noise(asked):
     cosine = abs(float(trees.dot(asked.gradient, asked.top.vectors[0]))) / length if length else 0.0
     gradient = {"norm": length, "stderr": None, "cosine": cosine}
     probes = asked.probes
-    uneven = probes.is_sum and len(set(probes.counts)) > 1  # each batch on a scale of its own
-    if uneven or min(probes.counts) < FEWEST_EXAMPLES:
+    if min(probes.counts) < FEWEST_EXAMPLES:
         return {"gradient": gradient, "noise": None}
     found = asked.measured.noise(min(MICRO_BATCH, min(probes.counts) // FEWEST_EXAMPLES))
     asked.products += found.products

@@ -98,8 +98,7 @@ def tridiagonalize(operator, start, steps, basis=True, metric=None, memory_limit
     if not basis:
         alpha, beta = process.run_without_basis(steps)
         return Tridiagonal(alpha, beta, None, process.products, process.exhausted)
-    while process.count < rows and not process.exhausted:
-        process.step()
+    process.fill()
     T = process.T[: process.count, : process.count]
     beta = np.append(np.diag(T, -1), process.beta)
     return Tridiagonal(np.diag(T).copy(), beta, process.basis(), process.products, process.exhausted)
@@ -187,8 +186,7 @@ def extremes(operator, like, steps=10, start=None, seed=0, metric=None, memory_l
     flat.check_memory(rows + 2, flat.Layout(like), memory_limit, FEWER)
     process = _Process(operator, like, rows, metric)
     process.begin(process.first(start, seed))
-    while process.count < rows and not process.exhausted:
-        process.step()
+    process.fill()
     ends = [process.ritz(1, 1e-3, most_negative) for most_negative in (False, True)]
     return tuple(process.eigenpairs(end) for end in ends)
 
@@ -306,6 +304,11 @@ class _Process:
         w -= flat.combination(V, errors)
         self.T[j, j], self._errors[j], self.count = alpha, np.linalg.norm(errors), j + 1
         self._advance(w)
+
+    def fill(self):
+        """Steps until the basis is full, or exhausted."""
+        while self.count < self.rows and not self.exhausted:
+            self.step()
 
     def run_without_basis(self, steps):
         """`(alpha, beta)` of that many steps, or fewer, with two vectors."""
