@@ -6,7 +6,7 @@
 It prints the report and writes `curvature_report.png`, `.json` and `.txt`. The saved model can be asked again, for
 another matrix or in training mode, from the command line:
 
-    python -m keras_curvature.report mnist_cnn.keras --data mnist --data_dir ~/tensorflow_datasets --kind ggn
+    keras-curvature report mnist_cnn.keras --data mnist --data_dir ~/tensorflow_datasets --kind ggn
 """
 
 import argparse

@@ -30,7 +30,7 @@ matplotlib.use("Agg")  # a file, no window
 import matplotlib.pyplot as plt
 
 import keras_curvature as kc
-from keras_curvature.optimizers.stability import stability
+from keras_curvature.monitor.stability import stability
 from keras_curvature.solvers import lanczos
 
 parser = argparse.ArgumentParser(description="Gradient descent, momentum and Adam at the edge of stability.")

@@ -1,10 +1,10 @@
 """Curvature-aware optimizers for Keras: second-order training as an ordinary `compile` and `fit`."""
 
 from keras_curvature import callbacks, problems
-from keras_curvature.curvature import Linearization
-from keras_curvature.landscape import landscape
-from keras_curvature.models import CurvatureModel, curved
-from keras_curvature.monitor import curvature
+from keras_curvature.linearization import Linearization
+from keras_curvature.monitor.operator import curvature
+from keras_curvature.monitor.report.landscape import landscape
+from keras_curvature.monitor.report.reporting import report
 from keras_curvature.optimizers import (
     EKFAC,
     ESGD,
@@ -25,7 +25,6 @@ from keras_curvature.optimizers import (
     SquareRootFreeAdam,
     TwoLoopNeumann,
 )
-from keras_curvature.report import report
 from keras_curvature.solvers import (
     ConjugateGradient,
     CoupledNewton,
@@ -35,10 +34,9 @@ from keras_curvature.solvers import (
     NeumannSeries,
 )
 from keras_curvature.steps import ArmijoLineSearch, ConstantDamping, LevenbergMarquardt
+from keras_curvature.training.models import CurvatureModel, curved
 
 __version__ = "0.1.0"
-
-# `curvature` and `report` are functions here; `from keras_curvature.curvature import ...` finds the package.
 
 __all__ = [
     "EKFAC",

@@ -6,7 +6,7 @@ import os
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from keras_curvature.callbacks.board import CurvatureBoard
+from keras_curvature.monitor.board.board import CurvatureBoard
 
 
 class Clock:

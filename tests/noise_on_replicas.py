@@ -6,9 +6,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_curvature.curvature.label_traces import layer_traces
-from keras_curvature.curvature.noise import noise
-from keras_curvature.curvature.probes import Probes
+from keras_curvature.monitor.probes.label_traces import layer_traces
+from keras_curvature.monitor.probes.noise import noise
+from keras_curvature.monitor.probes.probes import Probes
 
 
 def numbers(x, y):

@@ -17,8 +17,8 @@ from keras import layers
 
 import keras_curvature as kc
 from keras_curvature import Linearization
-from keras_curvature.monitor import curvature
-from keras_curvature.report.measure import measure
+from keras_curvature.monitor.operator import curvature
+from keras_curvature.monitor.report.measure import measure
 
 KINDS = {
     "plain": lambda: [layers.Dense(3, kernel_regularizer="l2"), Idle()],

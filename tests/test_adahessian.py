@@ -10,7 +10,7 @@ import tensorflow as tf
 from cases import LOSSES, MODELS, flat, float64
 
 import keras_curvature as kc
-from keras_curvature.curvature.functional import PureModel
+from keras_curvature.linearization.pure.functional import PureModel
 from keras_curvature.optimizers.adahessian import AdaHessian
 from keras_curvature.optimizers.sophia import SophiaG, SophiaH
 

@@ -20,13 +20,13 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 import keras_curvature as kc
 from keras_curvature import replicas
-from keras_curvature.callbacks import axis, first_batch, layout, panels
-from keras_curvature.callbacks import board as board_module
-from keras_curvature.callbacks.advice import Advice
-from keras_curvature.callbacks.budget import Budget, Costs
-from keras_curvature.curvature import data as probe_data
+from keras_curvature.monitor.board import axis, first_batch, layout, panels
+from keras_curvature.monitor.board import board as board_module
+from keras_curvature.monitor.board.advice import Advice
+from keras_curvature.monitor.board.budget import Budget, Costs
+from keras_curvature.monitor.probes import data as probe_data
+from keras_curvature.monitor.spectra.density import Density
 from keras_curvature.solvers import flat
-from keras_curvature.solvers.lanczos import Density
 
 HERE = pathlib.Path(__file__).parent
 RATE, MOMENTUM, BATCH = 0.1, 0.8, 16

@@ -7,7 +7,7 @@ from cases import LOSSES, MODELS, flat, float64
 
 import keras_curvature as kc
 from keras_curvature import Linearization
-from keras_curvature.curvature import diagonal
+from keras_curvature.linearization.estimates import diagonals as diagonal
 from keras_curvature.operators import dense
 from keras_curvature.optimizers.diagonal_newton import DiagonalNewton
 from keras_curvature.optimizers.esgd import ESGD

@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 import keras_curvature as kc
-from keras_curvature.optimizers.stability import stability
+from keras_curvature.monitor.stability import stability
 from keras_curvature.problems import data
 from keras_curvature.solvers import lanczos
 

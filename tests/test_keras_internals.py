@@ -16,7 +16,8 @@ from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.models.functional import Functional
 
 from keras_curvature import Linearization
-from keras_curvature.curvature import differentiable, functional, taps
+from keras_curvature.linearization.layers import taps
+from keras_curvature.linearization.pure import differentiable, functional
 
 
 def test_keras_is_the_version_that_the_private_names_were_read_in():

@@ -11,7 +11,7 @@ from cases import flat
 from test_curveball import stepper
 
 from keras_curvature import LevenbergMarquardt, curved
-from keras_curvature.curvature import likelihoods
+from keras_curvature.linearization.fisher import likelihoods
 from keras_curvature.optimizers.ekfac import EKFAC
 from keras_curvature.optimizers.kfac import KFAC
 

@@ -11,7 +11,8 @@ from keras import layers
 
 import keras_curvature as kc
 from keras_curvature import Linearization
-from keras_curvature.curvature import factors, kronecker
+from keras_curvature.linearization.estimates import factors
+from keras_curvature.linearization.layers import kronecker
 from keras_curvature.operators import dense
 from keras_curvature.operators.kronecker import BlockDiagonal, InEigenbasis, KroneckerProduct
 from keras_curvature.optimizers.kfac import KFAC

@@ -5,8 +5,9 @@ import pytest
 import tensorflow as tf
 
 from keras_curvature import trees
+from keras_curvature.monitor.spectra import density, traces
 from keras_curvature.operators import Function
-from keras_curvature.solvers import flat, lanczos, traces
+from keras_curvature.solvers import flat, krylov, lanczos
 
 
 def pieces(n, dtype=tf.float64):
@@ -159,7 +160,7 @@ def test_a_multiple_of_the_identity_has_one_eigenvalue(scale):
     found = lanczos.eigenpairs(operator(np.full(30, scale)), pieces(30), 3)
     assert found.exhausted and found.products == 1 and found.converged.all()
     np.testing.assert_allclose(found.values, [scale], rtol=1e-14)
-    spread = lanczos.density(operator(np.full(30, scale)), pieces(30), 2, 5)
+    spread = density.density(operator(np.full(30, scale)), pieces(30), 2, 5)
     assert spread.products == 2 and spread.nodes.shape == (2, 1)
     np.testing.assert_allclose([spread.quantile(0.5), spread.mass(scale - 1e-9, scale + 1e-9)], [scale, 1], rtol=1e-12)
 
@@ -331,9 +332,9 @@ def test_memory_is_refused_with_the_bytes_and_what_would_fit():
         lanczos.extremes(Function(lambda v: v), [Wide], 100)
     with pytest.raises(ValueError, match=r"100 vectors .* need 10.2 GB, .* Remedy: pass fewer steps, or choose"):
         lanczos.tridiagonalize(Function(lambda v: v), [Wide], 50)
-    pairs = lanczos.Eigenpairs(np.ones(90), [[Wide]] * 90, np.zeros(90), 0, np.ones(90, bool))
+    pairs = krylov.Eigenpairs(np.ones(90), [[Wide]] * 90, np.zeros(90), 0, np.ones(90, bool))
     with pytest.raises(ValueError, match=r"90 vectors .* Remedy: pass fewer pairs"):
-        lanczos.density(Function(lambda v: v), [Wide], pairs=pairs)
+        density.density(Function(lambda v: v), [Wide], pairs=pairs)
     with pytest.raises(ValueError, match=r"90 vectors .* Remedy: pass fewer pairs"):
         traces.deflated(Function(lambda v: v), [Wide], pairs)
 
@@ -355,7 +356,7 @@ def test_bad_arguments(change, message):
 
 
 def test_a_product_that_is_not_finite_says_so():
-    for ask in (lanczos.eigenpairs, lanczos.extremes, lanczos.density):
+    for ask in (lanczos.eigenpairs, lanczos.extremes, density.density):
         with pytest.raises(flat.ProductNotFinite, match="not finite"):
             ask(operator(np.full(20, np.nan)), pieces(20))
 
@@ -403,7 +404,7 @@ SMOOTH = {
 @pytest.mark.parametrize("name", SMOOTH)
 def test_density_of_known_spectra(name, dtype):
     values = SMOOTH[name]
-    found = lanczos.density(operator(values, dtype), pieces(2000, tf.as_dtype(dtype)))
+    found = density.density(operator(values, dtype), pieces(2000, tf.as_dtype(dtype)))
     assert found.nodes.shape == found.weights.shape == (4, 60) and found.products == 240
     np.testing.assert_allclose(found.weights.sum(1), 1, rtol=1e-12)
     assert distance(found, values) < (0.015 if name in ("uniform", "clusters") else 0.01)
@@ -412,12 +413,12 @@ def test_density_of_known_spectra(name, dtype):
 
 def test_density_of_a_wishart_matrix_is_marchenko_pasturs():
     Z = random(1, 1000, 2000)
-    found = lanczos.density(operator(Z @ Z.T / 2000), pieces(1000))
+    found = density.density(operator(Z @ Z.T / 2000), pieces(1000))
     assert distance(found, SMOOTH["marchenko-pastur"]) < 0.01
 
 
 def test_density_of_two_clusters_by_eigenthings_criteria():
-    found = lanczos.density(operator(SMOOTH["clusters"]), pieces(2000), 10, 80)
+    found = density.density(operator(SMOOTH["clusters"]), pieces(2000), 10, 80)
     assert abs(found.mass(high=0) - 0.5) < 0.15
     axis = np.linspace(-3, 3, 601)
     curve = found.smooth(axis)
@@ -427,7 +428,7 @@ def test_density_of_two_clusters_by_eigenthings_criteria():
 
 def test_density_in_L1_by_googles_criterion():
     values = SMOOTH["semicircle"]
-    found = lanczos.density(operator(values), pieces(2000), 5, 60)
+    found = density.density(operator(values), pieces(2000), 5, 60)
     axis = np.linspace(-3, 3, 301)
     ours, exact = (
         np.exp(-0.5 * (axis[:, None] - np.ravel(centres)) ** 2 / 1e-2) @ np.ravel(weights) / np.sqrt(2e-2 * np.pi)
@@ -437,7 +438,7 @@ def test_density_in_L1_by_googles_criterion():
 
 
 def test_smooth_is_a_sum_of_gaussians_on_its_axis():
-    known = lanczos.Density(np.array([[-3.0, 0.0, 20.0]]), np.array([[0.2, 0.7, 0.1]]), 10)
+    known = density.Density(np.array([[-3.0, 0.0, 20.0]]), np.array([[0.2, 0.7, 0.1]]), 10)
     axis, a = np.array([-3.0, -0.01, 0.02, 19.0]), 0.02
     shift = np.arcsinh(axis / a)[:, None] - np.arcsinh(known.nodes / a)
     expected = np.exp(-0.5 * (shift / np.log(10) / 0.1) ** 2) @ known.weights[0] / (0.1 * np.sqrt(2 * np.pi))
@@ -446,7 +447,7 @@ def test_smooth_is_a_sum_of_gaussians_on_its_axis():
 
 def test_what_can_be_read_off_a_density():
     values = network_like(3, 1000)
-    found = lanczos.density(operator(values), pieces(1000), 20, 40)
+    found = density.density(operator(values), pieces(1000), 20, 40)
     np.testing.assert_allclose(found.count(low=1), 9, rtol=0.3)
     np.testing.assert_allclose(found.moment(1), values.mean(), rtol=0.25)
     np.testing.assert_allclose(found.moment(2), np.mean(values**2), rtol=0.25)
@@ -461,11 +462,11 @@ def test_what_can_be_read_off_a_density():
 @pytest.mark.parametrize("q", [-0.1, 1.5, [0.5, 2.0]])
 def test_bad_quantiles(q):
     with pytest.raises(ValueError, match=r"`q` must be in \[0, 1\]"):
-        lanczos.density(operator(np.arange(5.0)), pieces(5), 1, 3).quantile(q)
+        density.density(operator(np.arange(5.0)), pieces(5), 1, 3).quantile(q)
 
 
 def test_exact_read_outs_of_a_density_that_is_written_down():
-    known = lanczos.Density(np.array([[-1.0, 0.0, 2.0], [-1.0, 1.0, 2.0]]), np.array([[0.25, 0.5, 0.25]] * 2), 8)
+    known = density.Density(np.array([[-1.0, 0.0, 2.0], [-1.0, 1.0, 2.0]]), np.array([[0.25, 0.5, 0.25]] * 2), 8)
     assert known.mass(low=0) == 0.75 and known.count(high=0) == 4 and known.mass(5, 6) == 0
     assert known.quantile(0.25) == -1 and known.quantile(0.3) == 0 and known.quantile(0.76) == 2
     assert known.moment(1) == 0.5 and known.moment(2) == 1.5
@@ -478,19 +479,19 @@ def exact_pairs(A, places):
     """`Eigenpairs` of a matrix by a dense computation."""
     values, vectors = np.linalg.eigh(A)
     none = np.zeros(len(places))
-    return lanczos.Eigenpairs(values[places], [pieces_of(u) for u in vectors.T[places]], none, 0, none == 0)
+    return krylov.Eigenpairs(values[places], [pieces_of(u) for u in vectors.T[places]], none, 0, none == 0)
 
 
 def test_density_beside_known_pairs_is_that_of_the_others_alone():
     values = np.concatenate([[9.0, 6.0, -4.0], np.linspace(0.5, 2, 17)])
     A = reflected(values)
-    found = lanczos.density(operator(A), pieces(20), 3, 17, pairs=exact_pairs(A, [-1, -2, 0]))
+    found = density.density(operator(A), pieces(20), 3, 17, pairs=exact_pairs(A, [-1, -2, 0]))
     assert found.products == 51
     for nodes, weights in zip(found.nodes, found.weights):  # each of the others once, and no zero
         np.testing.assert_allclose(nodes, [*np.linspace(0.5, 2, 17), 9, 6, -4], atol=1e-6)
         np.testing.assert_allclose([weights.sum(), *weights[-3:]], [1, 1 / 20, 1 / 20, 1 / 20], rtol=1e-12)
     assert found.negative.value == pytest.approx(4 / np.abs(values).sum(), abs=4 * found.negative.stderr)
-    many = lanczos.density(operator(A), pieces(20), 200, 10, pairs=exact_pairs(A, [-1, -2, 0]))
+    many = density.density(operator(A), pieces(20), 200, 10, pairs=exact_pairs(A, [-1, -2, 0]))
     np.testing.assert_allclose([many.moment(1), many.moment(2)], [values.mean(), np.mean(values**2)], rtol=0.01)
 
 
@@ -500,7 +501,7 @@ def test_known_pairs_need_not_be_exact_nor_orthogonal():
     low = lanczos.eigenpairs(operator(A), pieces(400), 1, tolerance=0.3, most_negative=True)
     both = pairs.beside(low)
     assert both.products == pairs.products + low.products and len(both.residuals) == len(both.vectors) == 10
-    found = lanczos.density(operator(A), pieces(400), 4, 20, pairs=both)
+    found = density.density(operator(A), pieces(400), 4, 20, pairs=both)
     bulk = np.sort(network_like(1))[:-9]
     rest = found.nodes[:, :-10]
     assert bulk.min() - 1e-6 < rest.min() and rest.max() < bulk.max() + 0.01  # no outlier comes back
@@ -509,7 +510,7 @@ def test_known_pairs_need_not_be_exact_nor_orthogonal():
 
 def test_density_where_all_is_known_takes_no_products():
     A = reflected(np.arange(-2.0, 4.0))
-    found = lanczos.density(operator(A), pieces(6), 2, 5, pairs=exact_pairs(A, [0, 1, 2, 3, 4, 5]))
+    found = density.density(operator(A), pieces(6), 2, 5, pairs=exact_pairs(A, [0, 1, 2, 3, 4, 5]))
     np.testing.assert_allclose(found.nodes, [np.arange(-2, 4)] * 2, atol=1e-12)
     assert found.products == 0 and found.mass() == pytest.approx(1)
     np.testing.assert_allclose([found.negative.value, found.negative.stderr], [3 / 9, 0], atol=1e-12)
@@ -521,10 +522,10 @@ def test_the_negative_share_of_a_known_spectrum_is_within_its_errors():
     values = np.concatenate([bulk, [5.0, 3.0, -1.0]])
     true = np.maximum(-values, 0).sum() / np.abs(values).sum()
     units = [pieces_of(np.eye(1, len(values), i).ravel()) for i in range(9300, 9303)]
-    pairs = lanczos.Eigenpairs(values[9300:], units, np.zeros(3), 0, np.ones(3, bool))
+    pairs = krylov.Eigenpairs(values[9300:], units, np.zeros(3), 0, np.ones(3, bool))
     within = []
     for seed in range(20):
-        found = lanczos.density(operator(values), pieces(len(values)), 3, 24, seed, pairs).negative
+        found = density.density(operator(values), pieces(len(values)), 3, 24, seed, pairs).negative
         assert found.value == pytest.approx(true, abs=0.1)
         within.append(abs(found.value - true) / found.stderr)
     assert np.max(within) < 3 and np.mean(np.array(within) < 1) > 0.5
@@ -535,7 +536,7 @@ def test_a_negative_share_without_error_where_the_runs_are_exact():
     starts = [[1.0, 1.0, 0.0], [1.0, -1.0, 0.0]]  # as long along each of the two
     runs = [lanczos.tridiagonalize(A, pieces_of(start), 24, basis=False) for start in starts]
     assert all(run.exhausted and len(run.alpha) == 2 for run in runs)
-    found = lanczos.Density.of_runs(runs, 4, [-2.0, 5.0]).negative
+    found = density.Density.of_runs(runs, 4, [-2.0, 5.0]).negative
     assert found.value == pytest.approx((2 + 1) / (7 + 4)) and found.stderr < 1e-12
 
 
@@ -543,7 +544,7 @@ def test_over_an_orthonormal_basis_of_starts_the_density_is_the_spectrum():
     values = np.array([7.0, 3.0, 1.0, 0.5, -0.25, -2.0])
     A = reflected(values)
     runs = [lanczos.tridiagonalize(operator(A), pieces_of(e), 6) for e in np.eye(6)]
-    found = lanczos.Density.of_runs(runs, 6)
+    found = density.Density.of_runs(runs, 6)
     for value in values:
         assert found.mass(value - 1e-6, value + 1e-6) == pytest.approx(1 / 6, rel=1e-9)
     moments = [found.moment(order) for order in range(1, 6)]

@@ -10,7 +10,7 @@ import tensorflow as tf
 from cases import MODELS, flat, float64, put
 from keras import layers
 
-from keras_curvature.landscape import filter_axes, filter_normalized, landscape
+from keras_curvature.monitor.report.landscape import filter_axes, filter_normalized, landscape
 
 
 def network(activation="tanh", seed=0):

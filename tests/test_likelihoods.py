@@ -10,7 +10,8 @@ from cases import BATCH, LOSSES, MODELS, Case, flat, float64, normal
 from keras import layers
 
 from keras_curvature import Linearization
-from keras_curvature.curvature import kronecker, likelihoods
+from keras_curvature.linearization.fisher import likelihoods
+from keras_curvature.linearization.layers import kronecker
 from keras_curvature.operators import dense
 
 

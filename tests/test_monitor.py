@@ -14,8 +14,8 @@ from keras import layers
 from test_probes import SPARSE, N, evaluated, examples, hessian, jacobian_of_outputs, model_of, softmax
 
 from keras_curvature import trees
-from keras_curvature.curvature.probes import PRODUCTS
-from keras_curvature.monitor import Curvature, curvature
+from keras_curvature.monitor.operator import Curvature, curvature
+from keras_curvature.monitor.probes.probes import PRODUCTS
 from keras_curvature.operators import Diagonal, Function, Masked, dense
 
 SPLITS = np.cumsum([12, 4, 12, 3, 9])  # where one of the weights of the network ends, and the next one begins

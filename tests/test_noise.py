@@ -14,11 +14,11 @@ import pytest
 import tensorflow as tf
 from cases import LOSSES, MODELS, flat, float64, put
 
-from keras_curvature.curvature import noise as noise_module
-from keras_curvature.curvature.label_traces import LayerTraces, layer_traces
-from keras_curvature.curvature.noise import Noise, NoiseAverage, noise, two_batch_sizes
-from keras_curvature.curvature.probes import Probes
-from keras_curvature.monitor import curvature
+from keras_curvature.monitor.operator import curvature
+from keras_curvature.monitor.probes import noise as noise_module
+from keras_curvature.monitor.probes.label_traces import LayerTraces, layer_traces
+from keras_curvature.monitor.probes.noise import Noise, NoiseAverage, noise, two_batch_sizes
+from keras_curvature.monitor.probes.probes import Probes
 
 ROWS = 48
 CLASSES = 3

@@ -10,10 +10,10 @@ import tensorflow as tf
 from cases import flat, float64
 
 from keras_curvature import problems
-from keras_curvature.curvature.noise import NoiseAverage
-from keras_curvature.curvature.probes import PRODUCTS, Probes
-from keras_curvature.landscape import landscape
-from keras_curvature.monitor import curvature
+from keras_curvature.monitor.operator import curvature
+from keras_curvature.monitor.probes.noise import NoiseAverage
+from keras_curvature.monitor.probes.probes import PRODUCTS, Probes
+from keras_curvature.monitor.report.landscape import landscape
 from keras_curvature.operators import Function
 from keras_curvature.solvers.lanczos import extremes
 

@@ -14,11 +14,12 @@ from cases import LOSSES, MODELS, flat, float64
 from keras import layers
 
 from keras_curvature import replicas
-from keras_curvature.curvature import convexity, functional, likelihoods
-from keras_curvature.curvature import data as probe_data
-from keras_curvature.curvature.naming import layers_of
-from keras_curvature.curvature.probes import PRODUCTS, Probes
-from keras_curvature.monitor import curvature
+from keras_curvature.linearization.fisher import convexity, likelihoods
+from keras_curvature.linearization.pure import functional
+from keras_curvature.monitor.operator import curvature
+from keras_curvature.monitor.probes import data as probe_data
+from keras_curvature.monitor.probes.naming import layers_of
+from keras_curvature.monitor.probes.probes import PRODUCTS, Probes
 from keras_curvature.operators import Function, dense
 
 N, RAGGED = 10, 4  # examples, and a batch size that leaves a rest

@@ -17,7 +17,9 @@ from keras import layers
 from keras.src.backend.tensorflow import nn as keras_nn
 
 from keras_curvature import Linearization, trees
-from keras_curvature.curvature import convexity, differentiable, linearization
+from keras_curvature.linearization import linearization
+from keras_curvature.linearization.fisher import convexity
+from keras_curvature.linearization.pure import differentiable
 from keras_curvature.operators import Identity, dense
 from keras_curvature.solvers import ConjugateGradient
 

@@ -1,10 +1,10 @@
 """The report against dense float64 computations, its table against its numbers, its files, and the command line."""
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import re
-import runpy
 import sys
 
 import keras
@@ -15,12 +15,13 @@ from cases import MODELS, flat, float64
 from keras import layers
 
 import keras_curvature as kc
-from keras_curvature.monitor import curvature
-from keras_curvature.report import Report, report
-from keras_curvature.report.__main__ import main
-from keras_curvature.report.measure import _Asked, _caveats, _stability
-from keras_curvature.report.table import SHOWN_LAYERS, count, number, shown_layers, stability, table, with_error
-from keras_curvature.solvers.lanczos import Density, Eigenpairs
+from keras_curvature.command_line import main
+from keras_curvature.monitor.operator import curvature
+from keras_curvature.monitor.report.measure import _Asked, _caveats, _stability
+from keras_curvature.monitor.report.reporting import Report, report
+from keras_curvature.monitor.report.table import SHOWN_LAYERS, count, number, shown_layers, stability, table, with_error
+from keras_curvature.monitor.spectra.density import Density
+from keras_curvature.solvers.krylov import Eigenpairs
 
 
 def classifier(optimizer=None, name="small"):
@@ -391,9 +392,9 @@ def saved(tmp_path):
 
 def test_the_command_line_prints_the_report(saved, capsys, monkeypatch):
     given = [str(saved / "model.keras"), "--data", str(saved / "data.npz"), "--kind", "ggn", "--path", str(saved / "c")]
-    monkeypatch.setattr(sys, "argv", ["report", *given, "--examples", "32"])
-    monkeypatch.delitem(sys.modules, "keras_curvature.report.__main__")
-    runpy.run_module("keras_curvature.report", run_name="__main__")  # a warning would be an error here
+    monkeypatch.setattr(sys, "argv", ["keras-curvature", "report", *given, "--examples", "32"])
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="keras-curvature")
+    script.load()()
     printed = capsys.readouterr().out
     assert printed.startswith("curvature of loaded    35 weights · 32 examples · Gauss-Newton · eval mode")
     assert printed == (saved / "c.txt").read_text()
@@ -404,13 +405,13 @@ def test_a_model_without_a_loss_gets_one(saved, capsys):
     model.save(saved / "bare.keras")
     given = [str(saved / "bare.keras"), "--data", str(saved / "data.npz"), "--kind", "ggn"]
     _refused(given, capsys, "was saved without a loss; say which one: --loss sparse_categorical_crossentropy")
-    main([*given, "--loss", "sparse_categorical_crossentropy", "--from_logits"])
+    main(["report", *given, "--loss", "sparse_categorical_crossentropy", "--from_logits"])
     assert "The model has no optimizer" in capsys.readouterr().out
 
 
 def _refused(given, capsys, message, status=2):
     with pytest.raises(SystemExit) as error:
-        main(given)
+        main(["report", *given])
     said = capsys.readouterr().err if status == 2 else error.value.code
     assert message in " ".join(said.split())
     assert status == 1 or error.value.code == status

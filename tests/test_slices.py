@@ -12,8 +12,8 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.ops import gen_stateless_random_ops_v2 as generators
 
-from keras_curvature.curvature import randomness, slices
-from keras_curvature.curvature.differentiable import replaced
+from keras_curvature.linearization.pure import randomness, slices
+from keras_curvature.linearization.pure.differentiable import replaced
 
 BATCH = 7
 DRAWS = {

@@ -11,7 +11,8 @@ from keras import layers
 
 import keras_curvature as kc
 from keras_curvature import Linearization
-from keras_curvature.curvature import diagonal, likelihoods
+from keras_curvature.linearization.estimates import diagonals as diagonal
+from keras_curvature.linearization.fisher import likelihoods
 from keras_curvature.operators import dense
 from keras_curvature.optimizers.sophia import SophiaG, SophiaH
 

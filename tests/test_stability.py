@@ -20,9 +20,9 @@ from optimizers import OPTIMIZERS
 
 import keras_curvature as kc
 from keras_curvature import Linearization, curved
+from keras_curvature.monitor.stability import OF_KERAS, REASONS, Stability, stability
 from keras_curvature.operators.base import dense
 from keras_curvature.optimizers import limits
-from keras_curvature.optimizers.stability import OF_KERAS, REASONS, Stability, stability
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 TINY = 1e-9  # of the vectors that steps are tried on: their squares are nothing to what the state is made of

@@ -12,8 +12,8 @@ from cases import BATCH, MODELS, Case, flat, normal
 from keras import layers
 
 from keras_curvature import Linearization
-from keras_curvature.curvature import kronecker, taps
-from keras_curvature.curvature.seen import Seen
+from keras_curvature.linearization.estimates.seen import Seen
+from keras_curvature.linearization.layers import kronecker, taps
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 

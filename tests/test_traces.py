@@ -5,8 +5,9 @@ import pytest
 import tensorflow as tf
 from test_lanczos import network_like, operator, pieces, random, reflected, rows
 
+from keras_curvature.monitor.spectra import traces
 from keras_curvature.operators import Function
-from keras_curvature.solvers import flat, lanczos, traces
+from keras_curvature.solvers import flat, krylov, lanczos
 
 PARTS = {"kernel": [0], "bias": [1]}
 
@@ -91,7 +92,7 @@ def test_deflation_with_eigenvectors_leaves_the_variance_of_the_rest():
     values = np.concatenate([[100, 80, -50], random(0, 97)])
     A = reflected(values)
     ends = [lanczos.eigenpairs(operator(A), pieces(100), k, 1e-9, low) for k, low in ((2, False), (1, True))]
-    pairs = lanczos.Eigenpairs(
+    pairs = krylov.Eigenpairs(
         np.concatenate([end.values for end in ends]), sum((end.vectors for end in ends), []), None, 0, None
     )
     found = traces.deflated(operator(A), pieces(100), pairs, 500)

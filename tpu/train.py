@@ -29,7 +29,7 @@ from schedule import RampThenStairs
 
 import keras_curvature as kc
 from keras_curvature.callbacks import Checkpoint, ChiefOnly, Terminated
-from keras_curvature.callbacks.chief import is_chief
+from keras_curvature.training.callbacks.chief import is_chief
 
 # name: the learning rate per 256 images at the top of the ramp. The first two are those of Goyal et al. (2017), LAMB's
 # is that of You et al. (2020) at a batch of 32000; none was tuned here. CurveBall and Hessian-free find their own step.

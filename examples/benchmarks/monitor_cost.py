@@ -59,7 +59,7 @@ from step_cost import PROBLEMS as BATCHES
 from step_cost import printing
 
 import keras_curvature as kc
-from keras_curvature.solvers import traces
+from keras_curvature.monitor.spectra import traces
 
 tf.get_logger().setLevel("ERROR")
 

@@ -61,7 +61,7 @@ class BlockDiagonal(LinearOperator):
 
     Args:
         blocks: What says which weights are a matrix, and how: `matrix(vector)` gathers it, and
-            `scatter(matrix, vector)` puts its entries into their places of a list (see `curvature/kronecker.py`).
+            `scatter(matrix, vector)` puts its entries into their places of a list (see `layers/kronecker.py`).
         operators: For each block, an operator on `[matrix]`.
         diagonal: `{index: entries}` for the tensors of a vector that no block has. Where a weight is in neither, the
             product is zero.

@@ -4,9 +4,9 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number, register
-from keras_curvature.curvature import diagonal
+from keras_curvature.linearization.estimates import diagonals as diagonal
 from keras_curvature.operators import Diagonal
-from keras_curvature.optimizers.diagonal import DiagonalOptimizer
+from keras_curvature.optimizers.by_weight import DiagonalOptimizer
 from keras_curvature.optimizers.limits import LinearStep, averaged
 
 

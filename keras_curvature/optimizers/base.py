@@ -17,19 +17,14 @@ state stay bit-identical and `skipped_steps` counts one. (Of accumulated gradien
 that alone is not finite, its weight decay and its averages have gone on.)
 """
 
-import inspect
-import warnings
-import weakref
-
-import keras
 import tensorflow as tf
 
-from keras_curvature import component, replicas, trees
-from keras_curvature.curvature.linearization import Gradients, Linearization
+from keras_curvature import trees
+from keras_curvature.optimizers.lifecycle import Lifecycle
 from keras_curvature.optimizers.limits import NotLinear
 
 
-class CurvatureOptimizer(keras.optimizers.Optimizer):
+class CurvatureOptimizer(Lifecycle):
     """Base of the optimizers; see the module for how to write one.
 
     Args:
@@ -53,18 +48,6 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
     needs_products = True
     needs_model = False
     idle_steps = 0
-
-    def __init__(self, learning_rate, **kwargs):
-        super().__init__(learning_rate=learning_rate, **kwargs)
-        if self.gradient_accumulation_steps and not self.by_gradient:
-            raise ValueError(
-                f"`{type(self).__name__}` steps on the curvature of one batch, so gradients of several batches cannot "
-                "be accumulated. Use a larger batch. Received: "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
-            )
-        self._noted, self._reported, self._unloaded, self._model = [], {}, None, None
-        self._hands_a_step = False
-        self._unbuilt_count = len(self.variables)  # iterations, and a learning rate that is no schedule
 
     # To be written by a method.
 
@@ -138,174 +121,6 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
     def shift(self):
         """Where a curved model shall linearize, as a vector from the stored weights; nothing: at the weights."""
 
-    # The step.
-
-    def step(self, linearization):
-        """Take one step on the batch of a `Linearization` (or `Gradients`).
-
-        Returns:
-            The reported numbers, `{name: scalar}`, with `skipped_steps` 1 where the step was not taken.
-        """
-        self.meet(getattr(linearization, "model", None))
-        self.require(linearization.variables)
-        self._noted, self._reported = [], {}
-        with tf.name_scope(self.name):
-            handed, finite = self._handed(linearization)
-            length = self._reported.get("step_norm")  # known to a method that has the inner products at hand
-            length = trees.norm(handed) if length is None else length
-            finite &= tf.math.is_finite(length)
-            noted = list(self._noted)
-
-            def take():
-                before = tf.identity(self.skipped_steps.value)
-                _assign(noted)
-                self._hand_to_keras(handed)
-                # of accumulated gradients a direction may have overflowed, and was skipped further down
-                return tf.cast(self.skipped_steps.value - before, tf.float32)
-
-            def skip():
-                self.skipped_steps.assign_add(1)
-                return tf.constant(1.0)
-
-            skipped = tf.cond(finite, take, skip)
-        self.report(step_norm=length, skipped_steps=skipped)
-        wanted = {"skipped_steps", *self.reports}
-        reported = {name: tf.cast(value, tf.float32) for name, value in self._reported.items() if name in wanted}
-        self._noted, self._reported = [], {}
-        return reported
-
-    def _handed(self, linearization):
-        """`(what Keras is handed: the gradient or the step, whether loss and gradient are finite)`."""
-        if not self.by_gradient:
-            handed = self.direction(linearization)
-        elif self._preconditions and not self.gradient_accumulation_steps:
-            handed = self.precondition(super()._clip_gradients(linearization.gradient))
-        else:
-            handed = linearization.gradient
-        finite = tf.constant(True)
-        if isinstance(linearization, Linearization):
-            finite &= tf.math.is_finite(linearization.loss)
-            known = linearization.is_known("gradient")
-        else:
-            known = handed is not linearization.gradient
-        return handed, finite & trees.is_finite(linearization.gradient) if known else finite
-
-    @property
-    def _preconditions(self):
-        return self.by_gradient and type(self).precondition is not CurvatureOptimizer.precondition
-
-    def _clip_gradients(self, grads):
-        """Keras'; while it is handed a step made of clipped gradients, there is nothing left to clip."""
-        return grads if self._hands_a_step else super()._clip_gradients(grads)
-
-    def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
-        """Keras calls it once for all variables, outside the replicas; accumulated gradients are stepped on here."""
-        each_variable = super()._distributed_tf_update_step
-        if not (self._preconditions and self.gradient_accumulation_steps):
-            each_variable(distribution, grads_and_vars, learning_rate)
-            return
-        self._noted = []
-        directions = self.precondition([gradient for gradient, _ in grads_and_vars])
-        noted, self._noted, self._reported = list(self._noted), [], {}  # tensors of a branch of Keras' own
-
-        def take():
-            _assign(noted)
-            pairs = [(direction, variable) for direction, (_, variable) in zip(directions, grads_and_vars)]
-            each_variable(distribution, pairs, learning_rate)
-
-        tf.cond(trees.is_finite(directions), take, lambda: _nothing(self.skipped_steps.assign_add(1)))
-
-    def _hand_to_keras(self, gradients):
-        if self.loss_scale_factor is not None:  # Keras divides by it; the step has its true size already
-            gradients = trees.scale(self.loss_scale_factor, gradients)
-        self._hands_a_step = self._preconditions and not self.gradient_accumulation_steps
-        with replicas.keras_outside():
-            super().apply(gradients, self._trainable_variables)
-        self._hands_a_step = False
-
-    def apply(self, grads, trainable_variables=None):
-        """What Keras calls on a plain model: gradients of each replica, and nothing behind them."""
-        if trainable_variables is None and not self.built:
-            raise ValueError(
-                "When passing `grads` without `variables`, the optimizer must already be built on a list of variables. "
-                "Call `optimizer.build(trainable_variables)` first."
-            )
-        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
-        self.require(variables)
-        gradients = self._complete(grads, variables)
-
-        def take(gradients):
-            total = replicas.add_up(gradients)
-            if self.loss_scale_factor is not None:
-                total = [g / self.loss_scale_factor for g in total]
-            self.step(Gradients(type(self).__name__, total, variables))
-
-        replicas.cross(take, gradients)
-        return self._iterations
-
-    def _complete(self, grads, variables):
-        """Dense gradients for all variables; Keras' warning where some are missing, its error where all are."""
-        if all(g is None for g in grads):
-            raise ValueError("No gradients provided for any variable.")
-        missing = [v.name for g, v in zip(grads, variables) if g is None]
-        if missing:
-            warnings.warn(
-                f"Gradients do not exist for variables {missing} when minimizing the loss. If you're using "
-                "`model.compile()`, did you forget to provide a `loss` argument?",
-                stacklevel=4,
-            )
-        values = [tf.zeros_like(v) if g is None else tf.convert_to_tensor(g) for g, v in zip(grads, variables)]
-        return [tf.cast(g, v.dtype) for g, v in zip(values, variables)]
-
-    def meet(self, model):
-        """Take note of the model, where the state is made of its layers."""
-        if self.needs_model and model is not None and self.model is not model:
-            object.__setattr__(self, "_model", weakref.ref(model))  # past Keras' tracking
-
-    @property
-    def model(self):
-        """The model that the optimizer has met."""
-        return None if self._model is None else self._model()
-
-    def require(self, variables):
-        """Build for these variables; refuse variables that are not those the state belongs to."""
-        if not variables:
-            raise ValueError(f"`{type(self).__name__}` has nothing to train: the model has no trainable weights.")
-        if not self.built:
-            with keras.name_scope(self.name, caller=self):
-                self.build(variables)
-        if not self.built:
-            raise ValueError(
-                f"`{type(self).__name__}` looks at the layers of the model, and a plain `keras.Model` hands its "
-                "optimizer gradients and nothing else. Curve the model before `compile`:\n\n"
-                "    model = keras_curvature.curved(model)\n"
-            )
-        known = [self._var_key(v) for v in self._trainable_variables]
-        given = [self._var_key(v) for v in variables]
-        if known != given:
-            raise ValueError(
-                f"`{type(self).__name__}` was built for {len(known)} weights "
-                f"({_names(self._trainable_variables)}) and is now given {len(given)} ({_names(variables)}). Its "
-                "state belongs to the first: it cannot serve another model, or this one after layers were frozen or "
-                "unfrozen. Compile with a new optimizer:\n\n"
-                "    model.compile(optimizer=type(optimizer).from_config(optimizer.get_config()), ...)\n"
-            )
-
-    # Keras' life cycle.
-
-    def build(self, variables):
-        """Create all state for `variables`; called by Keras, and without effect while a needed model is missing."""
-        if self.built or (self.needs_model and self.model is None):
-            return
-        super().build(variables)
-        self.skipped_steps = self.add_variable((), dtype="int", name="skipped_steps", aggregation="none")
-        if variables:  # else `require` says what is wrong
-            self.create_state(list(variables))
-        if self._unloaded is not None:
-            stored, self._unloaded = self._unloaded, None
-            with tf.init_scope():
-                self.load_own_variables(stored)
-
     def add_scalar(self, value, name):
         """A scalar variable of the optimizer's state, with its initial value."""
 
@@ -313,59 +128,3 @@ class CurvatureOptimizer(keras.optimizers.Optimizer):
             return tf.constant(value, dtype)
 
         return self.add_variable((), initializer=initial, name=name, aggregation="none")
-
-    def load_own_variables(self, store):
-        """Load the state; an optimizer that is not built yet keeps it until it is, and loses nothing."""
-        stored = {key: store[key][()] for key in store.keys()}  # noqa: SIM118, an h5 entry is no dict
-        if not self.built:
-            self._unloaded = stored
-            return
-        variables = self.variables
-        if len(stored) <= self._unbuilt_count:
-            variables = variables[: len(stored)]  # saved before the first step: there is no state yet
-        elif len(stored) != len(variables):
-            raise ValueError(
-                f"The file holds {len(stored)} variables of `{type(self).__name__}` and this one has "
-                f"{len(self.variables)}: it was saved with other settings or for another model. Compile with the "
-                "settings that it was saved with, or load the weights alone: `model.load_weights(path, "
-                "skip_mismatch=True)`."
-            )
-        for i, variable in enumerate(variables):
-            variable.assign(stored[str(i)])
-
-    def save_own_variables(self, store):
-        """Save the state, also one that was loaded and still waits for the optimizer to be built."""
-        if self._unloaded is None:
-            super().save_own_variables(store)
-            return
-        for key, value in self._unloaded.items():
-            store[key] = value
-
-    def get_config(self):
-        """Keras' config and the arguments of `__init__`, as given; components in serialized form."""
-        config = super().get_config()
-        for name in inspect.signature(type(self).__init__).parameters:
-            if name not in ("self", "kwargs", "learning_rate"):
-                config[name] = component.serialize(getattr(self, name))
-        return config
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        """The optimizer that `get_config` described; its state is new."""
-        own = inspect.signature(cls.__init__).parameters
-        config = {k: component.deserialize(v) if k in own and k != "learning_rate" else v for k, v in config.items()}
-        return super().from_config(config, custom_objects)
-
-
-def _names(variables):
-    names = [getattr(v, "path", v.name) for v in variables]
-    return ", ".join(names if len(names) <= 4 else [*names[:3], f"... {names[-1]}"])
-
-
-def _assign(noted):
-    for variable, value in noted:
-        variable.assign(value)
-
-
-def _nothing(_):
-    """What a branch of a `tf.cond` returns that is there for its effects."""

@@ -4,7 +4,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_number, register
-from keras_curvature.curvature.gauss_newton import require_convex
+from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import LinearStep, NotLinear, OnTheQuadratic
 from keras_curvature.steps import LevenbergMarquardt, as_damping, quadratic

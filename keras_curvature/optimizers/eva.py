@@ -4,7 +4,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check_number, register
-from keras_curvature.curvature import kronecker
+from keras_curvature.linearization.layers import kronecker
 from keras_curvature.operators import Function
 from keras_curvature.operators.kronecker import BlockDiagonal
 from keras_curvature.optimizers.base import CurvatureOptimizer

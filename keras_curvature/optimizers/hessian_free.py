@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_component, check_number, check_part, register
-from keras_curvature.curvature.gauss_newton import require_convex
+from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.operators import Diagonal, Identity
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear

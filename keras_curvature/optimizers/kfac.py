@@ -4,9 +4,10 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number, check_part, register
-from keras_curvature.curvature import kronecker, linearization
-from keras_curvature.curvature.gauss_newton import require_convex
-from keras_curvature.curvature.sampling import FISHER
+from keras_curvature.linearization import linearization
+from keras_curvature.linearization.fisher.sampling import FISHER
+from keras_curvature.linearization.gauss_newton import require_convex
+from keras_curvature.linearization.layers import kronecker
 from keras_curvature.operators.kronecker import BlockDiagonal, KroneckerProduct
 from keras_curvature.optimizers import by_layer
 from keras_curvature.optimizers.base import CurvatureOptimizer
@@ -58,7 +59,7 @@ class KFAC(CurvatureOptimizer):
         fisher: `"sampled"`: labels drawn from what the model says; `"exact"`: all labels there are, weighed (one
             backward pass for each class); `"empirical"`: the true ones. Defaults to `"sampled"`.
         sharing: `"expand"` or `"reduce"`: whether positions at which a layer uses the same weights (pixels, tokens)
-            count as examples, or are summed first; see `curvature/kronecker.py`. Defaults to `"expand"`.
+            count as examples, or are summed first; see `layers/kronecker.py`. Defaults to `"expand"`.
         kl_clip: Most of `learning_rate^2 d'g`, or `None`; weights in no layer that is known count. It acts only where
             `d'g > kl_clip / learning_rate^2`, 10 by default. Without effect where `momentum=None`. Defaults to `1e-3`
             (Ba et al.).

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_curvature import replicas, trees
 from keras_curvature.component import check, check_count, check_number, register
-from keras_curvature.curvature.linearization import Linearization
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import LinearStep, nesterov
 

@@ -5,7 +5,7 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check, check_number, register
 from keras_curvature.operators import Diagonal
-from keras_curvature.optimizers.diagonal import DiagonalOptimizer
+from keras_curvature.optimizers.by_weight import DiagonalOptimizer
 from keras_curvature.optimizers.limits import LinearStep, averaged, steps_taken
 
 

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_curvature.curvature.likelihoods import Gaussian
+from keras_curvature.linearization.fisher.likelihoods import Gaussian
 
 
 @keras.saving.register_keras_serializable(package="keras_curvature")

@@ -1,0 +1,1 @@
+"""Estimates of the curvature that are no products: diagonals, Kronecker factors, means."""

@@ -1,0 +1,151 @@
+"""Diagonals of curvature matrices.
+
+`hessian_diagonal`: Hutchinson's estimate. With `z` of independent entries of mean 0 and variance 1,
+
+    E[z * (H z)] = diag(H)
+
+`squared_gradients`: the mean over the examples of the elementwise square of each example's own gradient, the
+diagonal of the empirical Fisher matrix, with which Hessian-free optimization preconditions; or, with labels drawn from
+what the model says, of the Fisher matrix. For a `Dense` layer `y = x W` the gradient of example `i` is `x_i d_i'` and
+the sum of squares is `(x^2)' (d^2)`: one backward pass for the whole batch, exact. Other weights (convolutions,
+recurrent cells, embeddings, layers used twice) get an unbiased estimate from one more backward pass: with a random sign
+`s_i` per example, `E[(sum_i s_i g_i)^2] = sum_i g_i^2`, elementwise.
+"""
+
+import tensorflow as tf
+
+from keras_curvature import replicas, trees
+from keras_curvature.component import check, check_count
+from keras_curvature.linearization.fisher import sampling
+from keras_curvature.linearization.layers import taps
+from keras_curvature.linearization.pure import randomness, slices
+from keras_curvature.linearization.pure.differentiable import differentiable_keras
+
+PROBES = ("rademacher", "gaussian", "exact")
+_BITS = [1, 2, 4, 8, 16, 32, 64, -128]  # of a byte, each alone
+
+
+def hessian_diagonal(linearization, seed, probe="rademacher", probes=1):
+    """The diagonal of the Hessian, exactly or as Hutchinson's estimate; see `Linearization.hessian_diagonal`."""
+    expected = ", ".join(f'"{choice}"' for choice in PROBES)
+    check(hessian_diagonal, "probe", probe, probe in PROBES, f"one of {expected}")
+    check_count(hessian_diagonal, "probes", probes)
+    H, weights = linearization.hessian(), linearization.weights
+    if probe == "exact":
+        return _exactly(H, weights)
+    total = trees.zeros_like(weights) if probes > 1 else None
+    for i in range(probes):
+        z = draw(weights, probes * seed + i, probe)
+        estimate = [a * b for a, b in zip(z, H @ z)]
+        total = estimate if total is None else trees.add(total, estimate)
+    return total if probes == 1 else trees.scale(1.0 / probes, total)
+
+
+def draw(like, seed, probe="rademacher"):
+    """A random vector with entries of mean 0 and variance 1, the same wherever the seed is."""
+    kind = _signs if probe == "rademacher" else randomness.normal
+    return [kind(w.shape, [i, seed], w.dtype) for i, w in enumerate(like)]
+
+
+def average_kernels(vector):
+    """The mean over the spatial axes of convolution kernels, which stay as axes of length 1; other tensors as they are.
+
+    A kernel is what has four axes or more, the spatial ones first. Those of one-dimensional convolutions cannot be told
+    from the projections of attention by their shapes, and are left as they are.
+    """
+    return [tf.reduce_mean(t, list(range(t.shape.rank - 2)), keepdims=True) if t.shape.rank >= 4 else t for t in vector]
+
+
+def _signs(shape, seed, dtype):
+    """-1 and 1, one random bit each: a random word for each of them would cost as much as a matrix product."""
+    size = shape.num_elements()
+    words = tf.random.stateless_uniform([-(-size // 32)], seed, None, None, tf.int32)
+    octets = tf.reshape(tf.bitcast(words, tf.int8), [1, -1])
+    bits = tf.bitwise.bitwise_and(octets, tf.constant(_BITS, tf.int8)[:, tf.newaxis])
+    signs = tf.where(tf.cast(bits, tf.bool), tf.ones([], dtype), -tf.ones([], dtype))
+    return tf.reshape(tf.reshape(signs, [-1])[:size], shape)
+
+
+def _exactly(H, weights):
+    """The diagonal of `H` by one product for each weight, one after another."""
+    diagonal = []
+    for i, w in enumerate(weights):
+        size = w.shape.num_elements()
+
+        def entry(j, entries, i=i, w=w, size=size):
+            unit = trees.zeros_like(weights)
+            unit[i] = tf.reshape(tf.one_hot(j, size, dtype=w.dtype), w.shape)
+            found = tf.reduce_sum((H @ unit)[i] * unit[i])
+            return j + 1, tf.tensor_scatter_nd_update(entries, [[j]], found[tf.newaxis])
+
+        _, entries = tf.while_loop(lambda j, _, size=size: j < size, entry, (0, tf.zeros([size], w.dtype)))
+        diagonal.append(tf.reshape(entries, w.shape))
+    return diagonal
+
+
+def squared_gradients(linearization, seed, fisher="empirical"):
+    """Mean over the batch of the squared per-example gradients, a vector.
+
+    Args:
+        linearization: A `Linearization` of a loss that is a mean over examples.
+        seed: Integer tensor or number: the random signs are a function of it and of the example's row in the batch.
+        fisher: `"empirical"`, with the true labels, or `"sampled"`, with labels drawn from what the model says.
+    """
+    check(squared_gradients, "fisher", fisher, fisher in ("empirical", "sampled"), '"empirical" or "sampled"')
+    exact = set()
+    with differentiable_keras(), taps.dense() as noted:
+
+        def local(pure):
+            recording = linearization._record_loss(pure)
+            own = fisher == "empirical"
+            cotangents = sampling.of_examples(recording) if own else recording.cotangents(fisher, seed)
+            signed = recording.pull(_signed(cotangents, pure.place, seed))
+            found = noted.pop(replicas.identity(), [])
+            squares = _sums_of_squares(recording, cotangents, found, linearization.variables)
+            exact.update(squares)
+            sums = [tf.cast(squares.get(i, h), h.dtype) for i, h in enumerate(signed)]
+            return recording.evaluation, sums
+
+        sums = linearization._sum(local)
+    # squared here, when the slices of all replicas are in: the estimate does not depend on how the batch is cut
+    return [s if i in exact else tf.square(s) for i, s in enumerate(sums)]
+
+
+def _signed(cotangents, place, seed):
+    """`s_i c_i` with a random sign for each example."""
+    with slices.at(place):
+        signs = tf.random.stateless_uniform([place.examples], [0, seed], 0, 2, tf.int32) * 2 - 1
+    return [c * _along_batch(tf.cast(signs, c.dtype), c) for c in cotangents]
+
+
+def _sums_of_squares(recording, cotangents, noted, variables):
+    """`sum_i g_i^2` over the examples of one recording, `{index of a variable: tensor}` for those of `Dense` layers."""
+    sums, position = {}, {id(v): i for i, v in enumerate(variables)}
+    found = _once_each(noted)
+    # float32 where a layer computes in half precision; all at once, for one walk down the layers
+    for tap, said in zip(found, recording.slopes_at([tap.said for tap in found], cotangents)):
+        if said is None:
+            continue
+        kernel, bias = position.get(id(tap.layer.kernel)), position.get(id(tap.layer.bias))
+        if kernel is not None:
+            inputs = tf.cast(tap.inputs, said.dtype)
+            sums[kernel] = tf.matmul(tf.square(inputs), tf.square(said), transpose_a=True)
+        if bias is not None:
+            sums[bias] = tf.reduce_sum(tf.square(said), 0)
+    return sums
+
+
+def _once_each(noted):
+    """The taps of plain `Dense` layers that were called once, on a matrix `(batch, d_in)`."""
+    calls = {}
+    for tap in noted:
+        calls.setdefault(id(tap.layer), []).append(tap)
+    return [c[0] for c in calls.values() if len(c) == 1 and c[0].inputs.shape.rank == 2 and _plain(c[0].layer)]
+
+
+def _plain(layer):
+    return type(layer).__name__ == "Dense" and not getattr(layer, "lora_enabled", False)
+
+
+def _along_batch(signs, like):
+    return tf.reshape(signs, [-1] + [1] * (like.shape.rank - 1))

@@ -1,0 +1,128 @@
+"""What layers saw and said in one recording, read off their taps; sums and means over it.
+
+The calls of a layer are a list of `(groups, rows, positions, d)`, of inputs or of slopes; rows are examples, or several
+for each of them, or shared by all.
+"""
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.linearization.layers.weights import product
+
+
+class Seen:
+    """What the layers of some blocks saw and said in one recording of a slice of the batch.
+
+    Args:
+        recording: A `LossRecording` whose layers were tapped.
+        blocks: A list of `Block`.
+    """
+
+    def __init__(self, recording, blocks):
+        self._recording, self.place = recording, recording.pure.place
+        wanted = {id(block.weights.layer) for block in blocks}
+        self._taps = [tap for tap in recording.taps if id(tap.layer) in wanted]
+        _check_within_reach(self._taps, recording)
+
+    def inputs(self, block):
+        """The inputs of all calls, `[(groups, rows, positions, d_in [+ 1])]`; of an embedding, indices."""
+        seen = [trees.full_precision(block.weights.inputs(tap)) for tap in self._taps_of(block)]
+        if block.weights.bias is None:
+            return seen
+        return [tf.concat([a, tf.ones([*sizes(a)[:3], 1], a.dtype)], -1) for a in seen]
+
+    def slopes(self, cotangents):
+        """A function of a block that gives the slopes of all calls, `[(groups, rows, positions, d_out)]`."""
+        return self._by_block(self._recording.slopes_at([tap.said for tap in self._taps], cotangents))
+
+    def gradient_and_slopes(self):
+        """The gradient of the loss, and the slopes of the loss as a function of a block; one backward pass."""
+        gradient, slopes = self._recording.gradient_and_slopes([tap.said for tap in self._taps])
+        return gradient, self._by_block(slopes)
+
+    def _by_block(self, slopes):
+        found = {id(tap): _like_said(s, tap.said) for tap, s in zip(self._taps, slopes)}
+        return lambda block: [block.weights.slopes(tap, found[id(tap)]) for tap in self._taps_of(block)]
+
+    def _taps_of(self, block):
+        return [tap for tap in self._taps if tap.layer is block.weights.layer]
+
+
+def sum_square(parts):
+    """`sum x x'` over rows and positions, `(groups, d, d)`."""
+    flat = [_flat(x) for x in parts]
+    return tf.add_n([gram(x, x) for x in flat])
+
+
+def gram(x, y):
+    """`x'y` in each group; of one group a plain matrix product, which is the faster kernel."""
+    if x.shape[0] == 1:
+        return tf.matmul(x[0], y[0], transpose_a=True)[tf.newaxis]
+    return tf.matmul(x, y, transpose_a=True)
+
+
+def total(parts):
+    """`sum x`, `(groups, d)`."""
+    return tf.add_n([tf.reduce_sum(x, [1, 2]) for x in parts])
+
+
+def frequencies(parts, block):
+    """How often each index occurs."""
+    ones = [tf.ones(sizes(x), block.dtype) for x in parts]
+    return tf.add_n([tf.math.unsorted_segment_sum(o, x, block.shape[0]) for o, x in zip(ones, parts)])
+
+
+def mean(of_all, parts, seen):
+    """A sum over rows and positions as a mean, times the share of the slice."""
+    return of_all * (seen.place.share(of_all.dtype) / tf.cast(count(parts), of_all.dtype))
+
+
+def count(parts):
+    """Rows times positions."""
+    return sum(product(x, [1, 2]) for x in parts)
+
+
+def _flat(x):
+    return tf.reshape(x, [x.shape[0], product(x, [1, 2]), x.shape[3]])
+
+
+def joined(parts, seen):
+    """Calls side by side, `(groups, examples, positions, d)`."""
+    folded = [_by_example(x, seen.place.examples) for x in parts]
+    return folded[0] if len(folded) == 1 else tf.concat(folded, 2)
+
+
+def _by_example(x, examples):
+    """Rows that are several for each example, as positions. Rows that all examples share count as one example."""
+    groups, rows, positions, width = sizes(x)
+    if isinstance(rows, int) and isinstance(examples, int):
+        kept = examples if examples and rows % examples == 0 else 1
+    else:
+        kept = tf.where(tf.equal(rows % tf.maximum(examples, 1), 0), examples, 1)
+    if isinstance(kept, int):
+        return x if kept == rows else tf.reshape(x, [groups, kept, rows // kept * positions, width])
+    return tf.reshape(x, [groups, kept, rows // tf.maximum(kept, 1) * positions, width])
+
+
+def sizes(x):
+    """The shape, with tensors where it is not known."""
+    return [product(x, [axis]) for axis in range(x.shape.rank)]
+
+
+def _like_said(slope, said):
+    """A slope with the shape that some gradients (of einsums) have lost; zeros where the loss depends on nothing."""
+    return trees.full_precision(tf.zeros_like(said)) if slope is None else tf.ensure_shape(slope, said.shape)
+
+
+def _check_within_reach(taps, recording):
+    """Refuse what was said inside a loop or function of the model's own: it cannot be differentiated in from here."""
+    for tap in taps:
+        if not tf.executing_eagerly() and tap.said.graph is not recording.graph:
+            raise ValueError(
+                f"The layer {tap.layer.name!r} is called inside a loop, a condition or a `tf.function` of the model, "
+                "where its inputs and slopes cannot be seen, so its weights have no Kronecker factors. Give it a class "
+                f"with a `call` of its own, and it is left to the diagonal:\n\n"
+                f"    class Plain(keras.layers.{type(tap.layer).__name__}):\n"
+                "        def call(self, *args, **kwargs):\n"
+                "            return super().call(*args, **kwargs)\n"
+            )

@@ -1,0 +1,1 @@
+"""Losses as likelihoods: what is convex, and labels drawn from what the model says."""

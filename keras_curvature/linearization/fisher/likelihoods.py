@@ -1,0 +1,300 @@
+"""Of which distribution of the targets a Keras loss is the negative logarithm.
+
+A loss that is `-log p(y | z)` has a Fisher matrix: the expectation of the squared slope when the labels are drawn from
+what the model says. The classes say for each such distribution how to draw and what the slope is; what weight an entry
+of the batch has in the compiled loss is found out by `sampling.py`.
+"""
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+from keras.src.losses.losses import LossFunctionWrapper
+
+from keras_curvature.linearization.fisher.convexity import name_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """A distribution `p(y | z)` of the targets, of which a Keras loss is minus the logarithm.
+
+    `z` is the leaf that the loss reads: logits or, where there are none, the model's output; in float32 or float64.
+
+    Attributes:
+        options: The arguments of the Keras loss, a dict.
+        logits: Whether `z` are logits.
+        by_rows: Whether one row (the last axis) of `z` has one label, and not each entry its own.
+    """
+
+    options: dict
+    logits: bool
+    by_rows = False
+
+    def sample(self, z, uniform):
+        """Labels drawn from the model; `uniform(shape)` draws numbers in [0, 1)."""
+        raise NotImplementedError
+
+    def reference(self, z):
+        """Labels whose slope is far from zero, and not cut off by Keras."""
+        raise NotImplementedError
+
+    def slope(self, z, labels):
+        """Derivative of `-log p(labels | z)` in `z`."""
+        raise NotImplementedError
+
+    def information(self, z):
+        """The Fisher information of each entry of `z`: the expectation of the squared slope."""
+        raise NotImplementedError
+
+    def targets(self, labels, z, y):
+        """`labels` as the loss takes them; `y` are the true ones."""
+        return labels
+
+
+class Gaussian(Likelihood):
+    """`-log p = (z - y)^2`, of variance 1/2: the Fisher information is the second derivative 2."""
+
+    def sample(self, z, uniform):
+        """By the inverse of the distribution function: uniform numbers do not depend on how the batch is cut."""
+        return z + tf.math.erfinv(_symmetric(uniform(tf.shape(z))))
+
+    def reference(self, z):
+        """One below."""
+        return z - 1.0
+
+    def slope(self, z, labels):
+        """`2 (z - y)`."""
+        return 2.0 * (z - labels)
+
+    def information(self, z):
+        """2."""
+        return 2.0 * tf.ones_like(z)
+
+
+class Laplace(Likelihood):
+    """`-log p = |z - y|`: Fisher information 1, where the second derivative is 0."""
+
+    def sample(self, z, uniform):
+        """An exponential distance to either side."""
+        u = _symmetric(uniform(tf.shape(z)))
+        return z - tf.sign(u) * tf.math.log1p(-tf.abs(u))
+
+    def reference(self, z):
+        """One below."""
+        return z - 1.0
+
+    def slope(self, z, labels):
+        """The side."""
+        return tf.sign(z - labels)
+
+    def information(self, z):
+        """1."""
+        return tf.ones_like(z)
+
+
+class Poisson(Likelihood):
+    """`-log p = z - y log z`, for a rate `z`."""
+
+    def sample(self, z, uniform):
+        """By the inverse of the distribution function; rounded from the normal one where the rate is beyond 64."""
+        u = uniform(tf.shape(z))
+        rate, wide = tf.cast(tf.minimum(z, 64.0), tf.float64), tf.cast(u, tf.float64)
+
+        def beyond(k, term, below, labels):
+            return (k < 200.0) & tf.reduce_any(wide >= below)
+
+        def count(k, term, below, labels):
+            labels += tf.cast(wide >= below, z.dtype)
+            term *= rate / (k + 1.0)
+            return k + 1.0, term, below + term, labels
+
+        none = tf.exp(-rate)
+        *_, labels = tf.while_loop(beyond, count, (tf.constant(0.0, tf.float64), none, none, tf.zeros_like(z)))
+        normal = tf.round(z + tf.sqrt(2.0 * z) * tf.math.erfinv(_symmetric(u)))
+        return tf.where(z > 64.0, normal, labels)
+
+    def reference(self, z):
+        """None."""
+        return tf.zeros_like(z)
+
+    def slope(self, z, labels):
+        """`1 - y / z`."""
+        return 1.0 - labels / (z + keras.config.epsilon())
+
+    def information(self, z):
+        """`1 / z`."""
+        return 1.0 / (z + keras.config.epsilon())
+
+
+class Bernoulli(Likelihood):
+    """`-log p = -y log p - (1 - y) log(1 - p)`, with `p` the sigmoid of `z`, or `z` itself."""
+
+    def sample(self, z, uniform):
+        """Zeros and ones."""
+        return tf.cast(uniform(tf.shape(z)) < self._p(z), z.dtype)
+
+    def reference(self, z):
+        """Of logits the improbable label, of probabilities the probable one: Keras cuts the others off near 0."""
+        probable = tf.cast(self._p(z) >= 0.5, z.dtype)
+        return 1.0 - probable if self.logits else probable
+
+    def slope(self, z, labels):
+        """`p - y`, and of probabilities divided by `p (1 - p)`."""
+        p = self._p(z)
+        return p - labels if self.logits else (p - labels) / (p * (1.0 - p))
+
+    def information(self, z):
+        """`p (1 - p)`, of probabilities its inverse."""
+        p = self._p(z)
+        return p * (1.0 - p) if self.logits else 1.0 / (p * (1.0 - p))
+
+    def targets(self, labels, z, y):
+        """With the smoothing taken back that Keras will do."""
+        smoothing = self.options.get("label_smoothing", 0.0)
+        return (labels - 0.5 * smoothing) / (1.0 - smoothing)
+
+    def _p(self, z):
+        eps = keras.config.epsilon()
+        return tf.sigmoid(z) if self.logits else tf.clip_by_value(z, eps, 1.0 - eps)
+
+
+class Categorical(Likelihood):
+    """`-log p = -log p_y`, with `p` the softmax of `z`, or `z` itself over its sum. Labels are the indices."""
+
+    by_rows = True
+
+    def sample(self, z, uniform):
+        """By the inverse of the distribution function: one uniform number for each row."""
+        up_to = tf.cumsum(self._p(z), axis=-1)
+        u = uniform(tf.shape(z)[:-1])[..., tf.newaxis] * up_to[..., -1:]
+        return tf.minimum(tf.reduce_sum(tf.cast(up_to <= u, tf.int32), -1), tf.shape(z)[-1] - 1)
+
+    def reference(self, z):
+        """Of logits the least probable label, of probabilities the most: Keras cuts the others off near 0."""
+        p = self._p(z)
+        return tf.argmin(p, -1, tf.int32) if self.logits else tf.argmax(p, -1, tf.int32)
+
+    def slope(self, z, labels):
+        """`p - e_y`; of probabilities `1 - e_y / p_y`, and without the 1 where the loss does not normalize them."""
+        one_hot = tf.one_hot(labels, z.shape[-1], dtype=z.dtype)
+        if self.logits:
+            return tf.nn.softmax(z) - one_hot
+        return self._of_the_sum(z) - tf.math.divide_no_nan(one_hot, z)
+
+    def information(self, z):
+        """The probabilities: those of the labels, whose slopes make up the information of a row."""
+        return self._p(z)
+
+    def targets(self, labels, z, y):
+        """One-hot, with the smoothing taken back that Keras will do."""
+        smoothing = self.options.get("label_smoothing", 0.0)
+        one_hot = tf.one_hot(labels, z.shape[-1], dtype=z.dtype)
+        return (one_hot - smoothing / z.shape[-1]) / (1.0 - smoothing)
+
+    def _p(self, z):
+        return tf.nn.softmax(z) if self.logits else tf.math.divide_no_nan(z, tf.reduce_sum(z, -1, keepdims=True))
+
+    def _of_the_sum(self, z):
+        """What the slope has of `log sum(z)`."""
+        return tf.math.reciprocal_no_nan(tf.reduce_sum(z, -1, keepdims=True))
+
+
+class Divergence(Categorical):
+    """`-log p = -log z_y` of probabilities `z` that the loss does not normalize: the Kullback-Leibler divergence."""
+
+    def _of_the_sum(self, z):
+        return tf.zeros_like(z)
+
+
+class SparseCategorical(Categorical):
+    """`Categorical` for a loss that takes indices, of which it may leave one out."""
+
+    def reference(self, z):
+        """As of `Categorical`, but not the class that is left out."""
+        left_out = self.options.get("ignore_class")
+        p, away = self._p(z), 2.0 if self.logits else -2.0
+        if left_out is not None:
+            p += away * tf.one_hot(left_out, z.shape[-1], dtype=z.dtype)
+        return (tf.argmin if self.logits else tf.argmax)(p, -1, tf.int32)
+
+    def targets(self, labels, z, y):
+        """Indices; what the true ones leave out stays so."""
+        left_out = self.options.get("ignore_class")
+        if left_out is None:
+            return labels
+        return tf.where(tf.reshape(tf.cast(y, tf.int32), tf.shape(labels)) == left_out, left_out, labels)
+
+
+_OF_LOSSES = {
+    keras.losses.mean_squared_error: Gaussian,
+    keras.losses.mean_absolute_error: Laplace,
+    keras.losses.poisson: Poisson,
+    keras.losses.binary_crossentropy: Bernoulli,
+    keras.losses.categorical_crossentropy: Categorical,
+    keras.losses.kl_divergence: Divergence,
+    keras.losses.sparse_categorical_crossentropy: SparseCategorical,
+}
+
+
+def likelihood(loss, logits):
+    """The `Likelihood` whose negative logarithm a `keras.losses.Loss` is.
+
+    Args:
+        loss: A loss as Keras has compiled it. One of one's own may have an attribute, such as `likelihood = Gaussian`,
+            if it is minus the logarithm of that, but for the weight of each entry (or row) and a term without `z`.
+        logits: Whether it reads the logits that the model's output carries.
+
+    Raises:
+        ValueError: There is none that is known.
+    """
+    error = objection(loss)
+    if error is not None:
+        raise error
+    options = getattr(loss, "_fn_kwargs", {})
+    return _found(loss)(options, logits or options.get("from_logits", False))
+
+
+def objection(loss):
+    """Why there is no `likelihood` of a loss, a `ValueError`; `None`: there is one."""
+    options = getattr(loss, "_fn_kwargs", {})
+    if _found(loss) is None:
+        return no_likelihood(name_of(getattr(loss, "fn", loss)))
+    if options.get("axis", -1) != -1:
+        return ValueError(
+            "Labels are sampled along the last axis of the outputs. Received: "
+            f"loss={type(loss).__name__}(axis={options['axis']})"
+        )
+    if options.get("label_smoothing", 0.0) == 1.0:
+        return no_likelihood(f"{type(loss).__name__}(label_smoothing=1.0)")
+    return None
+
+
+def unknown(model):
+    """The name of the first loss of a compiled and built model that has no `likelihood`; `None`: all have one."""
+    if type(model).compute_loss is not keras.Model.compute_loss:
+        return "compute_loss"
+    losses = [compiled.loss for compiled in getattr(model._compile_loss, "_flat_losses", None) or [] if compiled]
+    return next((name_of(getattr(loss, "fn", loss)) for loss in losses if objection(loss)), None)
+
+
+def no_likelihood(loss):
+    """The error for a loss that is not `-log p(y | z)` of anything known."""
+    return ValueError(
+        f"Labels cannot be sampled for loss={loss}: it is not the negative log-likelihood of a known distribution. "
+        "Those that are: mean_squared_error, mean_absolute_error, poisson, kl_divergence and the binary, categorical "
+        "and sparse categorical crossentropies. Choose one of them; a loss of your own can name its likelihood, as "
+        "`likelihood = keras_curvature.curvature.likelihoods.Gaussian`. Or take the true labels, for which `KFAC`, "
+        '`EKFAC` and `SquareRootFreeAdam` have `fisher="empirical"`, or the Hessian, with `SophiaH` for `SophiaG`.'
+    )
+
+
+def _found(loss):
+    """The class of the likelihood of a loss, or `None`."""
+    own = getattr(loss, "likelihood", None) or getattr(getattr(loss, "fn", None), "likelihood", None)
+    wrapped = isinstance(loss, LossFunctionWrapper) and type(loss).call is LossFunctionWrapper.call
+    return own or (_OF_LOSSES.get(loss.fn) if wrapped else None)
+
+
+def _symmetric(uniform):
+    """From [0, 1) to within (-1, 1)."""
+    return (2.0 * uniform - 1.0) * (1.0 - 1e-6)

@@ -1,0 +1,238 @@
+"""Cotangents whose outer products make up a Fisher matrix.
+
+For example `i` of the batch, with `J_i` the Jacobian of what the model says, a cotangent `c_i` is such that
+
+    sum_i (J_i' c_i) (J_i' c_i)'    has the expectation, or is, the Fisher matrix of the batch loss
+
+with everything in it once that the compiled loss weighs by: the 1/N of its mean, sample weights and class weights,
+masks, loss weights, means over outputs and positions. With `omega` the weight of one entry (or one row, where one label
+is drawn for a row) and `s` the slope of `-log p(y | z)`,
+
+    "sampled"      c = sqrt(omega) s, labels y drawn from what the model says
+    "empirical"    c = sqrt(omega) s, the true labels, which are those of a draw if what the model says is right
+    "exact"        one c for each label that there is: the outer products add up, with no expectation to be taken
+
+Where no likelihood of the loss is known, "empirical" takes each of the N examples for one draw of weight 1/N: `c` is
+`sqrt(N) dL/dz`, and the mean of the squares of each example's own gradient is made up (`of_examples`). Of a mean over
+examples that have one label each that is the same thing; of a sum, or a mean over outputs or positions, it is not.
+
+The weights are not Keras' to tell. They are found by computing the compiled loss once more, of the same outputs, with
+labels whose slope is known: what its derivative has more than that is `omega`.
+"""
+
+import dataclasses
+import itertools
+
+import keras
+import tensorflow as tf
+
+from keras_curvature.component import check
+from keras_curvature.linearization.fisher import likelihoods
+from keras_curvature.linearization.pure import randomness, slices
+from keras_curvature.linearization.pure.differentiable import replaced
+
+FISHER = ("sampled", "empirical", "exact")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighed:
+    """One compiled loss: which leaf it reads, the leaf in full precision, its likelihood, and the weights in it."""
+
+    leaf: int
+    z: tf.Tensor
+    likelihood: likelihoods.Likelihood
+    omega: tf.Tensor
+
+
+def cotangents(recording, fisher, seed):
+    """Cotangents of a `LossRecording`, as `LossRecording.cotangents` explains."""
+    check(cotangents, "fisher", fisher, fisher in FISHER, '"sampled", "empirical" or "exact"')
+    recording.require_leaves()
+    if fisher == "empirical":
+        return _empirical(recording)
+    if fisher == "exact":
+        return [_on_leaves(recording, [(w, c)]) for w in weighed(recording) for c in _each_label(w)]
+    drawn = [(w, tf.sqrt(_no_less_than_zero(w.omega)) * slope) for w, slope in _drawn(recording, seed)]
+    return _on_leaves(recording, drawn)
+
+
+def of_examples(recording):
+    """`sqrt(N) dL/dz`, times the loss scale: of a mean over N examples, the slope of each over `sqrt(N)`."""
+    root = tf.sqrt(tf.cast(recording.pure.place.total, tf.float64))
+    return [tf.cast(root, slope.dtype) * slope for slope in recording.slope]
+
+
+def fisher_times(recording, fisher, tangents):
+    """`F u`, shaped as the leaves and times the loss scale, for the Fisher matrix `F` in the leaves.
+
+    Args:
+        recording: A `LossRecording`.
+        fisher: `"exact"` or `"empirical"`.
+        tangents: `u`, shaped as the leaves.
+    """
+    if fisher == "exact":
+        return _on_leaves(recording, [(w, _information_times(w, tangents[w.leaf])) for w in weighed(recording)])
+    cotangents = _unscaled(recording, _empirical(recording))
+    along = tf.add_n([_by_example(c * u) for c, u in zip(cotangents, tangents)])
+    scale = 1.0 if recording.loss_scale is None else recording.loss_scale
+    return [c * tf.reshape(along, [-1] + [1] * (c.shape.rank - 1)) * tf.cast(scale, c.dtype) for c in cotangents]
+
+
+def _information_times(w, tangent):
+    """The Fisher information of a `Weighed` times a tangent of its leaf; of rows, label by label."""
+    u, omega = tf.cast(tangent, w.z.dtype), _no_less_than_zero(w.omega)
+    information = omega * w.likelihood.information(w.z)
+    if not w.likelihood.by_rows:
+        return information * u
+
+    def add(total, label):
+        # not the whole (labels, labels) matrix of each row: of many labels it would not fit into memory
+        slope = w.likelihood.slope(w.z, tf.fill(tf.shape(w.z)[:-1], label))
+        along = tf.reduce_sum(slope * u, -1, keepdims=True)
+        return total + tf.gather(information, [label], axis=-1) * along * slope
+
+    return tf.foldl(add, tf.range(w.z.shape[-1]), tf.zeros_like(w.z))
+
+
+def _by_example(tensor):
+    """Sums over all axes but the first, `(examples,)`."""
+    return tf.reduce_sum(tensor, list(range(1, tensor.shape.rank)))
+
+
+def _unscaled(recording, cotangents):
+    if recording.loss_scale is None:
+        return cotangents
+    return [c / tf.cast(recording.loss_scale, c.dtype) for c in cotangents]
+
+
+def slopes(recording, seed):
+    """`dL/dz` with labels drawn from what the model says, one tensor per leaf, times the loss scale."""
+    recording.require_leaves()
+    return _on_leaves(recording, [(w, w.omega * slope) for w, slope in _drawn(recording, seed)])
+
+
+def weighed(recording):
+    """What the compiled losses of a recording weigh, a list of `Weighed`."""
+    if type(recording.pure.model).compute_loss is not keras.Model.compute_loss:
+        raise likelihoods.no_likelihood(f"{type(recording.pure.model).__name__}.compute_loss")
+
+    def reference(likelihood, z):
+        return tf.stop_gradient(likelihood.reference(z))  # numbers, not a function of `z`
+
+    return [
+        Weighed(leaf, z, likelihood, _omega(likelihood, slope, likelihood.slope(z, reference(likelihood, z))))
+        for leaf, z, likelihood, slope in _graded(
+            recording, lambda likelihood, z, y: likelihood.targets(reference(likelihood, z), z, y)
+        )
+    ]
+
+
+def _graded(recording, targets):
+    """`[(leaf, z, likelihood, dL/dz)]` of the compiled losses, with `targets(likelihood, z, y)` for the true `y`."""
+    pure, noted, tape = recording.pure, [], tf.GradientTape()
+
+    def probe(compiled):
+        def loss(y, outputs, sample_weight=None):
+            leaf, is_logits = _leaf_of(recording, outputs)
+            likelihood = likelihoods.likelihood(compiled.loss, is_logits)
+            wide = _in_full_precision(outputs)
+            z = wide._keras_logits if is_logits else wide
+            tape.watch(z)
+            noted.append((leaf, z, likelihood))
+            return compiled.loss(targets(likelihood, z, y), wide, sample_weight)
+
+        return compiled._replace(loss=loss)
+
+    of_model = pure.model._compile_loss
+    with replaced((of_model, "_flat_losses", [probe(compiled) for compiled in of_model._flat_losses])), tape:
+        loss = pure.loss_of(recording.evaluation.outputs)
+    found = tape.gradient(loss, [z for _, z, _ in noted], unconnected_gradients="zero")
+    return [(*each, slope) for each, slope in zip(noted, found)]
+
+
+def _empirical(recording):
+    """Cotangents of the true labels: the slope has `omega`, and a cotangent the root of it."""
+    if likelihoods.unknown(recording.pure.model) is not None:
+        return of_examples(recording)
+    true = _graded(recording, lambda likelihood, z, y: y)
+    roots = [(w, tf.sqrt(_no_less_than_zero(w.omega))) for w in weighed(recording)]
+    found = [(w, tf.math.divide_no_nan(slope, root)) for (w, root), (*_, slope) in zip(roots, true)]
+    return _on_leaves(recording, found)
+
+
+def _omega(likelihood, slope, unit):
+    """The weight of each entry, or of each row: what `slope` has more than `unit`."""
+    if likelihood.by_rows:
+        slope, unit = tf.reduce_sum(slope * unit, -1, keepdims=True), tf.reduce_sum(unit * unit, -1, keepdims=True)
+    return tf.math.divide_no_nan(slope, unit)
+
+
+def _drawn(recording, seed):
+    """`[(Weighed, slope of -log p)]` with labels drawn from what the model says."""
+    drawn = []
+    for i, w in enumerate(weighed(recording)):
+
+        def uniform(shape, salt=i + 1, dtype=w.z.dtype):
+            # not `categorical` and the like: uniform numbers are those of the whole batch, however it is cut
+            with slices.at(recording.pure.place):
+                return randomness.uniform(shape, [salt, seed], dtype)
+
+        drawn.append((w, w.likelihood.slope(w.z, w.likelihood.sample(w.z, uniform))))
+    return drawn
+
+
+def _each_label(w):
+    """Cotangents in the leaf of a `Weighed`, whose outer products add up to its Fisher information."""
+    shape = w.z.shape[1:]
+    if not shape.is_fully_defined():
+        raise ValueError(
+            '`fisher="exact"` takes one pass for each entry of the outputs, of which there must be a known number. '
+            f'Received: outputs of shape {tuple(w.z.shape)}. Use `fisher="sampled"`.'
+        )
+    information = tf.sqrt(_no_less_than_zero(w.omega * w.likelihood.information(w.z)))
+    for entry in itertools.product(*[range(n) for n in shape]):
+        if not w.likelihood.by_rows:
+            yield information * _one_at(entry, shape, w.z.dtype)
+            continue
+        *position, label = entry
+        unit = w.likelihood.slope(w.z, tf.fill(tf.shape(w.z)[:-1], label))
+        yield information[..., label : label + 1] * unit * _one_at(position, shape[:-1], w.z.dtype)[..., tf.newaxis]
+
+
+def _one_at(position, shape, dtype):
+    """1 at one position, 0 elsewhere."""
+    return tf.scatter_nd([list(position)], tf.ones([1], dtype), shape) if position else tf.ones([], dtype)
+
+
+def _on_leaves(recording, found):
+    """The sum of `[(Weighed, cotangent)]` for each leaf, in its dtype and times the loss scale."""
+    sums = [tf.zeros_like(leaf) for leaf in recording.leaves]
+    for w, cotangent in found:
+        scaled = cotangent if recording.loss_scale is None else cotangent * tf.cast(recording.loss_scale, w.z.dtype)
+        sums[w.leaf] += tf.cast(tf.ensure_shape(scaled, sums[w.leaf].shape), sums[w.leaf].dtype)
+    return sums
+
+
+def _leaf_of(recording, outputs):
+    """`(index of the leaf that a loss of these outputs reads, whether it is their logits)`."""
+    logits = getattr(outputs, "_keras_logits", None)
+    for i, leaf in enumerate(recording.leaves):
+        if leaf is outputs or leaf is logits:
+            return i, leaf is logits
+    raise ValueError("The loss reads nothing of the model's outputs that it could be differentiated in.")
+
+
+def _in_full_precision(outputs):
+    """The outputs anew, with what they carry for Keras' losses, in float32 or float64."""
+    dtype = outputs.dtype if outputs.dtype.size >= 4 else tf.float32
+    wide = tf.cast(outputs, dtype) if outputs.dtype != dtype else tf.identity(outputs)
+    if hasattr(outputs, "_keras_mask"):
+        wide._keras_mask = outputs._keras_mask
+    if hasattr(outputs, "_keras_logits"):
+        wide._keras_logits = tf.identity(tf.cast(outputs._keras_logits, dtype))
+    return wide
+
+
+def _no_less_than_zero(omega):
+    """A NaN stays."""
+    return tf.where(omega < 0, tf.zeros_like(omega), omega)

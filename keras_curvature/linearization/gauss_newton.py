@@ -1,0 +1,97 @@
+"""The generalized Gauss-Newton matrix as an operator whose factors stay within reach."""
+
+import dataclasses
+
+import tensorflow as tf
+
+from keras_curvature import replicas, trees
+from keras_curvature.linearization import products
+from keras_curvature.linearization.recordings import Recordings
+from keras_curvature.operators import LinearOperator
+
+
+@dataclasses.dataclass(frozen=True)
+class Tangent:
+    """`v` pushed through the model: `J v` and `H_L J v` on every replica, beside `v` itself."""
+
+    vector: list
+    pushed: object
+    curved: object
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton(LinearOperator):
+    """`v -> J' H_L J v`, with its factors within reach. Made by `Linearization.gauss_newton`.
+
+    A quadratic form `u'Gv = (Ju)' H_L (Jv)` needs no backward pass, and `G v + g` needs one and not two.
+    """
+
+    variables: list
+    recordings: Recordings
+    loss_scale: object
+    l2: tuple
+    not_convex: tuple
+
+    @property
+    def psd(self):
+        """Whether the compiled loss is convex in the outputs."""
+        return not self.not_convex
+
+    def multiply(self, vector):
+        """`G v`: one forward-mode and one backward pass."""
+        trees.check("vector", vector, self.variables)
+        return self._add_l2(self.recordings.total(lambda recording, v: recording.product(v), [list(vector)]), vector)
+
+    def push(self, vector):
+        """The `Tangent` of `vector`: one forward-mode pass."""
+        trees.check("vector", vector, self.variables)
+        pushed, curved = self.recordings.rows(lambda recording, v: recording.push(v), [list(vector)])
+        return Tangent(vector, pushed, curved)
+
+    def pull(self, tangent):
+        """`G v` of the vector that was pushed: one backward pass."""
+        pulled = self.recordings.total(lambda recording, c: recording.pull(c), tangents=[tangent.curved])
+        return self._add_l2(pulled, tangent.vector)
+
+    def pull_with_gradient(self, tangent):
+        """`G v + g`, the gradient of the quadratic model at `v`: the same one backward pass."""
+        pulled = self.recordings.total(lambda recording, c: recording.gradient(c), tangents=[tangent.curved])
+        return self._add_l2(pulled, tangent.vector)
+
+    def inner(self, left, right):
+        """`u' G v` from two tangents, a scalar: no pass at all."""
+        product = replicas.total(lambda u, c: products.inner(u, c, self.loss_scale), left.pushed, right.curved)
+        return product + self._l2_inner(left.vector, right.vector)
+
+    def gram(self, *tangents):
+        """All `u_i' G u_j` of some tangents, a symmetric matrix: no pass, and one sum over the replicas."""
+        pairs = [(i, j) for i in range(len(tangents)) for j in range(i, len(tangents))]
+
+        def products_of(pushed, curved):
+            return tf.stack([products.inner(pushed[i], curved[j], self.loss_scale) for i, j in pairs])
+
+        found = replicas.total(products_of, [t.pushed for t in tangents], [t.curved for t in tangents])
+        entry = {pair: found[k] + self._l2_inner(*[tangents[i].vector for i in pair]) for k, pair in enumerate(pairs)}
+        rows = range(len(tangents))
+        return tf.stack([tf.stack([entry[min(i, j), max(i, j)] for j in rows]) for i in rows])
+
+    def quadratic_form(self, u, v):
+        """`u' G v`: two forward-mode passes, one where `u` is `v`."""
+        left = self.push(u)
+        return self.inner(left, left if v is u else self.push(v))
+
+    def _l2_inner(self, left, right):
+        weighted = [(c * u, v) for c, u, v in zip(self.l2, left, right) if c]
+        return trees.dot(*zip(*weighted)) if weighted else 0.0
+
+    def _add_l2(self, product, vector):
+        return [p + c * v if c else p for p, c, v in zip(product, self.l2, vector)]
+
+
+def require_convex(operator, asked_by, remedy):
+    """Refuse a `GaussNewton` of a loss that is not convex in the model's outputs, naming the loss and the remedy."""
+    if operator.not_convex:
+        raise ValueError(
+            f"`{asked_by}` needs a loss that is convex in the model's outputs, for its Gauss-Newton matrix to be "
+            f"positive semi-definite. Received: loss={', '.join(operator.not_convex)}. {remedy}"
+        )

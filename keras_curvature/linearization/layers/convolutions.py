@@ -1,0 +1,104 @@
+"""Convolutions as matrices: the kernel unrolled, on patches of the image; see `weights.py`."""
+
+import math
+
+import tensorflow as tf
+
+from keras_curvature.linearization.layers.weights import Weights, arranged
+
+
+def convolution(layer):
+    """The `Weights` of a `Conv1D`, `Conv2D` or `Conv3D`."""
+    kernel, bias, g = layer.kernel, layer.bias if layer.use_bias else None, layer.groups
+    *taps, channels, filters = kernel.shape
+    taps = math.prod(taps)
+    if g == 1:
+        return [ConvolutionWeights(layer, kernel, bias, (taps * channels, filters))]
+    size, split = (taps * channels, filters // g), (taps, channels, g, filters // g)
+    return [ConvolutionWeights(layer, kernel, bias, size, groups=g, split=split, order=(2, 0, 1, 3))]
+
+
+def depthwise(layer):
+    """Those of a `DepthwiseConv1D` or `DepthwiseConv2D`."""
+    *taps, channels, multiplier = layer.kernel.shape
+    taps, bias = math.prod(taps), layer.bias if layer.use_bias else None
+    return [
+        DepthwiseWeights(
+            layer, layer.kernel, bias, (taps, multiplier),
+            groups=channels, split=(taps, channels, multiplier), order=(1, 0, 2),
+        )
+    ]  # fmt: skip
+
+
+class ConvolutionWeights(Weights):
+    """Of `Conv1D`, `Conv2D`, `Conv3D`: a position is a patch of the image, unrolled as the kernel is."""
+
+    def inputs(self, tap):
+        seen = patches(self.layer, tap.inputs)  # (rows, *positions, taps of the kernel, channels)
+        if self.groups is None:
+            return arranged(seen, features=(-2, -1))
+        seen = _split_last(seen, self.groups)
+        return arranged(seen, groups=(-2,), features=(-3, -1))
+
+    def slopes(self, tap, slope):
+        slope = _channels_last(self.layer, slope)
+        if self.groups is None:
+            return arranged(slope, features=(-1,))
+        return arranged(_split_last(slope, self.groups), groups=(-2,), features=(-1,))
+
+
+class DepthwiseWeights(ConvolutionWeights):
+    """Of `DepthwiseConv1D`, `DepthwiseConv2D`: each channel is a group."""
+
+    def inputs(self, tap):
+        return arranged(patches(self.layer, tap.inputs), groups=(-1,), features=(-2,))
+
+
+def patches(layer, images):
+    """What each tap of the kernel of a convolution saw at each position, `(rows, *positions, taps, channels)`.
+
+    Strided slices, one for each tap: the same for any number of dimensions, with dilation, compiled by XLA.
+    """
+    images = _channels_last(layer, images)
+    cuts = [
+        _axis(size if size is not None else tf.shape(images)[1 + i], *choices, layer.padding)
+        for i, (size, *choices) in enumerate(
+            zip(images.shape[1:-1], layer.kernel_size, layer.strides, layer.dilation_rate)
+        )
+    ]
+    padded = tf.pad(images, [(0, 0), *[(before, after) for before, after, _, _ in cuts], (0, 0)])
+    offsets = [[]]
+    for _, _, _, starts in cuts:
+        offsets = [[*offset, start] for offset in offsets for start in starts]
+    seen = []
+    for offset in offsets:
+        window = [
+            slice(start, start + (count - 1) * stride + 1, stride)
+            for start, (_, _, count, _), stride in zip(offset, cuts, layer.strides)
+        ]
+        seen.append(padded[(slice(None), *window)])
+    return tf.stack(seen, axis=-2)
+
+
+def _axis(size, taps, stride, dilation, padding):
+    """`(zeros before, zeros after, positions, where each tap begins)` along one axis of a convolution."""
+    reach = (taps - 1) * dilation + 1
+    before = after = 0
+    if padding == "same":
+        needed = -(-size // stride) * stride - stride + reach - size
+        needed = max(needed, 0) if isinstance(needed, int) else tf.maximum(needed, 0)
+        before, after = needed // 2, needed - needed // 2
+    elif padding == "causal":
+        before = reach - 1
+    return before, after, (size + before + after - reach) // stride + 1, [i * dilation for i in range(taps)]
+
+
+def _channels_last(layer, x):
+    if layer.data_format == "channels_last":
+        return x
+    return tf.transpose(x, [0, *range(2, x.shape.rank), 1])
+
+
+def _split_last(x, groups):
+    """`(..., groups * n)` to `(..., groups, n)`."""
+    return tf.reshape(x, tf.concat([tf.shape(x)[:-1], [groups, x.shape[-1] // groups]], 0))

@@ -1,0 +1,231 @@
+"""The model as a pure function of its weights.
+
+A Keras model has state: batch statistics move with every call in training mode, a dropout layer draws a new
+mask, compiled losses count what they saw. A curvature product needs the opposite, a function that gives the
+same value at the same weights however often it is called. `PureModel` is that function on one slice of a batch: it
+reads the state once, evaluates under a `keras.StatelessScope`, and hands back what the state would have become, for
+the train step to commit once.
+
+A model that ends in a softmax or sigmoid carries its logits along (`y_pred._keras_logits`), and Keras'
+cross-entropies (3.15) read those. So the loss may leave the model through the logits and not through the output;
+both are kept as *leaves*, and the derivative tells which of them the loss really used.
+"""
+
+import contextlib
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from keras_curvature import replicas
+from keras_curvature.linearization.pure import slices
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one forward pass gives.
+
+    Attributes:
+        outputs: The model's outputs, in its own structure.
+        leaves: The tensors through which the loss depends on the model: its floating outputs and their logits.
+        loss: Scalar: the compiled loss with sample weights, masks, regularizers and added losses; of a slice of
+            the batch, its share of it, so that the slices sum up to the whole.
+        state: Next values of the model's non-trainable variables, `None` for those that the pass did not touch.
+        counters: Next values of the variables of the model's metrics, of which the loss itself moves some; `None` else.
+    """
+
+    outputs: object
+    leaves: list
+    loss: tf.Tensor
+    state: list
+    counters: list
+
+
+class Recorded:
+    """A recording of a replica's whole slice of the batch, made once; `RecordedAnew` of many slices.
+
+    Attributes:
+        evaluation: Its `Evaluation`.
+    """
+
+    def __init__(self, pure, make):
+        self._place, self._recording = pure.place, make(pure)
+
+    @property
+    def evaluation(self):
+        """The `Evaluation` that was recorded."""
+        return self._recording.evaluation
+
+    def sum(self, local, vectors=(), tangents=()):
+        """`local(recording, *vectors, *tangents)`, a nest of tensors, added up over the slices."""
+        return self._place.counted(self.rows(local, vectors, tangents))
+
+    def rows(self, local, vectors=(), tangents=()):
+        """`local(recording, *vectors, *tangents)`, a nest of tensors, concatenated along the batch."""
+        return local(self._recording, *vectors, *tangents)
+
+
+class PureModel:
+    """A compiled model on one slice of a batch, as a function of its trainable weights.
+
+    Args:
+        model: A built and compiled `keras.Model`.
+        batch: `(x, y, sample_weight)`, as Keras' `train_step` unpacks it.
+        place: The `Place` of these examples in the whole batch.
+        state: Values to begin with of `stateful`, and of `counting` if it holds as many. Defaults to those now.
+        training: Whether layers do as in training, or as in inference. Defaults to `True`.
+        seeds: Values to begin with of the seeds of the model's layers, a tensor `(seeds, 2)`, in place of those now.
+            Optional.
+
+    Attributes:
+        stateful: The model's non-trainable variables.
+        counting: The variables of its metrics.
+        state: The values to begin with.
+    """
+
+    def __init__(self, model, batch, place, state=None, training=True, seeds=None):
+        self.model, self.batch, self.place, self.training = model, batch, place, training
+        self.x, self.y, self.sample_weight = batch
+        self._arguments = {"training": training} if _takes_training(model) else {}
+        self.stateful, self.counting = model.non_trainable_variables, model.metrics_variables
+        # read once: the seeds and batch statistics of every later evaluation are those of this moment
+        self.state = _now(self.stateful, seeds) if state is None else state
+
+    def evaluate(self, weights, loss_tape=None):
+        """Forward pass and loss at `weights`.
+
+        Args:
+            weights: Tensors, one per trainable variable of the model.
+            loss_tape: A `tf.GradientTape` to record the loss as a function of the leaves, opened only for that.
+
+        Returns:
+            An `Evaluation`.
+        """
+        model = self.model
+        given_state = zip([*self.stateful, *self.counting], self.state)
+        mapping = [*zip(model.trainable_variables, weights), *given_state]
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+            given = [scope.get_current_value(v) for v in model.trainable_variables]
+            before = [scope.get_current_value(v) for v in [*self.stateful, *self.counting]]
+            with slices.at(self.place):
+                outputs = model(self.x, **self._arguments)
+            outputs, leaves = _cut(outputs)
+            with loss_tape or contextlib.nullcontext():
+                if loss_tape is not None:
+                    loss_tape.watch(leaves)
+                loss = self._loss(outputs)
+        _check_not_assigned(scope, model.trainable_variables, given)
+        after = [scope.get_current_value(v) for v in [*self.stateful, *self.counting]]
+        moved = [None if new is old else self._next(new, old) for new, old in zip(after, before)]
+        return Evaluation(outputs, leaves, loss, moved[: len(self.stateful)], moved[len(self.stateful) :])
+
+    def loss_of(self, outputs):
+        """The loss of outputs that an evaluation has given, once more; moves nothing."""
+        # weight regularizers look their variables up in the scope
+        mapping = [(v, v.value) for v in self.model.trainable_variables]
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
+            return self._loss(outputs)
+
+    def _loss(self, outputs):
+        own = type(self.model).compute_loss is not keras.Model.compute_loss
+        with slices.at(dataclasses.replace(self.place, weighs_means=not own)):
+            loss = compute_loss(self.model, self.x, self.y, outputs, self.sample_weight, self.training)
+        if not own or self.place.is_even:
+            return loss
+        # a loss of one's own is taken for a mean over the examples that leaves the replicas to Keras
+        return self.place.weigh(loss * replicas.count())
+
+    def _next(self, new, old):
+        """The next value of a variable; without an example, statistics stay and seeds move on all the same."""
+        new = tf.convert_to_tensor(new)
+        return self.place.unless_empty(new, old) if new.dtype.is_floating and old is not None else new
+
+    # What `MicroBatches` does on many slices is done here on one.
+
+    def sum(self, local):
+        """Of `local(pure) -> (evaluation, sums)` the sums, a nest of tensors, added up over the slices."""
+        return self.place.counted(local(self)[1])
+
+    def record(self, make):
+        """What `make(pure)` records, for sums and rows of it."""
+        return Recorded(self, make)
+
+    def commit(self, evaluation):
+        """Write the batch statistics, seeds and loss counters of `evaluation` into the model."""
+        variables = [*self.stateful, *self.counting]
+        for variable, value in zip(variables, [*evaluation.state, *evaluation.counters]):
+            if value is not None:
+                variable.assign(value)
+
+
+def _now(stateful, given):
+    """The values of variables, but of seeds, in their order, those that are given."""
+    own = {} if given is None else {id(v): value for v, value in zip(seeds(stateful), tf.unstack(given))}
+    return [own[id(v)] if id(v) in own else tf.identity(v.value) for v in stateful]
+
+
+def _check_not_assigned(scope, variables, given):
+    """Refuse a model that sets its own trainable weights in a forward pass: it is no function of its weights."""
+    for variable, value in zip(variables, given):
+        if scope.get_current_value(variable) is not value:
+            raise ValueError(
+                f"A layer assigns its trainable weight `{variable.path}` during the forward pass (as "
+                "`SpectralNormalization` does), so the loss is not a function of the weights and has no curvature. "
+                "Replace or freeze that layer, or train with an optimizer that needs gradients only, without "
+                "`keras_curvature.curved`."
+            )
+
+
+def _cut(outputs):
+    """Outputs whose floating tensors are fresh, and the list of these tensors and of the logits they carry."""
+    leaves = []
+
+    def fresh(y):
+        if not (tf.is_tensor(y) and y.dtype.is_floating):
+            return y
+        logits = getattr(y, "_keras_logits", None)
+        # Keras' losses would cast half precision to float32, and lose the logits by that
+        cut = tf.cast(y, tf.float32) if logits is not None and y.dtype.size < 4 else tf.identity(y)
+        leaves.append(cut)
+        if hasattr(y, "_keras_mask"):
+            cut._keras_mask = y._keras_mask
+        if logits is not None:
+            cut._keras_logits = tf.identity(tf.cast(logits, cut.dtype))
+            leaves.append(cut._keras_logits)
+        return cut
+
+    return keras.tree.map_structure(fresh, outputs), leaves
+
+
+# Private names of Keras 3.15, each in one function; `tests/test_keras_internals.py` checks that they are there.
+
+
+def compute_loss(model, x, y, y_pred, sample_weight, training=True):
+    """`model.compute_loss`, whether or not the user's own version takes `training`."""
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+
+
+def seeds(variables):
+    """Those of a model's variables that are the states of random generators, a list."""
+    return [v for v in variables if v.name == "seed_generator_state"]
+
+
+def _takes_training(model):
+    return model._call_has_training_arg
+
+
+def build_for(model, x, y, sample_weight):
+    """Create whatever of the model, its loss, metrics and optimizer waits to see a first batch.
+
+    Keras does so when its train step is traced; under a `StatelessScope` it would be too late for variables.
+    """
+    if all_built(model):
+        return
+    with tf.init_scope():
+        model._symbolic_build(data_batch=(x, y, sample_weight))
+
+
+def all_built(model):
+    """Whether nothing of the model, its loss, metrics and optimizer waits to see a first batch."""
+    parts = (model, model.optimizer, model._compile_loss, model._compile_metrics)
+    return all(part is None or part.built for part in parts)

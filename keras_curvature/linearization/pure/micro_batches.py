@@ -1,0 +1,253 @@
+"""Batches larger than memory: passes over slices of a replica's batch, one after another.
+
+    f(w) = sum_i f_i(w),      H v = sum_i H_i v,      G v = sum_i J_i' H_L J_i v
+
+with `f_i` the loss of slice `i`, times its share of the batch. Each slice is evaluated anew in every pass, in a loop
+that keeps sums (vectors) and rows (outputs and their tangents) but no activation, so the memory is that of one slice.
+The price is a forward pass for each product, which the recordings of a whole batch share.
+
+The slices see what they would see as parts of the batch: dropout masks are its rows, and seeds move on as in one
+pass. `BatchNormalization` alone normalizes each slice by itself, and its moving statistics take in one after another.
+Every output of the model must have the batch as its first axis, for the slices' to be put together again.
+"""
+
+import weakref
+
+import keras
+import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
+
+from keras_curvature import replicas
+from keras_curvature.linearization.pure import slices
+from keras_curvature.linearization.pure.functional import Evaluation, PureModel
+
+# What Keras hangs on the outputs of a model for its losses and metrics.
+_CARRIED = ("_keras_mask", "_keras_logits")
+
+
+class MicroBatches:
+    """A `PureModel` on slices of a batch; with fewer examples than slices, as many as examples.
+
+    Args:
+        model, batch, place: As of `PureModel`.
+        count: Number of slices, an integer.
+        training, seeds: As of `PureModel`.
+    """
+
+    def __init__(self, model, batch, place, count, training=True, seeds=None):
+        _check_layers(model)
+        self._pure = PureModel(model, batch, place, training=training, seeds=seeds)
+        self._state = [*self._pure.state, *[tf.identity(v.value) for v in self._pure.counting]]
+        known = isinstance(place.examples, int)
+        self._count = max(1, min(count, place.examples)) if known else tf.clip_by_value(place.examples, 1, count)
+        self._length = place.examples // self._count if known and place.examples % self._count == 0 else None
+        if self._length is None and not tf.executing_eagerly():
+            _check_not_compiled(count, place.examples)
+
+    def sum(self, local):
+        """Of `local(pure) -> (evaluation, sums)` the sums, a nest of tensors, added up over the slices."""
+
+        def on_slice(pure):
+            evaluation, sums = local(pure)
+            return evaluation, sums, []
+
+        return self.sweep(on_slice)[0]
+
+    def record(self, make):
+        """What `make(pure)` records on each slice, for sums and rows of it."""
+        return RecordedAnew(self, make)
+
+    def commit(self, evaluation):
+        """As `PureModel.commit`."""
+        self._pure.commit(evaluation)
+
+    def sweep(self, local, *tangents):
+        """Run `local(pure, *tangents) -> (evaluation, sums, rows)` on the slices in turn.
+
+        Args:
+            local: A function of a slice's `PureModel` and of its rows of `tangents`.
+            *tangents: Nests of tensors with a row for each example.
+
+        Returns:
+            `(sums, rows, state)`: nests of sums over the slices and of rows of all of them, and what the last of them
+            left of the model's state and counters, `None` where none has moved it.
+        """
+        touched = []
+
+        def on_slice(i, state):
+            start, length = self._slice(i)
+            evaluation, sums, rows = local(self._part(start, length, state), *slices.rows(tangents, start, length))
+            moved = [*evaluation.state, *evaluation.counters]
+            touched[:] = [new is not None for new in moved]
+            return sums, rows, [old if new is None else new for new, old in zip(moved, state)]
+
+        sums, rows, state = (self._one_by_one if tf.executing_eagerly() else self._looped)(on_slice)
+        sums = self._pure.place.counted(sums)
+        return sums, rows, [new if moved else None for new, moved in zip(state, touched)]
+
+    def _slice(self, i):
+        if self._length is not None:
+            return i * self._length, self._length
+        start = i * self._pure.place.examples // self._count
+        return start, (i + 1) * self._pure.place.examples // self._count - start
+
+    def _part(self, start, length, state):
+        # statistics pass from slice to slice, but seeds begin again: the slices are parts of one draw
+        own = len(self._pure.stateful)
+        begin = [now if now.dtype.is_floating else first for now, first in zip(state[:own], self._state)]
+        batch = slices.rows(self._pure.batch, start, length)
+        place, training = self._pure.place.part(start, length), self._pure.training
+        return PureModel(self._pure.model, batch, place, [*begin, *state[own:]], training)
+
+    def _one_by_one(self, on_slice):
+        total, parts, state = None, [], self._state
+        for i in range(self._count):
+            sums, rows, state = on_slice(i, state)
+            total = sums if total is None else tf.nest.map_structure(tf.add, total, sums)
+            parts.append(rows)
+        return total, tf.nest.map_structure(lambda *rows: tf.concat(rows, 0), *parts), state
+
+    def _looped(self, on_slice):
+        # traced here, to know what a slice gives, and called by the loop
+        traced = tf.function(on_slice, autograph=False).get_concrete_function(tf.constant(0), self._state)
+        sums, rows, _ = traced.structured_outputs
+        zeros = [tf.zeros(s.shape, s.dtype) for s in tf.nest.flatten(sums)]
+        arrays = [
+            tf.TensorArray(r.dtype, self._count, element_shape=r.shape, infer_shape=self._length is not None)
+            for r in tf.nest.flatten(rows)
+        ]
+
+        def body(i, state, total, arrays):
+            sums, rows, state = traced(i, state)
+            total = [t + s for t, s in zip(total, tf.nest.flatten(sums))]
+            return i + 1, state, total, [a.write(i, r) for a, r in zip(arrays, tf.nest.flatten(rows))]
+
+        begin = [_after_other_loops(), self._state, zeros, arrays]
+        end, state, total, arrays = tf.while_loop(lambda i, *_: i < self._count, body, begin, parallel_iterations=1)
+        _loops[slices.graph()][replicas.identity()] = end.op.name
+        whole = [_joined(a.stack()) if self._length else a.concat() for a in arrays]
+        return tf.nest.pack_sequence_as(sums, total), tf.nest.pack_sequence_as(rows, whole), state
+
+
+class RecordedAnew:
+    """A recording that is made anew, slice by slice, whenever something is asked of it.
+
+    The first that is asked brings the evaluation along, so that a gradient costs one forward and one backward pass.
+    """
+
+    def __init__(self, micro_batches, make):
+        self._micro_batches, self._make = micro_batches, make
+        self._graph, self._evaluation = slices.graph(), None
+
+    @property
+    def evaluation(self):
+        """The `Evaluation` of the whole; a forward pass, where none was made yet."""
+        if self._evaluation is not None:
+            return self._evaluation
+        return self._sweep(lambda recording: ([], []), note=True)[2]
+
+    def sum(self, local, vectors=(), tangents=()):
+        """`local(recording, *vectors, *tangents)`, a nest of tensors, added up over the slices."""
+        return self._sweep(lambda recording, *rows: (local(recording, *vectors, *rows), []), *tangents)[0]
+
+    def rows(self, local, vectors=(), tangents=()):
+        """`local(recording, *vectors, *tangents)`, a nest of tensors, concatenated along the batch."""
+        return self._sweep(lambda recording, *rows: ([], local(recording, *vectors, *rows)), *tangents)[1]
+
+    def _sweep(self, local, *tangents, note=False):
+        # a first pass inside a loop or condition is no use outside of it
+        keep = self._evaluation is None and slices.graph() is self._graph
+        structure = []
+
+        def on_slice(pure, *rows):
+            recording = self._make(pure)
+            _check_rows(pure, recording.evaluation.outputs)
+            evaluation, found = recording.evaluation, local(recording, *rows)
+            if not (keep or note):
+                return evaluation, *[[part] for part in found]
+            structure[:] = [evaluation.outputs]
+            return evaluation, [found[0], evaluation.loss], [found[1], *_taken_apart(evaluation.outputs)]
+
+        (sums, *loss), (rows, *outputs), state = self._micro_batches.sweep(on_slice, *tangents)
+        if not loss:
+            return sums, rows, None
+        own = len(self._micro_batches._pure.stateful)
+        evaluation = Evaluation(_put_together(structure[0], *outputs), None, loss[0], state[:own], state[own:])
+        if keep:
+            self._evaluation = evaluation
+        return sums, rows, evaluation
+
+
+def _taken_apart(outputs):
+    """`(tensors, what they carry)` of the outputs of a model."""
+    flat = keras.tree.flatten(outputs)
+    carried = {f"{i}{name}": getattr(y, name) for i, y in enumerate(flat) for name in _CARRIED if hasattr(y, name)}
+    return flat, carried
+
+
+def _put_together(structure, flat, carried):
+    for i, y in enumerate(flat):
+        for name in _CARRIED:
+            if f"{i}{name}" in carried:
+                setattr(y, name, carried[f"{i}{name}"])
+    return keras.tree.pack_sequence_as(structure, flat)
+
+
+def _joined(stacked):
+    """`(slices, rows, ...)` to `(slices * rows, ...)`."""
+    rest = stacked.shape[2:]
+    shape = [-1, *rest] if rest.is_fully_defined() else tf.concat([[-1], tf.shape(stacked)[2:]], 0)
+    return tf.ensure_shape(tf.reshape(stacked, shape), [None, *rest])
+
+
+# By graph and replica, the name of the last loop's end: not the tensor, which would hold on to the graph.
+_loops = weakref.WeakKeyDictionary()
+
+
+def _after_other_loops():
+    """0, when the loops before this one have ended: two at a time would need the memory of two slices."""
+    graph = slices.graph()
+    last = _loops.setdefault(graph, {}).get(replicas.identity())
+    with tf.control_dependencies([graph.get_operation_by_name(last)] if last else []):
+        return tf.identity(tf.constant(0))
+
+
+def _check_layers(model):
+    synchronized = [layer.name for layer in model._flatten_layers() if getattr(layer, "synchronized", False)]
+    if synchronized and replicas.count() > 1:
+        raise ValueError(
+            f"`micro_batches` on {replicas.count()} replicas goes without synchronized normalization: the loop over "
+            f"slices runs on each replica by itself. Received: {synchronized[0]!r} with synchronized=True. Use "
+            "synchronized=False, or micro_batches=1."
+        )
+
+
+def _check_rows(pure, outputs):
+    """Refuse outputs whose first axis is known not to be the examples of the slice."""
+    flat = keras.tree.flatten(outputs)
+    names = getattr(pure.model, "output_names", None) or []
+    for i, y in enumerate(flat):
+        if tf.is_tensor(y) and y.shape.rank is not None and _has_other_rows(y.shape, pure.place.examples):
+            name = f"{i} ({names[i]!r})" if len(names) == len(flat) else str(i)
+            raise ValueError(
+                "`micro_batches` needs outputs with the batch as their first axis, to put those of slices together. "
+                f"Received: output {name} of the model {pure.model.name!r}, of shape {tuple(y.shape)} on a slice of "
+                "the batch. Give it a row for each example, hand a loss of the model's own to `add_loss`, or use "
+                "micro_batches=1."
+            )
+
+
+def _has_other_rows(shape, examples):
+    # a slice of unknown size gives no length that is known
+    return shape.rank == 0 or (shape[0] is not None and not (isinstance(examples, int) and shape[0] == examples))
+
+
+def _check_not_compiled(count, examples):
+    if control_flow_util.GraphOrParentsInXlaContext(slices.graph()):
+        here = f"{examples} examples" if isinstance(examples, int) else "a number of examples unknown to the graph"
+        raise ValueError(
+            f"`micro_batches={count}` under XLA (`jit_compile=True`, or a TPU) needs slices of a size that is known "
+            f"and equal. Received: {here} on each replica. Give batches of a fixed size that micro_batches (times the "
+            "number of replicas) divides, such as `dataset.batch(batch_size, drop_remainder=True)`; or do without XLA, "
+            "on a GPU or CPU by `jit_compile=False`."
+        )

@@ -1,0 +1,107 @@
+"""Randomness that does not depend on how the batch is cut.
+
+TensorFlow's stateless generators count: number `j` of a tensor is made from a key and `counter + j // n` alone, where
+one step of the counter makes `n` numbers (Philox: 128 bits). So the rows of a slice are drawn as the whole batch would
+draw them, without drawing the others: the counter is moved on, and the first few numbers are dropped where the slice
+begins amid a step. On the CPU, on a GPU and compiled by XLA for them, masks are bit for bit those of the whole batch.
+
+This goes for tensors with a row, or as many rows, for each example, drawn by `tf.random.stateless_uniform` and
+`stateless_normal`, and so by `keras.random.uniform`, `normal`, `randint`, `dropout` and by Keras' layers; and, but for
+XLA, by `truncated_normal`. Tensors of other lengths are shared by the slices. The length of the first axis is all that
+tells the two apart: a tensor that is meant to be shared, but is as long as the slice or a multiple of that, is drawn by
+rows too. On a slice with a single example this is every tensor with an axis, and in a graph that does not know the
+length, every one of an unknown length.
+
+Two slices never get the same numbers, and it does not matter how the batch is cut into them; but they are not those of
+the whole batch (1) on a TPU, which has another generator of its own; (2) under XLA, for normal numbers, which it
+makes in an order that depends on the shape. What `gamma`, `beta`, `binomial` and
+`categorical` draw depends on the seed alone, as in Keras.
+"""
+
+import math
+
+import tensorflow as tf
+from tensorflow.python.framework import tensor_util
+from tensorflow.python.ops import gen_stateless_random_ops_v2 as generators
+
+from keras_curvature.linearization.pure import slices
+
+PHILOX = 1
+# Digits of the uniform numbers that are made of integers; all of a float32.
+DIGITS = 24
+# The functions that are replaced, and how many steps of the counter one group of numbers takes: of the truncated
+# normal distribution each number may take many tries.
+STEPS = {
+    "stateless_random_uniform_v2": lambda group: 1,
+    "stateless_random_uniform_int_v2": lambda group: 1,
+    "stateless_random_normal_v2": lambda group: 1,
+    "stateless_truncated_normal_v2": lambda group: 64 * group,
+}
+
+
+def names():
+    """`(module, name, function)` for all that is to be replaced while a model is evaluated on slices."""
+    return [(generators, name, _by_rows(getattr(generators, name), steps)) for name, steps in STEPS.items()]
+
+
+def uniform(shape, seed, dtype):
+    """Uniform numbers in [0, 1), made of integers: those are the same under XLA, and its other numbers are not."""
+    integers = tf.random.stateless_uniform(shape, seed, 0, 2**DIGITS, tf.int32)
+    return tf.cast(integers, dtype) * 2.0**-DIGITS
+
+
+def normal(shape, seed, dtype):
+    """Normal numbers, two of each two words of random bits (Box and Muller); the same under XLA."""
+    size = tf.TensorShape(shape).num_elements()
+    length, angle = tf.unstack(tf.random.stateless_uniform([2, -(-size // 2)], seed, None, None, tf.int32))
+    # in the middle of its step, and so never 0; an angle may be any
+    inside = (tf.cast(tf.bitwise.bitwise_and(length, 2**DIGITS - 1), dtype) + 0.5) * 2.0**-DIGITS
+    radius, angle = tf.sqrt(-2.0 * tf.math.log(inside)), tf.cast(angle, dtype) * (math.pi * 2.0**-31)
+    pairs = tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], 0)
+    return tf.reshape(pairs[:size], shape)
+
+
+def _by_rows(original, steps):
+    """`original`, one of TensorFlow's generators, that draws the rows of the place where it is called."""
+
+    def draw(shape, *, counter, alg, **choices):
+        place = slices.here()
+        row = None if place is None else _numbers_per_example(shape, place.examples)
+        if row is None:
+            return original(shape, counter=counter, alg=alg, **choices)
+        group = 2 if tf.as_dtype(choices.get("dtype") or choices["minval"].dtype).size == 8 else 4
+        before = _wide(place.start) * row[0] * row[1]
+        choices |= {"counter": _moved(counter, before // group * steps(group)), "alg": PHILOX}
+        dropped = 0 if any(isinstance(r, int) and r % group == 0 for r in row) else before % group
+        # in a row, because under XLA the order of normal numbers depends on the shape
+        size = tf.reduce_prod(tf.cast(shape, tf.int64))
+        if isinstance(dropped, int) and dropped == 0:
+            return tf.reshape(original(size[tf.newaxis], **choices), shape)
+        numbers = original(size[tf.newaxis] + (group - 1), **choices)
+        return tf.reshape(tf.slice(numbers, tf.cast([dropped], tf.int64), [size]), shape)
+
+    return draw
+
+
+def _numbers_per_example(shape, examples):
+    """`(rows, numbers in a row)` of a tensor for each example, integers or tensors; `None` where it is shared."""
+    static, shape = tensor_util.constant_value_as_shape(tf.convert_to_tensor(shape)), tf.cast(shape, tf.int64)
+    if not static.rank:
+        return None
+    leading, others = static[0], static[1:]
+    numbers = others.num_elements() if others.is_fully_defined() else tf.reduce_prod(shape[1:])
+    if leading is None:
+        return shape[0] // tf.maximum(_wide(examples), 1), numbers
+    if isinstance(examples, int) and examples and leading % examples == 0:
+        return leading // examples, numbers
+    return None
+
+
+def _moved(counter, steps):
+    """The counter after so many steps; its lower half begins at 0 and cannot overflow."""
+    steps = tf.stack([tf.cast(steps, tf.int64), tf.constant(0, tf.int64)])
+    return tf.bitcast(tf.bitcast(counter, tf.int64) + steps, tf.uint64)
+
+
+def _wide(number):
+    return number if isinstance(number, int) else tf.cast(number, tf.int64)

@@ -1,0 +1,1 @@
+"""`CurvatureBoard`: curvature in TensorBoard while a model trains."""

@@ -1,0 +1,63 @@
+"""What a board measures, what that costs, and what each number means: a page of text."""
+
+from keras_curvature import trees
+from keras_curvature.monitor.board import layout
+from keras_curvature.monitor.report.table import KINDS
+
+
+def words(panels, data, budget, probes, dropped, tags):
+    """The page in Markdown.
+
+    Args:
+        panels: The `Panels`, after a probe.
+        data: Which data are probed, in words.
+        budget: The `Budget`.
+        probes: How many probes there were.
+        dropped: Names of pieces that failed, a list.
+        tags: The numbers that there are, a list.
+    """
+    parts = [_what(panels, data, dropped), _time(budget, probes), _limit(panels.stability), _numbers(tags)]
+    return "\n\n".join(parts)
+
+
+def _what(panels, data, dropped):
+    measured = panels.measured.probes
+    matrix = KINDS[measured.kind] + ("" if measured.kind == "hessian" else " matrix")
+    failed = f" Left out, as it failed: {', '.join(dropped)}." if dropped else ""
+    return (
+        f"**Measured**: the {matrix} of the loss of `{measured.model.name}`, which has "
+        f"{trees.count(panels.weights)} weights, in training mode, on {measured.examples} examples in "
+        f"{measured.batches} batch{'es' if measured.batches > 1 else ''}: {data}. Batches of training have "
+        f"{panels.batch_size} examples.{failed}"
+    )
+
+
+def _time(budget, probes):
+    spent = budget.spent["probes"] + budget.spent["density"]
+    allowed = budget.shares["probes"] + budget.shares["density"]
+    report = f", reports {budget.once['report']:.1f} s" if "report" in budget.once else ""
+    once = sum(seconds for kind, seconds in budget.once.items() if kind != "report")
+    return (
+        f"**Time**: what is done once, tracing first of all, took {once:.1f} s{report}. Of the "
+        f"{budget.elapsed:.1f} s besides, {probes} probes and the spectra took {spent:.2f} s, {_share(spent, budget)}; "
+        f"the budget is {allowed:.1%}. Live numbers took {budget.spent['live']:.2f} s."
+    )
+
+
+def _share(seconds, budget):
+    return f"{seconds / budget.elapsed:.1%}" if budget.elapsed > 0 else "none yet"
+
+
+def _limit(stability):
+    if stability.limit is None:
+        return f"**Limit of the optimizer**: none. {stability.reason}"
+    matrix = "Hessian" if stability.preconditioner is None else "preconditioned Hessian"
+    note = f" {stability.note}" if stability.note else ""
+    return (
+        f"**Limit of the optimizer**: the largest eigenvalue of the {matrix} stays below {stability.formula} = "
+        f"{stability.sharpness_limit:.4g}, or the step grows along its direction.{note}"
+    )
+
+
+def _numbers(tags):
+    return "\n".join(["| number | what it is |", "|---|---|", *(f"| `{t}` | {layout.describe(t)} |" for t in tags)])

@@ -1,0 +1,77 @@
+"""Numbers that training has anyway, read off the metrics of the model."""
+
+import math
+
+import keras
+
+from keras_curvature import replicas
+from keras_curvature.monitor.board import layout
+from keras_curvature.training.models import unwrap
+
+
+class Live:
+    """What a model's loss and its optimizer's reports were since they were last read.
+
+    Keras' metrics are means over the epoch so far. Their sums and counts tell the mean over the steps in between. What
+    an optimizer counts (skipped steps) is added up over epochs.
+    """
+
+    def __init__(self, model):
+        self.model, self._sums, self._totals, self._before = model, {}, {}, {}
+
+    def epoch(self):
+        """The metrics have begun again."""
+        self._sums, self._before = {}, dict(self._totals)
+
+    def agrees(self, logs):
+        """Whether the metrics are still those of an epoch's logs: an `evaluate` of another callback takes them."""
+        tracker = self.model._loss_tracker
+        total, count = replicas.read(tracker.total), replicas.read(tracker.count)
+        return count > 0 and math.isclose(total / count, logs.get("loss", math.nan), rel_tol=1e-5)
+
+    def read(self):
+        """`{tag: number}`; NaN where there was nothing in between."""
+        tracker = self.model._loss_tracker  # a private name of Keras 3.15
+        found = {"3_step/loss": self._since("loss", tracker.total, tracker.count, "mean")}
+        for name, report in self._reports().items():
+            found[layout.tag_of(name)] = self._since(name, report.total, report.count, report.how)
+        return found | {"3_step/learning_rate": learning_rate(self.model)}
+
+    def of_epoch(self, logs):
+        """`{tag: number}` of an epoch, by its logs: means over all of it."""
+        optimizer, _ = unwrap(self.model.optimizer)
+        found = {"3_step/loss": float(logs.get("loss", math.nan)), "3_step/learning_rate": learning_rate(self.model)}
+        for name, how in {"skipped_steps": "sum", **getattr(optimizer, "reports", {})}.items():
+            if name in logs:
+                self._totals[name] = self._before.get(name, 0.0) + float(logs[name])
+                found[layout.tag_of(name)] = self._totals[name] if how == "sum" else float(logs[name])
+        return found
+
+    def _since(self, name, total, count, how):
+        total, count = replicas.read(total), replicas.read(count)
+        before = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = total, count
+        if how == "last":
+            return total if count else math.nan
+        if how == "sum":
+            self._totals[name] = self._totals.get(name, 0.0) + total - before[0]
+            return self._totals[name]
+        return (total - before[0]) / (count - before[1]) if count > before[1] else math.nan
+
+    def _reports(self):
+        """The reports of a curved model; a plain one has none."""
+        _, reports = self.model.__dict__.get("_curved_reports") or (None, {})
+        return reports
+
+
+def learning_rate(model):
+    """The rate of the next step, a float; not a number where several optimizers have one each, or there is none."""
+    optimizer, _ = unwrap(model.optimizer)
+    no_one = optimizer is None or isinstance(optimizer, keras.optimizers.MultiOptimizer)
+    return math.nan if no_one else replicas.read(optimizer.learning_rate)
+
+
+def iterations(model):
+    """How many steps the optimizer has taken, also before this `fit`; `None` without an optimizer."""
+    optimizer, _ = unwrap(model.optimizer)
+    return None if optimizer is None else replicas.read(optimizer.iterations)

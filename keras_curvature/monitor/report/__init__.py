@@ -1,0 +1,1 @@
+"""The report: numbers, table, figures; and the landscape around the weights."""

@@ -1,0 +1,273 @@
+"""The loss along lines and planes through the weights, with the quadratic model beside it.
+
+A picture of a loss in a million dimensions depends on the direction that is chosen, and a random one on how its parts
+are scaled: where a layer with ReLU is multiplied by 10 and the next one divided by it, the function is the same, and a
+step of the same length means another thing. Li et al. (2018) give each filter of a random direction the length of the
+filter that it moves, and the slice stays the same (for whole layers; not where single units are rescaled).
+"""
+
+import dataclasses
+import itertools
+import math
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check, check_count, check_number
+from keras_curvature.monitor.operator import curvature
+from keras_curvature.monitor.report.drawing import RED, blank, draw_lines, png
+
+NAMES = ("sharpest", "random", "gradient")
+# of the weights that move no filter: Li et al. leave biases, scales and shifts where they are
+_NO_FILTERS = ("bias", "gamma", "beta", "scale", "alpha")
+
+
+@dataclasses.dataclass(frozen=True)
+class Landscape:
+    """What `landscape` returns.
+
+    Attributes:
+        axis: Steps `t` along each direction, `(points,)`, float64, in multiples of the direction.
+        loss: `{name: values}`, float64: `(points,)` for a line, `(points, points)` for a plane `"a x b"`, with steps
+            along `a` in the first axis.
+        quadratic: `{name: values}` in the same shapes: the quadratic model of the loss at the weights.
+        directions: `{name: vector}`.
+        header: What was measured, a string.
+    """
+
+    axis: np.ndarray
+    loss: dict
+    quadratic: dict
+    directions: dict
+    header: str = ""
+
+    def figure(self):
+        """The lines in one panel, and each plane in one of its own, a `matplotlib.figure.Figure`."""
+        planes = [name for name, values in self.loss.items() if values.ndim == 2]
+        lines = [name for name in self.loss if name not in planes]
+        figure, axes = blank(len(planes) + bool(lines))
+        if lines:
+            draw_lines(axes[0], self.axis, *({n: v[n] for n in lines} for v in (self.loss, self.quadratic)))
+        for name, ax in zip(planes, axes[bool(lines) :]):
+            _draw_plane(figure, ax, self.axis, name, self.loss[name])
+        figure.suptitle(self.header, fontsize="medium")
+        return figure
+
+    def _repr_png_(self):
+        """What a notebook shows."""
+        return png(self)
+
+
+def landscape(
+    model, data, directions="sharpest+random", points=41, span=1.0, *,
+    training=False, examples=1024, batch_size=None, seed=0,
+):  # fmt: skip
+    """The loss `f(w + t d)` along lines through the weights, beside its quadratic model.
+
+        q(t) = f(w) + t g'd + t^2/2 d'H d,        g, H: gradient and Hessian of the loss at `w`
+
+    Directions by name: `"sharpest"`: the eigenvector of the Hessian's largest eigenvalue, of length 1, downhill to the
+    right; `"gradient"`: the gradient, of length 1; `"random"`: normal numbers, each filter scaled to the length of the
+    filter of the weights, and no biases, scales or shifts (see `filter_normalized`). A plane is `"a x b"`. No weight is
+    assigned: the model is evaluated as a function of them. In a terminal, a bar shows how far it is.
+
+    Reference: Li, Xu, Taylor, Studer and Goldstein (2018), "Visualizing the Loss Landscape of Neural Nets". Difference
+    from their code: (1) the axes of filters are those of Keras' layers, and theirs is the first one.
+
+    Args:
+        model: A compiled `keras.Model`.
+        data: As `keras_curvature.curvature` takes it: `(x, y)`, a `tf.data.Dataset` or a `PyDataset`.
+        directions: Names joined by `"+"`, such as `"sharpest+random"`, `"gradient"` or `"random x random"`; or vectors
+            of your own, each a list of tensors in the order of `model.trainable_variables`, in a list or in a dict by
+            name; they are taken as long as they are. Defaults to `"sharpest+random"`.
+        points: Number of steps along each direction, an odd one has the weights themselves in the middle; a plane
+            takes `points**2` evaluations. Defaults to `41` (Li et al.: 51).
+        span: The steps go from `-span` to `span`. Defaults to `1.0` (Li et al.).
+        training: Whether layers behave as in training (batch statistics, dropout with fixed masks). Defaults to
+            `False` (Li et al.).
+        examples: How many examples of `data` to use; `None`: all. Defaults to `1024`.
+        batch_size: Of the batches; matters in training mode alone. Optional.
+        seed: Of random directions and of fixed masks, an integer. Defaults to `0`.
+
+    Returns:
+        A `Landscape`, with the losses as arrays and a `figure()`.
+
+    Raises:
+        ValueError: A direction is not known, or has other shapes than the weights; see also `curvature`.
+
+    Example: `kc.landscape(model, (x, y), directions="random x random", points=21).figure().savefig("plane.png")`
+    """
+    check_count(landscape, "points", points, low=2)
+    check_number(landscape, "span", span, low=0, open_low=True)
+    if isinstance(directions, (list, tuple)):
+        directions = {f"direction {i}": vector for i, vector in enumerate(directions, start=1)}
+    lines = _parse(directions)
+    measured = curvature(model, data, examples=examples, batch_size=batch_size, training=training, seed=seed)
+    named = {}
+    for name in dict.fromkeys(itertools.chain(*lines)):
+        named[name] = _direction(name, directions, measured, seed)
+    mode = f"train mode, batches of {measured.probes.batch_size}" if training else "eval mode"
+    header = f"loss of {model.name}, {measured.probes.examples} examples, {mode}"
+    return slices(measured, named, lines, points, span, header, progress=sys.stdout.isatty())
+
+
+def slices(measured, named, lines, points=41, span=1.0, header="", progress=False):
+    """The `Landscape` along `lines`, tuples of one or two names of the vectors in `named`.
+
+    Args:
+        measured: A `Curvature`, whose quadratic model is drawn; with one product for each direction.
+        progress: Whether to show a bar while losses are computed. Defaults to `False`.
+    """
+    bar = keras.utils.Progbar(sum(points ** len(line) for line in lines), verbose=int(progress), unit_name="loss")
+    axis = np.linspace(-span, span, points)
+    bent = {name: measured @ vector for name, vector in named.items()}
+    value, gradient = float(measured.loss), measured.gradient  # each goes through all of the examples
+    loss, quadratic = {}, {}
+    for line in lines:
+        vectors, key = [named[name] for name in line], " x ".join(line)
+        steps = np.array(list(itertools.product(axis, repeat=len(line))))  # (points ** directions, directions)
+        shape = (points,) * len(line)
+        loss[key] = np.array([_loss_at(measured, vectors, step, bar) for step in steps]).reshape(shape)
+        rise = _quadratic(gradient, vectors, [bent[name] for name in line], steps)
+        quadratic[key] = value + rise.reshape(shape)
+    return Landscape(axis, loss, quadratic, named, header)
+
+
+def _loss_at(measured, vectors, step, bar):
+    shift = trees.scale(float(step[0]), vectors[0])
+    for scale, vector in zip(step[1:], vectors[1:]):
+        shift = trees.add(shift, vector, float(scale))
+    bar.add(1)
+    return float(measured.probes.loss_at(shift))
+
+
+def _quadratic(gradient, vectors, bent, steps):
+    """`c'V'g + 1/2 c'(V'HV) c` for each row `c` of `steps`."""
+    slope = np.array([_dot(gradient, v) for v in vectors])
+    matrix = np.array([[_dot(u, v) for v in bent] for u in vectors])
+    return steps @ slope + 0.5 * np.sum(steps @ matrix * steps, axis=1)
+
+
+def _dot(u, v):
+    """An inner product on the host, in float64."""
+    return float(sum(np.vdot(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(u, v)))
+
+
+# Directions.
+
+
+def _parse(directions):
+    """The lines and planes that are asked for, a list of tuples of names."""
+    if isinstance(directions, dict) and directions:
+        return [(name,) for name in directions]
+    lines = [tuple(part.split()) for part in directions.split("+")] if isinstance(directions, str) else []
+    valid = bool(lines)
+    for i, line in enumerate(lines):
+        names = line[::2]
+        valid = valid and set(names) <= set(NAMES) and line[1::2] == ("x",) * (len(names) - 1) and 1 <= len(names) <= 2
+        valid = valid and (len(names) < 2 or names[0] != names[1] or names[0] == "random")
+        lines[i] = (names[0], "another random") if names == ("random", "random") else names
+    expected = "names among 'sharpest', 'random', 'gradient' joined by '+' or ' x ', or vectors in a list or dict"
+    check(landscape, "directions", directions, valid, expected)
+    return lines
+
+
+def _direction(name, directions, measured, seed):
+    if isinstance(directions, dict):
+        trees.check(f"directions[{name!r}]", directions[name], measured.variables)
+        return [tf.cast(tf.convert_to_tensor(a), v.dtype) for a, v in zip(directions[name], measured.variables)]
+    if name == "sharpest":
+        return downhill(measured.top(1).vectors[0], measured.gradient)
+    if name == "gradient":
+        return _unit(measured.gradient)
+    return filter_normalized(measured.probes.model, seed, number=int(name != "random"))
+
+
+def downhill(vector, gradient):
+    """`vector` or its negative, so that the loss does not rise along it; an eigenvector has no sign of its own."""
+    return trees.scale(-1.0 if _dot(vector, gradient) > 0 else 1.0, vector)
+
+
+def _unit(vector):
+    length = math.sqrt(_dot(vector, vector))
+    return trees.scale(1.0 / length if length > 0 else 1.0, vector)
+
+
+def filter_normalized(model, seed=0, number=0):
+    """A random direction, each filter of the length of the same filter of the weights; a vector.
+
+        d_f = z_f |w_f| / |z_f|,        z normal,        f: the weights that make one output
+
+    A filter is a column of a dense kernel (of each gate, in recurrent layers), the kernel of one output channel of a
+    convolution, of each channel in a depthwise one, the row of an embedding, and all that leads to one output of an
+    `EinsumDense`. Of layers that are not known here, what has the last index in common. Biases, and scales and shifts
+    of normalizations, have a direction of zero.
+
+    Args:
+        model: A built `keras.Model`.
+        seed, number: The direction is a function of both, integers.
+
+    Returns:
+        A list of tensors in the order of `model.trainable_variables`.
+    """
+    axes = filter_axes(model)
+    # below zero: no other random vector of the package has these seeds
+    seeds = ([seed, -1 - i - 1000 * number] for i in itertools.count())
+    return [_like_filters(v, axes[id(v)], own) for v, own in zip(model.trainable_variables, seeds)]
+
+
+def _like_filters(variable, axes, seed):
+    weights = tf.convert_to_tensor(variable)
+    if axes is None:
+        return tf.zeros_like(weights)
+    noise = tf.random.stateless_normal(weights.shape, seed, dtype=weights.dtype)
+    others = [axis for axis in range(weights.shape.rank) if axis not in axes]
+    ratio = tf.math.divide_no_nan(_length(weights, others), _length(noise, others))
+    return noise * ratio
+
+
+def _length(a, axes):
+    return tf.sqrt(tf.reduce_sum(a * a, axes, keepdims=True))
+
+
+def filter_axes(model):
+    """`{id(variable): axes}` for each trainable variable: those that number its filters; `None` for a bias."""
+    axes = {}
+    for layer in model._flatten_layers():
+        for variable in layer._trainable_variables:
+            if id(variable) not in axes:
+                found = _axes_of(layer, variable)
+                axes[id(variable)] = found and tuple(axis % len(variable.shape) for axis in found)
+    return axes
+
+
+def _axes_of(layer, variable):
+    if len(variable.shape) < 2 or any(variable is getattr(layer, name, None) for name in _NO_FILTERS):
+        return None
+    if isinstance(layer, keras.layers.Embedding):
+        return (0,)
+    if isinstance(layer, keras.layers.EinsumDense):
+        left, outputs = layer.equation.replace(" ", "").split("->")
+        return tuple(i for i, letter in enumerate(left.split(",")[1]) if letter in outputs)
+    if hasattr(layer, "depth_multiplier") and variable is not getattr(layer, "pointwise_kernel", None):
+        return (-2, -1)
+    transposed = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
+    return (-2,) if isinstance(layer, transposed) else (-1,)
+
+
+# Drawing.
+
+
+def _draw_plane(figure, ax, axis, name, loss):
+    """Contours, on a logarithmic scale of what the loss is above the lowest one."""
+    first, second = name.split(" x ")
+    above = np.log10(loss - np.nanmin(loss) + 1e-3 * (np.nanmax(loss) - np.nanmin(loss)) + 1e-30)
+    shades = ax.contourf(axis, axis, above.T, levels=20, cmap="Blues")
+    figure.colorbar(shades, ax=ax, label="log10 of the loss above the lowest")
+    ax.locator_params(nbins=5)
+    ax.plot(0, 0, "+", color=RED, markersize=10, label="the weights")
+    ax.set(xlabel=f"step, {first}", ylabel=f"step, {second}", title=f"Loss in the plane {name}")
+    ax.legend(frameon=False, fontsize="small", loc="upper right")

@@ -1,0 +1,279 @@
+"""The questions of a report, how much each may cost, and the answers as plain numbers."""
+
+import dataclasses
+import math
+import time
+
+import keras
+import numpy as np
+
+from keras_curvature import trees
+from keras_curvature.linearization.fisher.convexity import name_of
+from keras_curvature.monitor.probes.probes import mixes_examples
+from keras_curvature.monitor.report.landscape import downhill, filter_normalized, slices
+from keras_curvature.monitor.spectra import traces
+from keras_curvature.monitor.stability import stability
+from keras_curvature.training.models import unwrap
+
+# Eigenvalues to find, and how many beyond the classes of a classifier, to see the gap behind the last of them.
+TOP, BEYOND, MOST_CLASSES = 10, 3, 20
+# Residuals relative to the eigenvalue; of the lower end, where eigenvalues lie close, less is asked for.
+TOLERANCE, LOWER_TOLERANCE = 1e-3, 3e-2
+# Products at most for each end; the residual says what they came to.
+MOST_PRODUCTS = 100
+# The density is that of the operator without the pairs found: few probes do, and steps resolve the bulk.
+DENSITY_PROBES, DENSITY_STEPS = 3, 20
+TRACE_PRODUCTS = 20
+# A product by the block of a layer costs as much as one by the whole matrix: so many for all layers together, each
+# from where the sharpest direction is in it; of a model of many layers, for those with the largest shares.
+BLOCK_PRODUCTS, FEWEST_STEPS, MOST_STEPS = 60, 5, 6
+POINTS = 41
+MICRO_BATCH, FEWEST_EXAMPLES = 8, 4  # for micro-batches of 8, batches of 32
+CLASSIFIERS = {
+    "SparseCategoricalCrossentropy", "sparse_categorical_crossentropy",
+    "CategoricalCrossentropy", "categorical_crossentropy",
+}  # fmt: skip
+
+
+def measure(measured, progress=False):
+    """The dict of a `Report`.
+
+    Args:
+        measured: A `Curvature` of all layers, as `keras_curvature.curvature` makes it.
+        progress: Whether to show a bar while it is made. Defaults to `False`.
+    """
+    asked, began = _Asked(measured), time.perf_counter()
+    answers, bar = _header(measured), keras.utils.Progbar(len(QUESTIONS), verbose=int(progress), unit_name="part")
+    for done, (name, question) in enumerate(QUESTIONS.items(), start=1):
+        before, start = asked.products, time.perf_counter()
+        answers |= question(asked)
+        asked.parts[name] = {"products": asked.products - before, "seconds": time.perf_counter() - start}
+        bar.update(done)
+    answers["caveats"] = list(_caveats(measured, answers))
+    seconds = time.perf_counter() - began
+    answers["cost"] = {"products": asked.products, "seconds": seconds, "parts": asked.parts}
+    return answers
+
+
+@dataclasses.dataclass
+class _Asked:
+    """What the questions share: each adds to `products`, and the later ones use what the earlier ones found."""
+
+    measured: object
+    products: int = 0
+    parts: dict = dataclasses.field(default_factory=dict)
+    gradient: list = None
+    top: object = None
+    known: object = None  # `Eigenpairs` of both ends
+    layers: dict = None
+
+    @property
+    def probes(self):
+        return self.measured.probes
+
+    @property
+    def size(self):
+        return trees.count(self.measured.variables)
+
+    def pairs(self, k, tolerance, **options):
+        """`Eigenpairs` of the model's curvature."""
+        pairs = self.measured.top(k, tolerance, max_products=MOST_PRODUCTS, **options)
+        self.products += pairs.products
+        return pairs
+
+
+def _header(measured):
+    probes, model = measured.probes, measured.probes.model
+    return {
+        "model": model.name, "weights": trees.count(measured.variables), "examples": probes.examples,
+        "kind": probes.kind, "training": probes.training, "batch_size": probes.batch_size,
+        "dtype": "+".join(_dtypes(model)),
+    }  # fmt: skip
+
+
+def _dtypes(model):
+    """The dtype policies of the layers with weights, by name."""
+    names = [layer.dtype_policy.name for layer in model._flatten_layers() if layer._trainable_variables]
+    return dict.fromkeys(names or [model.dtype])
+
+
+# The questions, in this order.
+
+
+def _slope(asked):
+    """The loss, and the gradient's length with the standard error that the choice of examples gives it."""
+    asked.gradient = asked.measured.gradient
+    return {"loss": float(asked.measured.loss)}
+
+
+def _upper(asked):
+    asked.top = asked.known = top = asked.pairs(min(_wanted(asked), asked.size), TOLERANCE)
+    pairs = [_pair(top, i) for i in range(len(top.values))]
+    return {"sharpness": pairs[0], "top": pairs, "outliers": _outliers(asked.probes.model)}
+
+
+def _wanted(asked):
+    outliers = _outliers(asked.probes.model)
+    return TOP if outliers is None else outliers + BEYOND
+
+
+def _outliers(model):
+    """Classes - 1 of a classifier with one output for each example; `None` where that says nothing."""
+    shape = getattr(model, "output_shape", None)
+    loss = getattr(model, "loss", None)
+    if not isinstance(shape, tuple) or len(shape) != 2 or isinstance(loss, (list, dict)):
+        return None
+    return shape[1] - 1 if name_of(loss) in CLASSIFIERS and 2 <= shape[1] <= MOST_CLASSES else None
+
+
+def _lower(asked):
+    if asked.measured.psd:
+        return {"most_negative": None}
+    pairs = asked.pairs(1, LOWER_TOLERANCE, most_negative=True)
+    if pairs.values[0] < asked.top.values[-1]:  # of a small model all have been found
+        asked.known = asked.top.beside(pairs)
+    return {"most_negative": _pair(pairs, 0)}
+
+
+def _stability(asked):
+    """How near the optimizer's limit is, and the sharpness that it is on."""
+    optimizer = unwrap(getattr(asked.probes.model, "optimizer", None))[0]
+    if optimizer is None:
+        return {"stability": _no_limit(None, "The model has no optimizer, and so no limit for its sharpness.")}
+    name, limit = type(optimizer).__name__, stability(optimizer, asked.measured.variables)
+    if limit.limit is None:
+        return {"stability": _no_limit(name, limit.reason)}
+    sharpness, pair = float(asked.top.values[0]), None
+    if limit.preconditioner is not None:
+        pairs = asked.pairs(1, TOLERANCE, metric=limit.preconditioner)
+        sharpness, pair = float(pairs.values[0]), _pair(pairs, 0)
+    other = mixes_examples(asked.probes.model) and not asked.probes.training
+    known = {"rate": limit.rate, "limit": limit.sharpness_limit, "formula": limit.formula, "note": limit.note}
+    found = {"of_training": not other, "gauge": float(limit.gauge(sharpness)), "sharpness": pair}
+    return {"stability": _no_limit(name, None) | known | found}
+
+
+def _no_limit(name, reason):
+    nothing = dict.fromkeys(("of_training", "rate", "limit", "formula", "note", "gauge", "sharpness"))
+    return {"optimizer": name, **nothing, "reason": reason}
+
+
+def _density(asked):
+    """Quadrature beside the pairs found: nodes and weights of the whole spectrum, and how much of it is negative."""
+    found = asked.measured.density(DENSITY_PROBES, DENSITY_STEPS, asked.known)
+    asked.products += found.products
+    share = None if asked.measured.psd else _estimate(found.negative)
+    return {"density": {"nodes": _list(found.nodes), "weights": _list(found.weights)}, "negative_share": share}
+
+
+def _trace(asked):
+    """The trace without the pairs found, which are exact, by random probes; the same probes give the layers' parts."""
+    like, layers = asked.probes.weights, asked.measured.layers
+    found = traces.deflated(asked.measured, like, asked.known, TRACE_PRODUCTS, asked.probes.seed, parts=layers)
+    trace, parts = found
+    asked.products += trace.products
+    whole = sum(abs(float(part.value)) for part in parts.values())
+    asked.layers = {name: _layer(asked, name, part, whole) for name, part in parts.items()}
+    sharpness = float(asked.top.values[0])
+    positive = sharpness > 0
+    directions = {key: value / sharpness for key, value in _estimate(trace).items()} if positive else None
+    return {"trace": _estimate(trace), "effective_directions": directions}
+
+
+def _layer(asked, name, trace, whole):
+    weights = trees.count([asked.measured.variables[i] for i in asked.measured.layers[name]])
+    value = float(trace.value)
+    share, each = value / whole if whole else 0.0, value / weights
+    return {"weights": weights, "trace": _estimate(trace), "share": share, "sharpness": None, "per_weight": each}
+
+
+def _blocks(asked):
+    """The sharpness of the layers' blocks, each from where the sharpest direction of all is in it."""
+    steps = min(MOST_STEPS, max(FEWEST_STEPS, BLOCK_PRODUCTS // len(asked.layers)))
+    ordered = sorted(asked.layers, key=lambda name: -abs(asked.layers[name]["share"]))
+    for name in ordered[: BLOCK_PRODUCTS // steps]:
+        start = [asked.top.vectors[0][i] for i in asked.measured.layers[name]]
+        pairs = asked.measured.block(name).sharpness(start if _norm(start) > 0 else None, steps)
+        asked.products += pairs.products
+        asked.layers[name]["sharpness"] = _pair(pairs, 0)
+    return {"layers": asked.layers}
+
+
+def _noise(asked):
+    """The noise scale; and the gradient with the error that the choice of examples gives it."""
+    length = _norm(asked.gradient)
+    cosine = abs(float(trees.dot(asked.gradient, asked.top.vectors[0]))) / length if length else 0.0
+    gradient = {"norm": length, "stderr": None, "cosine": cosine}
+    probes = asked.probes
+    if min(probes.counts) < FEWEST_EXAMPLES:
+        return {"gradient": gradient, "noise": None}
+    found = asked.measured.noise(min(MICRO_BATCH, min(probes.counts) // FEWEST_EXAMPLES))
+    asked.products += found.products
+    gradient["stderr"] = math.sqrt(max(found.noise, 0.0) / probes.examples)
+    scales = {name: _scale(found, name) for name in ("simple", "with_curvature")}
+    return {"gradient": gradient, "noise": scales}
+
+
+def _scale(noise, name):
+    return {"value": float(getattr(noise, name)), "stderr": float(noise.stderr[name])}
+
+
+def _landscape(asked):
+    sharpest = downhill(asked.top.vectors[0], asked.gradient)
+    lines = {"sharpest": sharpest, "random": filter_normalized(asked.probes.model, asked.probes.seed)}
+    drawn = slices(asked.measured, lines, [(name,) for name in lines], POINTS)
+    asked.products += len(lines)
+    losses, models = ({name: _list(v) for name, v in values.items()} for values in (drawn.loss, drawn.quadratic))
+    return {"landscape": {"axis": _list(drawn.axis), "loss": losses, "quadratic": models}}
+
+
+QUESTIONS = {
+    "gradient": _slope, "top": _upper, "bottom": _lower, "stability": _stability, "density": _density,
+    "trace": _trace, "layers": _blocks, "noise": _noise, "landscape": _landscape,
+}  # fmt: skip
+
+
+# What the numbers do not say by themselves.
+
+
+def _caveats(measured, answers):
+    yield (
+        "Sharpness is no property of the function: ReLU layers multiplied and divided by 10 compute the same and have "
+        "another one. Compare it with the learning rate, not with other models."
+    )
+    probes, model = measured.probes, measured.probes.model
+    if probes.training:
+        yield f"Train mode: the numbers belong to batches of {probes.batch_size}; other batches, other numbers."
+    elif mixes_examples(model):
+        yield (
+            "Batch normalization uses its moving statistics here: how flat the function is that was found. What a step "
+            "of training meets, and the limit is on, is measured with `training=True`."
+        )
+    if probes.is_sum:
+        yield "The loss is a sum over the examples of a batch: all numbers grow with the batch."
+    optimizer = unwrap(getattr(model, "optimizer", None))[0]
+    if getattr(optimizer, "weight_decay", None):
+        yield f"The weight decay of {optimizer.weight_decay:g} is no part of the loss, and is not in these numbers."
+    stable = answers["stability"]
+    yield from (sentence for sentence in (stable["reason"], stable["note"]) if sentence)
+    if stable["limit"] is not None and probes.kind != "hessian":
+        yield f"The limit is on the Hessian; `kind={probes.kind!r}` stands in for it."
+
+
+# Plain numbers.
+
+
+def _pair(pairs, i):
+    return {"value": float(pairs.values[i]), "residual": float(pairs.residuals[i])}
+
+
+def _estimate(estimate):
+    return {"value": float(estimate.value), "stderr": float(estimate.stderr)}
+
+
+def _norm(vector):
+    return float(trees.norm(vector))
+
+
+def _list(array):
+    return np.asarray(array, np.float64).tolist()

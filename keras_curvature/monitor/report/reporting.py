@@ -1,0 +1,128 @@
+"""The curvature of a model in one call: a table, a figure and the numbers.
+
+`measure` asks a `Curvature` its questions and puts the answers into plain numbers, `table` and `figure` draw those and
+know nothing else, so that a report that was saved can be drawn again.
+"""
+
+import json
+import math
+import os
+import sys
+
+from keras_curvature.component import check
+from keras_curvature.monitor.operator import curvature
+from keras_curvature.monitor.report.drawing import MISSING, png
+from keras_curvature.monitor.report.figures import figure
+from keras_curvature.monitor.report.measure import measure
+from keras_curvature.monitor.report.table import table
+
+SUFFIXES = (".txt", ".json", ".png")
+
+
+class Report(dict):
+    """What `report` returns: plain numbers by name, nested by layer; as a string it is the table.
+
+    Every number has its error beside it: `residual` for eigenvalues, `stderr` for estimates. `layers` is
+    `{layer name: {"weights", "trace", "share", "sharpness", "per_weight"}}`, with the share of the sum of the layers'
+    absolute traces; `cost["parts"]` has the products and seconds of each part.
+
+    Example: `Report(json.load(open("curvature.json"))).figure()`
+    """
+
+    def __str__(self):
+        return table(self)
+
+    def __repr__(self):
+        return f"<Report of {self['model']}: sharpness {self['sharpness']['value']:.4g}>"
+
+    def figure(self):
+        """Spectral density, shares of the layers, and lines through the loss, a `matplotlib.figure.Figure`."""
+        return figure(self)
+
+    def save(self, path):
+        """Write `path.txt`, `path.json` and `path.png`; the last one only where there is a matplotlib."""
+        path, image = _stem(path), png(self)
+        if image is None:
+            self["caveats"] = [*self["caveats"], f"There is no {path}.png: {MISSING}"]
+        else:
+            with open(f"{path}.png", "wb") as file:
+                file.write(image)
+        with open(f"{path}.json", "w", encoding="utf-8") as file:
+            json.dump(_finite(self), file, indent=1, allow_nan=False)
+        with open(f"{path}.txt", "w", encoding="utf-8") as file:
+            file.write(f"{self}\n")
+
+    def _repr_png_(self):
+        """What a notebook shows."""
+        return png(self)
+
+
+def report(model, data, path=None, kind="hessian", training=False, examples=1024, seed=0, *, batch_size=None):
+    """Measure the curvature of a model's loss, print it as a table, and draw it.
+
+    Sharpness `lambda_1(B)` against what the optimizer can bear, the most negative eigenvalue, the trace, effective
+    directions `tr(B) / lambda_1`, the gradient, the noise scale, the top eigenvalues, and where in the layers the
+    curvature is. Each number comes with an error: of an eigenvalue the residual `|B u - lambda u|`, of estimates the
+    standard error. Nothing of the model or its optimizer is changed. In a terminal, a bar shows how far it is.
+
+    Sharpness is no property of the function: two ReLU layers, multiplied and divided by 10, compute the same and have
+    another one. Compare it with the learning rate, not with other models.
+
+    Args:
+        model: A compiled `keras.Model`.
+        data: As `keras_curvature.curvature` takes it: `(x, y)`, a `tf.data.Dataset` or a `PyDataset`.
+        path: Where to write `path.png`, `path.json` and `path.txt`; the folder is created. Optional.
+        kind: `"hessian"`, `"ggn"`, `"fisher"` or `"empirical_fisher"`. Defaults to `"hessian"`.
+        training: Whether layers behave as in training (batch statistics, dropout with fixed masks); the numbers then
+            belong to the `batch_size`. Defaults to `False`: how flat is the function that was found.
+        examples: How many examples of `data` to use; `None`: all. Few of them overestimate the sharpness, 1024 by
+            5-10 % in trained networks. Defaults to `1024`.
+        seed: Of the probes and of fixed masks, an integer. Defaults to `0`.
+        batch_size: Of the batches; matters in training mode alone. Optional.
+
+    Returns:
+        A `Report`, a dict of plain numbers; `str(report)` is the table.
+
+    Raises:
+        ValueError: `path` cannot be written (known before anything is computed), or one of `curvature`.
+
+    Example: `kc.report(model, (x_train, y_train), path="curvature")`
+    """
+    if path is not None:
+        path = _checked(path)
+    measured = curvature(model, data, kind, examples=examples, batch_size=batch_size, training=training, seed=seed)
+    result = Report(measure(measured, progress=sys.stdout.isatty()))
+    if path is not None:
+        result.save(path)
+    print(result)
+    return result
+
+
+def _stem(path):
+    """`path` without one of the suffixes that are added."""
+    stem, suffix = os.path.splitext(os.fspath(path))
+    return stem if suffix in SUFFIXES else os.fspath(path)
+
+
+def _checked(path):
+    """The stem of the files to write; refused where they cannot be written."""
+    expected = "the beginning of file names in a folder that can be written to"
+    check(report, "path", path, isinstance(path, (str, os.PathLike)) and os.path.basename(_stem(path)), expected)
+    folder = os.path.dirname(os.path.abspath(_stem(path)))
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`report`: the folder of `path` cannot be made: {error}. Received: path={path!r}") from error
+    targets = [f"{_stem(path)}{suffix}" for suffix in SUFFIXES]
+    free = all(os.access(t, os.W_OK) and os.path.isfile(t) for t in targets if os.path.lexists(t))
+    check(report, "path", path, os.access(folder, os.W_OK) and free, expected)
+    return _stem(path)
+
+
+def _finite(value):
+    """`value` with `None` for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,90 @@
+"""What the methods of a diagonal share: momentum over a running average of squares or curvatures."""
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.linearization.estimates import diagonals as diagonal
+from keras_curvature.optimizers.base import CurvatureOptimizer
+
+
+class DiagonalOptimizer(CurvatureOptimizer):
+    """Base of the methods that divide momentum by an average `D` of estimates, one entry for each weight.
+
+        m <- beta_1 m + (1 - beta_1) g                 in every step
+        D <- beta_2 D + (1 - beta_2) estimate          in step 0, every, 2 every, ...
+
+    An estimate that is not finite is left out, each variable's for itself, and counted by `failed_refreshes`. A
+    subclass has attributes `beta_1, beta_2, every`; with `beta_2=None` the average is the mean of all estimates.
+    """
+
+    def create_state(self, variables):
+        """`m` (unless `beta_1` is 0), `D`, and how many estimates are in the average of each variable."""
+        self._m = self.add_optimizer_variables(variables, "m") if self.beta_1 else []
+        self._D = [
+            self.add_variable(shape, dtype=v.dtype, name=f"{v.path.replace('/', '_')}_D", aggregation="none")
+            for shape, v in zip(self.shapes(variables), variables)
+        ]
+        self._counts = self.add_variable((len(variables),), name="estimates", aggregation="none")
+
+    def shapes(self, variables):
+        """The shape of the diagonal of each variable."""
+        return [v.shape for v in variables]
+
+    @property
+    def seed(self):
+        """For random numbers that every replica shall draw alike: the number of the step."""
+        return tf.cast(self.iterations, tf.int32)
+
+    def product(self, lin, probe):
+        """A function that gives `(z, H z)` of a random vector; the gradient's passes are then those of the Hessian."""
+        # here, outside of the condition on the step: inside, it would need passes of its own
+        H, weights = lin.hessian(), lin.weights
+
+        def product():
+            z = diagonal.draw(weights, self.seed, probe)
+            return z, H @ z
+
+        return product
+
+    def follow(self, gradient, estimate):
+        """`(m, D, counts)` after this step: averages, and the numbers of estimates in those of `D`.
+
+        Args:
+            gradient: A function of no arguments that gives the gradient.
+            estimate: A function that gives an estimate of the diagonal; called where one is due.
+        """
+        if self.every > 1:  # what the estimate can make use of shall be there, outside of the condition
+            gradient()
+        D, counts = self._average(estimate)
+        return self._momentum(gradient()), D, counts
+
+    def _momentum(self, gradient):
+        if not self.beta_1:
+            return gradient
+        m = [tf.cast(g, old.dtype) * (1.0 - self.beta_1) + old * self.beta_1 for g, old in zip(gradient, self._m)]
+        self.remember(self._m, m)
+        return m
+
+    def _average(self, estimate):
+        counted = tf.identity(self._counts.value)
+
+        def average():
+            averages = [self._next(*each) for each in zip(estimate(), trees.values(self._D), tf.unstack(counted))]
+            # `refresh` keeps the old average where this one is not finite: then nothing was taken in
+            fine = tf.stack([trees.sums_up(average) for average in averages])
+            return [*averages, counted + tf.cast(fine, counted.dtype)]
+
+        *D, counts = self.refresh([*self._D, self._counts], self.every, average)
+        due = tf.equal(self.iterations % self.every, 0)
+        failed = tf.cast(len(D), counts.dtype) - tf.reduce_sum(counts - counted)
+        self.report(failed_refreshes=tf.where(due, failed, tf.zeros_like(failed)))
+        return D, tf.unstack(counts)
+
+    def _next(self, estimate, average, count):
+        if self.beta_2 is None:
+            return average + (estimate - average) / tf.cast(count + 1.0, average.dtype)
+        return average * self.beta_2 + estimate * (1.0 - self.beta_2)
+
+    def share(self, beta, count, dtype):
+        """`1 - beta^count`: what an average that began at zero has taken in, and is divided by."""
+        return 1.0 - tf.pow(tf.constant(beta, dtype), tf.cast(count, dtype))

@@ -1,0 +1,250 @@
+"""One Lanczos process under way, and what comes out of it.
+
+The recurrence, its residuals and the references are in `solvers/lanczos.py`, whose functions run such a process. It is
+on the host, in NumPy; the tridiagonal matrix and all that is made of it are in float64.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from keras_curvature import trees
+from keras_curvature.solvers import flat
+
+# A beta below this many roundings of the norm of T is zero: the rest is rounding.
+ROUNDINGS = 10
+# Share of a random vector in a warm start: from an exact eigenvector no other would ever be found.
+FRESH = 1e-3
+# An eigenvalue smaller than this share of the largest |eigenvalue| is found to that share's tolerance.
+SMALL = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues and eigenvectors as far as they were found.
+
+    Attributes:
+        values: float64 `(k,)`; largest first, or smallest first where these were asked for.
+        vectors: `k` vectors of length 1, orthogonal to each other.
+        residuals: `|A x - theta x|` with the rounding that the products were seen to have, float64 `(k,)`: an
+            eigenvalue lies within it.
+        products: How many products it took.
+        converged: Whether each residual is within the tolerance, or as small as rounding allows, booleans `(k,)`.
+        exhausted: Whether the method ended because its vectors span an invariant subspace: the eigenvalues are exact,
+            and where they are fewer than asked for, no more can be found from this start.
+    """
+
+    values: np.ndarray
+    vectors: list = dataclasses.field(repr=False)  # print as long as a model
+    residuals: np.ndarray
+    products: int
+    converged: np.ndarray
+    exhausted: bool = False
+
+    def beside(self, other):
+        """These pairs and those after them, such as of the other end; both must be of one operator."""
+        arrays = (np.append(getattr(self, name), getattr(other, name)) for name in ("values", "residuals", "converged"))
+        values, residuals, converged = arrays
+        products, exhausted = self.products + other.products, self.exhausted or other.exhausted
+        return Eigenpairs(values, [*self.vectors, *other.vectors], residuals, products, converged, exhausted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tridiagonal:
+    """`V'AV = T`, tridiagonal.
+
+    Attributes:
+        alpha: The diagonal, float64 `(steps,)`; shorter where an invariant subspace was found.
+        beta: Below and beside it, float64 `(steps,)`; the last is the norm of what `V` does not hold of `A V`.
+        basis: The vectors `V`, one for each alpha, or `None`.
+        products: How many products it took.
+        exhausted: Whether `V` spans an invariant subspace: then its quadrature is exact.
+    """
+
+    alpha: np.ndarray
+    beta: np.ndarray
+    basis: list | None = dataclasses.field(repr=False)  # prints as long as a model
+    products: int
+    exhausted: bool = False
+
+    @property
+    def matrix(self):
+        """`T`, `(steps, steps)`."""
+        return np.diag(self.alpha) + np.diag(self.beta[:-1], 1) + np.diag(self.beta[:-1], -1)
+
+    def quadrature(self, steps=None):
+        """`(nodes, weights)` with `v'f(A)v ~ sum_i weights_i f(nodes_i)`, `v` the first vector of `V`.
+
+        Args:
+            steps: Of so many steps only, the others left out. Defaults to all.
+        """
+        nodes, vectors = np.linalg.eigh(self.matrix[:steps, :steps])
+        return nodes, vectors[:1].ravel() ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Ritz:
+    """Ritz values at one end, their coefficients in the basis (columns), residuals, and whether these are small."""
+
+    values: np.ndarray
+    coefficients: np.ndarray
+    residuals: np.ndarray
+    converged: np.ndarray
+
+
+class Process:
+    """A Lanczos process that is under way: the basis, `T`, and the next vector.
+
+    Attributes:
+        rows: How many vectors the basis has room for.
+        count: How many there are.
+        T: `V'AV`, float64, tridiagonal; after a restart with one full row and column.
+        beta: The length of what the basis does not hold of its image.
+        exhausted: Whether that is zero.
+        products: How many there were.
+
+    Args:
+        rest: The `flat.Complement` to stay in. Optional.
+        size: Of the eigenvalues outside of it, for what is rounding.
+    """
+
+    def __init__(self, operator, like, rows, metric, rest=None, size=0.0):
+        self.layout, self._like = flat.Layout(like), like
+        self._operator, self._metric, self._rest, self._outside = operator, metric, rest, size
+        self.rows, self.count, self.products = rows, 0, 0
+        self.T, self._V = np.zeros((rows, rows)), np.zeros((rows, self.layout.size), self.layout.dtype)
+        self.beta, self.exhausted = 0.0, False
+        self._errors = np.zeros(rows)  # length of what each product had along the basis, and should not
+
+    def project(self, w):
+        """What `w` has in the complement, in place."""
+        return w if self._rest is None else self._rest.project(w)
+
+    def first(self, start, seed):
+        """Where to begin: a random vector, or the one given with a little of that."""
+        fresh = self.layout.normal(seed, "start")
+        if start is None:
+            return fresh
+        trees.check("start", start, self._like)
+        start = self.layout.pack(start)
+        return start + fresh * fresh.dtype.type(FRESH * flat.norm(start) / flat.norm(fresh))
+
+    def begin(self, vector):
+        """Make this the next vector."""
+        length = flat.norm(vector)
+        if not 0 < length < np.inf:
+            raise ValueError(f"`start` must be a vector that is finite and not zero. Received: one of length {length}")
+        self._set_next(vector, *self._length(vector))
+
+    def step(self):
+        """One product: one more vector in the basis, a row and a column of `T`, and the next vector."""
+        j = self.count
+        w = self._image()
+        self._V[j] = self._v
+        if j:
+            self._subtract_known(w, j)
+        alpha = flat.dot(self._u, w)
+        w -= w.dtype.type(alpha) * self._v
+        V = self._V[: j + 1]
+        errors = flat.coefficients(V, self._dual(w))
+        w -= flat.combination(V, errors)
+        self.T[j, j], self._errors[j], self.count = alpha, np.linalg.norm(errors), j + 1
+        self._advance(w)
+
+    def fill(self):
+        """Steps until the basis is full, or exhausted."""
+        while self.count < self.rows and not self.exhausted:
+            self.step()
+
+    def run_without_basis(self, steps):
+        """`(alpha, beta)` of that many steps, or fewer, with two vectors."""
+        alphas, betas = [], []
+        before = None
+        while len(alphas) < steps and not self.exhausted:
+            w = self._image()
+            if before is not None:
+                w -= w.dtype.type(self.beta) * before
+            alphas.append(flat.dot(self._u, w))
+            w -= w.dtype.type(alphas[-1]) * self._v
+            before = self._v
+            self._advance(w, max(abs(a) for a in alphas) + max(betas, default=0.0))
+            betas.append(self.beta)
+        return np.array(alphas), np.array(betas)
+
+    def ritz(self, k, tolerance, most_negative):
+        """The `k` Ritz pairs at one end, or as many as there are, a `Ritz`."""
+        theta, S = np.linalg.eigh(self.T[: self.count, : self.count])
+        order = np.arange(len(theta)) if most_negative else np.arange(len(theta))[::-1]
+        order = order[:k]
+        values, S = theta[order], S[:, order]
+        left, size = self.beta * np.abs(S[-1]), np.abs(theta).max()
+        rounded = self._seen(S) + self._rounding(size)
+        goal = tolerance * np.maximum(np.abs(values), SMALL * size)
+        return Ritz(values, S, left + rounded, left <= np.maximum(goal, rounded))
+
+    def restart(self, ritz):
+        """Keep these Ritz vectors and the next vector, which is orthogonal to them, and nothing else."""
+        k = len(ritz.values)
+        flat.rotate(self._V[: self.count], ritz.coefficients)
+        self._errors[:k] = self._seen(ritz.coefficients)
+        self.T[:] = 0
+        self.T[:k, :k] = np.diag(ritz.values)
+        self.T[:k, k] = self.T[k, :k] = self.beta * ritz.coefficients[-1]
+        self.count = k
+
+    def eigenpairs(self, ritz):
+        """The Ritz pairs with their vectors."""
+        V = self._V[: self.count]
+        vectors = [self.layout.unpack(flat.combination(V, s)) for s in ritz.coefficients.T]
+        return Eigenpairs(ritz.values, vectors, ritz.residuals, self.products, ritz.converged, self.exhausted)
+
+    def basis(self):
+        """The vectors, as lists."""
+        return [self.layout.unpack(v) for v in self._V[: self.count]]
+
+    def _image(self):
+        self.products += 1
+        return self.project(self.layout.product(self._operator, self._u))
+
+    def _seen(self, S):
+        """The rounding that was seen in the products of the basis, in these combinations of it."""
+        return np.sqrt(self._errors[: self.count] ** 2 @ S**2)
+
+    def _dual(self, w):
+        """`M w`."""
+        return w if self._metric is None else self.layout.product(self._metric, w)
+
+    def _subtract_known(self, w, j):
+        """Take from `w` what it has along the vectors before: one of them, or after a restart all."""
+        along = self.T[:j, j]
+        if np.any(along[:-1]):
+            w -= flat.combination(self._V[:j], along)
+        else:
+            w -= w.dtype.type(along[-1]) * self._V[j - 1]
+
+    def _advance(self, w, size=None):
+        """Make what is left of an image the next vector, unless it is rounding."""
+        size = np.abs(self.T[: self.count, : self.count]).sum(0).max() if size is None else size
+        self.beta, u = self._length(w)
+        full = self.count == self.layout.size
+        self.exhausted = bool(full or self.beta <= self._rounding(size))
+        if self.exhausted:
+            return
+        if self.count < self.rows:
+            self.T[self.count, self.count - 1] = self.T[self.count - 1, self.count] = self.beta
+        self._set_next(w, self.beta, u)
+
+    def _set_next(self, w, length, u):
+        self._v = w / w.dtype.type(length)
+        self._u = self._v if self._metric is None else u / w.dtype.type(length)
+
+    def _length(self, w):
+        """`sqrt(w'Mw)` and `M w`."""
+        u = self._dual(w)
+        square = flat.dot(w, u)
+        if square < 0 or (square == 0 and w.any()):
+            raise ValueError("`metric` must be positive definite. Received: one with a vector v for which v'Mv <= 0")
+        return float(np.sqrt(square)), u
+
+    def _rounding(self, size):
+        return ROUNDINGS * np.finfo(self.layout.dtype).eps * max(size, self._outside)

@@ -1,0 +1,25 @@
+"""Files that were saved before the package got its present layout load, and train on as they would have."""
+
+import json
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+
+import keras_curvature as kc
+
+SAVED = pathlib.Path(__file__).parent / "data" / "saved"
+# what training went on to, in the process that saved the file
+LOSSES = json.loads((SAVED / "losses.json").read_text())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_file_of_the_former_layout_goes_on(name):
+    model = keras.models.load_model(SAVED / f"{name}.keras")
+    assert type(model.optimizer) is getattr(kc, name)
+    model = model if isinstance(model, kc.CurvatureModel) else kc.curved(model)
+    x = np.linspace(-1, 1, 24, dtype="float32").reshape(8, 3)
+    y = np.sin(x[:, :2])
+    losses = model.fit(x, y, batch_size=8, epochs=2, verbose=0, shuffle=False).history["loss"]
+    np.testing.assert_allclose(losses, LOSSES[name], rtol=1e-4)
