@@ -6,9 +6,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_curvature.monitor.probes.label_traces import layer_traces
-from keras_curvature.monitor.probes.noise import noise
-from keras_curvature.monitor.probes.probes import Probes
+from keras_curvature.monitor.noise.noise import noise
+from keras_curvature.monitor.objective.objective import Objective
+from keras_curvature.monitor.spectra.label_traces import layer_traces
 
 
 def numbers(x, y):
@@ -17,9 +17,9 @@ def numbers(x, y):
     layers = [keras.layers.Dense(5, activation="tanh"), keras.layers.Dropout(0.2, seed=1), keras.layers.Dense(3)]
     model = keras.Sequential([keras.Input((4,)), *layers])
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
-    probes = Probes(model, (x, y), training=True, batch_size=64)  # 64 and 32 examples
-    found = noise(probes, micro_batch=4, parts=8)
-    traces = layer_traces(probes, draws=2).values
+    objective = Objective(model, (x, y), training=True, batch_size=64)  # 64 and 32 examples
+    found = noise(objective, micro_batch=4, parts=8)
+    traces = layer_traces(objective, draws=2).values
     return [found.signal, found.noise, found.curvature, found.curved_noise, found.stderr["simple"], *traces.tolist()]
 
 

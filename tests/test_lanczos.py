@@ -391,7 +391,7 @@ def marchenko_pastur(x, ratio=0.5):
     return np.sqrt(np.maximum((x - low) * (high - x), 0)) / x
 
 
-# the density without spikes, and how close four probes of sixty steps come
+# the density without spikes, and how close four random vectors of sixty steps come
 SMOOTH = {
     "semicircle": quantiles(semicircle, -2, 2),
     "marchenko-pastur": quantiles(marchenko_pastur, 0.05, 3),

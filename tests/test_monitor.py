@@ -1,6 +1,6 @@
 """`curvature`: what an operator is asked, against dense matrices made by other means, in float64.
 
-The dense matrices are those of `test_probes.py`, which holds them against closed forms and plain tapes.
+The dense matrices are those of `test_objective.py`, which holds them against closed forms and plain tapes.
 """
 
 import functools
@@ -11,11 +11,20 @@ import pytest
 import tensorflow as tf
 from cases import flat, float64
 from keras import layers
-from test_probes import SPARSE, N, evaluated, examples, hessian, jacobian_of_outputs, model_of, softmax
+from test_objective import (
+    SPARSE,
+    N,
+    evaluated,
+    examples,
+    hessian,
+    jacobian_of_outputs,
+    model_of,
+    softmax,
+)
 
 from keras_curvature import trees
+from keras_curvature.monitor.objective.objective import PRODUCTS
 from keras_curvature.monitor.operator import Curvature, curvature
-from keras_curvature.monitor.probes.probes import PRODUCTS
 from keras_curvature.operators import Diagonal, Function, Masked, dense
 
 SPLITS = np.cumsum([12, 4, 12, 3, 9])  # where one of the weights of the network ends, and the next one begins
@@ -70,7 +79,7 @@ def test_it_is_an_operator_on_lists_of_weights(hessian_of_network):
     assert [c.psd, c.layers] == [False, {"first": [0, 1], "dense": [2, 3], "last": [4, 5]}]
     assert [a.shape for a in c.gradient] == [tuple(a.shape) for a in c.variables]
     # the derivative of the loss along the gradient
-    ahead, behind = [float(c.probes.loss_at(trees.scale(h, c.gradient))) for h in (1e-4, -1e-4)]
+    ahead, behind = [float(c.objective.loss_at(trees.scale(h, c.gradient))) for h in (1e-4, -1e-4)]
     assert (ahead - behind) / 2e-4 == pytest.approx(float(trees.squared_norm(c.gradient)), rel=1e-6)
     assert (ahead + behind - 2 * float(c.loss)) / 1e-8 == pytest.approx(
         float(c.quadratic_form(c.gradient, c.gradient)), rel=1e-4
@@ -134,7 +143,7 @@ def test_what_is_passed_on(hessian_of_network):
     short = c.top(2, tolerance=1e-8, max_products=4)
     assert short.products == 4 and not short.converged.all()
     pairs, values = c.top(3, tolerance=1e-8), np.linalg.eigvalsh(H)[::-1]
-    nodes = c.density(probes=2, steps=40, pairs=pairs).nodes
+    nodes = c.density(vectors=2, steps=40, pairs=pairs).nodes
     assert np.abs(nodes - values[0]).min() < 1e-10 and nodes.min() == pytest.approx(values[-1], rel=1e-6)
 
 
@@ -143,7 +152,7 @@ def test_diagonal_and_density(hessian_of_network):
     (entries, stderr), values = c.diagonal(100, stderr=True), np.linalg.eigvalsh(H)
     assert (np.abs(flat(entries) - np.diag(H)) < 5 * flat(stderr)).all()
     np.testing.assert_array_equal(flat(c.diagonal(100)), flat(entries))
-    found = c.density(probes=2, steps=43)
+    found = c.density(vectors=2, steps=43)
     assert found.nodes.min() == pytest.approx(values[0], rel=1e-6)
     assert found.nodes.max() == pytest.approx(values[-1], rel=1e-6)
 
@@ -310,7 +319,7 @@ def _check_peer(name, kind):
         output_signature=(tf.TensorSpec((None, *x.shape[1:]), x.dtype), tf.TensorSpec((None, *y.shape[1:]), y.dtype)),
     )
     c = curvature(model, data, kind)
-    assert c.probes.counts == [len(x[batch]) for batch in batches]
+    assert c.objective.counts == [len(x[batch]) for batch in batches]
     v = random_vector(c.variables)
     np.testing.assert_allclose(flat(c @ v), theirs @ flat(v), rtol=1e-5, atol=1e-8)
     if kind == "ggn":
@@ -409,7 +418,7 @@ def test_every_kind_but_the_hessian_is_positive_semi_definite(network, kind):
 
 def test_it_says_what_it_is_without_computing_anything(network, monkeypatch):
     c = curvature(*network, "ggn", batch_size=4)
-    monkeypatch.setattr(c.probes, "total", None)
+    monkeypatch.setattr(c.objective, "total", None)
     name = network[0].name
     assert repr(c) == f"<Curvature: ggn of {name!r}, 43 weights, 10 examples in batches of 4, inference mode>"
     assert repr(c.block("dense")) == (

@@ -103,7 +103,7 @@ def test_the_clock_leaves_out_the_other_model_and_what_is_done_once(bench, monke
 
 
 def _basis(curvature):
-    shapes = [w.shape for w in curvature.probes.weights]
+    shapes = [w.shape for w in curvature.objective.weights]
     sizes = [int(np.prod(shape)) for shape in shapes]
     for row in np.eye(sum(sizes), dtype="float32"):
         yield [part.reshape(shape) for part, shape in zip(np.split(row, np.cumsum(sizes)[:-1]), shapes)]

@@ -14,11 +14,16 @@ import pytest
 import tensorflow as tf
 from cases import LOSSES, MODELS, flat, float64, put
 
+from keras_curvature.monitor.noise import noise as noise_module
+from keras_curvature.monitor.noise.noise import (
+    Noise,
+    NoiseAverage,
+    noise,
+    two_batch_sizes,
+)
+from keras_curvature.monitor.objective.objective import Objective
 from keras_curvature.monitor.operator import curvature
-from keras_curvature.monitor.probes import noise as noise_module
-from keras_curvature.monitor.probes.label_traces import LayerTraces, layer_traces
-from keras_curvature.monitor.probes.noise import Noise, NoiseAverage, noise, two_batch_sizes
-from keras_curvature.monitor.probes.probes import Probes
+from keras_curvature.monitor.spectra.label_traces import LayerTraces, layer_traces
 
 ROWS = 48
 CLASSES = 3
@@ -57,21 +62,26 @@ def gradients_of(model, x, y, weights=None):
     return np.array(rows)
 
 
-def dense(probes):
-    """The matrix of some probes, by central differences of the gradient for the Hessian, else by products."""
-    start, columns = flat(probes.weights), []
-    if probes.kind == "hessian":
+def split_by_variable(diagonal, objective):
+    """The entries that belong to each trainable variable."""
+    return np.split(diagonal, np.cumsum([v.shape.num_elements() for v in objective.variables])[:-1])
+
+
+def dense(objective):
+    """The matrix of an objective, by central differences of the gradient for the Hessian, else by products."""
+    start, columns = flat(objective.weights), []
+    if objective.kind == "hessian":
         for unit in 1e-5 * np.eye(len(start)):
-            put(probes.variables, start + unit)
-            ahead = flat(probes.gradient())
-            put(probes.variables, start - unit)
-            columns.append((ahead - flat(probes.gradient())) / 2e-5)
-        put(probes.variables, start)
+            put(objective.variables, start + unit)
+            ahead = flat(objective.gradient())
+            put(objective.variables, start - unit)
+            columns.append((ahead - flat(objective.gradient())) / 2e-5)
+        put(objective.variables, start)
     else:
-        sizes = np.cumsum([v.shape.num_elements() for v in probes.variables])[:-1]
+        sizes = np.cumsum([v.shape.num_elements() for v in objective.variables])[:-1]
         for unit in np.eye(len(start)):
-            parts = zip(np.split(unit, sizes), probes.variables)
-            columns.append(flat(probes.product([tf.constant(a.reshape(v.shape)) for a, v in parts])))
+            parts = zip(np.split(unit, sizes), objective.variables)
+            columns.append(flat(objective.product([tf.constant(a.reshape(v.shape)) for a, v in parts])))
     return np.array(columns).T
 
 
@@ -81,8 +91,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def probes(model):
-    return Probes(model, data())
+def objective(model):
+    return Objective(model, data())
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +101,8 @@ def gradients(model):
 
 
 @pytest.fixture(scope="module")
-def measured(probes):
-    return noise(probes, micro_batch=3, parts=4)
+def measured(objective):
+    return noise(objective, micro_batch=3, parts=4)
 
 
 # The estimators: arithmetic.
@@ -227,10 +237,10 @@ def test_what_cannot_be_divided():
 # On models.
 
 
-def test_numbers_are_those_of_parts_and_micro_batches(measured, gradients, probes):
+def test_numbers_are_those_of_parts_and_micro_batches(measured, gradients, objective):
     """Parts and micro-batches are what follows one another; the Hessian is dense."""
     parts = gradients.reshape(4, 12, -1)
-    micro, H = parts.reshape(16, 3, -1).mean(1), dense(probes)
+    micro, H = parts.reshape(16, 3, -1).mean(1), dense(objective)
     G, means = gradients.mean(0), parts.mean(1)
     trace = 3 * np.sum((micro - G) ** 2) / 15
     np.testing.assert_allclose([measured.noise, measured.signal], [trace, G @ G - trace / ROWS], rtol=1e-10)
@@ -242,9 +252,9 @@ def test_numbers_are_those_of_parts_and_micro_batches(measured, gradients, probe
 
 def test_of_micro_batches_of_one_it_is_the_covariance(gradients, model):
     """With a part for each example `tr(HS)` is exact too: against the dense Gauss-Newton matrix."""
-    probes = Probes(model, data(), kind="ggn")
-    found = noise(probes, micro_batch=1, parts=ROWS)
-    S, G, H = np.cov(gradients.T), gradients.mean(0), dense(probes)
+    objective = Objective(model, data(), kind="ggn")
+    found = noise(objective, micro_batch=1, parts=ROWS)
+    S, G, H = np.cov(gradients.T), gradients.mean(0), dense(objective)
     expected = [np.trace(S), G @ G - np.trace(S) / ROWS, np.trace(H @ S), G @ H @ G - np.trace(H @ S) / ROWS]
     np.testing.assert_allclose([found.noise, found.signal, found.curved_noise, found.curvature], expected, rtol=1e-10)
 
@@ -252,7 +262,7 @@ def test_of_micro_batches_of_one_it_is_the_covariance(gradients, model):
 @pytest.mark.parametrize(("batch_size", "parts"), [(18, 4), (5, 2), (20, 16)])
 def test_batches_and_parts_do_not_show(model, gradients, batch_size, parts):
     """Ragged batches (18 + 18 + 12; nine of 5 and one of 3; 20 + 20 + 8): micro-batches of one have one answer."""
-    found = noise(Probes(model, data(), batch_size=batch_size), 1, parts, curvature=False)
+    found = noise(Objective(model, data(), batch_size=batch_size), 1, parts, curvature=False)
     assert found.examples == found.micro_batches == ROWS
     S, G = np.cov(gradients.T), gradients.mean(0)
     np.testing.assert_allclose([found.noise, found.signal], [np.trace(S), G @ G - np.trace(S) / ROWS], rtol=1e-10)
@@ -264,15 +274,15 @@ def test_sample_weights_are_part_of_the_noise_and_regularizers_are_none(gradient
     weights = np.linspace(0.0, 2.0, ROWS)
     weighed = gradients_of(model, x, y, weights)
     S, G = np.cov(weighed.T), weighed.mean(0)
-    found = noise(Probes(model, (x, y, weights)), 1, 2, curvature=False)
+    found = noise(Objective(model, (x, y, weights)), 1, 2, curvature=False)
     np.testing.assert_allclose([found.noise, found.signal], [np.trace(S), G @ G - np.trace(S) / ROWS], rtol=1e-10)
-    unweighed = noise(Probes(model, (x, y)), 1, 2, curvature=False)
+    unweighed = noise(Objective(model, (x, y)), 1, 2, curvature=False)
     np.testing.assert_allclose(unweighed.noise, np.trace(np.cov(gradients.T)), rtol=1e-10)
 
 
-def test_a_sum_over_examples_has_the_noise_scale_of_the_mean(probes, measured):
+def test_a_sum_over_examples_has_the_noise_scale_of_the_mean(objective, measured):
     model = network(reduction="sum")
-    found = noise(Probes(model, data()), micro_batch=3, parts=4)
+    found = noise(Objective(model, data()), micro_batch=3, parts=4)
     np.testing.assert_allclose(found.signal, ROWS**2 * measured.signal, rtol=1e-10)
     np.testing.assert_allclose(found.best_rate, measured.best_rate / ROWS, rtol=1e-7)
     np.testing.assert_allclose(
@@ -292,17 +302,17 @@ def test_masks_are_noise_and_are_drawn_anew_for_every_example():
     g = 2 * (seen @ [0.3, -0.2, 1.0] - 0.5)[:, np.newaxis] * seen
     G = chance @ g
     trace, y = chance @ np.sum((g - G) ** 2, 1), np.full((960, 1), 0.5)
-    found = noise(Probes(model, (inputs, y), training=True), micro_batch=8, curvature=False)
+    found = noise(Objective(model, (inputs, y), training=True), micro_batch=8, curvature=False)
     assert abs(found.noise - trace) < 4 * found.stderr["noise"] < trace
     assert abs(found.signal - G @ G) < 4 * found.stderr["signal"]
-    still = noise(Probes(model, (inputs, y)), micro_batch=8, curvature=False)
+    still = noise(Objective(model, (inputs, y)), micro_batch=8, curvature=False)
     assert still.noise < 1e-20 and still.signal > 0.1 and still.simple < 1e-18
 
 
 def test_in_training_mode_normalization_is_of_the_micro_batch():
     model, (x, y) = network(extra=[keras.layers.BatchNormalization()]), data()
     before = [v.numpy() for v in model.variables]
-    found = noise(Probes(model, (x, y), training=True), micro_batch=6, parts=4, curvature=False)
+    found = noise(Objective(model, (x, y), training=True), micro_batch=6, parts=4, curvature=False)
     for value, v in zip(before, model.variables):
         np.testing.assert_array_equal(value, v.numpy())
     means = []
@@ -321,12 +331,12 @@ def test_in_training_mode_normalization_is_of_the_micro_batch():
 def test_on_every_model_the_micro_batches_make_up_the_batch(name, training):
     """`|g|^2 = |G|^2 + tr S / N` is that of the whole gradient, dropout's masks with it."""
     case = (LOSSES[name[5:]] if name.startswith("loss_") else MODELS[name])().compile()
-    probes = Probes(case.model, tuple(a for a in case.batch if a is not None), training=training)
+    objective = Objective(case.model, tuple(a for a in case.batch if a is not None), training=training)
     by_slices = name == "masked_outputs" or training and any(
         isinstance(layer, keras.layers.BatchNormalization) for layer in case.model._flatten_layers()
     )  # fmt: skip
-    found = noise(probes, micro_batch=3, parts=2, curvature=False)
-    whole = np.sum(flat(probes.gradient()) ** 2)
+    found = noise(objective, micro_batch=3, parts=2, curvature=False)
+    whole = np.sum(flat(objective.gradient()) ** 2)
     assert found.noise >= 0 and math.isfinite(found.signal)
     if not by_slices:
         np.testing.assert_allclose(found.signal + found.noise / found.examples, whole, rtol=1e-10)
@@ -337,27 +347,27 @@ def test_on_every_model_the_micro_batches_make_up_the_batch(name, training):
 
 def test_traces_are_those_of_the_dense_matrix_and_one_draw_is_within_6_percent():
     """512 examples, 50 draws; per variable and whole; L2 regularizers are part of the Gauss-Newton matrix."""
-    probes = Probes(network(regularizer=keras.regularizers.L2(0.01)), data(512), kind="ggn")
-    found = layer_traces(probes, draws=50)
-    diagonal = np.split(np.diag(dense(probes)), np.cumsum([v.shape.num_elements() for v in probes.variables])[:-1])
+    objective = Objective(network(regularizer=keras.regularizers.L2(0.01)), data(512), kind="ggn")
+    found = layer_traces(objective, draws=50)
+    diagonal = split_by_variable(np.diag(dense(objective)), objective)
     expected = np.array([d.sum() for d in diagonal])
     assert np.all(np.abs(found.values - expected) < 4 * found.stderr) and np.all(found.stderr < 0.02 * expected)
     value, stderr = found.of()
     assert abs(value - expected.sum()) < 4 * stderr
     assert np.std(found.samples.sum(1)) < 0.06 * expected.sum()
     assert abs(found.of([0, 1])[0] - expected[:2].sum()) < 4 * found.of([0, 1])[1]
-    other = layer_traces(probes, seed=1, draws=2)
+    other = layer_traces(objective, seed=1, draws=2)
     assert not np.any(np.isclose(other.samples, found.samples[:2], rtol=1e-6, atol=0.0))
-    np.testing.assert_array_equal(layer_traces(probes, seed=0, draws=1).samples, found.samples[:1])
+    np.testing.assert_array_equal(layer_traces(objective, seed=0, draws=1).samples, found.samples[:1])
 
 
 @pytest.mark.parametrize("name", ["conv2d", "embedding"])
 def test_traces_of_other_layers_are_without_bias(name):
     """By random signs; of 6 examples in batches of 4 and 2."""
     case = MODELS[name]().compile()
-    probes = Probes(case.model, (case.x, case.y), kind="fisher", batch_size=4)
-    found = layer_traces(probes, draws=200)
-    diagonal = np.split(np.diag(dense(probes)), np.cumsum([v.shape.num_elements() for v in probes.variables])[:-1])
+    objective = Objective(case.model, (case.x, case.y), kind="fisher", batch_size=4)
+    found = layer_traces(objective, draws=200)
+    diagonal = split_by_variable(np.diag(dense(objective)), objective)
     assert np.all(np.abs(found.values - [d.sum() for d in diagonal]) < 4 * found.stderr)
 
 
@@ -366,7 +376,7 @@ def test_traces_through_batch_statistics_are_without_bias(batch_size):
     """Of 16 examples that all depend on each other; the oracle is tapes over Keras' own `stateless_call`."""
     model = network(extra=[keras.layers.Dense(3), keras.layers.BatchNormalization(), keras.layers.ReLU()])
     x, y = data(16)
-    found = layer_traces(Probes(model, (x, y), training=True, batch_size=batch_size), draws=400)
+    found = layer_traces(Objective(model, (x, y), training=True, batch_size=batch_size), draws=400)
     size = batch_size or 16
     expected = np.mean([gauss_newton_traces(model, x[i : i + size]) for i in range(0, 16, size)], 0)
     assert np.all(np.abs(found.values - expected) < 4 * found.stderr + 1e-14)
@@ -377,7 +387,7 @@ def test_traces_through_batch_statistics_are_without_bias(batch_size):
     # normalization takes the bias out that is before it
     assert max(expected[3], found.values[3]) < 1e-20 < 1e-3 < expected[2]
     frozen = network(extra=[keras.layers.BatchNormalization(trainable=False)])
-    assert not Probes(frozen, (x, y), training=True).mixes_examples
+    assert not Objective(frozen, (x, y), training=True).mixes_examples
 
 
 def gauss_newton_traces(model, x):
@@ -416,31 +426,31 @@ def test_two_replicas_give_the_numbers_of_one():
 # What is refused.
 
 
-def test_arguments_that_are_refused(probes):
+def test_arguments_that_are_refused(objective):
     for name, value in (("micro_batch", 0), ("micro_batch", 2.0), ("parts", 1), ("curvature", 1)):
         with pytest.raises(ValueError, match=f"`noise`: `{name}` must be .* Received: {name}={value}"):
-            noise(probes, **{name: value})
+            noise(objective, **{name: value})
     for name, value in (("seed", -1), ("draws", 0)):
         with pytest.raises(ValueError, match=f"`layer_traces`: `{name}` must be .* Received: {name}={value}"):
-            layer_traces(probes, **{name: value})
+            layer_traces(objective, **{name: value})
     with pytest.raises(ValueError, match="`decay` must be"):
         NoiseAverage(decay=1.0)
     with pytest.raises(ValueError, match="`batch_size` must be"):
-        noise(probes, 3, 4).rate(0)
+        noise(objective, 3, 4).rate(0)
 
 
-def test_gradients_that_do_not_fit_into_memory_are_refused_with_the_bytes(probes, monkeypatch):
+def test_gradients_that_do_not_fit_into_memory_are_refused_with_the_bytes(objective, monkeypatch):
     """16 gradients and two products, of 8 bytes for each weight."""
-    size = sum(v.shape.num_elements() for v in probes.variables)
+    size = sum(v.shape.num_elements() for v in objective.variables)
     monkeypatch.setattr(noise_module, "MEMORY", 10.5 * 8 * size)
     with pytest.raises(ValueError, match=rf"16 parts need {18 * 8 * size / 1e9:.3g} GB .*Pass `parts=8` or fewer"):
-        noise(probes)
-    assert noise(probes, parts=8, curvature=False).examples == ROWS
+        noise(objective)
+    assert noise(objective, parts=8, curvature=False).examples == ROWS
 
 
-def test_one_micro_batch_is_refused(probes):
-    with pytest.raises(ValueError, match=r"micro_batch=25 and a probe set of 48 examples. Use a smaller `micro_batch`"):
-        noise(probes, micro_batch=25)
+def test_one_micro_batch_is_refused(objective):
+    with pytest.raises(ValueError, match=r"micro_batch=25 and 48 examples. Use a smaller `micro_batch`"):
+        noise(objective, micro_batch=25)
     with pytest.raises(ValueError, match="larger than small=64: cut the batch into two micro-batches at least"):
         two_batch_sizes(64, 64, 1.0, 1.0)
 
@@ -449,6 +459,6 @@ def test_a_loss_without_labels_to_draw_is_refused():
     model, (x, y) = network(outputs=1), data()
     model.compile("sgd", "hinge")
     with pytest.raises(ValueError, match="(?i)hinge"):
-        layer_traces(Probes(model, (x, y[:, np.newaxis])), draws=1)
+        layer_traces(Objective(model, (x, y[:, np.newaxis])), draws=1)
     with pytest.raises(ValueError, match="not drawn"):
-        layer_traces(Probes(network(), (x, y), kind="empirical_fisher"))
+        layer_traces(Objective(network(), (x, y), kind="empirical_fisher"))

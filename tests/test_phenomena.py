@@ -10,9 +10,9 @@ import tensorflow as tf
 from cases import flat, float64
 
 from keras_curvature import problems
+from keras_curvature.monitor.noise.noise import NoiseAverage
+from keras_curvature.monitor.objective.objective import PRODUCTS, Objective
 from keras_curvature.monitor.operator import curvature
-from keras_curvature.monitor.probes.noise import NoiseAverage
-from keras_curvature.monitor.probes.probes import PRODUCTS, Probes
 from keras_curvature.monitor.report.landscape import landscape
 from keras_curvature.operators import Function
 from keras_curvature.solvers.lanczos import extremes
@@ -145,7 +145,7 @@ def test_the_density_has_the_outliers_and_the_bulk():
     model = network([16], 0.1)
     list(in_stages(model, x, y, 64, (1,)))
     values = np.linalg.eigvalsh(matrices(model, x, y)[0])
-    found = curvature(model, (x, y)).density(probes=20, steps=60)
+    found = curvature(model, (x, y)).density(vectors=20, steps=60)
     high, low = 0.2 * values[-1], 0.01 * values[-1]
     assert np.sum(values > high) == 9 and abs(found.count(high) - 9) < 3
     assert abs(found.mass(-low, low) - np.mean(np.abs(values) < low)) < 0.02
@@ -183,21 +183,21 @@ def test_a_mini_batch_overestimates_the_sharpness_ever_more():
     for seed in range(3):
         model = network([32], 0.1, seed=seed)
         whole = curvature(model, (x, y))
-        parts = {size: Probes(model, (x[order], y[order]), batch_size=size) for size in ratios}
+        parts = {size: Objective(model, (x[order], y[order]), batch_size=size) for size in ratios}
         for _ in in_stages(model, x, y, 32, (0, 2, 10)):
             top = whole.top(1)
-            for size, probes in parts.items():
-                ratios[size].append(_over_the_whole(probes, float(top.values[0]), top.vectors[0]))
+            for size, objective in parts.items():
+                ratios[size].append(_over_the_whole(objective, float(top.values[0]), top.vectors[0]))
     small, large = [np.reshape(found, (3, 3)).mean(0) for found in ratios.values()]
     assert 1.0 < small[0] < small[1] < small[2] and small[1] > 1.3
     assert all(1.0 < one < other for one, other in zip(large, small))
 
 
-def _over_the_whole(probes, value, vector):
+def _over_the_whole(objective, value, vector):
     """The mean largest eigenvalue of the batches over that of the whole, `value`; checks the quotients."""
     found, quotients = [], []
-    for i in range(probes.batches):
-        hessian = Function(lambda v, i=i: probes.on_batch(i, "hessian", PRODUCTS["hessian"], v))
+    for i in range(objective.batches):
+        hessian = Function(lambda v, i=i: objective.on_batch(i, "hessian", PRODUCTS["hessian"], v))
         found.append(extremes(hessian, vector, 12, start=vector)[0].values[0])
         quotients.append(flat(vector) @ flat(hessian @ vector))
     np.testing.assert_allclose(np.mean(quotients), value, rtol=1e-4)
@@ -258,10 +258,10 @@ def test_relu_networks_have_the_trace_of_their_gauss_newton_matrix():
     with float64():
         x, y = digits()
         model, apart = network([16], 0.1), []
-        probes = Probes(model, (x, y))
+        objective = Objective(model, (x, y))
         for _ in in_stages(model, x, y, 64, (0, 1, 3)):
             H, G = matrices(model, x, y)
-            ours = probes.total("exact diagonal", lambda lin: lin.hessian_diagonal(probe="exact"))
+            ours = objective.total("exact diagonal", lambda lin: lin.hessian_diagonal(probe="exact"))
             start = 0
             for block in ours:
                 own = slice(start, start := start + int(np.prod(block.shape)))

@@ -286,7 +286,7 @@ def two_replicas():
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, here / "two_replicas.py", *ONE_OF_EACH, *PLAIN_FAMILIES],
-        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])

@@ -19,7 +19,15 @@ from keras_curvature.command_line import main
 from keras_curvature.monitor.operator import curvature
 from keras_curvature.monitor.report.measure import _Asked, _caveats, _stability
 from keras_curvature.monitor.report.reporting import Report, report
-from keras_curvature.monitor.report.table import SHOWN_LAYERS, count, number, shown_layers, stability, table, with_error
+from keras_curvature.monitor.report.table import (
+    SHOWN_LAYERS,
+    count,
+    number,
+    shown_layers,
+    stability,
+    table,
+    with_error,
+)
 from keras_curvature.monitor.spectra.density import Density
 from keras_curvature.solvers.krylov import Eigenpairs
 

@@ -206,7 +206,7 @@ def test_a_tpu_is_resolved_connected_initialized(recorded, monkeypatch, kind, tp
 
 def test_a_tpu_that_does_not_answer_is_given_up(recorded, monkeypatch):
     for_ever = threading.Event()
-    monkeypatch.setattr(tf.config, "experimental_connect_to_cluster", lambda resolver: for_ever.wait(30))
+    monkeypatch.setattr(tf.config, "experimental_connect_to_cluster", lambda resolver: for_ever.wait())
     with pytest.raises(ConnectionError, match=r"`--tpu pod` has not answered within 0.2 seconds. Is it running"):
         strategies.make("tpu", "pod", timeout=0.2)
     for_ever.set()

@@ -51,7 +51,7 @@ def start_two(directories, *arguments, **of_the_second):
 def finished(processes):
     """What they print at the end; all of them are stopped if one fails."""
     try:
-        results = [process.communicate(timeout=240) for process in processes]
+        results = [process.communicate(timeout=1800) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -91,7 +91,7 @@ def test_a_job_with_a_killed_worker_is_started_again_and_ends_bit_for_bit_the_sa
 
     # dead in the middle of the second epoch: after step 8 of 15, one step after the last checkpoint
     first, second = start_two([tmp_path / "killed"] * 2, "resume", name, DIE_AT="9")
-    second.communicate(timeout=240)
+    second.communicate(timeout=1800)
     assert second.returncode == -9
     first.kill()  # by the scheduler, as a job is that has lost a worker
     first.communicate()

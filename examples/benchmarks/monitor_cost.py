@@ -152,7 +152,7 @@ def subject(model, data, points, examples=1024):
 def references(curvature):
     """Converged values by this package, for where the others are not installed."""
     top = curvature.top(TOP, tolerance=1e-5).values
-    return {"top": list(top), "trace": traces.xtrace(curvature, curvature.probes.weights, 200).value}
+    return {"top": list(top), "trace": traces.xtrace(curvature, curvature.objective.weights, 200).value}
 
 
 def fewest(curvature, reference, start):
@@ -180,7 +180,7 @@ def fewest_in_training(curvature, of, points, starts=3):
 def random_vector(curvature, seed):
     """Gaussian, of the shape of the weights."""
     random = np.random.default_rng(seed)
-    return [tf.constant(random.standard_normal(w.shape), w.dtype) for w in curvature.probes.weights]
+    return [tf.constant(random.standard_normal(w.shape), w.dtype) for w in curvature.objective.weights]
 
 
 def questions(curvature, of, point, reference, set_up):
@@ -205,7 +205,7 @@ def questions(curvature, of, point, reference, set_up):
     add("top", ", its rule", lambda: curvature.top(TOP, tolerance=SHARPNESS), lambda p: off(p.values, reference["top"]))
     for name, trace in {"Hutchinson": hutchinson, "deflated": deflated, "XTrace": xtrace}.items():
         rows.append(traced(name, trace, curvature, reference["trace"]))
-    add("density", "", lambda: curvature.density(probes=1, steps=STEPS))
+    add("density", "", lambda: curvature.density(vectors=1, steps=STEPS))
     return rows
 
 
@@ -222,7 +222,7 @@ def traced(name, trace, curvature, reference):
 
 def hutchinson(curvature, seed, estimate=traces.hutchinson, begin=10):
     """`(trace, products)`: the standard error of ten products foretells how many more are needed."""
-    like = curvature.probes.weights
+    like = curvature.objective.weights
     first = estimate(curvature, like, products=begin, seed=seed)
     more = math.ceil(begin * (first.stderr / (TRACE * abs(first.value))) ** 2) - begin
     if more < 2:
@@ -247,7 +247,7 @@ def xtrace(curvature, seed, begin=12):
     total = products = 0
     while True:
         products = 2 * products or begin
-        found = traces.xtrace(curvature, curvature.probes.weights, products, seed)
+        found = traces.xtrace(curvature, curvature.objective.weights, products, seed)
         total += products
         if found.stderr <= TRACE * abs(found.value) or products > MOST:
             return found.value, total
@@ -421,19 +421,19 @@ def board_cost(name, seconds, say):
         board = kc.callbacks.CurvatureBoard(folder, budget=BUDGET, report_at=None)
         clock = Turns(seconds, board, lambda _: fit(plain, without))
         fit(watched, clock, board)
-    budget, probes = board._budget, board._probes
+    budget, measurements = board._budget, board._measurements
     milliseconds = [1e3 * c.seconds / c.steps for c in (without, clock)]
     adds, own = milliseconds[1] / milliseconds[0] - 1, sum(budget.spent.values()) / budget.elapsed
     target = verdict(round(100 * adds, 1), 100 * BUDGET, " %")
     row = f"{name:<12} {milliseconds[0]:>8.2f} {milliseconds[1]:>8.2f} {adds:>7.1%}  {target:<13} {own:>7.1%}"
-    say(f"{row} {probes:>7} {clock.steps:>7} {clock.once():>8.1f}")
+    say(f"{row} {measurements:>12} {clock.steps:>7} {clock.once():>8.1f}")
 
 
 def boards(names, seconds, say):
     """The table of the board."""
     say(f"\n\n== CurvatureBoard(budget={BUDGET}), Adam: {seconds:g} s of training with it, and as long without it\n")
     head = f"{'':<12} {'ms/step':>8} {'with it':>8} {'adds':>7}  {'target':<13} {'own':>7}"
-    say(f"{head} {'probes':>7} {'steps':>7} {'once, s':>8}")
+    say(f"{head} {'measurements':>12} {'steps':>7} {'once, s':>8}")
     for name in names:
         board_cost(name, seconds, say)
 

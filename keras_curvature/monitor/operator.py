@@ -11,11 +11,11 @@ import keras
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number
-from keras_curvature.monitor.probes.label_traces import is_gauss_newton, layer_traces
-from keras_curvature.monitor.probes.naming import layers_of
-from keras_curvature.monitor.probes.noise import noise
-from keras_curvature.monitor.probes.probes import Probes
+from keras_curvature.monitor.noise.noise import noise
+from keras_curvature.monitor.objective.layers import layers_of
+from keras_curvature.monitor.objective.objective import Objective
 from keras_curvature.monitor.spectra import density, traces
+from keras_curvature.monitor.spectra.label_traces import is_gauss_newton, layer_traces
 from keras_curvature.operators import Function, Identity, LinearOperator, Masked
 from keras_curvature.solvers import ConjugateGradient, lanczos
 
@@ -81,8 +81,8 @@ def curvature(
     check(curvature, "progress", progress, isinstance(progress, bool), "True or False")
     if layers is not None:
         _check_layers(layers)
-    probes = Probes(model, data, kind, examples, batch_size, training, seed, asked_by=curvature)
-    return Curvature(probes, layers, progress)
+    objective = Objective(model, data, kind, examples, batch_size, training, seed, asked_by=curvature)
+    return Curvature(objective, layers, progress)
 
 
 class Curvature(LinearOperator):
@@ -93,30 +93,30 @@ class Curvature(LinearOperator):
     it took.
 
     Args:
-        probes: The `Probes`.
+        objective: The `Objective`.
         layers: As of `curvature`.
         progress: As of `curvature`.
 
     Attributes:
-        probes: As given: `loss_at`, and the numbers of a heading (`examples`, `batch_size`, `training`, `kind`).
+        objective: As given: `loss_at`, and the numbers of a heading (`examples`, `batch_size`, `training`, `kind`).
         variables: The trainable variables that vectors are shaped as, a list.
         layers: `{name: [indices]}`: the places in a vector of each layer's weights.
         psd: Whether `v'Bv >= 0` for every `v`: of every kind but the Hessian.
     """
 
-    def __init__(self, probes, layers=None, progress=False):
-        known = layers_of(probes.model)
+    def __init__(self, objective, layers=None, progress=False):
+        known = layers_of(objective.model)
         chosen = known if layers is None else _chosen(layers, known)
-        self.probes, self._progress = probes, progress
-        everything = range(len(probes.variables))
+        self.objective, self._progress = objective, progress
+        everything = range(len(objective.variables))
         self._indices = list(everything) if layers is None else sorted(i for own in chosen.values() for i in own)
         place = {i: k for k, i in enumerate(self._indices)}
         self.layers = {name: [place[i] for i in own] for name, own in chosen.items()}
-        self._masked = Masked(Function(probes.product, probes.psd), self._indices, probes.variables)
-        self.variables = self._masked.restrict(probes.variables)
+        self._masked = Masked(Function(objective.product, objective.psd), self._indices, objective.variables)
+        self.variables = self._masked.restrict(objective.variables)
 
     def __repr__(self):
-        whole, p = len(self.variables) == len(self.probes.variables), self.probes
+        whole, p = len(self.variables) == len(self.objective.variables), self.objective
         weights = trees.count(self.variables)
         parts = "" if whole else f" of {', '.join(self.layers)}"
         mode = "training" if p.training else "inference"
@@ -128,17 +128,17 @@ class Curvature(LinearOperator):
     @property
     def psd(self):
         """Whether `v'Bv >= 0` for every `v`."""
-        return self.probes.psd
+        return self.objective.psd
 
     @property
     def loss(self):
         """The loss at the weights that the model has now, a scalar."""
-        return self.probes.loss()
+        return self.objective.loss()
 
     @property
     def gradient(self):
         """Its gradient, a vector."""
-        return self._masked.restrict(self.probes.gradient())
+        return self._masked.restrict(self.objective.gradient())
 
     def multiply(self, vector):
         """`B v`, a vector."""
@@ -155,7 +155,7 @@ class Curvature(LinearOperator):
         Its vectors are lists of these layers' weights.
         """
         check(Curvature.block, "layer", layer, isinstance(layer, str), "the name of a layer, or a regular expression")
-        return Curvature(self.probes, list(_chosen([layer], self.layers, "layer")), self._progress)
+        return Curvature(self.objective, list(_chosen([layer], self.layers, "layer")), self._progress)
 
     def top(self, k=10, tolerance=1e-3, most_negative=False, max_products=None, metric=None):
         """The `k` largest eigenvalues with their vectors, `Eigenpairs`; see `solvers/lanczos.py`.
@@ -175,7 +175,7 @@ class Curvature(LinearOperator):
         """
         with self._shown() as operator:
             return lanczos.eigenpairs(
-                operator, self._like, k, tolerance=tolerance, most_negative=most_negative, seed=self.probes.seed,
+                operator, self._like, k, tolerance=tolerance, most_negative=most_negative, seed=self.objective.seed,
                 max_products=max_products, metric=metric,
             )  # fmt: skip
 
@@ -192,7 +192,7 @@ class Curvature(LinearOperator):
     def extremes(self, start=None, steps=10, metric=None):
         """The largest and the smallest eigenvalue, two `Eigenpairs` of one, of one run; as `sharpness` and `top`."""
         with self._shown(steps) as operator:
-            return lanczos.extremes(operator, self._like, steps, start=start, seed=self.probes.seed, metric=metric)
+            return lanczos.extremes(operator, self._like, steps, start=start, seed=self.objective.seed, metric=metric)
 
     def trace(self, products=30, by_layer=False, pairs=None, labels=False):
         """The sum of the eigenvalues, an `Estimate`; or that of each layer's block, `{name: Estimate}`.
@@ -218,7 +218,7 @@ class Curvature(LinearOperator):
         check(Curvature.trace, "labels", labels, isinstance(labels, bool), "True or False")
         if labels:
             return self._trace_by_labels(products, by_layer, pairs)
-        seed, parts = self.probes.seed, self.layers if by_layer else None
+        seed, parts = self.objective.seed, self.layers if by_layer else None
         with self._shown(products) as operator:
             if pairs is not None:
                 found = traces.deflated(operator, self._like, pairs, products, seed, parts=parts)
@@ -229,15 +229,15 @@ class Curvature(LinearOperator):
         return found[1] if by_layer else found
 
     def _trace_by_labels(self, draws, by_layer, pairs):
-        kind = self.probes.kind
+        kind = self.objective.kind
         check(Curvature.trace, "labels", True, kind in ("ggn", "fisher"), f"False for kind={kind!r}")
         check(Curvature.trace, "pairs", pairs, pairs is None, "left out where `labels=True`")
-        if kind == "ggn" and not is_gauss_newton(self.probes):
+        if kind == "ggn" and not is_gauss_newton(self.objective):
             raise ValueError(
                 "`Curvature.trace`: `labels=True` gives the trace of the Fisher matrix, and with this loss and these "
                 "outputs the Gauss-Newton matrix is another one. Use kind='fisher', or labels=False."
             )
-        found = layer_traces(self.probes, self.probes.seed, draws)
+        found = layer_traces(self.objective, self.objective.seed, draws)
 
         def estimate(places):
             return traces.Estimate(*found.of([self._indices[i] for i in places]), draws)
@@ -249,16 +249,16 @@ class Curvature(LinearOperator):
     def diagonal(self, products=100, stderr=False):
         """An estimate of the diagonal, a vector; with `stderr` also its standard errors, `(vector, vector)`."""
         with self._shown(products) as operator:
-            found = traces.diagonal(operator, self._like, products, self.probes.seed)
+            found = traces.diagonal(operator, self._like, products, self.objective.seed)
         return found if stderr else found[0]
 
-    def density(self, probes=4, steps=60, pairs=None):
-        """The spectral density, a `Density`; `probes * steps` products, and the memory of three vectors.
+    def density(self, vectors=4, steps=60, pairs=None):
+        """The spectral density, a `Density`; `vectors * steps` products, and the memory of three vectors.
 
         With `pairs`, `Eigenpairs` of `top`, these are taken as they are, and the products are of the rest.
         """
-        with self._shown(probes * steps) as operator:
-            return density.density(operator, self._like, probes, steps, self.probes.seed, pairs=pairs)
+        with self._shown(vectors * steps) as operator:
+            return density.density(operator, self._like, vectors, steps, self.objective.seed, pairs=pairs)
 
     def noise(self, micro_batch=8, parts=16):
         """How noisy the gradient is: the noise scale, `Noise`; see `probes/noise.py`.
@@ -272,12 +272,12 @@ class Curvature(LinearOperator):
             ValueError: This is the curvature of some layers only, there are fewer than two micro-batches, or the
                 gradients need more than 8 GB.
         """
-        if len(self.variables) < len(self.probes.variables):
+        if len(self.variables) < len(self.objective.variables):
             raise ValueError(
                 f"`Curvature.noise` is of the gradient of all layers. Received: the curvature of "
                 f"{', '.join(self.layers)}. Ask `keras_curvature.curvature(model, data)` without `layers`."
             )
-        return noise(self.probes, micro_batch, parts)
+        return noise(self.objective, micro_batch, parts)
 
     def solve(self, vector, damping, tolerance=1e-6, max_products=1000):
         """The solution of `(B + damping I) x = vector`, a `Solution`, by conjugate gradients.

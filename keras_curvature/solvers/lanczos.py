@@ -50,7 +50,7 @@ def tridiagonalize(operator, start, steps, basis=True, metric=None, memory_limit
     Raises:
         ValueError: The vectors would take more than `memory_limit`; a product is not finite; `start` is zero.
 
-    Example: `tridiagonalize(probes, gradient, 10).matrix`
+    Example: `tridiagonalize(curvature, gradient, 10).matrix`
     """
     check_count(tridiagonalize, "steps", steps)
     _check_metric(tridiagonalize, metric)
@@ -100,7 +100,7 @@ def eigenpairs(
         ValueError: The vectors would take more than `memory_limit`, with the bytes and the remedy; a product is not
             finite; `start` is zero; `metric` is not positive definite.
 
-    Example: `eigenpairs(probes, probes.gradient(), k=5).values`
+    Example: `eigenpairs(curvature, curvature.gradient, k=5).values`
     """
     check_count(eigenpairs, "k", k)
     _check_metric(eigenpairs, metric)
@@ -143,7 +143,7 @@ def extremes(operator, like, steps=10, start=None, seed=0, metric=None, memory_l
     Raises:
         ValueError: As `eigenpairs`.
 
-    Example: `largest, smallest = extremes(probes, gradient, 5, start=trees.add(u, v))`
+    Example: `largest, smallest = extremes(curvature, gradient, 5, start=trees.add(u, v))`
     """
     check_count(extremes, "steps", steps)
     _check_metric(extremes, metric)

@@ -5,23 +5,23 @@ from keras_curvature.monitor.board import layout
 from keras_curvature.monitor.report.table import KINDS
 
 
-def words(panels, data, budget, probes, dropped, tags):
+def words(panels, data, budget, measurements, dropped, tags):
     """The page in Markdown.
 
     Args:
         panels: The `Panels`, after a probe.
         data: Which data are probed, in words.
         budget: The `Budget`.
-        probes: How many probes there were.
+        measurements: How many measurements there were.
         dropped: Names of pieces that failed, a list.
         tags: The numbers that there are, a list.
     """
-    parts = [_what(panels, data, dropped), _time(budget, probes), _limit(panels.stability), _numbers(tags)]
+    parts = [_what(panels, data, dropped), _time(budget, measurements), _limit(panels.stability), _numbers(tags)]
     return "\n\n".join(parts)
 
 
 def _what(panels, data, dropped):
-    measured = panels.measured.probes
+    measured = panels.measured.objective
     matrix = KINDS[measured.kind] + ("" if measured.kind == "hessian" else " matrix")
     failed = f" Left out, as it failed: {', '.join(dropped)}." if dropped else ""
     return (
@@ -32,15 +32,15 @@ def _what(panels, data, dropped):
     )
 
 
-def _time(budget, probes):
-    spent = budget.spent["probes"] + budget.spent["density"]
-    allowed = budget.shares["probes"] + budget.shares["density"]
+def _time(budget, measurements):
+    spent = budget.spent["measurements"] + budget.spent["density"]
+    allowed = budget.shares["measurements"] + budget.shares["density"]
     report = f", reports {budget.once['report']:.1f} s" if "report" in budget.once else ""
     once = sum(seconds for kind, seconds in budget.once.items() if kind != "report")
     return (
         f"**Time**: what is done once, tracing first of all, took {once:.1f} s{report}. Of the "
-        f"{budget.elapsed:.1f} s besides, {probes} probes and the spectra took {spent:.2f} s, {_share(spent, budget)}; "
-        f"the budget is {allowed:.1%}. Live numbers took {budget.spent['live']:.2f} s."
+        f"{budget.elapsed:.1f} s besides, {measurements} measurements and the spectra took {spent:.2f} s, "
+        f"{_share(spent, budget)}; the budget is {allowed:.1%}. Live numbers took {budget.spent['live']:.2f} s."
     )
 
 

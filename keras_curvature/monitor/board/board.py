@@ -13,9 +13,15 @@ from keras_curvature.monitor.board import about, first_batch, layout, live
 from keras_curvature.monitor.board.advice import Advice
 from keras_curvature.monitor.board.budget import Budget, Costs
 from keras_curvature.monitor.board.events import Events, make_folder
-from keras_curvature.monitor.board.panels import DENSITY_PROBES, DENSITY_STEPS, WARM, NotFinite, Panels
+from keras_curvature.monitor.board.panels import (
+    DENSITY_STEPS,
+    DENSITY_VECTORS,
+    WARM,
+    NotFinite,
+    Panels,
+)
+from keras_curvature.monitor.objective.objective import PRODUCTS, mixes_examples
 from keras_curvature.monitor.operator import Curvature, curvature
-from keras_curvature.monitor.probes.probes import PRODUCTS, mixes_examples
 from keras_curvature.monitor.report.drawing import png
 from keras_curvature.monitor.report.measure import measure
 from keras_curvature.monitor.report.reporting import Report
@@ -106,10 +112,10 @@ class CurvatureBoard(keras.callbacks.Callback):
         self._works, self._alone = is_chief(strategy), not replicas.of_several_workers(strategy)
         self._lively, self._probing = self._works, self._works and self._alone and self.budget > 0
         self._batch = self._panels = self._in_inference = self._before = self._after = None
-        self._probes, self._calls, self._dropped, self._tags, self._told = 0, 0, set(), set(), set()
+        self._measurements, self._calls, self._dropped, self._tags, self._told = 0, 0, set(), set(), set()
         self._live, self._advice, self._costs = live.Live(self.model), Advice(), Costs()
-        probes, density = self.budget * (1 - DENSITY_SHARE), self.budget * DENSITY_SHARE
-        self._budget = Budget({"live": LIVE_SHARE, "probes": probes, "density": density}, self._clock)
+        measurements, density = self.budget * (1 - DENSITY_SHARE), self.budget * DENSITY_SHARE
+        self._budget = Budget({"live": LIVE_SHARE, "measurements": measurements, "density": density}, self._clock)
         if self._works and self.budget > 0 and not self._alone:
             self._tell("curvature is not measured where several processes train. Live numbers go on, once an epoch.")
 
@@ -129,7 +135,7 @@ class CurvatureBoard(keras.callbacks.Callback):
             self._show_live()
         if self._probing and self._batch is not None:
             expected = sum(self._costs.expected(piece.name, piece.products) for piece in self._due())
-            if self._panels is None or self._budget.allows("probes", expected):
+            if self._panels is None or self._budget.allows("measurements", expected):
                 self._guard("probing", self._probe, ends="_probing")
         self._calls += 1
 
@@ -148,7 +154,7 @@ class CurvatureBoard(keras.callbacks.Callback):
                 self._guard("live numbers", lambda: self._write(self._live.of_epoch(logs or {})), ends="_lively")
         self._in_epoch = False
         if self._probing and self._panels is not None:
-            expected = self._costs.expected("density", DENSITY_PROBES * DENSITY_STEPS)
+            expected = self._costs.expected("density", DENSITY_VECTORS * DENSITY_STEPS)
             if self._budget.allows("density", expected):
                 self._guard("the spectrum", self._write_spectrum)
             if self.report_at == "epoch":
@@ -168,7 +174,7 @@ class CurvatureBoard(keras.callbacks.Callback):
         self._works = self._lively = self._probing = False
         self._batch = self._panels = self._in_inference = self._before = self._after = None
 
-    # Probes.
+    # Objective.
 
     def _take(self, batch):
         self._guard("probing", lambda: self._keep(batch), ends="_probing")
@@ -182,25 +188,25 @@ class CurvatureBoard(keras.callbacks.Callback):
     def _due(self):
         """The pieces of the next probe."""
         pieces = [] if self._panels is None else self._panels.pieces
-        return [piece for piece in pieces if self._probes % piece.every == 0 and piece.name not in self._dropped]
+        return [piece for piece in pieces if self._measurements % piece.every == 0 and piece.name not in self._dropped]
 
     def _probe(self):
         """Measure what is due, at the weights that the model has now."""
         first = self._panels is None
         if first:
-            self._budget.timed("probes", self._begin, once=True)
-        self._budget.timed("probes", lambda: self._panels.begin(self.model), once=first)
+            self._budget.timed("measurements", self._begin, once=True)
+        self._budget.timed("measurements", lambda: self._panels.begin(self.model), once=first)
         due = self._due()
-        self._probes += 1
+        self._measurements += 1
         for piece in due:
             self._ask(piece)
         step = self._step()
-        self._budget.timed("probes", lambda: self._write_probe(step, first), once=first)
+        self._budget.timed("measurements", lambda: self._write_probe(step, first), once=first)
         self._before = step, self._panels.weights, self._panels.gradient
         if not self._costs.product:  # products are traced by now: these tell what the others will cost
-            self._costs.product = self._budget.timed("probes", self._panels.again, once=True) / WARM
+            self._costs.product = self._budget.timed("measurements", self._panels.again, once=True) / WARM
         if first:
-            self._guard("the spectrum", lambda: self._budget.timed("probes", self._draw_spectrum, once=True))
+            self._guard("the spectrum", lambda: self._budget.timed("measurements", self._draw_spectrum, once=True))
 
     def _begin(self):
         given = self.data is not None
@@ -214,7 +220,7 @@ class CurvatureBoard(keras.callbacks.Callback):
     def _ask(self, piece):
         """One piece of a probe; the first time, tracing and all, is not in the budget."""
         new = self._costs.is_new(piece.name)
-        seconds = self._budget.timed("probes", lambda: self._answer(piece), once=new)
+        seconds = self._budget.timed("measurements", lambda: self._answer(piece), once=new)
         self._costs.note(piece.name, seconds)
 
     def _answer(self, piece):
@@ -253,10 +259,10 @@ class CurvatureBoard(keras.callbacks.Callback):
         """What a step has done to the weights that were probed, and whether the one after it goes the same way."""
         after, self._after = self._after, None
         if after is not None:
-            self._budget.timed("probes", lambda: self._write(self._panels.bounce(), step=after))
+            self._budget.timed("measurements", lambda: self._write(self._panels.bounce(), step=after))
         if self._before is not None:
             (step, weights, gradient), self._before = self._before, None
-            self._budget.timed("probes", lambda: self._write(self._panels.update(weights, gradient), step=step))
+            self._budget.timed("measurements", lambda: self._write(self._panels.update(weights, gradient), step=step))
             self._after = self._step()
 
     def _write_spectrum(self):
@@ -274,7 +280,7 @@ class CurvatureBoard(keras.callbacks.Callback):
     def _draw_report(self):
         self._panels.check_finite()
         if self._in_inference is None:  # kept: another one would be traced anew
-            self._in_inference = Curvature(self._panels.measured.probes.in_mode(False))
+            self._in_inference = Curvature(self._panels.measured.objective.in_mode(False))
         report, step = Report(measure(self._in_inference)), self._step()
         self._values.text("report", f"```\n{report}\n```", step)
         picture = png(report, dpi=100)
@@ -283,7 +289,8 @@ class CurvatureBoard(keras.callbacks.Callback):
 
     def _write_about(self):
         data = "the first batch of training" if self.data is None else "the data given"
-        words = about.words(self._panels, data, self._budget, self._probes, sorted(self._dropped), sorted(self._tags))
+        dropped, tags = sorted(self._dropped), sorted(self._tags)
+        words = about.words(self._panels, data, self._budget, self._measurements, dropped, tags)
         self._values.text("about", words, self._step())
 
     def _write(self, values, limits=None, step=None):

@@ -14,7 +14,8 @@ from keras_curvature import trees
 from keras_curvature.linearization.fisher import likelihoods
 from keras_curvature.monitor.board.axis import Axis
 from keras_curvature.monitor.board.layout import BOUNDS, LAYER, LIMITS
-from keras_curvature.monitor.probes import label_traces, noise
+from keras_curvature.monitor.noise import noise
+from keras_curvature.monitor.spectra import label_traces
 from keras_curvature.monitor.stability import Stability, stability
 
 # Products of a Lanczos run from a random vector, and from the one of the probe before: either finds the sharpness to
@@ -32,7 +33,7 @@ NORMALIZED_BATCHES = 4
 # Of the traces of the layers: draws of labels, and, where there are none to draw, products.
 DRAWS, PRODUCTS = 2, 5
 # The spectral density: one probe is enough for large models, and the steps are what resolves it.
-DENSITY_PROBES, DENSITY_STEPS = 1, 40
+DENSITY_VECTORS, DENSITY_STEPS = 1, 40
 
 
 class NotFinite(ArithmeticError):
@@ -70,7 +71,7 @@ class Panels:
         self.measured, self.batch_size = measured, batch_size
         self._top = self._bottom = self._preconditioned = self._lines = None
         self._axis = None
-        self._samples = measured.probes.kind != "empirical_fisher" and _is_likelihood(measured.probes.model)
+        self._samples = measured.objective.kind != "empirical_fisher" and _is_likelihood(measured.objective.model)
         self.pieces = (
             Piece("the gradient", Panels._gradient, 0.5, needed=True),
             Piece("the curvature along the gradient", Panels._along_gradient, 1),
@@ -155,12 +156,12 @@ class Panels:
         self.add("1_stability/most_negative_residual", _residual(smallest))
 
     def _noise_scale(self):
-        probes = self.measured.probes
-        parts = NORMALIZED_BATCHES if probes.mixes_examples else MICRO_BATCHES
-        micro_batch = max(1, probes.batch_size // parts)
-        # No average over probes: these are the same examples every time, and so is their error; and where the gradient
-        # gets smaller and smaller, an average would be that of long ago.
-        found = noise.noise(probes, micro_batch, parts=8, curvature=False)
+        objective = self.measured.objective
+        parts = NORMALIZED_BATCHES if objective.mixes_examples else MICRO_BATCHES
+        micro_batch = max(1, objective.batch_size // parts)
+        # No average over measurements: the examples, and so their error, are the same every time; and where the
+        # gradient shrinks, an average would be dominated by old values.
+        found = noise.noise(objective, micro_batch, parts=8, curvature=False)
         scale = found.simple
         if not 0 < scale < math.inf:  # the gradient is lost in the noise
             return
@@ -193,7 +194,7 @@ class Panels:
         And a standard error of their sum; of products, whose errors go together, at most.
         """
         if self._samples:
-            traces = label_traces.layer_traces(self.measured.probes, draws=DRAWS)
+            traces = label_traces.layer_traces(self.measured.objective, draws=DRAWS)
             return {name: traces.of(own)[0] for name, own in self.measured.layers.items()}, traces.of()[1]
         found = self.measured.trace(PRODUCTS, by_layer=True)
         return {name: each.value for name, each in found.items()}, sum(each.stderr for each in found.values())
@@ -242,7 +243,7 @@ class Panels:
 
     def density(self):
         """The spectral density, `Density`."""
-        return self.measured.density(DENSITY_PROBES, DENSITY_STEPS)
+        return self.measured.density(DENSITY_VECTORS, DENSITY_STEPS)
 
     def bars(self, density):
         """`(bins, 3)`: left, right and height of the bars of a histogram; see `axis`."""

@@ -109,8 +109,8 @@ def landscape(
     named = {}
     for name in dict.fromkeys(itertools.chain(*lines)):
         named[name] = _direction(name, directions, measured, seed)
-    mode = f"train mode, batches of {measured.probes.batch_size}" if training else "eval mode"
-    header = f"loss of {model.name}, {measured.probes.examples} examples, {mode}"
+    mode = f"train mode, batches of {measured.objective.batch_size}" if training else "eval mode"
+    header = f"loss of {model.name}, {measured.objective.examples} examples, {mode}"
     return slices(measured, named, lines, points, span, header, progress=sys.stdout.isatty())
 
 
@@ -141,7 +141,7 @@ def _loss_at(measured, vectors, step, bar):
     for scale, vector in zip(step[1:], vectors[1:]):
         shift = trees.add(shift, vector, float(scale))
     bar.add(1)
-    return float(measured.probes.loss_at(shift))
+    return float(measured.objective.loss_at(shift))
 
 
 def _quadratic(gradient, vectors, bent, steps):
@@ -183,7 +183,7 @@ def _direction(name, directions, measured, seed):
         return downhill(measured.top(1).vectors[0], measured.gradient)
     if name == "gradient":
         return _unit(measured.gradient)
-    return filter_normalized(measured.probes.model, seed, number=int(name != "random"))
+    return filter_normalized(measured.objective.model, seed, number=int(name != "random"))
 
 
 def downhill(vector, gradient):

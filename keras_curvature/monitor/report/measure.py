@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_curvature import trees
 from keras_curvature.linearization.fisher.convexity import name_of
-from keras_curvature.monitor.probes.probes import mixes_examples
+from keras_curvature.monitor.objective.objective import mixes_examples
 from keras_curvature.monitor.report.landscape import downhill, filter_normalized, slices
 from keras_curvature.monitor.spectra import traces
 from keras_curvature.monitor.stability import stability
@@ -21,8 +21,8 @@ TOP, BEYOND, MOST_CLASSES = 10, 3, 20
 TOLERANCE, LOWER_TOLERANCE = 1e-3, 3e-2
 # Products at most for each end; the residual says what they came to.
 MOST_PRODUCTS = 100
-# The density is that of the operator without the pairs found: few probes do, and steps resolve the bulk.
-DENSITY_PROBES, DENSITY_STEPS = 3, 20
+# The density is that of the operator without the pairs found: few objective do, and steps resolve the bulk.
+DENSITY_VECTORS, DENSITY_STEPS = 3, 20
 TRACE_PRODUCTS = 20
 # A product by the block of a layer costs as much as one by the whole matrix: so many for all layers together, each
 # from where the sharpest direction is in it; of a model of many layers, for those with the largest shares.
@@ -68,8 +68,8 @@ class _Asked:
     layers: dict = None
 
     @property
-    def probes(self):
-        return self.measured.probes
+    def objective(self):
+        return self.measured.objective
 
     @property
     def size(self):
@@ -83,10 +83,10 @@ class _Asked:
 
 
 def _header(measured):
-    probes, model = measured.probes, measured.probes.model
+    objective, model = measured.objective, measured.objective.model
     return {
-        "model": model.name, "weights": trees.count(measured.variables), "examples": probes.examples,
-        "kind": probes.kind, "training": probes.training, "batch_size": probes.batch_size,
+        "model": model.name, "weights": trees.count(measured.variables), "examples": objective.examples,
+        "kind": objective.kind, "training": objective.training, "batch_size": objective.batch_size,
         "dtype": "+".join(_dtypes(model)),
     }  # fmt: skip
 
@@ -109,11 +109,11 @@ def _slope(asked):
 def _upper(asked):
     asked.top = asked.known = top = asked.pairs(min(_wanted(asked), asked.size), TOLERANCE)
     pairs = [_pair(top, i) for i in range(len(top.values))]
-    return {"sharpness": pairs[0], "top": pairs, "outliers": _outliers(asked.probes.model)}
+    return {"sharpness": pairs[0], "top": pairs, "outliers": _outliers(asked.objective.model)}
 
 
 def _wanted(asked):
-    outliers = _outliers(asked.probes.model)
+    outliers = _outliers(asked.objective.model)
     return TOP if outliers is None else outliers + BEYOND
 
 
@@ -137,7 +137,7 @@ def _lower(asked):
 
 def _stability(asked):
     """How near the optimizer's limit is, and the sharpness that it is on."""
-    optimizer = unwrap(getattr(asked.probes.model, "optimizer", None))[0]
+    optimizer = unwrap(getattr(asked.objective.model, "optimizer", None))[0]
     if optimizer is None:
         return {"stability": _no_limit(None, "The model has no optimizer, and so no limit for its sharpness.")}
     name, limit = type(optimizer).__name__, stability(optimizer, asked.measured.variables)
@@ -147,7 +147,7 @@ def _stability(asked):
     if limit.preconditioner is not None:
         pairs = asked.pairs(1, TOLERANCE, metric=limit.preconditioner)
         sharpness, pair = float(pairs.values[0]), _pair(pairs, 0)
-    other = mixes_examples(asked.probes.model) and not asked.probes.training
+    other = mixes_examples(asked.objective.model) and not asked.objective.training
     known = {"rate": limit.rate, "limit": limit.sharpness_limit, "formula": limit.formula, "note": limit.note}
     found = {"of_training": not other, "gauge": float(limit.gauge(sharpness)), "sharpness": pair}
     return {"stability": _no_limit(name, None) | known | found}
@@ -160,16 +160,16 @@ def _no_limit(name, reason):
 
 def _density(asked):
     """Quadrature beside the pairs found: nodes and weights of the whole spectrum, and how much of it is negative."""
-    found = asked.measured.density(DENSITY_PROBES, DENSITY_STEPS, asked.known)
+    found = asked.measured.density(DENSITY_VECTORS, DENSITY_STEPS, asked.known)
     asked.products += found.products
     share = None if asked.measured.psd else _estimate(found.negative)
     return {"density": {"nodes": _list(found.nodes), "weights": _list(found.weights)}, "negative_share": share}
 
 
 def _trace(asked):
-    """The trace without the pairs found, which are exact, by random probes; the same probes give the layers' parts."""
-    like, layers = asked.probes.weights, asked.measured.layers
-    found = traces.deflated(asked.measured, like, asked.known, TRACE_PRODUCTS, asked.probes.seed, parts=layers)
+    """The trace without the pairs found, which are exact, by random vectors; the same give the layers' parts."""
+    like, layers = asked.objective.weights, asked.measured.layers
+    found = traces.deflated(asked.measured, like, asked.known, TRACE_PRODUCTS, asked.objective.seed, parts=layers)
     trace, parts = found
     asked.products += trace.products
     whole = sum(abs(float(part.value)) for part in parts.values())
@@ -204,12 +204,12 @@ def _noise(asked):
     length = _norm(asked.gradient)
     cosine = abs(float(trees.dot(asked.gradient, asked.top.vectors[0]))) / length if length else 0.0
     gradient = {"norm": length, "stderr": None, "cosine": cosine}
-    probes = asked.probes
-    if min(probes.counts) < FEWEST_EXAMPLES:
+    objective = asked.objective
+    if min(objective.counts) < FEWEST_EXAMPLES:
         return {"gradient": gradient, "noise": None}
-    found = asked.measured.noise(min(MICRO_BATCH, min(probes.counts) // FEWEST_EXAMPLES))
+    found = asked.measured.noise(min(MICRO_BATCH, min(objective.counts) // FEWEST_EXAMPLES))
     asked.products += found.products
-    gradient["stderr"] = math.sqrt(max(found.noise, 0.0) / probes.examples)
+    gradient["stderr"] = math.sqrt(max(found.noise, 0.0) / objective.examples)
     scales = {name: _scale(found, name) for name in ("simple", "with_curvature")}
     return {"gradient": gradient, "noise": scales}
 
@@ -220,7 +220,7 @@ def _scale(noise, name):
 
 def _landscape(asked):
     sharpest = downhill(asked.top.vectors[0], asked.gradient)
-    lines = {"sharpest": sharpest, "random": filter_normalized(asked.probes.model, asked.probes.seed)}
+    lines = {"sharpest": sharpest, "random": filter_normalized(asked.objective.model, asked.objective.seed)}
     drawn = slices(asked.measured, lines, [(name,) for name in lines], POINTS)
     asked.products += len(lines)
     losses, models = ({name: _list(v) for name, v in values.items()} for values in (drawn.loss, drawn.quadratic))
@@ -241,23 +241,23 @@ def _caveats(measured, answers):
         "Sharpness is no property of the function: ReLU layers multiplied and divided by 10 compute the same and have "
         "another one. Compare it with the learning rate, not with other models."
     )
-    probes, model = measured.probes, measured.probes.model
-    if probes.training:
-        yield f"Train mode: the numbers belong to batches of {probes.batch_size}; other batches, other numbers."
+    objective, model = measured.objective, measured.objective.model
+    if objective.training:
+        yield f"Train mode: the numbers belong to batches of {objective.batch_size}; other batches, other numbers."
     elif mixes_examples(model):
         yield (
             "Batch normalization uses its moving statistics here: how flat the function is that was found. What a step "
             "of training meets, and the limit is on, is measured with `training=True`."
         )
-    if probes.is_sum:
+    if objective.is_sum:
         yield "The loss is a sum over the examples of a batch: all numbers grow with the batch."
     optimizer = unwrap(getattr(model, "optimizer", None))[0]
     if getattr(optimizer, "weight_decay", None):
         yield f"The weight decay of {optimizer.weight_decay:g} is no part of the loss, and is not in these numbers."
     stable = answers["stability"]
     yield from (sentence for sentence in (stable["reason"], stable["note"]) if sentence)
-    if stable["limit"] is not None and probes.kind != "hessian":
-        yield f"The limit is on the Hessian; `kind={probes.kind!r}` stands in for it."
+    if stable["limit"] is not None and objective.kind != "hessian":
+        yield f"The limit is on the Hessian; `kind={objective.kind!r}` stands in for it."
 
 
 # Plain numbers.

@@ -77,7 +77,7 @@ def report(model, data, path=None, kind="hessian", training=False, examples=1024
             belong to the `batch_size`. Defaults to `False`: how flat is the function that was found.
         examples: How many examples of `data` to use; `None`: all. Few of them overestimate the sharpness, 1024 by
             5-10 % in trained networks. Defaults to `1024`.
-        seed: Of the probes and of fixed masks, an integer. Defaults to `0`.
+        seed: Of the objective and of fixed masks, an integer. Defaults to `0`.
         batch_size: Of the batches; matters in training mode alone. Optional.
 
     Returns:

@@ -25,8 +25,8 @@ class Density:
     is drawn. Eigenvalues that were known before are nodes of every row, of weight `1/n`.
 
     Attributes:
-        nodes: `(probes, nodes)`, float64.
-        weights: `(probes, nodes)`, float64.
+        nodes: `(vectors, nodes)`, float64.
+        weights: `(vectors, nodes)`, float64.
         size: `n`, the number of eigenvalues.
         products: How many products it took.
         runs: The Lanczos runs that it came of, `Tridiagonal` records, of what is orthogonal to the known eigenvectors.
@@ -138,12 +138,12 @@ class Density:
         return np.exp(-0.5 * distance**2) @ weights / (width * math.sqrt(2 * math.pi))
 
     def _cumulated(self):
-        """The nodes of all probes in order, and the mass up to and with each."""
+        """The nodes of all vectors in order, and the mass up to and with each."""
         order = np.argsort(self.nodes, axis=None, kind="stable")
         return self.nodes.ravel()[order], np.cumsum(self.weights.ravel()[order])
 
     def _absolute(self):
-        """The means of `max(-l, 0)` and of `|l|`, each `(numbers of steps, probes)`."""
+        """The means of `max(-l, 0)` and of `|l|`, each `(numbers of steps, vectors)`."""
         if not self.runs:
             both = [(self.weights * part).sum(1) for part in (np.maximum(-self.nodes, 0), np.abs(self.nodes))]
             return both[0][np.newaxis], both[1][np.newaxis]
@@ -160,12 +160,12 @@ def _absolute(run, steps):
 
 
 def _ratio(below, whole):
-    """The ratio of the means over the probes; 0 where there is nothing."""
+    """The ratio of the means over the vectors; 0 where there is nothing."""
     parts = below.mean(1), whole.mean(1)
     return np.divide(*parts, out=np.zeros(len(below)), where=parts[1] > 0)
 
 
-def density(operator, like, probes=4, steps=60, seed=0, pairs=None, memory_limit=MEMORY_LIMIT):
+def density(operator, like, vectors=4, steps=60, seed=0, pairs=None, memory_limit=MEMORY_LIMIT):
     """The spectral density, a `Density`, by stochastic Lanczos quadrature; no basis, the memory of three vectors.
 
     For each of the random unit vectors: the nodes are the eigenvalues of `T`, the weights the squared first entries of
@@ -180,7 +180,7 @@ def density(operator, like, probes=4, steps=60, seed=0, pairs=None, memory_limit
     Args:
         operator: A symmetric `LinearOperator`.
         like: A vector, for its shapes and dtypes.
-        probes: How many random vectors. Defaults to `4`.
+        vectors: How many random vectors. Defaults to `4`.
         steps: Products for each, but no more than there are eigenvalues. Defaults to `60`.
         seed: Of the random vectors, an integer. Defaults to `0`.
         pairs: `Eigenpairs` that are known, of either end or both. Optional.
@@ -189,16 +189,16 @@ def density(operator, like, probes=4, steps=60, seed=0, pairs=None, memory_limit
     Raises:
         ValueError: A product is not finite; the vectors of `pairs` would take more than `memory_limit`.
 
-    Example: `density(probes, gradient).quantile([0.1, 0.5, 0.9])`
+    Example: `density(curvature, gradient).quantile([0.1, 0.5, 0.9])`
     """
-    check_count(density, "probes", probes)
+    check_count(density, "vectors", vectors)
     check_count(density, "steps", steps)
     values, layout = np.zeros(0) if pairs is None else np.asarray(pairs.values, np.float64), flat.Layout(like)
     flat.check_memory(len(values), layout, memory_limit, "pass fewer pairs")
     rest = flat.Complement(np.stack([layout.pack(u) for u in pairs.vectors])) if len(values) else None
     size = np.abs(values).max(initial=0.0)
     runs = []
-    for number in range(probes):
+    for number in range(vectors):
         process = Process(operator, like, 0, None, rest, size)
         alpha = beta = np.zeros(0)
         if len(values) < layout.size:  # else all is known

@@ -32,7 +32,7 @@ def hutchinson(operator, like, products=30, seed=0, parts=None):
     Returns:
         The `Estimate`; with `parts`, `(Estimate, {name: Estimate})`.
 
-    Example: `whole, layers = hutchinson(probes, gradient, parts={"dense": [0, 1]})`
+    Example: `whole, layers = hutchinson(curvature, gradient, parts={"dense": [0, 1]})`
     """
     return _trace(hutchinson, operator, like, products, seed, parts, [], [])
 
@@ -56,7 +56,7 @@ def deflated(operator, like, pairs, products=30, seed=0, parts=None):
     Returns:
         The `Estimate`; with `parts`, `(Estimate, {name: Estimate})`. `products` counts the random vectors alone.
 
-    Example: `deflated(probes, gradient, eigenpairs(probes, gradient, 10))`
+    Example: `deflated(curvature, gradient, eigenpairs(curvature, gradient, 10))`
     """
     return _trace(deflated, operator, like, products, seed, parts, pairs.values, pairs.vectors)
 
@@ -109,7 +109,7 @@ def xtrace(operator, like, products=30, seed=0, memory_limit=MEMORY_LIMIT):
     Raises:
         ValueError: The vectors would take more than `memory_limit`.
 
-    Example: `xtrace(probes, gradient, products=30)`
+    Example: `xtrace(curvature, gradient, products=30)`
     """
     check_count(xtrace, "products", products, low=4)
     layout = flat.Layout(like)
@@ -199,7 +199,7 @@ def diagonal(operator, like, products=100, seed=0):
     Returns:
         `(vector, vector of standard errors)`.
 
-    Example: `entries, stderr = diagonal(probes, gradient)`
+    Example: `entries, stderr = diagonal(curvature, gradient)`
     """
     check_count(diagonal, "products", products, low=2)
     layout = flat.Layout(like)
@@ -223,7 +223,7 @@ def squared_frobenius(operator, like, products=30, seed=0):
         products: How many, at least 2. Defaults to `30`.
         seed: Of the random vectors, an integer. Defaults to `0`.
 
-    Example: `squared_frobenius(probes, gradient).value ** 0.5`
+    Example: `squared_frobenius(curvature, gradient).value ** 0.5`
     """
     check_count(squared_frobenius, "products", products, low=2)
     layout = flat.Layout(like)

@@ -28,7 +28,7 @@ from keras_curvature.component import check, check_count
 from keras_curvature.linearization.fisher import convexity, likelihoods
 from keras_curvature.linearization.linearization import Linearization, check_model
 from keras_curvature.linearization.pure import functional
-from keras_curvature.monitor.probes import data as probe_data
+from keras_curvature.monitor.objective import reading
 
 PRODUCTS = {
     "hessian": lambda lin, v: lin.hessian() @ v,
@@ -41,7 +41,7 @@ PRODUCTS = {
 TOLERANCES = {"float32": (5e-5, 1e-6), "float64": (1e-10, 1e-10)}
 
 
-class Probes:
+class Objective:
     """A probe set: a model and the examples that its curvature is measured on.
 
     The examples are read once and kept in the host's memory; a batch is copied to the accelerator when it is used.
@@ -89,44 +89,44 @@ class Probes:
     Example:
 
     ```python
-    probes = Probes(model, (x, y), kind="ggn", examples=1024)
-    direction = probes.product(probes.gradient())
+    objective = Objective(model, (x, y), kind="ggn", examples=1024)
+    direction = objective.product(objective.gradient())
     ```
     """
 
     def __init__(
         self, model, data, kind="hessian", examples=None, batch_size=None, training=False, seed=0, asked_by=None,
     ):  # fmt: skip
-        owner = asked_by or Probes
+        owner = asked_by or Objective
         _check_arguments(owner, model, kind, examples, batch_size, training, seed)
         self.model, self.kind, self.training, self.seed = model, kind, training, seed
         self._strategy = replicas.strategy_of(model)
         self._dtype = "float64" if any(v.dtype == "float64" for v in model.variables) else keras.config.floatx()
-        read = probe_data.batches(owner, data, examples, batch_size, self._dtype)
-        probe_data.check_inputs(owner, model, read[0][0])
-        probe_data.check_targets(owner, model, read[0][1])
+        read = reading.batches(owner, data, examples, batch_size, self._dtype)
+        reading.check_inputs(owner, model, read[0][0])
+        reading.check_targets(owner, model, read[0][1])
         with self._strategy.scope():
             functional.build_for(model, *read[0])
         self.variables = list(model.trainable_variables)
         self._functions = {}
         self._structure = keras.tree.map_structure(lambda a: a is not None, read[0])
-        self.counts, self.shares = [probe_data.count(batch) for batch in read], _shares(owner, model, read)
+        self.counts, self.shares = [reading.count(batch) for batch in read], _shares(owner, model, read)
         self._batches = [replicas.scatter(self._strategy, _flat(batch)) for batch in read]
         self._seeds = [self._seeds_of(i) for i in range(len(read))]
         self.not_convex = tuple(convexity.not_convex(model))
         _check_kind(owner, kind, model, self.not_convex)
         self._check_loss(owner)
-        if not probe_data.is_finite(read):
+        if not reading.is_finite(read):
             self._check_gradient(owner)
 
     def in_mode(self, training):
-        """The same examples in the same batches, with the model as in training or as in inference, `Probes`."""
-        check(Probes.in_mode, "training", training, isinstance(training, bool), "True or False")
+        """The same examples in the same batches, with the model as in training or as in inference, `Objective`."""
+        check(Objective.in_mode, "training", training, isinstance(training, bool), "True or False")
         if training == self.training:
             return self
         other = copy.copy(self)
         other.training, other._functions = training, {}
-        other._check_loss(Probes.in_mode)
+        other._check_loss(Objective.in_mode)
         return other
 
     @property
@@ -178,7 +178,7 @@ class Probes:
         return self.total("loss_at", lambda lin, step: lin.loss_at(step), list(step))
 
     def product(self, vector):
-        """`B v`, a vector; `B` is of the probes' `kind`."""
+        """`B v`, a vector; `B` is of the objective' `kind`."""
         trees.check("vector", vector, self.variables)
         return self.total(self.kind, PRODUCTS[self.kind], list(vector))
 
@@ -291,7 +291,7 @@ def _check_kind(owner, kind, model, not_convex):
 def _shares(owner, model, read):
     """The weight of each batch: its share of the examples, or of their weights where the loss is a mean over these."""
     reductions = _reductions(model)
-    sizes = [float(probe_data.count(batch)) for batch in read]
+    sizes = [float(reading.count(batch)) for batch in read]
     if "sum" in reductions and len(set(sizes)) > 1:
         raise ValueError(
             f"`{owner.__name__}`: a loss with `reduction='sum'` grows with the batch, and `data` must be cut into "

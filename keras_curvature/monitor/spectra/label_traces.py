@@ -44,7 +44,7 @@ class LayerTraces:
         return float(sums.mean()), float(sums.std(ddof=1) / math.sqrt(draws)) if draws > 1 else math.nan
 
 
-def layer_traces(probes, seed=0, draws=10):
+def layer_traces(objective, seed=0, draws=10):
     """The trace of the Gauss-Newton (Fisher) matrix by trainable variable, from labels drawn from what the model says.
 
         tr F_vv = E_x E_{y ~ p(y|x)} |d log p(y|x) / dv|^2
@@ -65,7 +65,8 @@ def layer_traces(probes, seed=0, draws=10):
     network one draw is within 6 % (1.9 % after ten).
 
     Args:
-        probes: `Probes` of any kind but the empirical Fisher matrix; L2 regularizers are in all of them but the Fisher.
+        objective: An `Objective` of any kind but the empirical Fisher matrix; L2 regularizers are in all but
+            the Fisher.
         seed: An integer. Defaults to `0`.
         draws: Number of draws of labels for each example, an integer; 2 or more for a standard error. Defaults to `10`.
 
@@ -75,25 +76,25 @@ def layer_traces(probes, seed=0, draws=10):
     Raises:
         ValueError: The loss is not minus the logarithm of a likelihood that is known; an argument is none of these.
 
-    Example: `layer_traces(Probes(model, (x, y))).of(indices_of_a_layer)`
+    Example: `layer_traces(Objective(model, (x, y))).of(indices_of_a_layer)`
     """
     check_count(layer_traces, "seed", seed, low=0)
     check_count(layer_traces, "draws", draws)
     expected = "of the kind 'hessian', 'ggn' or 'fisher': labels of an empirical Fisher matrix are not drawn"
-    check(layer_traces, "probes", probes.kind, probes.kind != "empirical_fisher", expected)
+    check(layer_traces, "probes", objective.kind, objective.kind != "empirical_fisher", expected)
     # numbers of the seeds that go into each draw do not meet those of a neighbouring seed
-    samples = np.stack([_one_draw(probes, draws * seed + i) for i in range(draws)])
-    return LayerTraces(samples if probes.kind == "fisher" else samples + _l2_traces(probes))
+    samples = np.stack([_one_draw(objective, draws * seed + i) for i in range(draws)])
+    return LayerTraces(samples if objective.kind == "fisher" else samples + _l2_traces(objective))
 
 
-def is_gauss_newton(probes):
+def is_gauss_newton(objective):
     """Whether the Fisher matrix is the Gauss-Newton matrix, but for L2 regularizers, as seen from one product of each.
 
     It is for cross-entropies of logits and squared errors; not for losses of other outputs than natural parameters,
     such as probabilities that no softmax of the last layer gives, rates (Poisson), or absolute errors.
     """
-    vector = draw(probes.weights, probes.seed)
-    apart, length = probes.on_batch(0, "Fisher and Gauss-Newton", _apart, vector).numpy()
+    vector = draw(objective.weights, objective.seed)
+    apart, length = objective.on_batch(0, "Fisher and Gauss-Newton", _apart, vector).numpy()
     return bool(apart <= SAME * length)
 
 
@@ -103,13 +104,13 @@ def _apart(lin, vector):
     return tf.stack([tf.cast(trees.norm(a), tf.float64) for a in (apart, fisher)])
 
 
-def _one_draw(probes, number):
+def _one_draw(objective, number):
     """The trace of each variable's block by one draw of labels, `(variables,)`."""
-    name, fn = ("of coupled", _coupled_traces) if probes.mixes_examples else ("of", _traces)
+    name, fn = ("of coupled", _coupled_traces) if objective.mixes_examples else ("of", _traces)
     # other labels and signs in every batch: else what they are off by is alike in all of them
-    seeds = range(probes.batches * number, probes.batches * (number + 1))
-    found = [probes.on_batch(b, f"traces {name} examples", fn, seed).numpy() for b, seed in enumerate(seeds)]
-    return np.tensordot(probes.shares, found, 1)
+    seeds = range(objective.batches * number, objective.batches * (number + 1))
+    found = [objective.on_batch(b, f"traces {name} examples", fn, seed).numpy() for b, seed in enumerate(seeds)]
+    return np.tensordot(objective.shares, found, 1)
 
 
 def _traces(lin, seed):
@@ -124,6 +125,6 @@ def _entry_sums(vector):
     return tf.stack([tf.reduce_sum(tf.cast(s, tf.float64)) for s in vector])
 
 
-def _l2_traces(probes):
+def _l2_traces(objective):
     """`l2` times the number of weights, for each variable."""
-    return np.array([c * math.prod(v.shape) for c, v in zip(l2_of(probes.variables), probes.variables)])
+    return np.array([c * math.prod(v.shape) for c, v in zip(l2_of(objective.variables), objective.variables)])

@@ -16,10 +16,10 @@ from keras import layers
 from keras_curvature import replicas
 from keras_curvature.linearization.fisher import convexity, likelihoods
 from keras_curvature.linearization.pure import functional
+from keras_curvature.monitor.objective import reading
+from keras_curvature.monitor.objective.layers import layers_of
+from keras_curvature.monitor.objective.objective import PRODUCTS, Objective
 from keras_curvature.monitor.operator import curvature
-from keras_curvature.monitor.probes import data as probe_data
-from keras_curvature.monitor.probes.naming import layers_of
-from keras_curvature.monitor.probes.probes import PRODUCTS, Probes
 from keras_curvature.operators import Function, dense
 
 N, RAGGED = 10, 4  # examples, and a batch size that leaves a rest
@@ -49,8 +49,8 @@ def examples(outputs=2, classes=0, inputs=3, seed=0, n=N):
 
 def matrix(model, data, kind="hessian", **options):
     """The dense matrix that the products of a probe set make up."""
-    probes = Probes(model, data, kind, **options)
-    return dense(Function(probes.product), probes.weights).numpy()
+    objective = Objective(model, data, kind, **options)
+    return dense(Function(objective.product), objective.weights).numpy()
 
 
 def evaluated(model, x, y, sample_weight=None, training=False):
@@ -160,7 +160,7 @@ def test_relu_traces_of_hessian_and_gauss_newton_agree_layer_by_layer():
     model, data = model_of(*stack, loss=SPARSE(from_logits=True)), examples(classes=3)
     h, g = matrix(model, data), matrix(model, data, "ggn")
     assert np.abs(h - g).max() > 0.01
-    starts = np.cumsum([0, *[v.shape.num_elements() for v in Probes(model, data).weights]])
+    starts = np.cumsum([0, *[v.shape.num_elements() for v in Objective(model, data).weights]])
     whole = np.linalg.eigvalsh(h).max()
     for own in layers_of(model).values():
         block = slice(starts[own[0]], starts[own[-1] + 1])
@@ -249,9 +249,9 @@ def normalized(loss="mse"):
 @pytest.mark.parametrize("training", [False, True])
 def test_products_through_batch_normalization_are_central_differences(training):
     model, (x, y) = normalized(), examples(2)
-    probes = Probes(model, (x, y), batch_size=5, training=training)
-    v = [tf.constant(np.random.default_rng(2).standard_normal(w.shape)) for w in probes.weights]
-    at = probes.weights
+    objective = Objective(model, (x, y), batch_size=5, training=training)
+    v = [tf.constant(np.random.default_rng(2).standard_normal(w.shape)) for w in objective.weights]
+    at = objective.weights
 
     def gradient(step):
         weights = [a + step * b for a, b in zip(at, v)]
@@ -262,32 +262,33 @@ def test_products_through_batch_normalization_are_central_differences(training):
         return flat(tape.gradient(value, weights))
 
     # of interleaved rows, as batches of 5
-    probes = Probes(model, (np.vstack([x[0::2], x[1::2]]), np.vstack([y[0::2], y[1::2]])), batch_size=5,
+    objective = Objective(model, (np.vstack([x[0::2], x[1::2]]), np.vstack([y[0::2], y[1::2]])), batch_size=5,
                     training=training)  # fmt: skip
     difference = (8 * (gradient(1e-3) - gradient(-1e-3)) - (gradient(2e-3) - gradient(-2e-3))) / (12 * 1e-3)
-    close(flat(probes.product(v)), difference, 1e-8)
-    close(flat(probes.gradient()), gradient(0.0))
+    close(flat(objective.product(v)), difference, 1e-8)
+    close(flat(objective.gradient()), gradient(0.0))
 
 
 def test_in_inference_mode_it_does_not_matter_how_the_examples_are_cut():
     model, (x, y) = normalized(), examples(2)
     v = [tf.ones(w.shape, w.dtype) for w in model.trainable_variables]
-    whole, order = Probes(model, (x, y)), np.random.default_rng(3).permutation(N)
-    for probes in (Probes(model, (x, y), batch_size=RAGGED), Probes(model, (x[order], y[order]), batch_size=RAGGED)):
-        close(flat(probes.product(v)), flat(whole.product(v)), 1e-14)
-        assert float(probes.loss()) == pytest.approx(float(whole.loss()), rel=1e-14)
-    in_training = [flat(Probes(model, (x, y), batch_size=size, training=True).product(v)) for size in (5, None)]
+    whole, order = Objective(model, (x, y)), np.random.default_rng(3).permutation(N)
+    for inputs, targets in ((x, y), (x[order], y[order])):
+        objective = Objective(model, (inputs, targets), batch_size=RAGGED)
+        close(flat(objective.product(v)), flat(whole.product(v)), 1e-14)
+        assert float(objective.loss()) == pytest.approx(float(whole.loss()), rel=1e-14)
+    in_training = [flat(Objective(model, (x, y), batch_size=size, training=True).product(v)) for size in (5, None)]
     assert np.abs(in_training[0] - in_training[1]).max() > 0.01
 
 
 def test_the_other_mode_is_of_the_same_examples():
     model, (x, y) = normalized(), examples(2)
     shuffled = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(N, reshuffle_each_iteration=True).batch(5)
-    probes = Probes(model, shuffled, training=True)
-    other = probes.in_mode(False)
-    assert float(other.loss()) == pytest.approx(float(Probes(model, (x, y)).loss()), rel=1e-14)
-    assert float(other.in_mode(True).loss()) == float(probes.loss()) != float(other.loss())
-    assert probes.in_mode(True) is probes
+    objective = Objective(model, shuffled, training=True)
+    other = objective.in_mode(False)
+    assert float(other.loss()) == pytest.approx(float(Objective(model, (x, y)).loss()), rel=1e-14)
+    assert float(other.in_mode(True).loss()) == float(objective.loss()) != float(other.loss())
+    assert objective.in_mode(True) is objective
 
 
 def test_sample_weights_that_a_mean_is_taken_over():
@@ -303,10 +304,10 @@ def test_which_losses_are_sums_and_which_no_likelihoods():
     model = keras.Model(inputs, {name: layers.Dense(1, name=name)(inputs) for name in "ab"})
     model.compile("sgd", {"a": keras.losses.MeanSquaredError(reduction="sum"), "b": "huber"})
     x, y = DATA
-    assert Probes(model, (x, {"a": y[:, :1], "b": y[:, 1:]})).is_sum
+    assert Objective(model, (x, {"a": y[:, :1], "b": y[:, 1:]})).is_sum
     assert likelihoods.unknown(model) == "huber"
     model = _linear()
-    assert not Probes(model, DATA).is_sum and likelihoods.unknown(model) is None
+    assert not Objective(model, DATA).is_sum and likelihoods.unknown(model) is None
 
 
 def test_a_sum_is_the_mean_of_the_sums_of_batches():
@@ -334,24 +335,24 @@ def test_every_form_of_data_is_the_same():
     model, (x, y) = model_of(layers.Dense(2)), examples(2)
     x, y = tf.constant(x), tf.constant(y)
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
-    expected = float(Probes(model, (x, y)).loss())
+    expected = float(Objective(model, (x, y)).loss())
     for data in (dataset, Numbered(x, y), (x, y), [x, y], (x.numpy(), y.numpy()), dataset.repeat()):
-        probes = Probes(model, data, examples=N)
-        assert (probes.examples, float(probes.loss())) == (N, pytest.approx(expected, rel=1e-14))
-    assert [probes.batches, probes.batch_size, probes.counts] == [3, 4, [4, 4, 2]]
-    assert Probes(model, dataset, batch_size=5).counts == [5, 5]
-    first = Probes(model, dataset, examples=7)
+        objective = Objective(model, data, examples=N)
+        assert (objective.examples, float(objective.loss())) == (N, pytest.approx(expected, rel=1e-14))
+    assert [objective.batches, objective.batch_size, objective.counts] == [3, 4, [4, 4, 2]]
+    assert Objective(model, dataset, batch_size=5).counts == [5, 5]
+    first = Objective(model, dataset, examples=7)
     assert first.counts == [4, 3]
-    assert float(first.loss()) == pytest.approx(float(Probes(model, (x[:7], y[:7])).loss()), rel=1e-14)
+    assert float(first.loss()) == pytest.approx(float(Objective(model, (x[:7], y[:7])).loss()), rel=1e-14)
 
 
 def test_batches_of_arrays_are_equal_where_they_can_be():
     sizes = {1: 1, 1024: 1024, 60000: 500, 1500: 500, 2048: 512, 1797: 450}
-    assert {rows: probe_data.size_for(rows) for rows in sizes} == sizes
+    assert {rows: reading.size_for(rows) for rows in sizes} == sizes
     # of large examples, no more than 16 MB: 27 images
-    assert [probe_data.size_for(1024, 4 * 224 * 224 * 3), probe_data.size_for(1000, 2**25)] == [16, 1]
+    assert [reading.size_for(1024, 4 * 224 * 224 * 3), reading.size_for(1000, 2**25)] == [16, 1]
     model, (x, y) = model_of(layers.Dense(1), inputs=2**18), examples(1, inputs=2**18, n=9)
-    assert Probes(model, (x.astype("float32"), y)).counts == [5, 4]  # of 2 MB each, in float64
+    assert Objective(model, (x.astype("float32"), y)).counts == [5, 4]  # of 2 MB each, in float64
 
 
 def test_inputs_by_name_and_added_losses_alone():
@@ -388,7 +389,7 @@ def test_a_model_whose_losses_are_all_added():
     k = model.trainable_variables[0].numpy()
     close(matrix(model, x, batch_size=5), np.einsum("n,ni,nj->ij", 12 * (x @ k) ** 2, x, x) / N)
     with pytest.raises(ValueError, match="does not depend on the model's outputs"):
-        Probes(model, x, "ggn").product(Probes(model, x).weights)
+        Objective(model, x, "ggn").product(Objective(model, x).weights)
 
 
 # Kinds crossed with cases.
@@ -402,11 +403,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_ragged_batches_make_up_the_hessian_of_the_whole(name):
     case = CASES[name]().compile()
-    probes = Probes(case.model, tuple(a for a in case.batch if a is not None), batch_size=4)
-    weights = probes.weights
+    objective = Objective(case.model, tuple(a for a in case.batch if a is not None), batch_size=4)
+    weights = objective.weights
     v = [tf.constant(np.random.default_rng(1).standard_normal(w.shape)) for w in weights]
     expected = hessian(evaluated(case.model, *case.batch), weights) @ flat(v)
-    close(flat(probes.product(v)), expected)
+    close(flat(objective.product(v)), expected)
 
 
 def _has(kind, case):
@@ -426,10 +427,10 @@ def test_ragged_batches_make_up_every_kind_of_the_whole(name, kind):
     data = tuple(a for a in case.batch if a is not None)
     if not _has(kind, case):
         with pytest.raises(ValueError, match=f"kind='{kind}'` needs a loss that is"):
-            Probes(case.model, data, kind)
+            Objective(case.model, data, kind)
         return
     v = [tf.constant(np.random.default_rng(1).standard_normal(w.shape)) for w in case.model.trainable_variables]
-    ragged, whole = [Probes(case.model, data, kind, batch_size=size).product(v) for size in (4, None)]
+    ragged, whole = [Objective(case.model, data, kind, batch_size=size).product(v) for size in (4, None)]
     close(flat(ragged), flat(whole))
 
 
@@ -439,7 +440,7 @@ def test_a_masked_loss_is_the_mean_of_the_means_of_batches():
     weights = [v.value for v in case.model.trainable_variables]
     means = [hessian(evaluated(case.model, case.x[rows], case.y[rows]), weights) for rows in (slice(0, 4), slice(4, 6))]
     v = [tf.constant(np.random.default_rng(1).standard_normal(w.shape)) for w in weights]
-    ours = Probes(case.model, (case.x, case.y), batch_size=4).product(v)
+    ours = Objective(case.model, (case.x, case.y), batch_size=4).product(v)
     close(flat(ours), (4 * means[0] + 2 * means[1]) / 6 @ flat(v))
 
 
@@ -470,32 +471,32 @@ def test_nothing_moves_and_masks_are_those_of_the_seed():
     before = everything(model)
     v = [tf.ones(w.shape, w.dtype) for w in model.trainable_variables]
     options = {"training": True, "batch_size": RAGGED}
-    probes = Probes(model, data, **options)
-    first = [probes.loss(), *probes.product(v), *probes.gradient(), probes.loss_at(v)]
+    objective = Objective(model, data, **options)
+    first = [objective.loss(), *objective.product(v), *objective.gradient(), objective.loss_at(v)]
     for was, now in zip(keras.tree.flatten(before), keras.tree.flatten(everything(model)), strict=True):
         np.testing.assert_array_equal(was, now)
     model(data[0], training=True)  # moves the seeds, and statistics that are not asked for
-    again = Probes(model, data, **options)
-    for same in (probes, again):
+    again = Objective(model, data, **options)
+    for same in (objective, again):
         second = [same.loss(), *same.product(v), *same.gradient(), same.loss_at(v)]
         np.testing.assert_array_equal(flat(second), flat(first))
-    assert float(Probes(model, data, seed=1, **options).loss()) != float(probes.loss())
+    assert float(Objective(model, data, seed=1, **options).loss()) != float(objective.loss())
     # masks of batches differ: the same examples twice have another loss than once
     twice = tuple(np.concatenate([a[:5], a[:5]]) for a in data)
-    assert float(Probes(model, twice, training=True, batch_size=5).loss()) != pytest.approx(
-        float(Probes(model, twice, training=True, batch_size=5, examples=5).loss()), rel=1e-6
+    assert float(Objective(model, twice, training=True, batch_size=5).loss()) != pytest.approx(
+        float(Objective(model, twice, training=True, batch_size=5, examples=5).loss()), rel=1e-6
     )
 
 
 def test_answers_are_at_the_weights_of_the_moment():
     model, (x, y) = model_of(layers.Dense(2)), examples(2)
-    probes = Probes(model, (x, y))
-    before = float(probes.loss())
+    objective = Objective(model, (x, y))
+    before = float(objective.loss())
     step = [0.1 * tf.ones(v.shape, v.dtype) for v in model.trainable_variables]
-    ahead = float(probes.loss_at(step))
+    ahead = float(objective.loss_at(step))
     for v, s in zip(model.trainable_variables, step):
         v.assign_add(s)
-    assert float(probes.loss()) == pytest.approx(ahead, rel=1e-14) != before
+    assert float(objective.loss()) == pytest.approx(ahead, rel=1e-14) != before
 
 
 def test_mixed_precision_is_measured_in_float32():
@@ -508,8 +509,8 @@ def test_mixed_precision_is_measured_in_float32():
         models[-1].set_weights(models[0].get_weights())
     v = [tf.ones(w.shape) for w in models[0].trainable_variables]
     for kind in ("hessian", "ggn"):
-        probes = [Probes(model, (x, y), kind) for model in models]
-        *half, single = [flat([p.loss(), *p.product(v)]) for p in probes]
+        objective = [Objective(model, (x, y), kind) for model in models]
+        *half, single = [flat([p.loss(), *p.product(v)]) for p in objective]
         for ours in half:
             close(ours, single, 1e-5)
     assert [layer.compute_dtype for layer in models[0].layers] == ["float16", "float16"]
@@ -579,7 +580,7 @@ ERRORS = {
 def test_errors(name):
     make, options, message = ERRORS[name]
     with pytest.raises(ValueError, match=message):
-        Probes(*make(), **options)
+        Objective(*make(), **options)
 
 
 @pytest.mark.parametrize(("shift", "floatx", "refused"), [
@@ -590,18 +591,18 @@ def test_a_loss_may_differ_by_rounding(monkeypatch, shift, floatx, refused):
     keras.config.set_dtype_policy(floatx)
     keras.config.set_floatx(floatx)
     losses = iter([2.0, 2.0 * (1 + shift)])
-    monkeypatch.setattr(Probes, "loss", lambda probes: next(losses))
+    monkeypatch.setattr(Objective, "loss", lambda objective: next(losses))
     with pytest.raises(ValueError, match="another loss whenever") if refused else contextlib.nullcontext():
-        Probes(_linear(), DATA)
+        Objective(_linear(), DATA)
 
 
 @pytest.mark.parametrize("bad", ["x", "y"])
 def test_numbers_that_are_not_finite_are_found_where_the_loss_is(monkeypatch, bad):
     """A fused ReLU makes 0 of NaN, and the loss is finite."""
     x, y = (np.where(np.arange(N)[:, None] == 3, np.nan, a) if name == bad else a for name, a in zip("xy", DATA))
-    monkeypatch.setattr(Probes, "loss", lambda probes: 1.0)
+    monkeypatch.setattr(Objective, "loss", lambda objective: 1.0)
     with pytest.raises(ValueError, match="`data` must hold finite numbers.*NaN"):
-        Probes(_linear(), (x, y))
+        Objective(_linear(), (x, y))
 
 
 def test_a_model_may_fill_what_is_missing():
@@ -610,24 +611,24 @@ def test_a_model_may_fill_what_is_missing():
     missing = np.arange(3 * N).reshape(N, 3) % 4 == 0
     filled, left = np.where(missing, 0.0, x), np.where(missing, np.nan, x)
     np.testing.assert_array_equal(
-        *[flat(Probes(model, (a, y), batch_size=RAGGED).gradient()) for a in (filled, left)]
+        *[flat(Objective(model, (a, y), batch_size=RAGGED).gradient()) for a in (filled, left)]
     )
 
 
 @pytest.mark.parametrize("of_data_set", [False, True])
 def test_what_does_not_fit_into_memory_is_refused_with_the_bytes(monkeypatch, of_data_set):
     """A row has 3 + 2 numbers of 8 bytes."""
-    monkeypatch.setattr(probe_data, "MEMORY", 250)
+    monkeypatch.setattr(reading, "MEMORY", 250)
     data = tf.data.Dataset.from_tensor_slices(DATA).batch(4) if of_data_set else DATA
     many = "8 of them need 3.2e-07" if of_data_set else "10 of them need 4e-07"
     with pytest.raises(ValueError, match=rf"{many} GB, more than 2.5e-07 GB. Pass `examples=6` or fewer"):
-        Probes(_linear(), data)
-    assert Probes(_linear(), data, examples=6).examples == 6
+        Objective(_linear(), data)
+    assert Objective(_linear(), data, examples=6).examples == 6
 
 
 def test_examples_stay_in_the_memory_of_the_host_and_are_cut_before_they_are_copied():
     big = np.broadcast_to(np.ones(3), (2**40, 3))  # 25 TB, if somebody looked at all of it
-    read = probe_data.batches(Probes, (big, np.broadcast_to(1.0, (2**40, 2))), 5, 2, "float32")
+    read = reading.batches(Objective, (big, np.broadcast_to(1.0, (2**40, 2))), 5, 2, "float32")
     assert [a.shape.as_list() for a, _, _ in read] == [[2, 3], [2, 3], [1, 3]]
     assert {(a.device[-5:], a.dtype) for a in keras.tree.flatten(read) if a is not None} == {("CPU:0", tf.float32)}
 
@@ -635,13 +636,13 @@ def test_examples_stay_in_the_memory_of_the_host_and_are_cut_before_they_are_cop
 def test_several_workers_are_refused(monkeypatch):
     monkeypatch.setattr(replicas, "of_several_workers", lambda strategy: True)
     with pytest.raises(ValueError, match="Curvature is measured in one process"):
-        Probes(_linear(), DATA)
+        Objective(_linear(), DATA)
 
 
 def test_a_model_that_waits_for_its_shape_is_built_by_the_data():
     model = keras.Sequential([layers.Dense(2)])
     model.compile("sgd", "mse")
-    assert [tuple(v.shape) for v in Probes(model, DATA).variables] == [(3, 2), (2,)]
+    assert [tuple(v.shape) for v in Objective(model, DATA).variables] == [(3, 2), (2,)]
 
 
 def test_layers_by_name():

@@ -101,7 +101,7 @@ class Noise:
         return None if self.curvature is None else self.best_rate / (1.0 + self.with_curvature / batch_size)
 
 
-def noise(probes, micro_batch=8, parts=16, curvature=True):
+def noise(objective, micro_batch=8, parts=16, curvature=True):
     """The noise scale of the gradient on a probe set, by two batch sizes.
 
         tr(S) ~ (sum_i b_i |g_i|^2 - N |g|^2) / (K - 1),        |G|^2 ~ |g|^2 - tr(S) / N
@@ -123,7 +123,7 @@ def noise(probes, micro_batch=8, parts=16, curvature=True):
     batch cannot be cut into parts of one size, a few of its examples (fewer than `parts`) are left out.
 
     Args:
-        probes: `Probes`, whose `kind` says what `H` is.
+        objective: `Objective`, whose `kind` says what `H` is.
         micro_batch: `b`, the most examples of a micro-batch, an integer; `1` has the least error, and takes
             longest. Defaults to `8` (as accurate as `1` but for the first steps of a training).
         parts: The most parts that the probe set is cut into, an integer of at least 2: the relative error of `tr(HS)`
@@ -140,27 +140,27 @@ def noise(probes, micro_batch=8, parts=16, curvature=True):
     Example:
 
     ```python
-    found = noise(Probes(model, (x, y), kind="ggn"))
+    found = noise(Objective(model, (x, y), kind="ggn"))
     print(f"noise scale {found.simple:.0f} ± {found.stderr['simple']:.0f} examples")
     ```
     """
     check_count(noise, "micro_batch", micro_batch)
     check_count(noise, "parts", parts, low=2)
     check(noise, "curvature", curvature, isinstance(curvature, bool), "True or False")
-    _check_memory(probes.variables, parts)
-    swept = _swept(probes, micro_batch, parts)
+    _check_memory(objective.variables, parts)
+    swept = _swept(objective, micro_batch, parts)
     if len(swept) < 2:
         raise ValueError(
             f"`noise`: `micro_batch` must leave two micro-batches at least, to compare two batch sizes. Received: "
-            f"micro_batch={micro_batch} and a probe set of {probes.examples} examples. Use a smaller `micro_batch`, or "
-            "more examples."
+            f"micro_batch={micro_batch} and {objective.examples} examples. Use a smaller `micro_batch`, or more "
+            "examples."
         )
     gradients = [part["gradient"] for part in swept]
     found = _Parts(
         *[np.array([float(part[name]) for part in swept]) for name in ("examples", "batches", "squares")],
         _inner(gradients, gradients),
         # one at a time: a product is as long as all of the weights
-        np.concatenate([_inner(gradients, [probes.product(g)]) for g in gradients], 1) if curvature else None,
+        np.concatenate([_inner(gradients, [objective.product(g)]) for g in gradients], 1) if curvature else None,
     )
     return found.noise()
 
@@ -317,25 +317,25 @@ def _check_memory(variables, parts):
         )
 
 
-def _swept(probes, micro_batch, parts):
+def _swept(objective, micro_batch, parts):
     """Sums over the micro-batches of each part, a list of dicts; at most `parts`, out of all batches alike."""
     found = {}
-    for i, part in enumerate(_each_part(probes, micro_batch, max(1, parts // probes.batches))):
+    for i, part in enumerate(_each_part(objective, micro_batch, max(1, parts // objective.batches))):
         k = i % parts
         found[k] = tf.nest.map_structure(tf.add, found[k], part) if k in found else part
     return [part | {"gradient": trees.scale(1.0 / part["examples"], part["gradient"])} for part in found.values()]
 
 
-def _each_part(probes, micro_batch, most):
+def _each_part(objective, micro_batch, most):
     """The sums of one part after another: of each batch the rows in their order, cut into `most` at most."""
-    devices = replicas.strategy_of(probes.model).num_replicas_in_sync
-    for number, count in enumerate(probes.counts):
+    devices = replicas.strategy_of(objective.model).num_replicas_in_sync
+    for number, count in enumerate(objective.counts):
         shortest = count // devices  # of the replicas' slices
         pieces = _number_of_pieces(shortest, micro_batch, -(-most // devices))
         length = max(1, shortest // pieces)
         cut = -(-length // micro_batch)
         for index in range(pieces):
-            sums = probes.on_batch(number, ("noise", length, cut), _sums(length, cut), index)
+            sums = objective.on_batch(number, ("noise", length, cut), _sums(length, cut), index)
             yield from (tf.nest.map_structure(lambda s, r=r: s[r], sums) for r in range(devices))
 
 

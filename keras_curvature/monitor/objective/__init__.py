@@ -1,0 +1,1 @@
+"""The loss of a model on fixed examples: its value, gradient and curvature products."""
