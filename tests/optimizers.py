@@ -1,94 +1,134 @@
-"""The registry of optimizers: a new method adds one line and gains every property of `test_properties.py`.
+"""The registry of methods: one record gives a method every property of `test_properties.py` and the other files.
 
-`OPTIMIZERS` maps a name to a factory whose arguments can be overridden: `OPTIMIZERS["neumann"](use_ema=True)`. The
-settings suit the tiny models of the tests.
+`OPTIMIZERS` maps a name to a factory whose arguments can be overridden: `OPTIMIZERS["neumann"](use_ema=True)`. All
+other lists are read off the records and the classes. No optimizer is created here: its variables would set up
+TensorFlow, in processes that choose their devices first.
 """
 
-from functools import partial
+import dataclasses
+from collections.abc import Callable
 
 import keras
+from own_optimizers import DampedGaussNewton, Lion
 
 import keras_curvature as kc
 from keras_curvature import ConjugateGradient, NeumannSeries, curved
 
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method with settings that suit the tiny models of the tests.
+
+    The first record of a class stands for the class where a test takes one of each.
+
+    Args:
+        make: The class, or a class method that makes an optimizer.
+        settings: Arguments of `make`.
+        on_a_quadratic: Arguments that replace them to reach the minimum of a quadratic.
+        steps: How many steps the method may take to that minimum.
+        family: Whether the method stands for its family in tests that are slow to trace or compile.
+        by_gradient: Whether gradients suffice. Defaults to what the class says.
+        amplifies: Whether its solver amplifies rounding from step to step, as conjugate gradients do.
+    """
+
+    make: Callable
+    settings: dict = dataclasses.field(default_factory=dict)
+    on_a_quadratic: dict = dataclasses.field(default_factory=dict)
+    steps: int = 120
+    family: bool = False
+    by_gradient: bool | None = None
+    amplifies: bool = False
+
+    def __post_init__(self):
+        if self.by_gradient is None:
+            object.__setattr__(self, "by_gradient", self.cls.by_gradient)
+
+    @property
+    def cls(self):
+        """The class of the optimizer."""
+        return self.make if isinstance(self.make, type) else self.make.__self__
+
+    @property
+    def layerwise(self):
+        """Whether the method looks at layers, so that bare variables do not do."""
+        return self.cls.needs_model
+
+    def __call__(self, **kwargs):
+        """The optimizer, with some settings overridden."""
+        return self.make(**{**self.settings, **kwargs})
+
+
+# Where the length of a step does not depend on the gradient, only a falling learning rate ends at a minimum.
+FALLING = {"learning_rate": keras.optimizers.schedules.ExponentialDecay(0.3, 50, 0.6)}
+FALLING_FAST = {"learning_rate": keras.optimizers.schedules.ExponentialDecay(0.3, 10, 0.8)}
+LONG = {"learning_rate": 0.5}
+# Repulsion would keep the weights at a distance from the minimum.
+NO_REPULSION = {**LONG, "beta": 0.0}
+SERIES, TWO_LOOP = NeumannSeries(steps=4, rate=0.1), NeumannSeries(steps=8, rate=0.5)
+CG = {"solver": ConjugateGradient(max_steps=8)}
+# The 4x6 kernel's factor of 6x6 has rank 4, and a basis that rounding chooses: no matrix for an axis of 6.
+BY_AXIS = {"learning_rate": 0.01, "every": 2, "epsilon": 1e-3, "max_dimension": 5}
+LAZY = {"factors_every": 1, "inverses_every": 2}
+
 OPTIMIZERS = {
-    "neumann": partial(kc.Neumann, learning_rate=0.05, warmup_steps=2),
-    "neumann_resets": partial(kc.Neumann, learning_rate=0.05, warmup_steps=2, reset_every=4),
-    "two_loop_neumann": partial(kc.TwoLoopNeumann, learning_rate=0.1, solver=NeumannSeries(steps=4, rate=0.1)),
-    "two_loop_convexified": partial(
-        kc.TwoLoopNeumann, learning_rate=0.1, solver=NeumannSeries(steps=4, rate=0.1), mu=0.9, alpha=1e-3, beta=1e-7
+    "neumann_resets": Method(
+        kc.Neumann, {"learning_rate": 0.05, "warmup_steps": 2, "reset_every": 4}, NO_REPULSION, family=True
     ),
-    "curveball": partial(kc.CurveBall),
-    "curveball_fixed": partial(kc.CurveBall, damping=0.1, beta=0.1, rho=0.9),
-    "hessian_free": partial(kc.HessianFree, solver=ConjugateGradient(max_steps=8)),
-    "hessian_free_hessian": partial(kc.HessianFree, solver=ConjugateGradient(max_steps=8), curvature="hessian"),
-    "hessian_free_chunk": partial(kc.HessianFree, solver=ConjugateGradient(max_steps=8), curvature_batch=0.5),
-    "shampoo": partial(kc.Shampoo, learning_rate=0.01, every=2, epsilon=1e-3),
-    "shampoo_newton": partial(
-        kc.Shampoo, learning_rate=0.05, every=2, epsilon=1e-3, beta_2=0.9, grafting="sgd", root=kc.CoupledNewton()
+    "neumann": Method(kc.Neumann, {"learning_rate": 0.05, "warmup_steps": 2}, NO_REPULSION),
+    "two_loop_convexified": Method(
+        kc.TwoLoopNeumann, {"learning_rate": 0.1, "solver": SERIES, "mu": 0.9, "alpha": 1e-3, "beta": 1e-7},
+        {"learning_rate": 1.0, "solver": TWO_LOOP, "beta": 0.0},
     ),
-    # the 4x6 kernel's factor of 6x6 has rank 4, and a basis that rounding chooses
-    "soap": partial(kc.SOAP, learning_rate=0.01, every=2, epsilon=1e-3, max_dimension=5),
-    "kl_shampoo": partial(kc.KLShampoo, learning_rate=0.01, every=2, epsilon=1e-3, max_dimension=5),
-    "psgd": partial(kc.PSGD, learning_rate=0.01),
-    "psgd_newton": partial(kc.PSGD, learning_rate=0.05, kind="newton", geometry=kc.LowRankGeometry(rank=2), every=2),
-    "adahessian": partial(kc.AdaHessian),
-    "adahessian_lazy": partial(kc.AdaHessian, every=2, hessian_power=0.5),
-    "sophia_h": partial(kc.SophiaH, learning_rate=0.01, every=2),
-    "sophia_g": partial(kc.SophiaG, learning_rate=0.01, every=2),
-    "esgd": partial(kc.ESGD, every=2),
-    "diagonal_newton": partial(kc.DiagonalNewton),
-    "square_root_free_adam": partial(kc.SquareRootFreeAdam),
-    "square_root_free_adam_sampled": partial(kc.SquareRootFreeAdam, fisher="sampled"),
-    "kfac": partial(kc.KFAC, factors_every=1, inverses_every=2),
-    "kfac_adaptive": partial(kc.KFAC.adaptive, damping=kc.LevenbergMarquardt(every=2), inverses_every=2),
-    "ekfac": partial(kc.EKFAC, factors_every=1, inverses_every=2),
-    "eva": partial(kc.Eva),
+    "two_loop_neumann": Method(
+        kc.TwoLoopNeumann, {"learning_rate": 0.1, "solver": SERIES}, {**LONG, "solver": TWO_LOOP}
+    ),
+    "curveball": Method(kc.CurveBall, family=True),
+    "curveball_fixed": Method(kc.CurveBall, {"damping": 0.1, "beta": 0.1, "rho": 0.9}),
+    "hessian_free": Method(kc.HessianFree, CG, family=True, amplifies=True),
+    "hessian_free_hessian": Method(kc.HessianFree, {**CG, "curvature": "hessian"}, amplifies=True),
+    "hessian_free_chunk": Method(kc.HessianFree, {**CG, "curvature_batch": 0.5}),
+    "shampoo": Method(kc.Shampoo, {"learning_rate": 0.01, "every": 2, "epsilon": 1e-3}, {"learning_rate": 0.3}),
+    "shampoo_newton": Method(
+        kc.Shampoo,
+        {"learning_rate": 0.05, "every": 2, "epsilon": 1e-3, "beta_2": 0.9, "grafting": "sgd",
+         "root": kc.CoupledNewton()},
+        {"learning_rate": 0.3},
+    ),
+    "soap": Method(kc.SOAP, BY_AXIS, FALLING, steps=600, family=True),
+    "kl_shampoo": Method(kc.KLShampoo, BY_AXIS, FALLING, steps=600),
+    "psgd_newton": Method(
+        kc.PSGD, {"learning_rate": 0.05, "kind": "newton", "geometry": kc.LowRankGeometry(rank=2), "every": 2}, LONG,
+        family=True, by_gradient=False,
+    ),
+    "psgd": Method(kc.PSGD, {"learning_rate": 0.01}, FALLING, steps=600),
+    "adahessian": Method(kc.AdaHessian, {}, LONG, family=True),
+    "adahessian_lazy": Method(kc.AdaHessian, {"every": 2, "hessian_power": 0.5}, LONG),
+    "sophia_h": Method(kc.SophiaH, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
+    "sophia_g": Method(kc.SophiaG, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
+    "esgd": Method(kc.ESGD, {"every": 2}, LONG),
+    "diagonal_newton": Method(kc.DiagonalNewton, {}, {**LONG, "step_max": None}),
+    "square_root_free_adam_sampled": Method(
+        kc.SquareRootFreeAdam, {"fisher": "sampled"}, {"learning_rate": 0.1}, steps=600, by_gradient=False
+    ),
+    "square_root_free_adam": Method(kc.SquareRootFreeAdam, {}, FALLING_FAST),
+    "kfac": Method(kc.KFAC, LAZY, family=True),
+    "kfac_adaptive": Method(kc.KFAC.adaptive, {"damping": kc.LevenbergMarquardt(every=2), "inverses_every": 2}),
+    "ekfac": Method(kc.EKFAC, LAZY),
+    "eva": Method(kc.Eva, {}, {"damping": 0.3, "kl_clip": None}),
+    # the methods of the guide
+    "lion": Method(Lion, {"learning_rate": 0.01}, FALLING, steps=600),
+    "damped_gauss_newton": Method(DampedGaussNewton, {"learning_rate": 0.5}),
 }  # fmt: skip
 
-# Steps of the same length whatever the gradient, as these methods take them, end at a minimum as the rate falls.
-FALLING = keras.optimizers.schedules.ExponentialDecay(0.3, 50, 0.6)
-# What the registry's settings lack to reach the minimum of a quadratic: longer steps, and no repulsion, which keeps
-# the weights at a distance from it.
-ON_A_QUADRATIC = {
-    "neumann": {"learning_rate": 0.5, "beta": 0.0},
-    "neumann_resets": {"learning_rate": 0.5, "beta": 0.0},
-    "two_loop_neumann": {"learning_rate": 0.5, "solver": NeumannSeries(steps=8, rate=0.5)},
-    "two_loop_convexified": {"learning_rate": 1.0, "solver": NeumannSeries(steps=8, rate=0.5), "beta": 0.0},
-    "shampoo": {"learning_rate": 0.3},
-    "shampoo_newton": {"learning_rate": 0.3},
-    "soap": {"learning_rate": FALLING},
-    "kl_shampoo": {"learning_rate": FALLING},
-    "psgd": {"learning_rate": FALLING},
-    "psgd_newton": {"learning_rate": 0.5},
-    "adahessian": {"learning_rate": 0.5},
-    "adahessian_lazy": {"learning_rate": 0.5},
-    "sophia_h": {"learning_rate": FALLING},
-    "sophia_g": {"learning_rate": FALLING},
-    "esgd": {"learning_rate": 0.5},
-    "diagonal_newton": {"learning_rate": 0.5, "step_max": None},
-    "square_root_free_adam": {"learning_rate": keras.optimizers.schedules.ExponentialDecay(0.3, 10, 0.8)},
-    "square_root_free_adam_sampled": {"learning_rate": 0.1},
-    "eva": {"damping": 0.3, "kl_clip": None},
-}
-# These look at layers, of which a quadratic has none that they know: they have a linear regression.
-LAYERWISE = ["kfac", "kfac_adaptive", "ekfac", "eva"]
-
-# Not asked of an optimizer that is made: its variables would set up TensorFlow, in processes with plans of their own.
-BY_GRADIENT = {"neumann", "neumann_resets", "shampoo", "shampoo_newton", "soap", "kl_shampoo", "psgd",
-               "square_root_free_adam"}  # fmt: skip
-NEEDS_CURVATURE = [name for name in OPTIMIZERS if name not in BY_GRADIENT]
-GRADIENTS_SUFFICE = [name for name in OPTIMIZERS if name in BY_GRADIENT]
+LAYERWISE = [name for name, method in OPTIMIZERS.items() if method.layerwise]
+GRADIENTS_SUFFICE = [name for name, method in OPTIMIZERS.items() if method.by_gradient]
+NEEDS_CURVATURE = [name for name, method in OPTIMIZERS.items() if not method.by_gradient]
+AMPLIFY = [name for name, method in OPTIMIZERS.items() if method.amplifies]
+ONE_OF_EACH = list({method.cls: name for name, method in reversed(OPTIMIZERS.items())}.values())[::-1]
+FAMILIES = [name for name, method in OPTIMIZERS.items() if method.family]
 # Where gradients suffice a model need not be curved: "plain_neumann" is "neumann" on a plain `keras.Model`.
 PLAIN = [f"plain_{name}" for name in GRADIENTS_SUFFICE]
-# One of each class; and one of each family, for what is dear to trace or compile. The others run with `-m slow`.
-ONE_OF_EACH = [
-    "neumann_resets", "two_loop_convexified", "curveball", "hessian_free", "shampoo", "soap", "kl_shampoo",
-    "psgd_newton", "adahessian", "sophia_h", "sophia_g", "esgd", "diagonal_newton", "square_root_free_adam_sampled",
-    "kfac", "ekfac", "eva",
-]  # fmt: skip
-FAMILIES = ["neumann_resets", "curveball", "hessian_free", "soap", "psgd_newton", "adahessian", "kfac"]
-PLAIN_FAMILIES = ["plain_neumann_resets", "plain_soap"]
+PLAIN_FAMILIES = [name for name in PLAIN if name.removeprefix("plain_") in FAMILIES]
 
 
 def prepare(name, model, **kwargs):

@@ -14,7 +14,6 @@ from optimizers import (
     FAMILIES,
     GRADIENTS_SUFFICE,
     LAYERWISE,
-    ON_A_QUADRATIC,
     ONE_OF_EACH,
     OPTIMIZERS,
     PLAIN,
@@ -38,7 +37,6 @@ most_plain_or_curved = _some_by_default(
 )
 every_family = _some_by_default(OPTIMIZERS, FAMILIES)
 every_family_plain_or_curved = _some_by_default([*OPTIMIZERS, *PLAIN], [*FAMILIES, *PLAIN_FAMILIES])
-NEEDS_MORE_STEPS = {"soap", "kl_shampoo", "psgd", "sophia_h", "sophia_g", "square_root_free_adam_sampled"}
 
 
 def data(examples=24, seed=0):
@@ -109,8 +107,9 @@ def assert_same(first, second):
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in LAYERWISE])
 def test_reaches_the_minimum_of_a_quadratic(name):
     problem = kc.problems.quadratic(dimension=6, condition=10.0)
-    model = kc.curved(problem.compiled(OPTIMIZERS[name](**ON_A_QUADRATIC.get(name, {}))))
-    model.fit(*problem.data(600 if name in NEEDS_MORE_STEPS else 120), batch_size=1, verbose=0)
+    method = OPTIMIZERS[name]
+    model = kc.curved(problem.compiled(method(**method.on_a_quadratic)))
+    model.fit(*problem.data(method.steps), batch_size=1, verbose=0)
     assert model.evaluate(*problem.data(1), verbose=0) < 1e-5
     np.testing.assert_allclose(model.get_weights()[0], problem.solution()[0], atol=1e-2)
 
@@ -120,8 +119,9 @@ def test_reaches_the_minimum_of_a_linear_regression(name):
     keras.utils.set_random_seed(0)
     x, w = (np.random.default_rng(seed).standard_normal(shape) for seed, shape in enumerate(((32, 4), (4, 2))))
     model = kc.curved(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
-    model.compile(OPTIMIZERS[name](**ON_A_QUADRATIC.get(name, {})), "mse")
-    model.fit(x, x @ w, batch_size=32, epochs=120, verbose=0)
+    method = OPTIMIZERS[name]
+    model.compile(method(**method.on_a_quadratic), "mse")
+    model.fit(x, x @ w, batch_size=32, epochs=method.steps, verbose=0)
     np.testing.assert_allclose(model.get_weights()[0], w, atol=1e-2)
 
 
@@ -262,6 +262,19 @@ def test_micro_batches_train_as_the_whole_batch(name):
             trained.append(model.get_weights())
     for whole, sliced in zip(*trained):
         np.testing.assert_allclose(sliced, whole, rtol=0, atol=1e-10)
+
+
+@every_optimizer
+def test_its_record_tells_whether_gradients_suffice(name):
+    method = OPTIMIZERS[name]
+    assert method.by_gradient == method().by_gradient
+    assert type(method()) is method.cls
+
+
+def test_the_registry_has_every_class():
+    exported = {getattr(kc, name) for name in kc.optimizers.__all__} - {kc.CurvatureOptimizer}
+    assert exported <= {method.cls for method in OPTIMIZERS.values()}
+    assert [OPTIMIZERS[name].cls for name in ONE_OF_EACH] == list(dict.fromkeys(m.cls for m in OPTIMIZERS.values()))
 
 
 @every_optimizer

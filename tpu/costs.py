@@ -182,14 +182,6 @@ METHODS = {
 }  # fmt: skip
 
 
-# Optimizers of the package without a formula: what the diagonal and the Kronecker methods do every so many
-# steps, and with matrices whose sizes are those of the layers, `Work` has no words for.
-WITHOUT_FORMULA = {
-    "adahessian", "diagonal_newton", "ekfac", "esgd", "eva", "kfac", "kl_shampoo", "psgd", "shampoo", "soap",
-    "sophia_g", "sophia_h", "square_root_free_adam",
-}  # fmt: skip
-
-
 # Machines.
 
 
