@@ -16,20 +16,22 @@ calls (TPUs, and the default strategy) `cross` stays where it is, and `total` is
 
 import contextlib
 import contextvars
-import functools
 
 import tensorflow as tf
-from keras.src.backend.tensorflow.optimizer import TFOptimizer
+
+from keras_curvature import keras_internals
+from keras_curvature.keras_internals import replaced
 
 
 def uses_merge_calls():
     """Whether the strategy synchronizes by merge calls, so that loops and conditions have to stand outside."""
-    return not tf.__internal__.distribute.strategy_supports_no_merge_call()
+    return keras_internals.uses_merge_calls()
 
 
 def of_several_workers(strategy):
     """Whether `strategy` trains in several processes, each with replicas of its own."""
-    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and strategy.extended._in_multi_worker_mode()
+    mirrored = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    return mirrored and keras_internals.has_several_workers(strategy)
 
 
 def is_iterator(data):
@@ -94,7 +96,8 @@ def keras_outside():
     Keras leaves the replicas by one merge call for each thing that an optimizer does, and in the middle of a `tf.cond`
     (accumulated gradients, averages of the weights) that is refused. Outside already, there is nothing to leave.
     """
-    _let_keras_ask()
+    keras_internals.guard(*replaced.MERGE_CALL, _maybe_merge_call)
+    keras_internals.guard(*replaced.SUM_GRADIENTS, _sum_gradients)
     token = _outside.set(True)
     try:
         yield
@@ -102,21 +105,14 @@ def keras_outside():
         _outside.reset(token)
 
 
-@functools.cache
-def _let_keras_ask():
-    """Two functions of TensorFlow's and Keras' look at `_outside` from now on."""
-    interim = tf.__internal__.distribute.interim
-    leave, add_up_gradients = interim.maybe_merge_call, TFOptimizer._all_reduce_sum_gradients
+def _maybe_merge_call(original, fn, strategy, *args, **kwargs):
+    if _outside.get() and tf.distribute.in_cross_replica_context():
+        return fn(strategy, *args, **kwargs)
+    return original(fn, strategy, *args, **kwargs)
 
-    def maybe_merge_call(fn, strategy, *args, **kwargs):
-        if _outside.get() and tf.distribute.in_cross_replica_context():
-            return fn(strategy, *args, **kwargs)
-        return leave(fn, strategy, *args, **kwargs)
 
-    def all_reduce_sum_gradients(optimizer, grads_and_vars):
-        return grads_and_vars if _outside.get() else add_up_gradients(optimizer, grads_and_vars)
-
-    interim.maybe_merge_call, TFOptimizer._all_reduce_sum_gradients = maybe_merge_call, all_reduce_sum_gradients
+def _sum_gradients(original, optimizer, grads_and_vars):
+    return grads_and_vars if _outside.get() else original(optimizer, grads_and_vars)
 
 
 def each(fn, *args):

@@ -13,9 +13,8 @@ from cases import MODELS, OwnLoss, OwnLossOfOldSignature, Subclassed, Subclassed
 from keras import layers
 from keras.src.backend.tensorflow import nn as keras_nn
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
-from keras.src.models.functional import Functional
 
-from keras_curvature import Linearization
+from keras_curvature import Linearization, keras_internals
 from keras_curvature.linearization.layers import taps
 from keras_curvature.linearization.pure import differentiable, functional
 
@@ -57,14 +56,15 @@ def test_a_layer_computes_as_its_policy_says_that_stands_there_at_the_time():
 
 
 def test_compiled_losses_say_how_they_are_reduced(model):
-    functional.build_for(model, X, Y, None)
-    assert [compiled.loss.reduction for compiled in model._compile_loss._flat_losses] == ["sum_over_batch_size"]
+    assert keras_internals.losses_of(model) == []
+    keras_internals.build(model, (X, Y))
+    assert [loss.reduction for loss in keras_internals.losses_of(model)] == ["sum_over_batch_size"]
 
 
-def test_call_has_training_arg():
-    assert Subclassed()._call_has_training_arg is True
-    assert SubclassedWithout()._call_has_training_arg is False
-    assert keras.Sequential()._call_has_training_arg is True
+def test_takes_training():
+    assert keras_internals.takes_training(Subclassed()) is True
+    assert keras_internals.takes_training(SubclassedWithout()) is False
+    assert keras_internals.takes_training(keras.Sequential()) is True
 
 
 @pytest.mark.parametrize("cls", [OwnLoss, OwnLossOfOldSignature])
@@ -74,16 +74,19 @@ def test_compute_loss_passes_training_to_those_who_take_it(cls):
     model.compile("sgd", "mse")
     y = np.ones((4, 2), "float32")
     assert list(inspect.signature(model._compute_loss).parameters) == ["x", "y", "y_pred", "sample_weight", "training"]
-    loss = model._compute_loss(x=X, y=y, y_pred=model(X), sample_weight=None, training=True)
+    loss = keras_internals.compute_loss(model, X, y, model(X), None, training=True)
     assert loss.shape == () and np.isfinite(loss)
 
 
-def test_lazy_parts_are_built_by_symbolic_build(model):
+@pytest.mark.parametrize("data", [(X, Y, None), (tf.TensorSpec((None, 3)), tf.TensorSpec((None,), tf.int64))])
+def test_build_builds_all_parts(model, data):
     for part in (model._compile_loss, model._compile_metrics, model.optimizer):
         assert part is not None and part.built is False
-    model._symbolic_build(data_batch=(X, Y, None))
+    assert not keras_internals.is_built(model)
+    keras_internals.build(model, data)
     for part in (model._compile_loss, model._compile_metrics, model.optimizer):
         assert part.built is True
+    assert keras_internals.is_built(model)
 
 
 def test_build_for_does_nothing_a_second_time(model, monkeypatch):
@@ -92,10 +95,87 @@ def test_build_for_does_nothing_a_second_time(model, monkeypatch):
     functional.build_for(model, X, Y, None)
 
 
-def test_loss_tracker_is_the_mean_that_the_logs_show(model):
-    model._symbolic_build(data_batch=(X, Y, None))
-    model._loss_tracker.update_state(tf.constant(3.0), sample_weight=2)
-    assert model.get_metrics_result()["loss"] == 3.0
+class OwnMetrics(keras.Sequential):
+    """A model that hides Keras' metrics."""
+
+    @property
+    def metrics(self):
+        """None."""
+        return []
+
+
+@pytest.mark.parametrize("cls", [keras.Sequential, OwnMetrics])
+def test_loss_tracker_is_the_mean_that_the_logs_show(cls):
+    model = cls([keras.Input((3,)), layers.Dense(2)])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    keras_internals.build(model, (X, Y))
+    keras_internals.loss_tracker(model).update_state(tf.constant(3.0), sample_weight=2)
+    assert model._loss_tracker.result() == 3.0
+    assert model.get_metrics_result() == ({"loss": 3.0} if cls is keras.Sequential else {})
+
+
+def test_layers_of_lists_every_depth_and_own_weights_one_layer_alone():
+    inner = keras.Sequential([keras.Input((3,)), layers.Dense(3), layers.Dense(3, trainable=False)])
+    model = keras.Sequential([inner, layers.Dense(2)])
+    model.build((None, 3))
+    assert keras_internals.layers_of(model)[0] is model
+    below = keras_internals.layers_of(model, include_self=False)
+    assert model not in below and set(below) >= {inner, *inner.layers, *model.layers}
+    assert keras_internals.own_weights(inner) == []
+    frozen = inner.layers[1]
+    assert [v is w for v, w in zip(keras_internals.own_weights(frozen), (frozen.kernel, frozen.bias))] == [True, True]
+
+
+def test_is_under_strategy(model):
+    assert not keras_internals.is_under_strategy(model)
+    with tf.distribute.OneDeviceStrategy("CPU:0").scope():
+        assert keras_internals.is_under_strategy(keras.Sequential())
+
+
+def test_a_fit_goes_on_at_the_epoch_that_a_callback_sets(model):
+    begin = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: keras_internals.begin_at_epoch(model, 3))
+    assert model.fit(X, Y, epochs=4, verbose=0, callbacks=[begin]).epoch == [3]
+
+
+@pytest.mark.parametrize("data", [X, (X,), (X, Y)])
+def test_an_epoch_iterator_says_what_a_batch_is_like(data):
+    cls, name = keras_internals.STEPS_OF_EPOCH
+    x, y = (data, None) if data is X else (*data, None)[:2]
+    iterator = cls(x=x, y=y, batch_size=2, distribute_strategy=tf.distribute.get_strategy())
+    specs = tf.nest.flatten(keras_internals.batch_spec(iterator))
+    assert [tuple(spec.shape) for spec in specs] == [(2, 3), (2,)][: len(specs)]
+    assert [step[:2] for step in getattr(iterator, name)()] == [(0, 0), (1, 1)]
+    assert inspect.isgeneratorfunction(getattr(cls, name))
+
+
+# Of losses.
+
+
+def test_changed_losses_are_those_of_a_copy(model):
+    keras_internals.build(model, (X, Y))
+    (loss,) = keras_internals.losses_of(model)
+    changed = keras_internals.changed_losses(model, lambda loss: lambda y, z, weight: 2.0 * loss(y, z, weight))
+    np.testing.assert_allclose(changed(Y, model(X)), 2.0 * loss(Y, model(X)), 1e-6)
+    assert keras_internals.losses_of(model) == [loss]
+
+
+def test_losses_know_their_function_and_its_options():
+    own = type("Own", (keras.losses.MeanSquaredError,), {"call": lambda self, y, z: z})()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=1, axis=1)
+    assert keras_internals.function_of(loss) is keras.losses.sparse_categorical_crossentropy
+    assert keras_internals.function_of(own) is None and keras_internals.function_of(keras.losses.Loss()) is None
+    assert keras_internals.options_of(loss) == {"from_logits": True, "ignore_class": 1, "axis": 1}
+    assert keras_internals.options_of(keras.losses.Loss()) == {}
+    assert "axis" not in loss.get_config()  # why the private name
+
+
+@pytest.mark.parametrize("mask", [None, np.array([[True, False], [True, True]])])
+def test_batch_moments_are_those_that_the_layer_normalizes_by(mask):
+    layer, x = layers.BatchNormalization(momentum=0.0), np.random.default_rng(0).random((2, 2, 3)).astype("float32")
+    layer(x, training=True, mask=mask)
+    mean, variance = keras_internals.batch_moments(layer, tf.constant(x), mask)
+    np.testing.assert_allclose(mean, layer.moving_mean, 1e-6)
+    np.testing.assert_allclose(variance, layer.moving_variance, 1e-6)
 
 
 def test_metrics_results_are_shown_only_where_the_names_agree(model):
@@ -116,7 +196,7 @@ def test_the_train_step_is_still_the_one_that_was_read():
 
 def test_functional_is_the_class_behind_inputs_and_outputs():
     inputs = keras.Input((3,))
-    assert isinstance(keras.Model(inputs, inputs), Functional)
+    assert isinstance(keras.Model(inputs, inputs), keras_internals.Functional)
 
 
 def test_a_model_clears_its_train_function_by_none(model):
@@ -195,10 +275,11 @@ def test_recurrent_layers_leave_cudnn_aside_while_linearized(name, monkeypatch):
 def test_outputs_carry_their_logits(activation):
     z = tf.constant([[1.0, -2.0, 0.5]])
     y = layers.Activation(activation)(z)
-    np.testing.assert_array_equal(y._keras_logits, z)
+    np.testing.assert_array_equal(keras_internals.logits_of(y), z)
+    assert set(keras_internals.carried(y)) == {keras_internals.LOGITS}
     # and it is these that the cross-entropy reads
     other = tf.constant([[0.2, 0.3, 0.5]])
-    other._keras_logits = z
+    keras_internals.carry(other, {keras_internals.LOGITS: z})
     crossentropy = {"softmax": keras.losses.categorical_crossentropy, "sigmoid": keras.losses.binary_crossentropy}
     target = tf.constant([[1.0, 0.0, 0.0]])
     np.testing.assert_allclose(
@@ -208,9 +289,10 @@ def test_outputs_carry_their_logits(activation):
 
 def test_outputs_carry_their_mask_and_the_loss_reads_it():
     y = layers.Embedding(3, 2, mask_zero=True)(np.array([[1, 0], [2, 2]]))
-    np.testing.assert_array_equal(y._keras_mask, [[True, False], [True, True]])
+    np.testing.assert_array_equal(keras_internals.carried(y)["_keras_mask"], [[True, False], [True, True]])
+    assert keras_internals.logits_of(y) is None
     y_pred, loss = tf.constant([[1.0], [5.0]]), keras.losses.MeanSquaredError()
-    y_pred._keras_mask = tf.constant([True, False])
+    keras_internals.carry(y_pred, {"_keras_mask": tf.constant([True, False])})
     assert loss(tf.zeros((2, 1)), y_pred) == 1.0
 
 
@@ -259,12 +341,40 @@ def test_optimizers_hand_all_variables_to_one_update_of_the_backend():
     np.testing.assert_array_equal(gradient, np.ones(2))
     parameters = inspect.signature(optimizer._distributed_tf_update_step).parameters
     assert list(parameters) == ["distribution", "grads_and_vars", "learning_rate"]
-    assert optimizer._get_variable_index(variable) == 0
-    assert optimizer._var_key(variable) == optimizer._var_key(variable.value)
-    assert [v is variable for v in optimizer._trainable_variables] == [True]
     optimizer.apply([tf.ones(2)])
     np.testing.assert_allclose(variable, [0.5, 1.5])
-    assert optimizer._iterations is optimizer.iterations
+
+
+def test_optimizers_know_their_variables_by_place_and_key():
+    optimizer, first, second = keras.optimizers.SGD(0.5), keras.Variable([1.0]), keras.Variable([2.0])
+    with tf.distribute.OneDeviceStrategy("CPU:0").scope():
+        elsewhere = keras.optimizers.SGD()
+    optimizer.build([first, second])
+    assert keras_internals.places_of(optimizer, [second, first]) == [1, 0]
+    one, two = keras_internals.keys_of(optimizer, [first, second])
+    assert one != two and keras_internals.keys_of(optimizer, [first.value]) == [one]
+    assert [v is w for v, w in zip(keras_internals.trained_by(optimizer), (first, second))] == [True, True]
+    assert keras_internals.strategy_of(optimizer) is tf.distribute.get_strategy()
+    assert keras_internals.strategy_of(elsewhere) is not tf.distribute.get_strategy()
+
+
+STATES = [
+    (keras.optimizers.Adam(amsgrad=True), ["velocities", "velocity_hats"]),
+    (keras.optimizers.Nadam(), ["velocities", "u_product"]),
+    (keras.optimizers.Adamax(), ["u"]),
+    (keras.optimizers.RMSprop(centered=True), ["velocities", "average_gradients"]),
+    (keras.optimizers.Adagrad(), ["accumulators"]),
+    (keras.optimizers.Adadelta(), ["accumulated_grads", "accumulated_delta_vars"]),
+]
+
+
+@pytest.mark.parametrize("optimizer, roles", STATES, ids=lambda value: getattr(value, "name", None))
+def test_optimizers_keep_their_state_by_role(optimizer, roles):
+    optimizer.build([keras.Variable([1.0, 2.0])])
+    for role in roles:
+        kept = keras_internals.state(optimizer, role)
+        assert kept.shape == () if role == "u_product" else [v.shape for v in kept] == [(2,)]
+    assert keras_internals.state(optimizer, "nothing of the kind") is None
 
 
 def test_the_loss_scale_optimizer_of_mixed_float16():
@@ -279,4 +389,24 @@ def test_the_loss_scale_optimizer_of_mixed_float16():
 
 
 def test_the_default_strategy_uses_no_merge_calls():
-    assert tf.__internal__.distribute.strategy_supports_no_merge_call() is True
+    assert keras_internals.uses_merge_calls() is False
+    assert keras_internals.has_several_workers(tf.distribute.MultiWorkerMirroredStrategy()) is False
+
+
+def test_static_shape_keeps_what_is_known():
+    @tf.function(input_signature=[tf.TensorSpec((None, 2))])
+    def run(x):
+        assert keras_internals.static_shape(tf.shape(x)).as_list() == [None, 2]
+        return x
+
+    run(tf.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_is_compiled(compiled):
+    @tf.function(jit_compile=compiled)
+    def run(x):
+        assert bool(keras_internals.is_compiled(x.graph)) is compiled
+        return x
+
+    run(tf.zeros(2))

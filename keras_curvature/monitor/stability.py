@@ -18,8 +18,9 @@ import math
 import keras
 import tensorflow as tf
 
-from keras_curvature import replicas, trees
+from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.component import check
+from keras_curvature.keras_internals import state
 from keras_curvature.operators import Diagonal, LinearOperator
 from keras_curvature.optimizers import limits
 from keras_curvature.optimizers.base import CurvatureOptimizer
@@ -126,7 +127,8 @@ def stability(optimizer, variables=None):
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         return Stability(math.nan, reason="`MultiOptimizer` trains with several optimizers, each with its own limit.")
     rate = replicas.read(optimizer.learning_rate)
-    variables = list(optimizer._trainable_variables if optimizer.built and variables is None else variables or [])
+    own = keras_internals.trained_by(optimizer) if optimizer.built else []
+    variables = list(own if variables is None else variables)
     step = _step_of(optimizer, variables)
     M = _preconditioner(optimizer, step, variables) if isinstance(step, LinearStep) else None
     missing = [found for found in (step, M) if isinstance(found, NotLinear)]
@@ -158,8 +160,8 @@ def _preconditioner(optimizer, step, variables):
             f"`{type(optimizer).__name__}` has not moved the weights yet: what it multiplies gradients by, and with it "
             "the limit, is there after the first steps."
         )
-    own = [optimizer._var_key(v) for v in optimizer._trainable_variables]
-    given = [optimizer._var_key(v) for v in variables]
+    own = keras_internals.keys_of(optimizer, keras_internals.trained_by(optimizer))
+    given = keras_internals.keys_of(optimizer, variables)
     ours = isinstance(optimizer, CurvatureOptimizer)
     if not (own == given if ours else set(given) <= set(own)):
         return NotLinear(
@@ -181,7 +183,7 @@ def _note(optimizer, step):
 
 def _diagonal(optimizer, variables, entries, *states):
     """`M` of `entries(*tensors)`, called with what the lists of `states` have for each of the variables."""
-    places = [optimizer._get_variable_index(v) for v in variables]
+    places = keras_internals.places_of(optimizer, variables)
     rows = [trees.values([state[i] for state in states]) for i in places]
     return Diagonal([entries(*row) for row in rows])
 
@@ -195,7 +197,7 @@ def _adam(optimizer, variables):
     def preconditioner():
         t = steps_taken(optimizer)
         bias = math.sqrt(1.0 - optimizer.beta_2**t) / (1.0 - optimizer.beta_1**t)
-        v = optimizer._velocity_hats if optimizer.amsgrad else optimizer._velocities
+        v = state(optimizer, "velocity_hats" if optimizer.amsgrad else "velocities")
         return _diagonal(optimizer, variables, lambda v: bias / (tf.sqrt(v) + optimizer.epsilon), v)
 
     return LinearStep(limits.averaged(optimizer.beta_1), preconditioner)
@@ -203,7 +205,8 @@ def _adam(optimizer, variables):
 
 def _nadam(optimizer, variables):
     b, t = optimizer.beta_1, steps_taken(optimizer)
-    product = replicas.read(getattr(optimizer, "_u_product", 1.0))
+    kept = state(optimizer, "u_product")
+    product = 1.0 if kept is None else replicas.read(kept)
     if product == 1.0:  # before the first step, also that of a loaded optimizer: Keras does not save it
         return LinearStep(limits.Rule(), lambda: NotLinear("`Nadam` has not taken a step since it was made or loaded."))
     u, following = (b * (1.0 - 0.5 * 0.96**s) for s in (t, t + 1))
@@ -211,7 +214,7 @@ def _nadam(optimizer, variables):
 
     def preconditioner():
         bias = 1.0 - optimizer.beta_2**t
-        v = optimizer._velocities
+        v = state(optimizer, "velocities")
         return _diagonal(optimizer, variables, lambda v: 1.0 / (tf.sqrt(v / bias) + optimizer.epsilon), v)
 
     return LinearStep(rule, preconditioner)
@@ -220,7 +223,7 @@ def _nadam(optimizer, variables):
 def _adamax(optimizer, variables):
     def preconditioner():
         bias = 1.0 - optimizer.beta_1 ** steps_taken(optimizer)
-        return _diagonal(optimizer, variables, lambda u: 1.0 / (bias * (u + optimizer.epsilon)), optimizer._u)
+        return _diagonal(optimizer, variables, lambda u: 1.0 / (bias * (u + optimizer.epsilon)), state(optimizer, "u"))
 
     return LinearStep(limits.averaged(optimizer.beta_1), preconditioner)
 
@@ -230,15 +233,15 @@ def _rmsprop(optimizer, variables):
         return tf.math.rsqrt(v - mean * mean + optimizer.epsilon)
 
     def preconditioner():
-        means = [optimizer._average_gradients] if optimizer.centered else []
-        return _diagonal(optimizer, variables, entries, optimizer._velocities, *means)
+        means = [state(optimizer, "average_gradients")] if optimizer.centered else []
+        return _diagonal(optimizer, variables, entries, state(optimizer, "velocities"), *means)
 
     return LinearStep(limits.heavy_ball(optimizer.momentum), preconditioner)
 
 
 def _adagrad(optimizer, variables):
     def preconditioner():
-        sums = optimizer._accumulators
+        sums = state(optimizer, "accumulators")
         return _diagonal(optimizer, variables, lambda total: tf.math.rsqrt(total + optimizer.epsilon), sums)
 
     return LinearStep(limits.Rule(), preconditioner)
@@ -249,7 +252,7 @@ def _adadelta(optimizer, variables):
         return tf.sqrt((steps + optimizer.epsilon) / (gradients + optimizer.epsilon))
 
     def preconditioner():
-        states = optimizer._accumulated_grads, optimizer._accumulated_delta_vars
+        states = state(optimizer, "accumulated_grads"), state(optimizer, "accumulated_delta_vars")
         return _diagonal(optimizer, variables, entries, *states)
 
     return LinearStep(limits.Rule(), preconditioner)

@@ -100,7 +100,7 @@ class AdaHessian(DiagonalOptimizer):
 
     def _preconditioner(self):
         s, counts = trees.values(self._D), tf.unstack(tf.identity(self._counts.value))
-        ones = [tf.ones(v.shape, s_.dtype) for v, s_ in zip(self._trainable_variables, s)]
+        ones = [tf.ones(v.shape, s_.dtype) for v, s_ in zip(self.trained, s)]
         taken = self.share(self.beta_1, self.iterations, tf.float64)
         return Diagonal([
             -self._divide(one, s_, self.share(self.beta_2, n, s_.dtype), tf.cast(taken, s_.dtype))

@@ -95,7 +95,7 @@ class Eva(CurvatureOptimizer):
 
     def _operator(self, vectors):
         operators = [self._inverse(a, b) for a, b in pairs(vectors)]
-        others = {i: self._trainable_variables[i] for i in self._others}
+        others = {i: self.trained[i] for i in self._others}
         ones = {i: tf.ones(tuple(v.shape), v.dtype) for i, v in others.items()}
         return BlockDiagonal(self._blocks, operators, ones)
 

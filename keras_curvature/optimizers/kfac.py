@@ -234,7 +234,7 @@ class KFAC(CurvatureOptimizer):
 
     def _kept_inverse(self):
         """The operator of the last step."""
-        l2, damping = linearization.l2_of(self._trainable_variables), tf.identity(self._damping.value)
+        l2, damping = linearization.l2_of(self.trained), tf.identity(self._damping.value)
         return self._side_by_side(self._kept_operators(l2, damping), trees.values(self._diagonals), l2, damping)
 
     def _side_by_side(self, operators, diagonals, l2, damping):

@@ -11,7 +11,7 @@ import weakref
 import keras
 import tensorflow as tf
 
-from keras_curvature import component, replicas, trees
+from keras_curvature import component, keras_internals, replicas, trees
 from keras_curvature.linearization.linearization import Gradients, Linearization
 
 
@@ -112,7 +112,7 @@ class Lifecycle(keras.optimizers.Optimizer):
             gradients = trees.scale(self.loss_scale_factor, gradients)
         self._hands_a_step = self._preconditions and not self.gradient_accumulation_steps
         with replicas.keras_outside():
-            super().apply(gradients, self._trainable_variables)
+            super().apply(gradients, self.trained)
         self._hands_a_step = False
 
     def apply(self, grads, trainable_variables=None):
@@ -122,7 +122,7 @@ class Lifecycle(keras.optimizers.Optimizer):
                 "When passing `grads` without `variables`, the optimizer must already be built on a list of variables. "
                 "Call `optimizer.build(trainable_variables)` first."
             )
-        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        variables = list(self.trained if trainable_variables is None else trainable_variables)
         self.require(variables)
         gradients = self._complete(grads, variables)
 
@@ -133,7 +133,7 @@ class Lifecycle(keras.optimizers.Optimizer):
             self.step(Gradients(type(self).__name__, total, variables))
 
         replicas.cross(take, gradients)
-        return self._iterations
+        return self.iterations
 
     def _complete(self, grads, variables):
         """Dense gradients for all variables; Keras' warning where some are missing, its error where all are."""
@@ -172,16 +172,21 @@ class Lifecycle(keras.optimizers.Optimizer):
                 "optimizer gradients and nothing else. Curve the model before `compile`:\n\n"
                 "    model = keras_curvature.curved(model)\n"
             )
-        known = [self._var_key(v) for v in self._trainable_variables]
-        given = [self._var_key(v) for v in variables]
+        known = keras_internals.keys_of(self, self.trained)
+        given = keras_internals.keys_of(self, variables)
         if known != given:
             raise ValueError(
                 f"`{type(self).__name__}` was built for {len(known)} weights "
-                f"({_names(self._trainable_variables)}) and is now given {len(given)} ({_names(variables)}). Its "
+                f"({_names(self.trained)}) and is now given {len(given)} ({_names(variables)}). Its "
                 "state belongs to the first: it cannot serve another model, or this one after layers were frozen or "
                 "unfrozen. Compile with a new optimizer:\n\n"
                 "    model.compile(optimizer=type(optimizer).from_config(optimizer.get_config()), ...)\n"
             )
+
+    @property
+    def trained(self):
+        """The variables that the optimizer was built for, a list."""
+        return keras_internals.trained_by(self)
 
     # Keras' life cycle.
 

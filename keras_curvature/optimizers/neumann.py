@@ -193,7 +193,7 @@ class Neumann(CurvatureOptimizer):
         if mu is not None:
             self._displace(mu)
         # here and not in `create_state`: an assignment made while Keras traces its first step is lost
-        for v, w in zip(self._v, self._trainable_variables):
+        for v, w in zip(self._v, self.trained):
             v.assign(tf.where(first, tf.convert_to_tensor(w), v.value))
 
     def _scalars(self, t, eta, variables):
@@ -252,7 +252,7 @@ class Neumann(CurvatureOptimizer):
 
     def _displace(self, mu):
         """Stored weights `w - mu m` become `w`."""
-        for w, m in zip(self._trainable_variables, self._m):
+        for w, m in zip(self.trained, self._m):
             w.assign(w + tf.cast(mu, w.dtype) * m)
 
     @property
@@ -283,6 +283,6 @@ class Neumann(CurvatureOptimizer):
             self._displaced.assign(0.0)
         elif self.is_displaced:
             self.restore()
-            for w in self._trainable_variables:  # Keras has projected the displaced weights
+            for w in self.trained:  # Keras has projected the displaced weights
                 if getattr(w, "constraint", None) is not None:
                     w.assign(w.constraint(w))

@@ -149,7 +149,7 @@ class PSGD(CurvatureOptimizer):
         return LinearStep(averaged(float(self._decay(last))), self._preconditioner, note)
 
     def _preconditioner(self):
-        P = self._geometry.operator(trees.values(self._fitted), [tuple(v.shape) for v in self._trainable_variables])
+        P = self._geometry.operator(trees.values(self._fitted), [tuple(v.shape) for v in self.trained])
 
         def product(vector):
             return [tf.cast(a, v.dtype) for a, v in zip(P @ self._cast(vector), vector)]

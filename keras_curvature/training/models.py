@@ -4,12 +4,12 @@ import functools
 
 import keras
 import tensorflow as tf
-from keras.src.models.functional import Functional
 
-from keras_curvature import replicas, trees
+from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.component import check_count, register
+from keras_curvature.keras_internals import Functional
 from keras_curvature.linearization.linearization import Linearization
-from keras_curvature.linearization.pure.functional import all_built, build_for
+from keras_curvature.linearization.pure.functional import build_for
 from keras_curvature.optimizers.base import CurvatureOptimizer
 
 
@@ -89,12 +89,12 @@ class CurvedMixin:
         loss, outputs, taken, reported = replicas.cross(self._curved_step, x, y, sample_weight)
         first = next(a for a in keras.tree.flatten(x) if a is not None)
         # a batch that was skipped does not count: one NaN would be the loss of the whole epoch
-        self._loss_tracker.update_state(
+        keras_internals.loss_tracker(self).update_state(
             tf.where(taken, loss, tf.zeros_like(loss)), sample_weight=tf.where(taken, tf.shape(first)[0], 0)
         )
         logs = dict(self.compute_metrics(x, y, outputs, sample_weight=sample_weight))
         if "loss" in logs:  # where no batch has counted yet, the mean of none is not 0
-            logs["loss"] = tf.where(self._loss_tracker.count.value > 0, logs["loss"], float("nan"))
+            logs["loss"] = tf.where(keras_internals.loss_tracker(self).count.value > 0, logs["loss"], float("nan"))
         for name, report in (self._reports(optimizer) if reported else {}).items():
             report.update_state(reported.get(name, tf.constant(float("nan"))))
             logs[name] = report.result()
@@ -171,8 +171,8 @@ class CurvedMixin:
         """
         if iterator is not None or self.train_function is None:
             self._check_scope()
-        if iterator is not None and self._distribute_strategy is not None:
-            if all_built(self):
+        if iterator is not None and keras_internals.is_under_strategy(self):
+            if keras_internals.is_built(self):
                 return
             data_batch = replicas.one_of(self.distribute_strategy, next(next(iter(iterator))[-1]))
             iterator = None
@@ -181,7 +181,7 @@ class CurvedMixin:
     def _check_scope(self):
         """Refuse a model or an optimizer that belongs to another strategy than the one that trains."""
         strategy, optimizer = self.distribute_strategy, unwrap(self.optimizer)[0]
-        made_under = getattr(optimizer, "_distribution_strategy", strategy)
+        made_under = keras_internals.strategy_of(optimizer)
         owners = {
             f"the model {self.name!r}": not replicas.strangers(strategy, self.variables),
             f"the optimizer `{type(optimizer).__name__}`": made_under is strategy,
@@ -249,7 +249,7 @@ class CurvedMixin:
         if not shown:
             return super()._get_metrics_result_or_logs(logs)
         rest = super()._get_metrics_result_or_logs({k: v for k, v in logs.items() if k not in shown})
-        if float(self._loss_tracker.count.numpy()) == 0.0:
+        if float(keras_internals.loss_tracker(self).count.numpy()) == 0.0:
             rest["loss"] = float("nan")  # every batch was skipped
         return {**rest, **shown}
 

@@ -9,8 +9,8 @@ import dataclasses
 
 import keras
 import tensorflow as tf
-from keras.src.losses.losses import LossFunctionWrapper
 
+from keras_curvature import keras_internals
 from keras_curvature.linearization.fisher.convexity import name_of
 
 
@@ -250,13 +250,13 @@ def likelihood(loss, logits):
     error = objection(loss)
     if error is not None:
         raise error
-    options = getattr(loss, "_fn_kwargs", {})
+    options = keras_internals.options_of(loss)
     return _found(loss)(options, logits or options.get("from_logits", False))
 
 
 def objection(loss):
     """Why there is no `likelihood` of a loss, a `ValueError`; `None`: there is one."""
-    options = getattr(loss, "_fn_kwargs", {})
+    options = keras_internals.options_of(loss)
     if _found(loss) is None:
         return no_likelihood(name_of(getattr(loss, "fn", loss)))
     if options.get("axis", -1) != -1:
@@ -273,7 +273,7 @@ def unknown(model):
     """The name of the first loss of a compiled and built model that has no `likelihood`; `None`: all have one."""
     if type(model).compute_loss is not keras.Model.compute_loss:
         return "compute_loss"
-    losses = [compiled.loss for compiled in getattr(model._compile_loss, "_flat_losses", None) or [] if compiled]
+    losses = keras_internals.losses_of(model)
     return next((name_of(getattr(loss, "fn", loss)) for loss in losses if objection(loss)), None)
 
 
@@ -291,8 +291,7 @@ def no_likelihood(loss):
 def _found(loss):
     """The class of the likelihood of a loss, or `None`."""
     own = getattr(loss, "likelihood", None) or getattr(getattr(loss, "fn", None), "likelihood", None)
-    wrapped = isinstance(loss, LossFunctionWrapper) and type(loss).call is LossFunctionWrapper.call
-    return own or (_OF_LOSSES.get(loss.fn) if wrapped else None)
+    return own or _OF_LOSSES.get(keras_internals.function_of(loss))
 
 
 def _symmetric(uniform):

@@ -26,10 +26,10 @@ import itertools
 import keras
 import tensorflow as tf
 
+from keras_curvature import keras_internals
 from keras_curvature.component import check
 from keras_curvature.linearization.fisher import likelihoods
 from keras_curvature.linearization.pure import randomness, slices
-from keras_curvature.linearization.pure.differentiable import replaced
 
 FISHER = ("sampled", "empirical", "exact")
 
@@ -131,21 +131,20 @@ def _graded(recording, targets):
     """`[(leaf, z, likelihood, dL/dz)]` of the compiled losses, with `targets(likelihood, z, y)` for the true `y`."""
     pure, noted, tape = recording.pure, [], tf.GradientTape()
 
-    def probe(compiled):
-        def loss(y, outputs, sample_weight=None):
+    def probe(loss):
+        def probed(y, outputs, sample_weight=None):
             leaf, is_logits = _leaf_of(recording, outputs)
-            likelihood = likelihoods.likelihood(compiled.loss, is_logits)
+            likelihood = likelihoods.likelihood(loss, is_logits)
             wide = _in_full_precision(outputs)
-            z = wide._keras_logits if is_logits else wide
+            z = keras_internals.logits_of(wide) if is_logits else wide
             tape.watch(z)
             noted.append((leaf, z, likelihood))
-            return compiled.loss(targets(likelihood, z, y), wide, sample_weight)
+            return loss(targets(likelihood, z, y), wide, sample_weight)
 
-        return compiled._replace(loss=loss)
+        return probed
 
-    of_model = pure.model._compile_loss
-    with replaced((of_model, "_flat_losses", [probe(compiled) for compiled in of_model._flat_losses])), tape:
-        loss = pure.loss_of(recording.evaluation.outputs)
+    with tape:
+        loss = pure.compiled_loss(recording.evaluation.outputs, probe)
     found = tape.gradient(loss, [z for _, z, _ in noted], unconnected_gradients="zero")
     return [(*each, slope) for each, slope in zip(noted, found)]
 
@@ -215,7 +214,7 @@ def _on_leaves(recording, found):
 
 def _leaf_of(recording, outputs):
     """`(index of the leaf that a loss of these outputs reads, whether it is their logits)`."""
-    logits = getattr(outputs, "_keras_logits", None)
+    logits = keras_internals.logits_of(outputs)
     for i, leaf in enumerate(recording.leaves):
         if leaf is outputs or leaf is logits:
             return i, leaf is logits
@@ -225,12 +224,10 @@ def _leaf_of(recording, outputs):
 def _in_full_precision(outputs):
     """The outputs anew, with what they carry for Keras' losses, in float32 or float64."""
     dtype = outputs.dtype if outputs.dtype.size >= 4 else tf.float32
-    wide = tf.cast(outputs, dtype) if outputs.dtype != dtype else tf.identity(outputs)
-    if hasattr(outputs, "_keras_mask"):
-        wide._keras_mask = outputs._keras_mask
-    if hasattr(outputs, "_keras_logits"):
-        wide._keras_logits = tf.identity(tf.cast(outputs._keras_logits, dtype))
-    return wide
+    wide, found = tf.identity(tf.cast(outputs, dtype)), keras_internals.carried(outputs)
+    if keras_internals.LOGITS in found:
+        found[keras_internals.LOGITS] = tf.identity(tf.cast(found[keras_internals.LOGITS], dtype))
+    return keras_internals.carry(wide, found)
 
 
 def _no_less_than_zero(omega):

@@ -35,6 +35,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
+from keras_curvature import keras_internals
 from keras_curvature.component import check
 from keras_curvature.linearization.layers.layers import weights_of
 from keras_curvature.linearization.layers.weights import DIAGONAL, Weights
@@ -127,9 +128,9 @@ def blocks(model, sharing="expand"):
 
 def _candidates(model):
     """The `Weights` of all layers but those in the cell of a recurrent layer, which are called inside its loop."""
-    of_model = model._flatten_layers()
+    of_model = keras_internals.layers_of(model)
     recurrent = [layer for layer in of_model if isinstance(layer, keras.layers.RNN)]
-    in_loops = {id(part) for layer in recurrent for part in layer._flatten_layers(include_self=False)}
+    in_loops = {id(part) for layer in recurrent for part in keras_internals.layers_of(layer, include_self=False)}
     return [w for layer in of_model if id(layer) not in in_loops for w in weights_of(layer)]
 
 
@@ -137,7 +138,9 @@ def _owners(model, found):
     """By the id of a variable, the ids of the layers that compute with it: of tied weights, more than one."""
     owners, cells = {}, {id(w.layer.cell): w.layer for w in found if isinstance(w.layer, keras.layers.RNN)}
     users = [(w.layer, w.variables) for w in found]
-    users += [(cells.get(id(layer), layer), layer._trainable_variables) for layer in model._flatten_layers()]
+    users += [
+        (cells.get(id(layer), layer), keras_internals.own_weights(layer)) for layer in keras_internals.layers_of(model)
+    ]
     for layer, variables in users:
         for v in variables:
             owners.setdefault(id(v), set()).add(id(layer))

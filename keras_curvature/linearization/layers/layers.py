@@ -6,7 +6,7 @@ import math
 import keras
 import tensorflow as tf
 
-from keras_curvature import trees
+from keras_curvature import keras_internals, trees
 from keras_curvature.linearization.layers.convolutions import convolution, depthwise
 from keras_curvature.linearization.layers.taps import RECURRENT_CELLS, overridden
 from keras_curvature.linearization.layers.weights import DIAGONAL, MATRIX, Weights, arranged
@@ -149,7 +149,7 @@ def _normalized(tap):
         x = trees.full_precision(x)
         of_batch = tap.options.get("training") and layer.trainable
         moving = (tf.cast(tf.convert_to_tensor(v), x.dtype) for v in (layer.moving_mean, layer.moving_variance))
-        mean, variance = layer._moments(x, tap.options.get("mask")) if of_batch else moving
+        mean, variance = keras_internals.batch_moments(layer, x, tap.options.get("mask")) if of_batch else moving
         return keras.ops.batch_normalization(x, mean, variance, layer.axis, epsilon=layer.epsilon)
     names = {"scale": None} if isinstance(layer, keras.layers.RMSNormalization) else {"gamma": None, "beta": None}
     if isinstance(layer, keras.layers.GroupNormalization):

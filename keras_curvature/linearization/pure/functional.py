@@ -6,7 +6,7 @@ same value at the same weights however often it is called. `PureModel` is that f
 reads the state once, evaluates under a `keras.StatelessScope`, and hands back what the state would have become, for
 the train step to commit once.
 
-A model that ends in a softmax or sigmoid carries its logits along (`y_pred._keras_logits`), and Keras'
+A model that ends in a softmax or sigmoid carries its logits along, as an attribute of its output, and Keras'
 cross-entropies (3.15) read those. So the loss may leave the model through the logits and not through the output;
 both are kept as *leaves*, and the derivative tells which of them the loss really used.
 """
@@ -17,7 +17,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from keras_curvature import replicas
+from keras_curvature import keras_internals, replicas
 from keras_curvature.linearization.pure import slices
 
 
@@ -86,7 +86,7 @@ class PureModel:
     def __init__(self, model, batch, place, state=None, training=True, seeds=None):
         self.model, self.batch, self.place, self.training = model, batch, place, training
         self.x, self.y, self.sample_weight = batch
-        self._arguments = {"training": training} if _takes_training(model) else {}
+        self._arguments = {"training": training} if keras_internals.takes_training(model) else {}
         self.stateful, self.counting = model.non_trainable_variables, model.metrics_variables
         # read once: the seeds and batch statistics of every later evaluation are those of this moment
         self.state = _now(self.stateful, seeds) if state is None else state
@@ -119,17 +119,21 @@ class PureModel:
         moved = [None if new is old else self._next(new, old) for new, old in zip(after, before)]
         return Evaluation(outputs, leaves, loss, moved[: len(self.stateful)], moved[len(self.stateful) :])
 
-    def loss_of(self, outputs):
-        """The loss of outputs that an evaluation has given, once more; moves nothing."""
-        # weight regularizers look their variables up in the scope
-        mapping = [(v, v.value) for v in self.model.trainable_variables]
-        with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
-            return self._loss(outputs)
+    def compiled_loss(self, outputs, change):
+        """The compiled loss of outputs that an evaluation has given, without regularizers; moves nothing.
+
+        Args:
+            outputs: The model's outputs, in its own structure.
+            change: A function of each `keras.losses.Loss` to what is called in its place.
+        """
+        loss = keras_internals.changed_losses(self.model, change)
+        with keras.StatelessScope(), slices.at(dataclasses.replace(self.place, weighs_means=True)):
+            return loss(self.y, outputs, self.sample_weight)
 
     def _loss(self, outputs):
         own = type(self.model).compute_loss is not keras.Model.compute_loss
         with slices.at(dataclasses.replace(self.place, weighs_means=not own)):
-            loss = compute_loss(self.model, self.x, self.y, outputs, self.sample_weight, self.training)
+            loss = keras_internals.compute_loss(self.model, self.x, self.y, outputs, self.sample_weight, self.training)
         if not own or self.place.is_even:
             return loss
         # a loss of one's own is taken for a mean over the examples that leaves the replicas to Keras
@@ -183,26 +187,17 @@ def _cut(outputs):
     def fresh(y):
         if not (tf.is_tensor(y) and y.dtype.is_floating):
             return y
-        logits = getattr(y, "_keras_logits", None)
+        found = keras_internals.carried(y)
+        logits = found.get(keras_internals.LOGITS)
         # Keras' losses would cast half precision to float32, and lose the logits by that
         cut = tf.cast(y, tf.float32) if logits is not None and y.dtype.size < 4 else tf.identity(y)
         leaves.append(cut)
-        if hasattr(y, "_keras_mask"):
-            cut._keras_mask = y._keras_mask
         if logits is not None:
-            cut._keras_logits = tf.identity(tf.cast(logits, cut.dtype))
-            leaves.append(cut._keras_logits)
-        return cut
+            found[keras_internals.LOGITS] = tf.identity(tf.cast(logits, cut.dtype))
+            leaves.append(found[keras_internals.LOGITS])
+        return keras_internals.carry(cut, found)
 
     return keras.tree.map_structure(fresh, outputs), leaves
-
-
-# Private names of Keras 3.15, each in one function; `tests/test_keras_internals.py` checks that they are there.
-
-
-def compute_loss(model, x, y, y_pred, sample_weight, training=True):
-    """`model.compute_loss`, whether or not the user's own version takes `training`."""
-    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
 
 
 def seeds(variables):
@@ -210,22 +205,12 @@ def seeds(variables):
     return [v for v in variables if v.name == "seed_generator_state"]
 
 
-def _takes_training(model):
-    return model._call_has_training_arg
-
-
 def build_for(model, x, y, sample_weight):
     """Create whatever of the model, its loss, metrics and optimizer waits to see a first batch.
 
     Keras does so when its train step is traced; under a `StatelessScope` it would be too late for variables.
     """
-    if all_built(model):
+    if keras_internals.is_built(model):
         return
     with tf.init_scope():
-        model._symbolic_build(data_batch=(x, y, sample_weight))
-
-
-def all_built(model):
-    """Whether nothing of the model, its loss, metrics and optimizer waits to see a first batch."""
-    parts = (model, model.optimizer, model._compile_loss, model._compile_metrics)
-    return all(part is None or part.built for part in parts)
+        keras_internals.build(model, (x, y, sample_weight))

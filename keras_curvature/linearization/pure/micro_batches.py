@@ -15,14 +15,10 @@ import weakref
 
 import keras
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_util
 
-from keras_curvature import replicas
+from keras_curvature import keras_internals, replicas
 from keras_curvature.linearization.pure import slices
 from keras_curvature.linearization.pure.functional import Evaluation, PureModel
-
-# What Keras hangs on the outputs of a model for its losses and metrics.
-_CARRIED = ("_keras_mask", "_keras_logits")
 
 
 class MicroBatches:
@@ -181,15 +177,12 @@ class RecordedAnew:
 def _taken_apart(outputs):
     """`(tensors, what they carry)` of the outputs of a model."""
     flat = keras.tree.flatten(outputs)
-    carried = {f"{i}{name}": getattr(y, name) for i, y in enumerate(flat) for name in _CARRIED if hasattr(y, name)}
-    return flat, carried
+    return flat, [keras_internals.carried(y) for y in flat]
 
 
 def _put_together(structure, flat, carried):
-    for i, y in enumerate(flat):
-        for name in _CARRIED:
-            if f"{i}{name}" in carried:
-                setattr(y, name, carried[f"{i}{name}"])
+    for y, found in zip(flat, carried):
+        keras_internals.carry(y, found)
     return keras.tree.pack_sequence_as(structure, flat)
 
 
@@ -213,7 +206,7 @@ def _after_other_loops():
 
 
 def _check_layers(model):
-    synchronized = [layer.name for layer in model._flatten_layers() if getattr(layer, "synchronized", False)]
+    synchronized = [layer.name for layer in keras_internals.layers_of(model) if getattr(layer, "synchronized", False)]
     if synchronized and replicas.count() > 1:
         raise ValueError(
             f"`micro_batches` on {replicas.count()} replicas goes without synchronized normalization: the loop over "
@@ -243,7 +236,7 @@ def _has_other_rows(shape, examples):
 
 
 def _check_not_compiled(count, examples):
-    if control_flow_util.GraphOrParentsInXlaContext(slices.graph()):
+    if keras_internals.is_compiled(slices.graph()):
         here = f"{examples} examples" if isinstance(examples, int) else "a number of examples unknown to the graph"
         raise ValueError(
             f"`micro_batches={count}` under XLA (`jit_compile=True`, or a TPU) needs slices of a size that is known "

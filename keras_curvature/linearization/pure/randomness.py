@@ -21,9 +21,9 @@ makes in an order that depends on the shape. What `gamma`, `beta`, `binomial` an
 import math
 
 import tensorflow as tf
-from tensorflow.python.framework import tensor_util
 from tensorflow.python.ops import gen_stateless_random_ops_v2 as generators
 
+from keras_curvature import keras_internals
 from keras_curvature.linearization.pure import slices
 
 PHILOX = 1
@@ -85,7 +85,7 @@ def _by_rows(original, steps):
 
 def _numbers_per_example(shape, examples):
     """`(rows, numbers in a row)` of a tensor for each example, integers or tensors; `None` where it is shared."""
-    static, shape = tensor_util.constant_value_as_shape(tf.convert_to_tensor(shape)), tf.cast(shape, tf.int64)
+    static, shape = keras_internals.static_shape(shape), tf.cast(shape, tf.int64)
     if not static.rank:
         return None
     leading, others = static[0], static[1:]

@@ -4,7 +4,7 @@ import math
 
 import keras
 
-from keras_curvature import replicas
+from keras_curvature import keras_internals, replicas
 from keras_curvature.monitor.board import layout
 from keras_curvature.training.models import unwrap
 
@@ -25,13 +25,13 @@ class Live:
 
     def agrees(self, logs):
         """Whether the metrics are still those of an epoch's logs: an `evaluate` of another callback takes them."""
-        tracker = self.model._loss_tracker
+        tracker = keras_internals.loss_tracker(self.model)
         total, count = replicas.read(tracker.total), replicas.read(tracker.count)
         return count > 0 and math.isclose(total / count, logs.get("loss", math.nan), rel_tol=1e-5)
 
     def read(self):
         """`{tag: number}`; NaN where there was nothing in between."""
-        tracker = self.model._loss_tracker  # a private name of Keras 3.15
+        tracker = keras_internals.loss_tracker(self.model)
         found = {"3_step/loss": self._since("loss", tracker.total, tracker.count, "mean")}
         for name, report in self._reports().items():
             found[layout.tag_of(name)] = self._since(name, report.total, report.count, report.how)

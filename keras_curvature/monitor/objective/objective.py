@@ -23,7 +23,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_curvature import replicas, trees
+from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.component import check, check_count
 from keras_curvature.linearization.fisher import convexity, likelihoods
 from keras_curvature.linearization.linearization import Linearization, check_model
@@ -258,7 +258,7 @@ class Objective:
 
 def mixes_examples(model):
     """Whether a model in training mode has statistics of the batch in it: a `BatchNormalization` that is not frozen."""
-    layers = model._flatten_layers()
+    layers = keras_internals.layers_of(model)
     return any(isinstance(layer, keras.layers.BatchNormalization) and layer.trainable for layer in layers)
 
 
@@ -304,8 +304,7 @@ def _shares(owner, model, read):
 
 
 def _reductions(model):
-    losses = getattr(model._compile_loss, "_flat_losses", None) or []
-    return {compiled.loss.reduction for compiled in losses if compiled is not None}
+    return {loss.reduction for loss in keras_internals.losses_of(model)}
 
 
 def _flat(batch):

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_curvature import trees
+from keras_curvature import keras_internals, trees
 from keras_curvature.component import check, check_count, check_number
 from keras_curvature.monitor.operator import curvature
 from keras_curvature.monitor.report.drawing import RED, blank, draw_lines, png
@@ -236,8 +236,8 @@ def _length(a, axes):
 def filter_axes(model):
     """`{id(variable): axes}` for each trainable variable: those that number its filters; `None` for a bias."""
     axes = {}
-    for layer in model._flatten_layers():
-        for variable in layer._trainable_variables:
+    for layer in keras_internals.layers_of(model):
+        for variable in keras_internals.own_weights(layer):
             if id(variable) not in axes:
                 found = _axes_of(layer, variable)
                 axes[id(variable)] = found and tuple(axis % len(variable.shape) for axis in found)

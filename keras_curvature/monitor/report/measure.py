@@ -7,7 +7,7 @@ import time
 import keras
 import numpy as np
 
-from keras_curvature import trees
+from keras_curvature import keras_internals, trees
 from keras_curvature.linearization.fisher.convexity import name_of
 from keras_curvature.monitor.objective.objective import mixes_examples
 from keras_curvature.monitor.report.landscape import downhill, filter_normalized, slices
@@ -93,7 +93,8 @@ def _header(measured):
 
 def _dtypes(model):
     """The dtype policies of the layers with weights, by name."""
-    names = [layer.dtype_policy.name for layer in model._flatten_layers() if layer._trainable_variables]
+    layers = [layer for layer in keras_internals.layers_of(model) if keras_internals.own_weights(layer)]
+    names = [layer.dtype_policy.name for layer in layers]
     return dict.fromkeys(names or [model.dtype])
 
 

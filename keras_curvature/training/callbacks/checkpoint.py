@@ -18,7 +18,7 @@ import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TFEpochIterator
 
-from keras_curvature import replicas
+from keras_curvature import keras_internals, replicas
 from keras_curvature.component import check, check_count
 from keras_curvature.training.callbacks.chief import is_chief
 from keras_curvature.training.callbacks.shares import Shares
@@ -138,7 +138,7 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         """Go on where the newest checkpoint was."""
         _forget_what_was_left_out()
-        self.model._initial_epoch = None
+        keras_internals.begin_at_epoch(self.model, None)
         self._signalled, self._saved, self._looked_around, self._shares = False, None, 0, None
         self._strategy, self._resumed = self.model.distribute_strategy, self._newest()
         self._about, self._epoch, self._step, self._steps = _About(), 0, 0, 0
@@ -148,14 +148,14 @@ class Checkpoint(keras.callbacks.Callback):
         self._check_that_workers_agree()
         if self._resumed is not None:
             self._refuse_another_length()
-            self.model._initial_epoch = self._resumed["position"][0]
+            keras_internals.begin_at_epoch(self.model, self._resumed["position"][0])
             if self.model.built:
                 self._restore(metrics=False)
         self._listen()
 
     def on_epoch_begin(self, epoch, logs=None):
         """The epoch in which the run goes on begins inside."""
-        self.model._initial_epoch = None  # Keras would begin a further `fit` there
+        keras_internals.begin_at_epoch(self.model, None)  # Keras would begin a further `fit` there
         self._epoch, self._step = epoch, 0
         if self._resumed is None:
             return
@@ -170,10 +170,8 @@ class Checkpoint(keras.callbacks.Callback):
     def _restore_all(self, epoch_iterator):
         """Before the first batch, when all that has a state can be built."""
         if not self.model.built or self._step:
-            batch = epoch_iterator._distributed_dataset.element_spec
-            batch = tf.nest.map_structure(_of_one_replica, batch)
             with self._strategy.scope():
-                self.model._symbolic_build(data_batch=batch)
+                keras_internals.build(self.model, keras_internals.batch_spec(epoch_iterator))
             self._restore(metrics=self._step > 0)
         self._resumed = None
 
@@ -285,7 +283,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """Nothing is listened to any more."""
-        self.model._initial_epoch = None
+        keras_internals.begin_at_epoch(self.model, None)
         self._stop_listening()
         if self._asked_to_stop(now=True):
             self._stop()
@@ -380,11 +378,6 @@ def _forget_what_was_left_out():
     """Keras' own generator again, which is inherited; a `fit` that failed as it began has left ours behind."""
     if "_enumerate_iterator" in vars(TFEpochIterator):
         del TFEpochIterator._enumerate_iterator
-
-
-def _of_one_replica(spec):
-    """The spec of what one replica sees."""
-    return spec._value_specs[0] if hasattr(spec, "_value_specs") else spec
 
 
 def _reports(model):

@@ -1,0 +1,95 @@
+"""Every private name of Keras and TensorFlow that the package uses.
+
+A name is private if it begins with an underscore or is imported from below `keras.src`, `tensorflow.python` or
+`tf.__internal__`. The rest of the package calls the functions below. `tests/test_keras_internals.py` has a test for
+each, and fails where another file uses a private name. Read in Keras 3.15 and TensorFlow 2.21.
+
+| private name | function | why not a public name |
+| --- | --- | --- |
+| **models.py** |  |  |
+| `Layer._flatten_layers` | `layers_of` | `model.layers` has the outermost layers alone |
+| `Layer._trainable_variables` | `own_weights` | `trainable_variables` includes those of sublayers |
+| `Trainer._call_has_training_arg` | `takes_training` | as Keras' train step decides it |
+| `Trainer._compute_loss` | `compute_loss` | `compute_loss` may lack the argument `training` |
+| `Trainer._compile_loss`, `_compile_metrics` | `is_built` | there is no other way to ask |
+| `Trainer._symbolic_build` | `build` | builds the optimizer, metrics and losses at once |
+| `Trainer._distribute_strategy` | `is_under_strategy` | `distribute_strategy` is the default one for none |
+| `Trainer._initial_epoch` | `begin_at_epoch` | what `BackupAndRestore` does, too |
+| `Functional` | `Functional` | the class behind `keras.Model(inputs, outputs)` |
+| (public: `keras.Model.metrics`) | `loss_tracker` |  |
+| **losses.py** |  |  |
+| `CompileLoss._flat_losses` | `losses_of` | `model.loss` is as the user wrote it |
+| `CompileLoss._flat_losses` | `changed_losses` | the compiled loss with other losses in it |
+| `LossFunctionWrapper` | `function_of` | the class is not exported |
+| `LossFunctionWrapper._fn_kwargs` | `options_of` | `get_config` of a sparse loss leaves out `axis` |
+| `Tensor._keras_logits`, `_keras_mask` | `carried`, `carry`, `logits_of` | they exist as attributes of tensors alone |
+| **layers.py** |  |  |
+| `BatchNormalization._moments` | `batch_moments` | `keras.ops.moments` takes no mask |
+| **optimizers.py** |  |  |
+| `Optimizer._trainable_variables` | `trained_by` | `variables` is the optimizer's state |
+| `Optimizer._var_key` | `keys_of` | equality of variables that replicas mirror |
+| `Optimizer._get_variable_index` | `places_of` | where a variable's state stands |
+| `Adam._velocities`, ... | `state` | `variables` lists the state without its roles |
+| `TFOptimizer._distribution_strategy` | `strategy_of` | a wrong strategy is known only at the first step |
+| **epochs.py** |  |  |
+| `TFEpochIterator._distributed_dataset` | `batch_spec` | callbacks are handed no data |
+| `PerReplicaSpec._value_specs` | `batch_spec` | the spec of one replica |
+| **tensorflow.py** |  |  |
+| `tensor_util.constant_value_as_shape` | `static_shape` | `get_static_value` gives up on partly known ones |
+| `control_flow_util.GraphOrParentsInXlaContext` | `is_compiled` | slices of unknown size would fail inside XLA |
+| `strategy_supports_no_merge_call` | `uses_merge_calls` | says how replicas synchronize |
+| `extended._in_multi_worker_mode` | `has_several_workers` | the class alone does not tell |
+
+Methods of Keras that classes of ours override:
+
+| private name | overridden in | because |
+| --- | --- | --- |
+| `Trainer._maybe_symbolic_build` | `training` | Keras averages slices, and draws a batch |
+| `Trainer._make_function` | `training` | where logs and steps leave the replicas |
+| `Trainer._get_metrics_result_or_logs` | `training` | reports among the logs of an epoch |
+| `Optimizer._clip_gradients` | `optimizers/lifecycle.py` | a step is not to be clipped |
+| `TFOptimizer._distributed_tf_update_step` | `optimizers` | all variables at once, outside the replicas |
+
+`replaced.py` lists the functions that are replaced, `guards.py` says how.
+"""
+
+from keras_curvature.keras_internals.epochs import STEPS_OF_EPOCH, batch_spec
+from keras_curvature.keras_internals.guards import guard, guard_attribute, twin
+from keras_curvature.keras_internals.layers import batch_moments
+from keras_curvature.keras_internals.losses import (
+    LOGITS,
+    carried,
+    carry,
+    changed_losses,
+    function_of,
+    logits_of,
+    losses_of,
+    options_of,
+)  # fmt: skip
+from keras_curvature.keras_internals.models import (
+    Functional,
+    begin_at_epoch,
+    build,
+    compute_loss,
+    is_built,
+    is_under_strategy,
+    layers_of,
+    loss_tracker,
+    own_weights,
+    takes_training,
+)  # fmt: skip
+from keras_curvature.keras_internals.optimizers import keys_of, places_of, state, strategy_of, trained_by
+from keras_curvature.keras_internals.tensorflow import (
+    has_several_workers,
+    is_compiled,
+    static_shape,
+    uses_merge_calls,
+)  # fmt: skip
+
+__all__ = [
+    "LOGITS", "STEPS_OF_EPOCH", "Functional", "batch_moments", "batch_spec", "begin_at_epoch", "build", "carried",
+    "carry", "changed_losses", "compute_loss", "function_of", "guard", "guard_attribute", "has_several_workers",
+    "is_built", "is_compiled", "is_under_strategy", "keys_of", "layers_of", "logits_of", "loss_tracker", "losses_of",
+    "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of", "takes_training", "trained_by",
+    "twin", "uses_merge_calls",
+]  # fmt: skip

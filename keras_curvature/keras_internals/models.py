@@ -1,0 +1,52 @@
+"""Private names of `keras.Model` and `keras.layers.Layer`."""
+
+import keras
+from keras.src.models.functional import Functional
+
+__all__ = ["Functional"]
+
+
+def layers_of(layer, include_self=True):
+    """The layers in a model or layer at every depth, in Keras' order, a list."""
+    return layer._flatten_layers(include_self=include_self)
+
+
+def own_weights(layer):
+    """The trainable variables that a layer itself has made, without those of its sublayers; frozen ones too."""
+    return layer._trainable_variables
+
+
+def takes_training(model):
+    """Whether `model.call` takes the argument `training`."""
+    return model._call_has_training_arg
+
+
+def compute_loss(model, x, y, y_pred, sample_weight, training=True):
+    """`model.compute_loss`, whether or not the user's own version takes `training`."""
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+
+
+def is_built(model):
+    """Whether the model, its loss, metrics and optimizer are all built."""
+    parts = (model, model.optimizer, model._compile_loss, model._compile_metrics)
+    return all(part is None or part.built for part in parts)
+
+
+def build(model, batch):
+    """Build the model, its loss, metrics and optimizer for a batch such as `(x, y)`, of arrays or of their specs."""
+    model._symbolic_build(data_batch=batch)
+
+
+def is_under_strategy(model):
+    """Whether the model was made in the scope of a distribution strategy."""
+    return model._distribute_strategy is not None
+
+
+def begin_at_epoch(model, epoch):
+    """Let the `fit` that has begun go on from this epoch; `None`: from its own `initial_epoch`."""
+    model._initial_epoch = epoch
+
+
+def loss_tracker(model):
+    """The metric that shows the loss of a compiled model; also where `metrics` is overridden."""
+    return next(metric for metric in keras.Model.metrics.fget(model) if metric.name == "loss")

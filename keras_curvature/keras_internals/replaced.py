@@ -1,0 +1,54 @@
+"""The names that the package has substitutes for, each as `(owner, name)`; see `guards.py`.
+
+| private name | constant | who substitutes it | and why |
+| --- | --- | --- | --- |
+| `nn._compute_moments` | `MOMENTS` | `pure/differentiable.py` | second derivatives |
+| `nn._compute_moments_sync` | `SYNCHRONIZED_MOMENTS` | `pure/differentiable.py` | derivatives over replicas |
+| `nn.max_pool` | `MAX_POOL` | `pure/differentiable.py` | a cheap forward mode |
+| `rnn.cudnn_ok` | `CUDNN_OK` | `pure/differentiable.py` | cuDNN has one derivative |
+| `loss.scale_loss_for_distribution` | `SCALE_LOSS` | `pure/differentiable.py` | uneven slices |
+| `loss.unscale_loss_for_distribution` | `UNSCALE_LOSS` | `pure/differentiable.py` | uneven slices |
+| `FuncGraph.control_dependencies` | `CONTROL_DEPENDENCIES` | `pure/differentiable.py` | prunes a backward pass |
+| `gen_stateless_random_ops_v2.*` | `GENERATORS` | `pure/randomness.py` | the rows of a slice |
+| `Layer._dtype_policy` | `DTYPE_POLICY` | `pure/precision.py` | measures in float32 |
+| `RNN.inner_loop`, of `LSTM`, `GRU` | `RECURRENT_LOOPS` | `layers/taps.py` | notes the states |
+| `call` of a class of layers | `call_of(layer)` | `layers/taps.py` | notes the pre-activations |
+| `interim.maybe_merge_call` | `MERGE_CALL` | `replicas.py` | Keras' step, from outside |
+| `TFOptimizer._all_reduce_sum_gradients` | `SUM_GRADIENTS` | `replicas.py` | gradients summed already |
+"""
+
+import importlib
+
+import keras
+import tensorflow as tf
+from keras.src.backend.tensorflow import nn
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
+from keras.src.losses import loss
+from tensorflow.python.framework.func_graph import FuncGraph
+from tensorflow.python.ops import gen_stateless_random_ops_v2 as generators
+
+# `import ... as` would give the function of that name, which hides the module
+rnn = importlib.import_module("keras.src.backend.tensorflow.rnn")
+
+MOMENTS = (nn, "_compute_moments")
+SYNCHRONIZED_MOMENTS = (nn, "_compute_moments_sync")
+MAX_POOL = (nn, "max_pool")
+CUDNN_OK = (rnn, "cudnn_ok")
+SCALE_LOSS = (loss, "scale_loss_for_distribution")
+UNSCALE_LOSS = (loss, "unscale_loss_for_distribution")
+CONTROL_DEPENDENCIES = (FuncGraph, "control_dependencies")
+GENERATORS = {
+    "uniform": (generators, "stateless_random_uniform_v2"),
+    "integers": (generators, "stateless_random_uniform_int_v2"),
+    "normal": (generators, "stateless_random_normal_v2"),
+    "truncated_normal": (generators, "stateless_truncated_normal_v2"),
+}
+DTYPE_POLICY = (keras.layers.Layer, "_dtype_policy")
+RECURRENT_LOOPS = tuple((cls, "inner_loop") for cls in (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU))
+MERGE_CALL = (tf.__internal__.distribute.interim, "maybe_merge_call")
+SUM_GRADIENTS = (TFOptimizer, "_all_reduce_sum_gradients")
+
+
+def call_of(layer):
+    """The `call` of the class that a layer has it from."""
+    return next(cls for cls in type(layer).__mro__ if "call" in vars(cls)), "call"
