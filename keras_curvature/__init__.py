@@ -1,7 +1,7 @@
 """Curvature-aware optimizers for Keras: second-order training as an ordinary `compile` and `fit`."""
 
 from keras_curvature import callbacks, optimizers, problems
-from keras_curvature.linearization import Linearization
+from keras_curvature.linearization import Linearization, Needs
 from keras_curvature.monitor.operator import curvature
 from keras_curvature.monitor.report.landscape import landscape
 from keras_curvature.monitor.report.reporting import report
@@ -31,6 +31,7 @@ __all__ = [
     "LevenbergMarquardt",
     "Linearization",
     "LowRankGeometry",
+    "Needs",
     "NeumannSeries",
     "callbacks",
     "curvature",

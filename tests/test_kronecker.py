@@ -591,7 +591,6 @@ def test_factors_cost_one_pass_to_the_activations_and_share_the_forward_pass():
     @tf.function
     def with_factors():
         lin = Linearization(problem.model, x, y)
-        lin.tap(problem.blocks)
         return lin.gradient, lin.kronecker_factors(problem.blocks, (), "sampled")
 
     @tf.function

@@ -50,9 +50,9 @@ def _in_float64():
 
 
 def recorded(case):
-    """`(linearization, its recording)` of a compiled case."""
+    """`(linearization, its pass)` of a compiled case."""
     lin = Linearization(case.model, *case.batch)
-    return lin, lin._recordings(products=True).here()._recording
+    return lin, lin.passes.here().made
 
 
 def pulled_apart(recording, cotangents):

@@ -17,8 +17,10 @@ from keras import layers
 from keras.src.backend.tensorflow import nn as keras_nn
 
 from keras_curvature import Linearization, trees
-from keras_curvature.linearization import linearization
+from keras_curvature.linearization import Gradients
 from keras_curvature.linearization.fisher import convexity
+from keras_curvature.linearization.layers import kronecker
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.linearization.pure import differentiable
 from keras_curvature.operators import Identity, dense
 from keras_curvature.solvers import ConjugateGradient
@@ -302,18 +304,23 @@ def test_without_products_keras_own_kernels_compute_the_gradient(name, micro_bat
         own = getattr(module, function)
         monkeypatch.setattr(module, function, lambda *args, own=own, **kw: asked.append(own) or own(*args, **kw))
 
-    def gradients(products):
+    def gradients(**needs):
         asked.clear()
-        lin = Linearization(case.model, *case.batch, micro_batches=micro_batches, products=products)
+        lin = Linearization(case.model, *case.batch, micro_batches=micro_batches, **needs)
         found = [lin.loss, *lin.gradient, lin.loss_at(v), *lin.gradient_at(v), *lin.chunk(0.5).gradient]
         return lin, found, len(asked)
 
-    (usual, expected, never), (lin, found, times) = gradients(True), gradients(False)
+    (_, expected, never), (lin, found, times) = gradients(), gradients(needs=Needs())
     assert never == 0 and times >= 4
     assert _error(found, expected) < 1e-12
-    # those who ask all the same get what they asked for
-    assert _error(lin.gauss_newton() @ v, usual.gauss_newton() @ v) < 1e-12
-    assert _error(lin.hessian() @ v, usual.hessian() @ v) < 1e-12
+    blocks = kronecker.blocks(case.model)[0]
+    for need, ask in {
+        "products": [lin.gauss_newton, lin.fisher, lin.hidden_gauss_newton], "hessian": [lin.hessian],
+        "layers": [lambda: lin.kronecker_factors(blocks), lambda: lin.kronecker_means(blocks)],
+    }.items():  # fmt: skip
+        for question in ask:
+            with pytest.raises(ValueError, match=rf"(?s)not among the needs.*Received: .*needs = Needs\({need}=True\)"):
+                question()
 
 
 def test_a_call_without_training_argument_is_run_as_keras_runs_it():
@@ -627,7 +634,7 @@ def test_what_cannot_be_linearized_is_refused():
 
 
 def test_a_plain_model_has_gradients_and_says_what_else_it_needs():
-    known = linearization.Gradients("MyMethod", [tf.ones([2])], [])
+    known = Gradients("MyMethod", [tf.ones([2])], [])
     assert known.gradient[0].shape == (2,)
     for name in ("hessian", "gauss_newton", "loss_at", "squared_gradients"):
         with pytest.raises(ValueError, match=rf"(?s)`MyMethod` asked for the `{name}`.*keras_curvature.curved"):

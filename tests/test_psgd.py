@@ -335,7 +335,7 @@ def test_config_holds_what_was_given():
         config = json.loads(json.dumps(made.get_config()))
         again = PSGD.from_config(config)
         assert again.get_config() == made.get_config() == config
-        assert again.by_gradient == (made.kind != "newton")
+        assert again.needs.only_gradients == (made.kind != "newton")
         assert float(again.learning_rate) == pytest.approx(0.01 if made.kind == "newton" else 0.001)
 
 

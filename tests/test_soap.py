@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_curvature.linearization.linearization import Gradients
+from keras_curvature.linearization import Gradients
 from keras_curvature.optimizers.kl_shampoo import KLShampoo
 from keras_curvature.optimizers.shampoo import Shampoo
 from keras_curvature.optimizers.soap import SOAP

@@ -14,6 +14,7 @@ from keras import layers
 from keras_curvature import Linearization
 from keras_curvature.linearization.estimates.seen import Seen
 from keras_curvature.linearization.layers import kronecker, taps
+from keras_curvature.linearization.needs import Needs
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 
@@ -89,8 +90,8 @@ def attributes(model):
 
 def gradient_by_blocks(lin, blocks):
     """For each block, the sum of `a d'` over calls, positions and examples, as tensors; of the mean loss."""
-    seen = Seen(lin.tapped(blocks).here()._recording, blocks)
-    of = seen.gradient_and_slopes()[1]
+    seen = Seen(lin.passes.here().made, blocks)
+    of = seen.slopes()
     for block in blocks:
         inputs, slopes = seen.inputs(block), of(block)
         if block.has_indices:
@@ -107,9 +108,8 @@ OTHERS = [pytest.param(name, marks=pytest.mark.slow) if name in COMPILED else na
 def test_what_is_noted_makes_up_the_gradient(name):
     case = build(name)
     blocks, diagonal, unsupported = kronecker.blocks(case.model)
-    plain, lin = Linearization(case.model, *case.batch), Linearization(case.model, *case.batch)
+    plain, lin = (Linearization(case.model, *case.batch, needs=Needs(layers=tapped)) for tapped in (False, True))
     before = plain.loss is not None and attributes(case.model)  # recurrent cells have their masks from now on
-    lin.tap(blocks)
     for ours, theirs in ((flat([lin.loss]), flat([plain.loss])), (flat(lin.gradient), flat(plain.gradient))):
         np.testing.assert_array_equal(ours, theirs)
     found = [tf.zeros_like(w) for w in lin.weights]
@@ -174,9 +174,7 @@ def test_taps_leave_a_graph_as_it_is(name):
     def passed(tapped):
         @tf.function
         def run():
-            lin = Linearization(case.model, tf.constant(case.x), tf.constant(case.y))
-            if tapped:
-                lin.tap(blocks)
+            lin = Linearization(case.model, tf.constant(case.x), tf.constant(case.y), needs=Needs(layers=tapped))
             return lin.loss, lin.gradient
 
         return run()

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import keras
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
 from keras_curvature.linearization import products
-from keras_curvature.linearization.recordings import Recordings
+from keras_curvature.linearization.passes import Passes
 from keras_curvature.operators import LinearOperator
 
 
@@ -27,7 +28,7 @@ class GaussNewton(LinearOperator):
     """
 
     variables: list
-    recordings: Recordings
+    passes: Passes
     loss_scale: object
     l2: tuple
     not_convex: tuple
@@ -40,22 +41,22 @@ class GaussNewton(LinearOperator):
     def multiply(self, vector):
         """`G v`: one forward-mode and one backward pass."""
         trees.check("vector", vector, self.variables)
-        return self._add_l2(self.recordings.total(lambda recording, v: recording.product(v), [list(vector)]), vector)
+        return self._add_l2(self.passes.total(lambda made, v: made.gauss_newton_product(v), [list(vector)]), vector)
 
     def push(self, vector):
         """The `Tangent` of `vector`: one forward-mode pass."""
         trees.check("vector", vector, self.variables)
-        pushed, curved = self.recordings.rows(lambda recording, v: recording.push(v), [list(vector)])
+        pushed, curved = self.passes.rows(lambda made, v: made.push(v), [list(vector)])
         return Tangent(vector, pushed, curved)
 
     def pull(self, tangent):
         """`G v` of the vector that was pushed: one backward pass."""
-        pulled = self.recordings.total(lambda recording, c: recording.pull(c), tangents=[tangent.curved])
+        pulled = self.passes.total(lambda made, c: made.pull(c), tangents=[tangent.curved])
         return self._add_l2(pulled, tangent.vector)
 
     def pull_with_gradient(self, tangent):
         """`G v + g`, the gradient of the quadratic model at `v`: the same one backward pass."""
-        pulled = self.recordings.total(lambda recording, c: recording.gradient(c), tangents=[tangent.curved])
+        pulled = self.passes.total(lambda made, c: made.gradient(c), tangents=[tangent.curved])
         return self._add_l2(pulled, tangent.vector)
 
     def inner(self, left, right):
@@ -95,3 +96,13 @@ def require_convex(operator, asked_by, remedy):
             f"`{asked_by}` needs a loss that is convex in the model's outputs, for its Gauss-Newton matrix to be "
             f"positive semi-definite. Received: loss={', '.join(operator.not_convex)}. {remedy}"
         )
+
+
+def l2_of(variables):
+    """Second derivative of the L2 weight regularizer of each variable, `tuple` of floats."""
+
+    def coefficient(regularizer):
+        known = isinstance(regularizer, (keras.regularizers.L2, keras.regularizers.L1L2))
+        return 2.0 * float(regularizer.l2) if known else 0.0
+
+    return tuple(coefficient(getattr(v, "regularizer", None)) for v in variables)

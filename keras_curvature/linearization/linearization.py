@@ -1,32 +1,33 @@
 """A model on one batch, seen from the current weights: its loss, its gradient, its curvature.
 
-`Linearization` is the one object that an optimizer of this package talks to. Whatever leaves it is already
-summed over the replicas of a distribution strategy, so a method is written once, for one machine. `Gradients`
-is its shadow for a plain `keras.Model`, which hands its optimizer gradients and nothing else; asked for more,
-it says what to do.
+`Linearization` is the one object that an optimizer of this package talks to. Its results are already summed over the
+replicas of a distribution strategy, so a method is written once, for one machine. On a plain `keras.Model`, `Gradients`
+(`gradients.py`) takes its place.
+
+One forward pass is recorded for each slice of the batch, a `Pass` (`products.py`). All derivatives at the weights are
+questions to that pass. What it records is chosen by the `Needs`, before the first question, so the order of the
+questions changes neither the numbers nor the number of passes.
 """
 
 import contextlib
 
 import keras
-import tensorflow as tf
 
 from keras_curvature import replicas, trees
 from keras_curvature.component import check, check_count
-from keras_curvature.linearization import products
-from keras_curvature.linearization.estimates.estimates import Estimates
-from keras_curvature.linearization.fisher import convexity
-from keras_curvature.linearization.gauss_newton import GaussNewton
-from keras_curvature.linearization.layers import taps
+from keras_curvature.linearization import matrices, products
+from keras_curvature.linearization.estimates import diagonals, factors, sampled
+from keras_curvature.linearization.gauss_newton import l2_of
+from keras_curvature.linearization.layers import kronecker, taps
+from keras_curvature.linearization.needs import EVERYTHING
+from keras_curvature.linearization.passes import Passes
 from keras_curvature.linearization.pure import slices
 from keras_curvature.linearization.pure.differentiable import differentiable_keras
-from keras_curvature.linearization.pure.functional import PureModel, build_for
+from keras_curvature.linearization.pure.functional import PureModel, build_for, check_model
 from keras_curvature.linearization.pure.micro_batches import MicroBatches
-from keras_curvature.linearization.recordings import Recordings
-from keras_curvature.operators import Function
 
 
-class Linearization(Estimates):
+class Linearization:
     """The loss of one batch around the current weights `w`.
 
         f(w + d)  ~  f(w) + g'd + 1/2 d'B d,        B = H (Hessian) or G (Gauss-Newton)
@@ -36,40 +37,40 @@ class Linearization(Estimates):
     lists of tensors in the order and with the shapes of `model.trainable_variables`; losses are scalars, the
     compiled loss with everything that belongs to it (sample weights, masks, regularizers, added losses).
 
-    However the batch is cut (into slices of replicas, `micro_batches`), the sum over the slices is the whole batch's,
-    but for batch normalization and for two kinds of losses, which are means of the means of the slices: masked ones,
-    and those with `reduction="mean_with_sample_weight"`; see `pure/slices.py`.
+    Results do not depend on how the batch is cut (into slices of replicas, `micro_batches`), except with batch
+    normalization and two kinds of losses, which are means of per-slice means: masked losses, and those with
+    `reduction="mean_with_sample_weight"`; see `pure/slices.py`.
 
-    Works eagerly, in a `tf.function`, compiled by XLA, and in `fit` under a distribution strategy. Nothing is
-    computed that is not asked for; a forward pass is shared by the products that need it.
+    Works eagerly, in a `tf.function`, compiled by XLA, and in `fit` under a distribution strategy. Computes only what
+    is asked for, and one forward pass for all products. With `micro_batches` each question has a forward pass of its
+    own; the first one gives the loss and the outputs too.
 
     Args:
         model: A compiled `keras.Model`.
         x: Inputs of the batch, as the model takes them.
         y: Targets. Optional.
         sample_weight: Weights of the examples. Optional.
+        needs: The `Needs`: what may be asked. Defaults to everything.
         shift: A vector: linearize at `w + shift` and not at `w`. Optional.
         loss_scale: Scalar that multiplies the loss inside derivatives, which are divided by it again, for
             `mixed_float16`. Optional.
         part: `(size, index)` of a piece of the batch to use. Optional; see `chunk`.
         micro_batches: Number of slices that each replica's batch is cut into, an integer: passes go over one slice
             at a time, with the memory of one; see `pure/micro_batches.py`. Defaults to `1`.
-        products: Whether Gauss-Newton products will be asked for. If not, losses and gradients are computed by Keras'
-            own kernels (cuDNN's recurrent layers, max pooling), which cannot be differentiated twice or only at a
-            price; products are there all the same, and record a forward pass of their own. Defaults to `True`.
         training: Whether the model runs as in training (batch statistics, dropout) or as in inference (moving
             statistics, no dropout). Defaults to `True`.
-        seeds: Values to begin with of the seeds of the model's layers, an integer tensor `(seeds, 2)` in the order of
-            `functional.seeds(model.non_trainable_variables)`, in place of those that the layers have. Optional.
+        seeds: Initial seeds of the model's layers, an integer tensor `(seeds, 2)` in the order of
+            `functional.seeds(model.non_trainable_variables)`. Defaults to the seeds that the layers have.
 
     Attributes:
         variables: The model's trainable variables.
-        weights: Their values, with the shift, a list of tensors.
         examples: Number of examples in the whole batch, of all replicas, an integer or tensor.
+        passes: The recorded forward pass of each slice, `Passes`.
 
     Raises:
         ValueError: The model is not compiled; `micro_batches` is not an integer of at least 1, or larger than 1 with
-            synchronized normalization on several replicas, or, under XLA, not a divisor of a known batch size.
+            synchronized normalization on several replicas, or, under XLA, not a divisor of a known batch size; what is
+            asked is not in `needs`.
 
     Example:
 
@@ -87,74 +88,70 @@ class Linearization(Estimates):
 
     def __init__(
         self, model, x, y=None, sample_weight=None, *,
-        shift=None, loss_scale=None, part=None, micro_batches=1, products=True, training=True, seeds=None,
+        needs=EVERYTHING, shift=None, loss_scale=None, part=None, micro_batches=1, training=True, seeds=None,
     ):  # fmt: skip
         check_model(Linearization, model)
         check_count(Linearization, "micro_batches", micro_batches)
         check(Linearization, "training", training, isinstance(training, bool), "True or False")
         build_for(model, x, y, sample_weight)
-        self.model, self.variables = model, list(model.trainable_variables)
-        self._batch, self._part, self._micro_batches = (x, y, sample_weight), part, micro_batches
-        self._shift, self._loss_scale, self._products, self._reached = shift, loss_scale, products, None
-        self._mode = {"training": training, "seeds": seeds}
-        self._tapped = ()  # layers
+        self.model, self.variables, self.needs = model, list(model.trainable_variables), needs
+        self._batch, self._part = (x, y, sample_weight), part
+        self._how = {"micro_batches": micro_batches, "training": training, "seeds": seeds}
+        self._shift, self.loss_scale, self._reached = shift, loss_scale, None
         # one pure model per replica; what is computed once is kept in `_known` (`cached_property` holds a lock while it
         # computes, on which the threads of replicas would wait for each other)
         self._slices, self._pure, self._known, self._graph = {}, {}, {}, slices.graph()
         start, self.examples = replicas.place(self._take, *self._batch)
         replicas.each(self._open, start)
 
-    # What is known at the point itself.
+    # At the weights.
 
     @property
     def weights(self):
-        """`w`, plus the shift."""
+        """`w`, plus the shift, a list of tensors."""
         return self._once("weights", self._local_weights)
 
     @property
     def loss(self):
         """`f(w)`, a scalar."""
-        return self._forward()[0]
+        return self._evaluated()[0]
 
     @property
     def outputs(self):
-        """What the model said, in the model's own structure; under a strategy, one slice per replica."""
-        return self._forward()[1]
+        """The model's outputs, in its own structure; under a strategy, one slice per replica."""
+        return self._evaluated()[1]
 
     @property
     def gradient(self):
         """`df/dw`, a vector; one backward pass, however often it is asked for."""
-
-        def gradient():
-            gradient = self._pass().total(self._local_gradient)
-            self._forward()  # known by now
-            return gradient
-
-        return self._once("gradient", gradient)
+        return self._once("gradient", lambda: self._gradient_and()[0])
 
     @property
     def reached(self):
         """Whether the loss depends on each variable at all, a tuple of bools in the order of `variables`.
 
-        Where it does not, the `gradient` is zeros, of which an optimizer with weight decay would make a step; Keras
-        passes such variables over. Known with the gradient, which is computed where it was not.
+        Where it does not, the `gradient` is zero, and weight decay would still step; Keras skips such variables. Known
+        with the gradient, which is computed if necessary.
         """
         if self._reached is None:
             _ = self.gradient
         return self._reached
 
-    # Other points.
+    @property
+    def l2(self):
+        """Second derivative of the L2 regularizer of each variable, a tuple of floats; 0 where there is none."""
+        return l2_of(self.variables)
+
+    def is_known(self, name):
+        """Whether `"loss"` or `"gradient"` has been computed already."""
+        return name in self._known
+
+    # At other weights.
 
     def loss_at(self, step):
         """`f(w + step)`, a scalar; one forward pass with the same masks and seeds, and no weight is assigned."""
         trees.check("step", step, self.variables)
-
-        def loss(pure, step):
-            evaluation = pure.evaluate(self._local_weights(step))
-            return evaluation, evaluation.loss
-
-        with differentiable_keras(products=self._products):
-            return self._sum(loss, step)
+        return self.total(lambda pure, weights, step: pure.evaluate(trees.add(weights, step)).loss, step)
 
     def gradient_at(self, step):
         """`df/dw` at `w + step`, a vector; one forward and one backward pass, and no weight is assigned."""
@@ -164,123 +161,57 @@ class Linearization(Estimates):
         """`(f, df/dw)` at `w + step`."""
         trees.check("step", step, self.variables)
 
-        def gradient(pure, step):
-            evaluation, gradient = products.gradient(pure, self._local_weights(step), self._loss_scale)
-            return evaluation, (evaluation.loss, gradient)
+        def both(pure, weights, step):
+            evaluation, gradient = products.gradient(pure, trees.add(weights, step), self.loss_scale)
+            return evaluation.loss, gradient
 
-        with differentiable_keras(products=self._products):
-            return self._sum(gradient, step)
+        return self.total(both, step)
 
-    # Curvature.
-
-    def hessian(self):
-        """The Hessian `H` of the loss, a `LinearOperator`; not positive semi-definite in general.
-
-        One product costs about as much as a gradient, besides one forward and backward pass for all of them. Asked for
-        before the gradient, these are the gradient's and the loss' too.
-        """
-
-        def record(pure):
-            return products.HessianRecording(pure, self._local_weights(), self._loss_scale)
-
-        recordings = Recordings(self._here, record, lambda: differentiable_keras(twice=True))
-        if not self._known and slices.graph() is self._graph:
-            self._known["hessian"] = recordings
-
-        def product(v):
-            trees.check("vector", v, self.variables)
-            return recordings.total(lambda recording, v: recording.product(v), [list(v)])
-
-        return Function(product)
-
-    def gauss_newton(self):
-        """The generalized Gauss-Newton matrix `J' H_L J`, a `GaussNewton` operator.
-
-        `J` is the Jacobian of the model's outputs (of its logits, where the loss reads those) and `H_L` the
-        second derivative of the loss in them. L2 weight regularizers enter exactly; other added losses count
-        as linear in the activations and have no curvature here. Positive semi-definite where the compiled loss
-        is convex in the outputs; see `fisher/convexity.py`.
-        """
-        not_convex = tuple(convexity.not_convex(self.model))
-        return GaussNewton(self.variables, self._recordings(products=True), self._loss_scale, self.l2, not_convex)
-
-    def fisher(self, kind="exact"):
-        """A Fisher matrix of the loss, a `LinearOperator`; positive semi-definite always.
-
-            "exact"      F = sum_n J_n' E_y[s_n s_n'] J_n,    labels y drawn from what the model says
-            "empirical"  F = sum_n J_n' s_n s_n' J_n,         the true labels
-
-        with `s_n` the slope of `-log p(y | z_n)` in the outputs, times the root of the weight that the compiled loss
-        gives it (1/N of a mean, sample weights; see `fisher/sampling.py`). Of a mean over examples with one label
-        each, the empirical one is the mean of the outer products of the gradients of single examples. Regularizers and
-        added losses are no likelihood, and have no part in it. One product: one forward-mode and one backward pass.
+    def total(self, fn, *vectors):
+        """The sum over replicas and micro-batches of a function of the model on one slice of the batch.
 
         Args:
-            kind: `"exact"` or `"empirical"`. Defaults to `"exact"`.
+            fn: `fn(pure, weights, *vectors)` gives a nest of tensors; it runs once for each slice. `pure` is the model
+                on that slice, a `PureModel`, with `pure.batch = (x, y, sample_weight)`. `pure.evaluate(weights)` gives
+                an `Evaluation` with the `outputs` of the slice, and as its `loss` the slice's share of the loss.
+            *vectors: Vectors that all slices get.
 
-        Raises:
-            ValueError: `kind` is none of these; in a product, the loss is not minus the logarithm of a likelihood
-                that is known, and `kind` is `"exact"`.
+        Returns:
+            The sums, in the same nest.
+
+        Example: the sum of the squared outputs over the batch, and the loss
+
+        ```python
+        def squares(pure, weights):
+            evaluation = pure.evaluate(weights)
+            return tf.reduce_sum(tf.square(evaluation.outputs)), evaluation.loss
+
+        total, loss = lin.total(squares)
+        ```
         """
-        check(Linearization.fisher, "kind", kind, kind in ("exact", "empirical"), '"exact" or "empirical"')
-        recordings = self._recordings(products=True)
 
-        def product(v):
-            trees.check("vector", v, self.variables)
-            return recordings.total(lambda recording, v: recording.fisher_product(v, kind), [list(v)])
+        def here(*vectors):
+            return self._here().sum(lambda pure: fn(pure, self._local_weights(), *vectors))
 
-        return Function(product, psd=True)
+        with self.kernels():
+            return replicas.total(here, *vectors)
 
-    def hidden_gauss_newton(self):
-        """`J_h' J_h / N`, for `h` the hidden states of the recurrent layers and `N` the number of examples.
+    # Curvature: functions of a linearization.
 
-        The Gauss-Newton matrix of `1/2 |h(w) - h(w_0)|^2`, summed over units and time, mean over the examples,
-        with which structural damping (Martens and Sutskever, 2011) keeps a step from changing what a recurrent
-        network remembers.
+    hessian = matrices.hessian
+    gauss_newton = matrices.gauss_newton
+    fisher = matrices.fisher
+    hidden_gauss_newton = matrices.hidden_gauss_newton
 
-        Raises:
-            ValueError: The model has no recurrent layer.
-        """
-        noted = {}
+    # Estimates.
 
-        def around():
-            stack = contextlib.ExitStack()
-            stack.enter_context(differentiable_keras())
-            stack.enter_context(taps.hidden_states(noted))
-            return stack
-
-        def record(pure):
-            weights, tape = self._local_weights(), tf.GradientTape(persistent=True)
-            with tape:
-                tape.watch(weights)
-                evaluation = pure.evaluate(weights)
-            return products.Jacobian(tape, weights, self._noted_states(noted), evaluation)
-
-        recordings = Recordings(self._here, record, around)
-
-        def product(v):
-            pulled = recordings.total(lambda jacobian, v: jacobian.vjp(jacobian.jvp(v)), [list(v)])
-            return trees.scale(1.0 / tf.cast(self.examples, tf.float64), pulled)
-
-        return Function(product, psd=True)
-
-    def _noted_states(self, noted):
-        states = noted.pop(replicas.identity(), None)
-        if not states:
-            raise ValueError(
-                f"`hidden_gauss_newton` (structural damping) needs a recurrent layer; "
-                f"the model {self.model.name!r} has none. Use `structural_damping=0.0`."
-            )
-        return states
-
-    @property
-    def l2(self):
-        """Second derivative of the L2 regularizer of each variable, a tuple of floats; 0 where there is none."""
-        return l2_of(self.variables)
-
-    def is_known(self, name):
-        """Whether `"loss"` or `"gradient"` has been computed already."""
-        return {"loss": "forward"}.get(name, name) in self._known
+    sampled_gradient = sampled.sampled_gradient
+    fisher_diagonal = sampled.fisher_diagonal
+    squared_gradients = diagonals.squared_gradients
+    hessian_diagonal = diagonals.hessian_diagonal
+    kronecker_factors = factors.kronecker_factors
+    kronecker_second_moments = factors.kronecker_second_moments
+    kronecker_means = factors.kronecker_means
 
     # The batch and the model.
 
@@ -296,48 +227,74 @@ class Linearization(Estimates):
         becomes the mean over the piece. A batch with fewer examples than `size` is used whole.
         """
         return Linearization(
-            self.model, *self._batch, shift=self._shift, loss_scale=self._loss_scale, part=(size, index),
-            micro_batches=self._micro_batches, products=self._products, **self._mode,
+            self.model, *self._batch, needs=self.needs, shift=self._shift, loss_scale=self.loss_scale,
+            part=(size, index), **self._how,
         )  # fmt: skip
 
     def commit(self):
         """Write the batch statistics, random seeds and loss counters of this batch into the model, once."""
-        recordings = self._pass()
-
-        def write():
-            self._here().commit(recordings.here().evaluation)
-
-        self._forward()
-        replicas.each(write)
+        passes = self.passes
+        self._evaluated()
+        replicas.each(lambda: self._here().commit(passes.here().evaluation))
 
     # One forward pass, recorded on every replica.
 
-    def _recordings(self, products=False):
-        """The recorded pass; for `products` where nobody expected any, another one."""
-        noted, tapped = {}, self._tapped
-        # fused kernels of recurrent layers, on a GPU, have no steps to be tapped
-        fit = products or self._products or any(isinstance(layer, keras.layers.RNN) for layer in tapped)
+    @property
+    def passes(self):
+        """The recorded forward pass of each slice, `Passes`."""
+        return self._once("passes", self._recorded)
 
+    def record(self, make, tapping=contextlib.nullcontext):
+        """`Passes` of `make(pure, weights)` on each slice, while the context `tapping()` is open."""
+
+        @contextlib.contextmanager
         def around():
-            stack = contextlib.ExitStack()
-            stack.enter_context(differentiable_keras(products=fit))
-            stack.enter_context(taps.calls(tapped, noted))
-            return stack
+            with self.kernels(), tapping():
+                yield
 
-        def record(pure):
-            recording = self._record_loss(pure)
-            recording.taps, recording.graph = noted.pop(replicas.identity(), []), slices.graph()
-            return recording
+        return Passes(self._here, lambda pure: make(pure, self._local_weights()), around)
 
-        return self._once(("recordings", fit, tapped), lambda: Recordings(self._here, record, around))
+    def kernels(self):
+        """The context in which Keras computes what the needs can differentiate."""
+        # recurrent layers that are tapped have no kernel of cuDNN's
+        in_steps = any(isinstance(layer, keras.layers.RNN) for layer in self._tapped())
+        needs = self.needs
+        return differentiable_keras(twice=needs.hessian, products=needs.hessian or needs.products or in_steps)
 
-    def _forward(self):
+    def with_gradient(self, question):
+        """The sum of `question(pass)`, in the pass that gives the `gradient` too, where that is not known yet."""
+        if self.is_known("gradient"):
+            return self.passes.total(question)
+        gradient, found = self._gradient_and(question)
+        self._once("gradient", lambda: gradient)
+        return found
+
+    def _gradient_and(self, question=lambda made: ()):
+        def both(made):
+            gradient = made.gradient()
+            # of any slice: eagerly, a model may take another way on each of them
+            self._reached = tuple(map(max, self._reached or made.reached, made.reached))
+            return gradient, question(made)
+
+        found = self.passes.total(both)
+        self._evaluated()  # known by now
+        return found
+
+    def _recorded(self):
+        noted, needs = {}, self.needs
+
+        def make(pure, weights):
+            return products.Pass(pure, weights, self.loss_scale, needs.hessian, noted)
+
+        return self.record(make, lambda: taps.calls(self._tapped(), noted))
+
+    def _tapped(self):
+        """The layers whose inputs and outputs are noted."""
+        return self._once("tapped", lambda: kronecker.layers(self.model) if self.needs.layers else [])
+
+    def _evaluated(self):
         """`(loss, outputs)` of the recorded pass."""
-        return self._once("forward", self._pass().evaluated)
-
-    def _pass(self):
-        """The recorded pass that gradient, loss and state are of: that of the Hessian, where it came first."""
-        return self._known["hessian"] if "hessian" in self._known else self._recordings()
+        return self._once("loss", self.passes.evaluated)
 
     def _once(self, name, compute):
         if name in self._known:
@@ -347,93 +304,25 @@ class Linearization(Estimates):
             self._known[name] = value
         return value
 
-    def _sum(self, local, *vectors):
-        """Of `local(pure, *vectors) -> (evaluation, sums)` the sums, added up over slices and replicas."""
-        return replicas.total(lambda *vectors: self._here().sum(lambda pure: local(pure, *vectors)), *vectors)
-
     # Called on a replica.
 
-    def _record_loss(self, pure):
-        """A `LossRecording` of a `PureModel` at the weights."""
-        return products.LossRecording(pure, self._local_weights(), self._loss_scale)
-
-    def _local_gradient(self, recording):
-        gradient = recording.gradient()
-        self._note_reached(recording)
-        return gradient
-
-    def _note_reached(self, recording):
-        # of any slice: eagerly, a model may take another way on each of them
-        self._reached = tuple(map(max, self._reached or recording.reached, recording.reached))
-
     def _take(self, *batch):
-        """Take this replica's slice of the batch, or of that the piece, and count its examples."""
+        """Take this replica's slice of the batch, or a piece of it, and count its examples."""
         taken = batch if self._part is None else slices.piece(batch, *self._part)
         self._slices[replicas.identity()] = taken
         return slices.examples(taken[0])
 
     def _open(self, start):
-        batch = self._slices[replicas.identity()]
-        examples = slices.examples(batch[0])
+        batch, how = self._slices[replicas.identity()], dict(self._how)
+        examples, count = slices.examples(batch[0]), how.pop("micro_batches")
         place = slices.Place(start, self.examples if replicas.count() == 1 else examples, self.examples)
-        if self._micro_batches == 1:
-            pure = PureModel(self.model, batch, place, **self._mode)
-        else:
-            pure = MicroBatches(self.model, batch, place, self._micro_batches, **self._mode)
-        self._pure[replicas.identity()] = pure
+        pure = PureModel(self.model, batch, place, **how)
+        self._pure[replicas.identity()] = pure if count == 1 else MicroBatches(pure, count)
 
     def _here(self):
         return self._pure[replicas.identity()]
 
-    def _local_weights(self, step=None):
-        """Weights read on this replica, with the shift and a step."""
+    def _local_weights(self):
+        """Weights read on this replica, with the shift."""
         weights = trees.values(self.variables)
-        for vector in (self._shift, step):
-            weights = weights if vector is None else trees.add(weights, vector)
-        return weights
-
-
-class Gradients:
-    """What a plain `keras.Model` hands its optimizer: the gradient, already summed over the replicas.
-
-    Args:
-        asked_by: Name of the optimizer, for the message.
-        gradient: The gradient, a vector.
-        variables: The variables that it belongs to.
-    """
-
-    def __init__(self, asked_by, gradient, variables):
-        self._asked_by, self.gradient, self.variables = asked_by, gradient, list(variables)
-
-    @property
-    def weights(self):
-        """The current weights."""
-        return trees.values(self.variables)
-
-    def __getattr__(self, name):
-        if name.startswith("_") or not hasattr(Linearization, name):
-            raise AttributeError(f"`Gradients` has no attribute {name!r}")
-        raise ValueError(
-            f"`{self._asked_by}` asked for the `{name}` of the loss, but a plain `keras.Model` hands its optimizer "
-            "gradients and nothing else. Curve the model before `compile`:\n\n"
-            "    model = keras_curvature.curved(model)\n"
-        )
-
-
-def l2_of(variables):
-    """Second derivative of the L2 weight regularizer of each variable, `tuple` of floats."""
-
-    def coefficient(regularizer):
-        known = isinstance(regularizer, (keras.regularizers.L2, keras.regularizers.L1L2))
-        return 2.0 * float(regularizer.l2) if known else 0.0
-
-    return tuple(coefficient(getattr(v, "regularizer", None)) for v in variables)
-
-
-def check_model(owner, model):
-    """Refuse what is no Keras model, or has no loss; `owner` is the class or function whose argument it is."""
-    check(owner, "model", model, isinstance(model, keras.Model), "a `keras.Model`")
-    if not model.compiled:
-        raise ValueError(
-            f"`{owner.__name__}`: the model {model.name!r} has no loss. Call `model.compile(loss=...)` first."
-        )
+        return weights if self._shift is None else trees.add(weights, self._shift)

@@ -17,10 +17,13 @@ gradients of embeddings, XLA. And since the passes are recorded once, outside, a
 gradients) pays for the products alone and not for the forward pass again.
 """
 
+import contextlib
+
 import tensorflow as tf
 
-from keras_curvature import trees
+from keras_curvature import replicas, trees
 from keras_curvature.linearization.fisher import sampling
+from keras_curvature.linearization.pure import slices
 from keras_curvature.linearization.pure.differentiable import without_control_edges
 
 
@@ -59,27 +62,32 @@ class Jacobian:
         return densely(tangents, self.leaves)
 
 
-class LossRecording(Jacobian):
-    """The loss of one batch on one replica, recorded for first derivatives and Gauss-Newton products.
+class Pass(Jacobian):
+    """One forward pass over one slice of the batch, recorded; every derivative at the weights is a question to it.
 
     Args:
         pure: A `PureModel`.
         weights: The point, a list of tensors.
         loss_scale: `None`, or the scalar that multiplies the loss before differentiation (`mixed_float16`: small
             cotangents would underflow). Every derivative that leaves this object is divided by it again.
+        hessian: Whether the gradient is recorded too, for `hessian_product`. Defaults to `False`.
+        noted: `{replica: [Tap]}`, where taps that are open note what layers see and say. Optional.
 
     Attributes:
         evaluation: The `Evaluation` at the point.
         leaves: The leaves that the loss really depends on.
         slope: `dL/dz`, one tensor per leaf, times the loss scale.
+        taps: What tapped layers saw and said, a list of `Tap`.
         reached: Whether the loss depends on each weight, a tuple of bools; `None` before the gradient is asked for.
         pure, loss_scale: As given.
     """
 
-    def __init__(self, pure, weights, loss_scale=None):
+    def __init__(self, pure, weights, loss_scale=None, hessian=False, noted=None):
         tape, loss_tape = tf.GradientTape(persistent=True), tf.GradientTape(persistent=True)
-        with tape:
-            tape.watch(weights)
+        outer = tf.GradientTape(persistent=True) if hessian else None
+        with outer or contextlib.nullcontext(), tape:
+            for watching in (tape, outer) if hessian else (tape,):
+                watching.watch(weights)
             evaluation = pure.evaluate(weights, loss_tape)
             self._loss = _scaled(evaluation.loss, loss_scale)
         with loss_tape:  # entered again: what the slope is made of is recorded too, for `H_L u`
@@ -87,8 +95,11 @@ class LossRecording(Jacobian):
         used = [(leaf, slope) for leaf, slope in zip(evaluation.leaves, slopes) if slope is not None]
         super().__init__(tape, weights, [leaf for leaf, _ in used], evaluation)
         self.slope = [slope for _, slope in used]
-        self._loss_tape, self.loss_scale, self.reached = loss_tape, loss_scale, None
-        self.pure = pure
+        self.pure, self.loss_scale, self.reached = pure, loss_scale, None
+        self.taps = [] if noted is None else noted.pop(replicas.identity(), [])
+        self._loss_tape, self._outer, self._graph, self._backward = loss_tape, outer, slices.graph(), None
+        if hessian and not tf.executing_eagerly():
+            self.prepare()  # inside a loop or condition the outer tape cannot be entered; what nobody uses is pruned
 
     def require_leaves(self):
         """Refuse a loss that does not pass through the model's outputs: it has no Gauss-Newton matrix."""
@@ -100,35 +111,81 @@ class LossRecording(Jacobian):
                 '`HessianFree(curvature="hessian", preconditioner=0.0)`.'
             )
 
+    # First derivatives.
+
     def gradient(self, cotangents=None):
         """`dL/dw + J' c` in one backward pass; the gradient alone where no cotangents are given."""
-        targets, weights_of = [self._loss], [tf.ones_like(self._loss)]
-        if cotangents is not None:
-            targets, weights_of = targets + self.leaves, weights_of + cotangents
-        gradients = self._tape.gradient(targets, self.weights, output_gradients=weights_of)
         if cotangents is None:
-            self.reached = tuple(g is not None for g in gradients)
+            return _unscaled(self.prepare()[0], self.loss_scale)
+        ones = tf.ones_like(self._loss)
+        gradients = self._tape.gradient([self._loss, *self.leaves], self.weights, output_gradients=[ones, *cotangents])
         return _unscaled(densely(gradients, self.weights), self.loss_scale)
 
-    def gradient_and_slopes(self, tensors):
-        """`(dL/dw, derivatives of the loss in intermediate tensors)`, as of `gradient` and `slopes_at`; one pass."""
-        found = self._tape.gradient(self._loss, [*self.weights, *tensors])
-        gradients, slopes = found[: len(self.weights)], found[len(self.weights) :]
-        self.reached = tuple(g is not None for g in gradients)
-        return _unscaled(densely(gradients, self.weights), self.loss_scale), self._widely(slopes)
+    def slopes(self):
+        """Derivatives of the loss in what each of `taps` said; the same backward pass as `gradient`. `None`: none."""
+        return self._widely(self.prepare()[1])
 
-    def slopes_at(self, tensors, cotangents=None):
-        """Derivative in intermediate tensors of the model, of the loss or, if given, of `<c, leaves>`; `None`: none."""
-        if cotangents is None:
-            slopes = self._tape.gradient(self._loss, tensors)
-        else:
-            slopes = self._tape.gradient(self.leaves, tensors, output_gradients=cotangents)
-        return self._widely(slopes)
+    def prepare(self):
+        """`(dL/dw, derivatives in what the taps said)`, times the loss scale; one backward pass, made once."""
+        if self._backward is not None:
+            return self._backward
+        within = [tap.said for tap in self.taps if self.reaches(tap)]
+        with self._outer or contextlib.nullcontext():
+            found = self._tape.gradient(self._loss, [*self.weights, *within])
+            gradients = densely(found[: len(self.weights)], self.weights)
+        self.reached = tuple(g is not None for g in found[: len(self.weights)])
+        rest = iter(found[len(self.weights) :])
+        backward = gradients, [next(rest) if self.reaches(tap) else None for tap in self.taps]
+        if slices.graph() is self._graph:  # what is made inside a loop or condition is no use outside of it
+            self._backward = backward
+        return backward
+
+    def reaches(self, tap):
+        """Whether what a tapped layer said can be differentiated in: not inside a loop or function of the model's."""
+        return tf.executing_eagerly() or tap.said.graph is self._graph
+
+    def slopes_at(self, tensors, cotangents):
+        """Derivatives of `<c, leaves>` in intermediate tensors of the model; `None`: none."""
+        return self._widely(self._tape.gradient(self.leaves, tensors, output_gradients=cotangents))
 
     def _widely(self, slopes):
         # unscaled in half precision, what the loss scale has saved would be lost again
         wide = [None if s is None else trees.full_precision(s) for s in slopes]
         return [None if s is None else _unscaled([s], self.loss_scale)[0] for s in wide]
+
+    def pull(self, cotangents):
+        """`J' c` for cotangents that carry the loss scale, such as `curve` returns."""
+        return _unscaled(self.vjp(cotangents), self.loss_scale)
+
+    # Second derivatives.
+
+    def hessian_product(self, vector):
+        """`H v`."""
+        gradients, _ = self.prepare()
+        products = self._outer.gradient(gradients, self.weights, output_gradients=vector)
+        return _unscaled(densely(products, self.weights), self.loss_scale)
+
+    def curve(self, tangents):
+        """`H_L u`, times the loss scale: the second derivative of the loss in the leaves."""
+        curved = self._loss_tape.gradient(self.slope, self.leaves, output_gradients=tangents)
+        return densely(curved, self.leaves)
+
+    def push(self, vector):
+        """`(J v, H_L J v)`."""
+        self.require_leaves()
+        tangents = self.jvp(vector)
+        return tangents, self.curve(tangents)
+
+    def gauss_newton_product(self, vector):
+        """`J' H_L J v`."""
+        return self.pull(self.push(vector)[1])
+
+    def fisher_product(self, vector, kind):
+        """`J' F J v`, with `F` the Fisher matrix in the leaves; `kind` is `"exact"` or `"empirical"`."""
+        self.require_leaves()
+        return self.pull(sampling.fisher_times(self, kind, self.jvp(vector)))
+
+    # With other labels.
 
     def cotangents(self, fisher, seed=0):
         """Cotangents `c`, shaped as the leaves and times the loss scale, whose `J' c` make up a Fisher matrix.
@@ -148,61 +205,6 @@ class LossRecording(Jacobian):
     def sampled_slope(self, seed=0):
         """`dL/dz`, as `slope`, with labels drawn from what the model says instead of the true ones."""
         return sampling.slopes(self, seed)
-
-    def push(self, vector):
-        """`(J v, H_L J v)`."""
-        self.require_leaves()
-        tangents = self.jvp(vector)
-        return tangents, self.curve(tangents)
-
-    def product(self, vector):
-        """`J' H_L J v`."""
-        return self.pull(self.push(vector)[1])
-
-    def fisher_product(self, vector, kind):
-        """`J' F J v`, with `F` the Fisher matrix in the leaves; `kind` is `"exact"` or `"empirical"`."""
-        self.require_leaves()
-        return self.pull(sampling.fisher_times(self, kind, self.jvp(vector)))
-
-    def pull(self, cotangents):
-        """`J' c` for cotangents that carry the loss scale, such as `curve` returns."""
-        return _unscaled(self.vjp(cotangents), self.loss_scale)
-
-    def curve(self, tangents):
-        """`H_L u`, times the loss scale: the second derivative of the loss in the leaves."""
-        curved = self._loss_tape.gradient(self.slope, self.leaves, output_gradients=tangents)
-        return densely(curved, self.leaves)
-
-
-class HessianRecording:
-    """The gradient of one batch on one replica, recorded for Hessian products; as `LossRecording`.
-
-    Attributes:
-        evaluation: The `Evaluation` at the point.
-        reached: Whether the loss depends on each weight, a tuple of bools.
-    """
-
-    def __init__(self, pure, weights, loss_scale=None):
-        self.weights, self._loss_scale = weights, loss_scale
-        self._tape = tf.GradientTape(persistent=True)
-        with self._tape:
-            self._tape.watch(weights)
-            with tf.GradientTape() as inner:
-                inner.watch(weights)
-                self.evaluation = pure.evaluate(weights)
-                loss = _scaled(self.evaluation.loss, loss_scale)
-            gradients = inner.gradient(loss, weights)
-            self._gradient = densely(gradients, weights)
-        self.reached = tuple(g is not None for g in gradients)
-
-    def gradient(self):
-        """`dL/dw`, which is there already."""
-        return _unscaled(self._gradient, self._loss_scale)
-
-    def product(self, vector):
-        """`H v`."""
-        products = self._tape.gradient(self._gradient, self.weights, output_gradients=vector)
-        return _unscaled(densely(products, self.weights), self._loss_scale)
 
 
 def gradient(pure, weights, loss_scale=None):

@@ -4,7 +4,8 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number, register
-from keras_curvature.linearization.estimates import diagonals as diagonal
+from keras_curvature.linearization.estimates import diagonals
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal
 from keras_curvature.optimizers.by_weight import DiagonalOptimizer
 from keras_curvature.optimizers.limits import LinearStep, averaged
@@ -49,6 +50,7 @@ class AdaHessian(DiagonalOptimizer):
     ```
     """
 
+    needs = Needs(hessian=True)
     reports = {"curvature_norm": "mean", "failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(
@@ -108,4 +110,4 @@ class AdaHessian(DiagonalOptimizer):
         ])  # fmt: skip
 
     def _shared(self, vector):
-        return diagonal.average_kernels(vector) if self.spatial_averaging else vector
+        return diagonals.average_kernels(vector) if self.spatial_averaging else vector

@@ -6,7 +6,7 @@ A subclass writes exactly one of
   curved model (`keras_curvature.curved`), or on any model where the gradient is all it asks for.
 * `precondition(gradients)`: the same from the gradient alone, which Keras has clipped and accumulated; or Keras' own
   `update_step(gradient, variable, learning_rate)`, where each variable is a matter of its own. Either runs on any
-  model, and says `by_gradient = True`.
+  model, and says `needs = Needs(only_gradients=True)`.
 
 and `create_state(variables)` for what it remembers. Keras keeps everything that Keras does: learning-rate
 schedules, weight decay, clipping, averages of the weights, constraints, gradient accumulation, checkpoints.
@@ -20,6 +20,7 @@ that alone is not finite, its weight decay and its averages have gone on.)
 import tensorflow as tf
 
 from keras_curvature import trees
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.lifecycle import Lifecycle
 from keras_curvature.optimizers.limits import NotLinear
 
@@ -36,17 +37,14 @@ class CurvatureOptimizer(Lifecycle):
     Attributes:
         reports: `{name: "mean" | "last" | "sum"}`: the numbers that a curved model shows in its logs, and how an
             epoch sums them up.
-        by_gradient: Whether the method is a `precondition` or an `update_step`, and not a `direction`.
-        needs_products: Whether a `direction` asks for Gauss-Newton products; if not, Keras' own faster kernels do.
-        needs_model: Whether `create_state` looks at the layers of `model`; such an optimizer is built when it meets it.
+        needs: What the method asks of a train step, a `Needs`; an instance may be given one of its own, as an argument
+            of this constructor. Defaults to products and Hessian.
         idle_steps: How many steps at the beginning fill the state and do not move the weights.
-        model: The curved `keras.Model` that the optimizer trains, where `needs_model`; `None` before they meet.
+        model: The curved `keras.Model` that the optimizer trains, where `needs.layers`; `None` before they meet.
     """
 
     reports = {"skipped_steps": "sum"}
-    by_gradient = False
-    needs_products = True
-    needs_model = False
+    needs = Needs(products=True, hessian=True)
     idle_steps = 0
 
     # To be written by a method.
@@ -56,7 +54,10 @@ class CurvatureOptimizer(Lifecycle):
 
     def direction(self, linearization):
         """The step to take before the learning rate, a vector."""
-        raise NotImplementedError(f"`{type(self).__name__}` must implement `direction(linearization)`.")
+        raise NotImplementedError(
+            f"`{type(self).__name__}` must implement `direction(linearization)`; or, if gradients are all it needs, "
+            "`precondition(gradients)`, and say `needs = Needs(only_gradients=True)`."
+        )
 
     def precondition(self, gradients):
         """The step to take before the learning rate, from the gradients of all variables, both vectors."""
@@ -119,7 +120,12 @@ class CurvatureOptimizer(Lifecycle):
         return NotLinear(f"Of `{type(self).__name__}` no limit on the curvature is known.")
 
     def shift(self):
-        """Where a curved model shall linearize, as a vector from the stored weights; nothing: at the weights."""
+        """Where to linearize, a vector from the stored weights; asked where `needs.shifted`."""
+        raise NotImplementedError(f"`{type(self).__name__}` has `needs.shifted`, and must implement `shift()`.")
+
+    @property
+    def _preconditions(self):
+        return self.needs.only_gradients and type(self).precondition is not CurvatureOptimizer.precondition
 
     def add_scalar(self, value, name):
         """A scalar variable of the optimizer's state, with its initial value."""

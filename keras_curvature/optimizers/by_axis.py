@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import trees
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Function
 from keras_curvature.operators.blocks import Blocks
 from keras_curvature.optimizers.base import CurvatureOptimizer
@@ -19,7 +20,7 @@ from keras_curvature.optimizers.base import CurvatureOptimizer
 class ByAxis(CurvatureOptimizer):
     """Base of the methods with a matrix per axis; see the module."""
 
-    by_gradient = True
+    needs = Needs(only_gradients=True)
     reports = {"failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
 
     def create_blocks(self, variables, merge, size=None, longest=None, vectors=True):

@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.linearization.estimates import diagonals as diagonal
+from keras_curvature.linearization.estimates import diagonals
 from keras_curvature.optimizers.base import CurvatureOptimizer
 
 
@@ -41,7 +41,7 @@ class DiagonalOptimizer(CurvatureOptimizer):
         H, weights = lin.hessian(), lin.weights
 
         def product():
-            z = diagonal.draw(weights, self.seed, probe)
+            z = diagonals.draw(weights, self.seed, probe)
             return z, H @ z
 
         return product

@@ -5,6 +5,7 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check, check_number, register
 from keras_curvature.linearization.gauss_newton import require_convex
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import LinearStep, NotLinear, OnTheQuadratic
 from keras_curvature.steps import LevenbergMarquardt, as_damping, quadratic
@@ -46,6 +47,7 @@ class CurveBall(CurvatureOptimizer):
     ```
     """
 
+    needs = Needs(products=True)
     reports = {
         "damping": "last", "beta": "mean", "rho": "mean", "reduction_ratio": "mean", "step_norm": "mean",
         "skipped_steps": "sum",

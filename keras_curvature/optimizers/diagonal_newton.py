@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_number, register
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
 
@@ -42,6 +43,7 @@ class DiagonalNewton(CurvatureOptimizer):
     ```
     """
 
+    needs = Needs(hessian=True)
     reports = {"step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(

@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check_count, check_number, register
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal
 from keras_curvature.optimizers.by_weight import DiagonalOptimizer
 from keras_curvature.optimizers.limits import LinearStep, Rule
@@ -38,6 +39,7 @@ class ESGD(DiagonalOptimizer):
     ```
     """
 
+    needs = Needs(hessian=True)
     reports = {"failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
     beta_1, beta_2 = 0.0, None
 

@@ -5,6 +5,7 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check_number, register
 from keras_curvature.linearization.layers import kronecker
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Function
 from keras_curvature.operators.kronecker import BlockDiagonal
 from keras_curvature.optimizers.base import CurvatureOptimizer
@@ -50,8 +51,7 @@ class Eva(CurvatureOptimizer):
     ```
     """
 
-    needs_model = True
-    needs_products = False
+    needs = Needs(layers=True)
     reports = {"kl_clip": "mean", "step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(
@@ -79,7 +79,6 @@ class Eva(CurvatureOptimizer):
 
     def direction(self, lin):
         """The next `v`."""
-        lin.tap(self._blocks)
         vectors = self._averaged(lin.kronecker_means(self._blocks))
         g = lin.gradient
         natural = self._operator(vectors) @ g

@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check, check_component, check_number, check_part, register
 from keras_curvature.linearization.gauss_newton import require_convex
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal, Identity
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
@@ -62,6 +63,7 @@ class HessianFree(CurvatureOptimizer):
     ```
     """
 
+    needs = Needs(products=True)
     reports = {
         "damping": "last", "reduction_ratio": "mean", "cg_iterations": "mean", "step_length": "mean",
         "step_norm": "mean", "skipped_steps": "sum",
@@ -72,7 +74,10 @@ class HessianFree(CurvatureOptimizer):
         line_search=ArmijoLineSearch(), curvature="gauss_newton", curvature_batch=None, warm_start=0.95,
         preconditioner=0.75, structural_damping=0.0, name="hessian_free", **kwargs,
     ):  # fmt: skip
-        super().__init__(learning_rate, name=name, **kwargs)
+        check(self, "curvature", curvature, curvature in ("gauss_newton", "hessian"), '"gauss_newton" or "hessian"')
+        hessian = curvature == "hessian"
+        needs = Needs(hessian=hessian, products=not hessian or structural_damping != 0.0)
+        super().__init__(learning_rate, needs=needs, name=name, **kwargs)
         self.damping, self.solver, self.line_search = damping, solver, line_search
         self.curvature, self.curvature_batch = curvature, curvature_batch
         self.warm_start, self.preconditioner, self.structural_damping = warm_start, preconditioner, structural_damping
@@ -80,7 +85,6 @@ class HessianFree(CurvatureOptimizer):
         check_component(self, "solver", solver, "stores_iterates", "ConjugateGradient(max_steps=50)")
         if line_search is not None:
             check_component(self, "line_search", line_search, "search", "ArmijoLineSearch()")
-        check(self, "curvature", curvature, curvature in ("gauss_newton", "hessian"), '"gauss_newton" or "hessian"')
         check_part(self, "curvature_batch", curvature_batch)
         check_number(self, "warm_start", warm_start, low=0, high=1)
         check_number(self, "preconditioner", preconditioner, low=0, high=1)

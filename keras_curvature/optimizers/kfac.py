@@ -4,10 +4,10 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number, check_part, register
-from keras_curvature.linearization import linearization
 from keras_curvature.linearization.fisher.sampling import FISHER
-from keras_curvature.linearization.gauss_newton import require_convex
+from keras_curvature.linearization.gauss_newton import l2_of, require_convex
 from keras_curvature.linearization.layers import kronecker
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators.kronecker import BlockDiagonal, KroneckerProduct
 from keras_curvature.optimizers import by_layer
 from keras_curvature.optimizers.base import CurvatureOptimizer
@@ -81,7 +81,7 @@ class KFAC(CurvatureOptimizer):
     ```
     """
 
-    needs_model = True
+    needs = Needs(layers=True)
     reports = {
         "damping": "last", "kl_clip": "mean", "alpha": "mean", "mu": "mean", "reduction_ratio": "mean",
         "rejected_steps": "sum", "failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum",
@@ -95,10 +95,9 @@ class KFAC(CurvatureOptimizer):
         looks = bool(rule.every) or (free and not whole)
         there = {"kl_clip": not free and kl_clip is not None, "alpha": free, "mu": free, "reduction_ratio": looks}
         there["rejected_steps"] = free and looks
-        # past Keras, which wants its own `__init__` first
-        object.__setattr__(self, "reports", {n: how for n, how in type(self).reports.items() if there.get(n, True)})
-        object.__setattr__(self, "needs_products", free or bool(rule.every))
-        super().__init__(learning_rate, name=name, **kwargs)
+        needs = Needs(layers=True, products=free or bool(rule.every))
+        super().__init__(learning_rate, needs=needs, name=name, **kwargs)
+        self.reports = {n: how for n, how in type(self).reports.items() if there.get(n, True)}
         self.damping, self.momentum, self.fisher, self.sharing = damping, momentum, fisher, sharing
         self.factors_every, self.inverses_every = factors_every, inverses_every
         self.kl_clip, self.curvature_batch = kl_clip, curvature_batch
@@ -147,7 +146,6 @@ class KFAC(CurvatureOptimizer):
 
     def direction(self, lin):
         """The next `v`."""
-        lin.tap(self._blocks)
         g, v, damping = lin.gradient, trees.values(self._velocity), tf.identity(self._damping.value)
         batch = lin if self.curvature_batch is None else lin.chunk(self.curvature_batch, self.iterations)
         natural = self._inverse(batch, damping) @ g
@@ -234,7 +232,7 @@ class KFAC(CurvatureOptimizer):
 
     def _kept_inverse(self):
         """The operator of the last step."""
-        l2, damping = linearization.l2_of(self.trained), tf.identity(self._damping.value)
+        l2, damping = l2_of(self.trained), tf.identity(self._damping.value)
         return self._side_by_side(self._kept_operators(l2, damping), trees.values(self._diagonals), l2, damping)
 
     def _side_by_side(self, operators, diagonals, l2, damping):

@@ -12,15 +12,18 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import component, keras_internals, replicas, trees
-from keras_curvature.linearization.linearization import Gradients, Linearization
+from keras_curvature.linearization.gradients import Gradients
+from keras_curvature.linearization.linearization import Linearization
 
 
 class Lifecycle(keras.optimizers.Optimizer):
     """The part of `CurvatureOptimizer` that Keras calls."""
 
-    def __init__(self, learning_rate, **kwargs):
+    def __init__(self, learning_rate, needs=None, **kwargs):
         super().__init__(learning_rate=learning_rate, **kwargs)
-        if self.gradient_accumulation_steps and not self.by_gradient:
+        if needs is not None:
+            self.needs = needs
+        if self.gradient_accumulation_steps and not self.needs.only_gradients:
             raise ValueError(
                 f"`{type(self).__name__}` steps on the curvature of one batch, so gradients of several batches cannot "
                 "be accumulated. Use a larger batch. Received: "
@@ -68,7 +71,7 @@ class Lifecycle(keras.optimizers.Optimizer):
 
     def _handed(self, linearization):
         """`(what Keras is handed: the gradient or the step, whether loss and gradient are finite)`."""
-        if not self.by_gradient:
+        if not self.needs.only_gradients:
             handed = self.direction(linearization)
         elif self._preconditions and not self.gradient_accumulation_steps:
             handed = self.precondition(super()._clip_gradients(linearization.gradient))
@@ -81,10 +84,6 @@ class Lifecycle(keras.optimizers.Optimizer):
         else:
             known = handed is not linearization.gradient
         return handed, finite & trees.is_finite(linearization.gradient) if known else finite
-
-    @property
-    def _preconditions(self):
-        return self.by_gradient and type(self).precondition.__module__ != "keras_curvature.optimizers.base"
 
     def _clip_gradients(self, grads):
         """Keras'; while it is handed a step made of clipped gradients, there is nothing left to clip."""
@@ -151,7 +150,7 @@ class Lifecycle(keras.optimizers.Optimizer):
 
     def meet(self, model):
         """Take note of the model, where the state is made of its layers."""
-        if self.needs_model and model is not None and self.model is not model:
+        if self.needs.layers and model is not None and self.model is not model:
             object.__setattr__(self, "_model", weakref.ref(model))  # past Keras' tracking
 
     @property
@@ -192,7 +191,7 @@ class Lifecycle(keras.optimizers.Optimizer):
 
     def build(self, variables):
         """Create all state for `variables`; called by Keras, and without effect while a needed model is missing."""
-        if self.built or (self.needs_model and self.model is None):
+        if self.built or (self.needs.layers and self.model is None):
             return
         super().build(variables)
         self.skipped_steps = self.add_variable((), dtype="int", name="skipped_steps", aggregation="none")

@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras_curvature import replicas, trees
 from keras_curvature.component import check, check_count, check_number, register
 from keras_curvature.linearization.linearization import Linearization
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import LinearStep, nesterov
 
@@ -69,7 +70,7 @@ class Neumann(CurvatureOptimizer):
     """
 
     reports = {"mu": "last", "skipped_steps": "sum"}
-    by_gradient = True
+    needs = Needs(only_gradients=True, shifted=True)
 
     def __init__(
         self, learning_rate=0.05, alpha=1e-7, beta=1e-5, gamma=0.99, mu_start=0.5, mu_end=0.9, warmup_steps=1000,

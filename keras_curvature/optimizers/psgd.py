@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_component, check_count, check_number, is_number, register
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Function
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import LinearStep, averaged, steps_taken
@@ -62,7 +63,7 @@ class PSGD(CurvatureOptimizer):
     """
 
     reports = {"failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
-    by_gradient = True
+    needs = Needs(only_gradients=True)
 
     def __init__(
         self, learning_rate=None, geometry="kronecker", kind="whitening", momentum=0.0, every=1, clip="auto",
@@ -70,9 +71,8 @@ class PSGD(CurvatureOptimizer):
     ):  # fmt: skip
         check(self, "kind", kind, kind in tuple(KINDS), f"one of {tuple(KINDS)}")
         rate, bounds = KINDS[kind]
-        # the base asks for it; past Keras, which wants its own `__init__` first
-        object.__setattr__(self, "by_gradient", kind != "newton")
-        super().__init__(rate if learning_rate is None else learning_rate, name=name, **kwargs)
+        needs = Needs(hessian=True) if kind == "newton" else type(self).needs
+        super().__init__(rate if learning_rate is None else learning_rate, needs=needs, name=name, **kwargs)
         self.geometry, self.kind, self.momentum, self.every = geometry, kind, momentum, every
         self.clip = list(clip) if isinstance(clip, tuple) else clip  # as a file gives it back
         self._clip = bounds if clip == "auto" else self._checked(self.clip)

@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check_count, check_number, register
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.by_weight import DiagonalOptimizer
 from keras_curvature.optimizers.limits import NotLinear
 
@@ -87,6 +88,8 @@ class SophiaH(Sophia):
     ```
     """
 
+    needs = Needs(hessian=True)
+
     def __init__(
         self, learning_rate=1e-3, beta_1=0.96, beta_2=0.99, gamma=0.01, epsilon=1e-12, every=10, name="sophia_h",
         **kwargs,
@@ -142,7 +145,7 @@ class SophiaG(Sophia):
     ```
     """
 
-    needs_products = False
+    needs = Needs()
 
     def __init__(
         self, learning_rate=1e-3, beta_1=0.965, beta_2=0.99, gamma=0.05, epsilon=1e-12, every=10, name="sophia_g",

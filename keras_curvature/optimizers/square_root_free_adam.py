@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_number, register
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal
 from keras_curvature.optimizers.by_weight import DiagonalOptimizer
 from keras_curvature.optimizers.limits import LinearStep, averaged, steps_taken
@@ -50,8 +51,7 @@ class SquareRootFreeAdam(DiagonalOptimizer):
     """
 
     reports = {"step_norm": "mean", "skipped_steps": "sum"}
-    by_gradient = True
-    needs_products = False
+    needs = Needs(only_gradients=True)
     every = 1
 
     def __init__(
@@ -59,8 +59,8 @@ class SquareRootFreeAdam(DiagonalOptimizer):
         name="square_root_free_adam", **kwargs,
     ):  # fmt: skip
         check(self, "fisher", fisher, fisher in ("empirical", "sampled"), '"empirical" or "sampled"')
-        object.__setattr__(self, "by_gradient", fisher == "empirical")  # the base asks, and Keras waits for the base
-        super().__init__(learning_rate, name=name, **kwargs)
+        needs = Needs(only_gradients=fisher == "empirical")
+        super().__init__(learning_rate, needs=needs, name=name, **kwargs)
         self.beta_1, self.beta_2, self.epsilon, self.fisher = beta_1, beta_2, epsilon, fisher
         check_number(self, "beta_1", beta_1, 0.0, 1.0, open_high=True)
         check_number(self, "beta_2", beta_2, 0.0, 1.0, open_high=True)

@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check_component, check_number, register
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Function
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
@@ -50,6 +51,7 @@ class TwoLoopNeumann(CurvatureOptimizer):
     ```
     """
 
+    needs = Needs()
     reports = {"step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(

@@ -9,6 +9,7 @@ from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.component import check_count, register
 from keras_curvature.keras_internals import Functional
 from keras_curvature.linearization.linearization import Linearization
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.linearization.pure.functional import build_for
 from keras_curvature.optimizers.base import CurvatureOptimizer
 
@@ -115,13 +116,13 @@ class CurvedMixin:
         optimizer, scaler = unwrap(self.optimizer)
         build_for(self, x, y, sample_weight)
         ours = isinstance(optimizer, CurvatureOptimizer)
+        needs = optimizer.needs if ours else Needs(only_gradients=True)
         if ours:
             optimizer.require(self.trainable_variables)
             self._reports(optimizer)  # created here, if nobody has yet: inside the replicas it cannot be done
         lin = Linearization(
             self, x, y, sample_weight, micro_batches=self.micro_batches,
-            shift=optimizer.shift() if ours else None,
-            products=ours and optimizer.needs_products and not optimizer.by_gradient,
+            needs=needs, shift=optimizer.shift() if needs.shifted else None,
             loss_scale=optimizer.loss_scale_factor if scaler is None else tf.identity(scaler.dynamic_scale.value),
         )  # fmt: skip
         if ours:

@@ -14,23 +14,33 @@ recurrent cells, embeddings, layers used twice) get an unbiased estimate from on
 
 import tensorflow as tf
 
-from keras_curvature import replicas, trees
+from keras_curvature import trees
 from keras_curvature.component import check, check_count
 from keras_curvature.linearization.fisher import sampling
 from keras_curvature.linearization.layers import taps
+from keras_curvature.linearization.products import Pass
 from keras_curvature.linearization.pure import randomness, slices
-from keras_curvature.linearization.pure.differentiable import differentiable_keras
 
 PROBES = ("rademacher", "gaussian", "exact")
 _BITS = [1, 2, 4, 8, 16, 32, 64, -128]  # of a byte, each alone
 
 
-def hessian_diagonal(linearization, seed, probe="rademacher", probes=1):
-    """The diagonal of the Hessian, exactly or as Hutchinson's estimate; see `Linearization.hessian_diagonal`."""
+def hessian_diagonal(lin, seed=0, probe="rademacher", probes=1):
+    """An unbiased estimate of the diagonal of the Hessian, a vector: the mean of `z * (H z)` over some `probes`.
+
+    Args:
+        seed: Integer tensor or number that the random vectors `z` are a function of, the same on all replicas.
+        probe: `"rademacher"`: `z` of random signs, with the smallest variance; `"gaussian"`; `"exact"`: the diagonal
+            itself, by one product for each weight. Defaults to `"rademacher"`.
+        probes: Number of random vectors, an integer. Defaults to `1`.
+
+    Raises:
+        ValueError: An argument is none of these; the `needs` of the linearization have no `hessian`.
+    """
     expected = ", ".join(f'"{choice}"' for choice in PROBES)
     check(hessian_diagonal, "probe", probe, probe in PROBES, f"one of {expected}")
     check_count(hessian_diagonal, "probes", probes)
-    H, weights = linearization.hessian(), linearization.weights
+    H, weights = lin.hessian(), lin.weights
     if probe == "exact":
         return _exactly(H, weights)
     total = trees.zeros_like(weights) if probes > 1 else None
@@ -83,47 +93,51 @@ def _exactly(H, weights):
     return diagonal
 
 
-def squared_gradients(linearization, seed, fisher="empirical"):
-    """Mean over the batch of the squared per-example gradients, a vector.
+def squared_gradients(lin, seed=0, fisher="empirical"):
+    """The mean over the examples of the squared gradient of each, a vector, for a loss that is a mean over examples.
+
+    Exact for `Dense` layers, an unbiased estimate for others; see `estimates/diagonals.py`. Costs one forward and two
+    backward passes.
 
     Args:
-        linearization: A `Linearization` of a loss that is a mean over examples.
         seed: Integer tensor or number: the random signs are a function of it and of the example's row in the batch.
-        fisher: `"empirical"`, with the true labels, or `"sampled"`, with labels drawn from what the model says.
+        fisher: `"empirical"`: with the true labels; `"sampled"`: an estimate of the diagonal of the Fisher matrix, with
+            labels drawn from what the model says. Defaults to `"empirical"`.
+
+    Raises:
+        ValueError: `fisher` is none of these; with `"sampled"`, the loss is not minus the logarithm of a known
+            likelihood.
     """
     check(squared_gradients, "fisher", fisher, fisher in ("empirical", "sampled"), '"empirical" or "sampled"')
     exact = set()
-    with differentiable_keras(), taps.dense() as noted:
+    with taps.dense() as noted:
 
-        def local(pure):
-            recording = linearization._record_loss(pure)
-            own = fisher == "empirical"
-            cotangents = sampling.of_examples(recording) if own else recording.cotangents(fisher, seed)
-            signed = recording.pull(_signed(cotangents, pure.place, seed))
-            found = noted.pop(replicas.identity(), [])
-            squares = _sums_of_squares(recording, cotangents, found, linearization.variables)
+        def local(pure, weights):
+            made = Pass(pure, weights, lin.loss_scale, noted=noted)
+            cotangents = sampling.of_examples(made) if fisher == "empirical" else made.cotangents(fisher, seed)
+            signed_sum = made.pull(signed(cotangents, pure.place, seed))
+            squares = _sums_of_squares(made, cotangents, lin.variables)
             exact.update(squares)
-            sums = [tf.cast(squares.get(i, h), h.dtype) for i, h in enumerate(signed)]
-            return recording.evaluation, sums
+            return [tf.cast(squares.get(i, h), h.dtype) for i, h in enumerate(signed_sum)]
 
-        sums = linearization._sum(local)
+        sums = lin.total(local)
     # squared here, when the slices of all replicas are in: the estimate does not depend on how the batch is cut
     return [s if i in exact else tf.square(s) for i, s in enumerate(sums)]
 
 
-def _signed(cotangents, place, seed):
+def signed(cotangents, place, seed):
     """`s_i c_i` with a random sign for each example."""
     with slices.at(place):
         signs = tf.random.stateless_uniform([place.examples], [0, seed], 0, 2, tf.int32) * 2 - 1
     return [c * _along_batch(tf.cast(signs, c.dtype), c) for c in cotangents]
 
 
-def _sums_of_squares(recording, cotangents, noted, variables):
-    """`sum_i g_i^2` over the examples of one recording, `{index of a variable: tensor}` for those of `Dense` layers."""
+def _sums_of_squares(made, cotangents, variables):
+    """`sum_i g_i^2` over the examples of one `Pass`, `{index of a variable: tensor}` for those of `Dense` layers."""
     sums, position = {}, {id(v): i for i, v in enumerate(variables)}
-    found = _once_each(noted)
+    found = _once_each(made.taps)
     # float32 where a layer computes in half precision; all at once, for one walk down the layers
-    for tap, said in zip(found, recording.slopes_at([tap.said for tap in found], cotangents)):
+    for tap, said in zip(found, made.slopes_at([tap.said for tap in found], cotangents)):
         if said is None:
             continue
         kernel, bias = position.get(id(tap.layer.kernel)), position.get(id(tap.layer.bias))

@@ -29,83 +29,136 @@ from keras_curvature.linearization.estimates.seen import (
     total,
 )
 from keras_curvature.linearization.layers.weights import product
+from keras_curvature.linearization.needs import require
 
 # Entries of the gradients of single examples that are kept at a time, where examples have several positions.
 AT_A_TIME = 2**23
 
 
-def factors(linearization, blocks, diagonal, fisher, seed):
-    """As `Linearization.kronecker_factors` explains."""
+def kronecker_factors(lin, blocks, diagonal=(), fisher="sampled", seed=0):
+    """Kronecker factors of blocks of the Fisher matrix of the loss; see `layers/kronecker.py`.
 
-    def of_block(seen, block, passes):
-        return _factors(block, seen, passes)
+    `A (x) G` approximates the block of each layer; L2 regularizers (`l2`) are not in it. One backward pass, to the
+    activations and not to the weights; another one where there is a `diagonal`; with `fisher="exact"` as many for each
+    label.
 
-    return _summed(linearization, blocks, diagonal, fisher, seed, of_block)
+    Args:
+        blocks: Of `kronecker.blocks(model)`.
+        diagonal: Indices of weights to give the diagonal of their blocks for: a random one, with it as expectation.
+        fisher: `"sampled"`: with labels drawn from what the model says; `"exact"`: with every label there is;
+            `"empirical"`: with the true ones. Defaults to `"sampled"`.
+        seed: Integer tensor or number that what is drawn is a function of.
+
+    Returns:
+        `([(A, G)], [tensor])`: a pair for each block, with the shapes of its `factor_shapes`, and a tensor shaped as
+        the variable for each index in `diagonal`.
+
+    Raises:
+        ValueError: The `needs` of the linearization have no `layers`; a layer of `blocks` is called inside a loop of
+            the model's; labels are not the true ones, and the loss is not minus the logarithm of a known likelihood.
+    """
+    require(lin, "kronecker_factors", "layers")
+    return _summed(lin, blocks, diagonal, fisher, seed, _factors)
 
 
-def second_moments(linearization, blocks, bases, diagonal, fisher, seed):
-    """As `Linearization.kronecker_second_moments` explains."""
+def kronecker_second_moments(lin, blocks, bases, diagonal=(), fisher="sampled", seed=0):
+    """The diagonal of the Fisher matrix in the eigenbases of Kronecker factors; see `estimates/factors.py`.
+
+    Exact for each example: a sum over the examples of `(U_A' g U_G)^2`, with `g` the gradient of one. Costs one
+    backward pass, as the factors do; with the same `seed`, of the same labels.
+
+    Args:
+        blocks: Of `kronecker.blocks(model)`.
+        bases: `[(U_A, U_G)]`, for each block eigenvectors as columns; `None` for a factor that is diagonal.
+        diagonal, fisher, seed: As of `kronecker_factors`.
+
+    Returns:
+        `([tensor], [tensor])`: one shaped as the matrix of each block, and one for each index in `diagonal`.
+
+    Raises:
+        ValueError: As `kronecker_factors`.
+    """
+    require(lin, "kronecker_second_moments", "layers")
     basis = {id(block): pair for block, pair in zip(blocks, bases, strict=True)}
 
-    def of_block(seen, block, passes):
-        return _second_moment(block, seen, passes, *basis[id(block)])
+    def of_block(block, seen, by_label):
+        return _second_moment(block, seen, by_label, *basis[id(block)])
 
-    return _summed(linearization, blocks, diagonal, fisher, seed, of_block)
+    return _summed(lin, blocks, diagonal, fisher, seed, of_block)
 
 
-def _summed(linearization, blocks, diagonal, fisher, seed, of_block):
-    def local(recording):
-        seen = Seen(recording, blocks)
-        passes = _labels(recording, fisher, seed)
-        slopes = [seen.slopes(cotangents) for cotangents in passes]
-        signed = [_signed(recording, cotangents, diagonal, seed) for cotangents in passes if diagonal]
-        return [of_block(seen, block, [of(block) for of in slopes]) for block in blocks], signed
+def kronecker_means(lin, blocks):
+    """The mean input of the layers of some blocks, and the loss' mean slope in their outputs.
 
-    found, signed = linearization.tapped(blocks).total(local)
-    # squared when the slices of all replicas are in; see `diagonal.py`
+    Of true labels, in the pass that gives the `gradient`. For a loss that is a mean over the examples the slopes are
+    those of single examples, and their mean is over examples and positions.
+
+    Args:
+        blocks: Of `kronecker.blocks(model)`.
+
+    Returns:
+        `[(a, b)]`: vectors `([groups,] d_in [+ 1])`, with a 1 at the end for the bias, and `([groups,] d_out)`.
+
+    Raises:
+        ValueError: The `needs` of the linearization have no `layers`; a layer of `blocks` is called inside a loop of
+            the model's.
+    """
+    require(lin, "kronecker_means", "layers")
+
+    def local(made):
+        seen = Seen(made, blocks)
+        slopes = seen.slopes()
+        return [_means(block, seen, slopes(block)) for block in blocks]
+
+    return lin.with_gradient(local)
+
+
+def _summed(lin, blocks, diagonal, fisher, seed, of_block):
+    def local(made):
+        seen = Seen(made, blocks)
+        labels = _labels(made, fisher, seed)
+        slopes = [seen.slopes(cotangents) for cotangents in labels]
+        signed = [_signed(made, cotangents, diagonal, seed) for cotangents in labels if diagonal]
+        return [of_block(block, seen, [of(block) for of in slopes]) for block in blocks], signed
+
+    found, signed = lin.passes.total(local)
+    # squared when the slices of all replicas are in; see `diagonals.py`
     return found, [tf.add_n([tf.square(s) for s in each]) for each in zip(*signed)]
 
 
-def _labels(recording, fisher, seed):
+def _labels(made, fisher, seed):
     """`[cotangents]`, one for each label that there is; of drawn or true labels, one."""
-    cotangents = recording.cotangents(fisher, seed)
+    cotangents = made.cotangents(fisher, seed)
     return cotangents if fisher == "exact" else [cotangents]
 
 
-def _signed(recording, cotangents, diagonal, seed):
+def _signed(made, cotangents, diagonal, seed):
     """`sum_i s_i g_i` with random signs, for the weights that are in no block; one more backward pass."""
-    signed = recording.pull(diagonals._signed(cotangents, recording.pure.place, seed))
-    return [signed[i] for i in diagonal]
+    sums = made.pull(diagonals.signed(cotangents, made.pure.place, seed))
+    return [sums[i] for i in diagonal]
 
 
-def means(recording, blocks):
-    """`(dL/dw, [(mean of inputs, mean of slopes)])` of a recording, shares of a slice; one backward pass."""
-    seen = Seen(recording, blocks)
-    gradient, of = seen.gradient_and_slopes()
-    return gradient, [_means(block, seen, of(block)) for block in blocks]
-
-
-def _factors(block, seen, passes):
+def _factors(block, seen, by_label):
     """`(A, G)`."""
-    if not passes[0]:
+    if not by_label[0]:
         return tuple(tf.zeros(shape, block.dtype) for shape in block.factor_shapes)
     if block.sharing == "exact":
-        A, G = _exactly(block, seen, passes)
+        A, G = _exactly(block, seen, by_label)
     else:
-        inputs, passes = seen.inputs(block), list(passes)
+        inputs, by_label = seen.inputs(block), list(by_label)
         if block.sharing == "reduce":
             inputs = [tf.reduce_mean(joined(inputs, seen), 2, keepdims=True)]
-            passes = [[tf.reduce_sum(joined(slopes, seen), 2, keepdims=True)] for slopes in passes]
+            by_label = [[tf.reduce_sum(joined(slopes, seen), 2, keepdims=True)] for slopes in by_label]
         squares = frequencies(inputs, block) if block.has_indices else sum_square(inputs)
         A = mean(squares, inputs, seen)
-        G = tf.add_n([sum_square(slopes) for slopes in passes])
+        G = tf.add_n([sum_square(slopes) for slopes in by_label])
     return tuple(tf.reshape(factor, shape) for factor, shape in zip((A, G), block.factor_shapes))
 
 
-def _exactly(block, seen, passes):
+def _exactly(block, seen, by_label):
     """The block itself as `A`, for one output in each group, and 1 as `G`."""
     inputs = joined(seen.inputs(block), seen)
-    gradients = [tf.reduce_sum(inputs * joined(slopes, seen), 2) for slopes in passes]  # (groups, examples, d_in)
+    gradients = [tf.reduce_sum(inputs * joined(slopes, seen), 2) for slopes in by_label]  # (groups, examples, d_in)
     A = tf.add_n([tf.matmul(g, g, transpose_a=True) for g in gradients])
     return A, seen.place.share(A.dtype) * tf.ones(block.factor_shapes[1], A.dtype)
 
@@ -122,12 +175,12 @@ def _means(block, seen, slopes):
     return tf.reshape(a, [*groups, d_in]), tf.reshape(b, [*groups, d_out])
 
 
-def _second_moment(block, seen, passes, U_A, U_G):
+def _second_moment(block, seen, by_label, U_A, U_G):
     """The sum over examples of the squares of their projected gradients, shaped as the matrix of the block."""
-    if not passes[0]:
+    if not by_label[0]:
         return tf.zeros(block.shape, block.dtype)
     inputs = joined(seen.inputs(block), seen)
-    slopes = [_rotated(joined(slopes, seen), U_G) for slopes in passes]
+    slopes = [_rotated(joined(slopes, seen), U_G) for slopes in by_label]
     if block.has_indices:
         moments = [_moment_at_indices(inputs, d, block.shape[0]) for d in slopes]
     else:

@@ -1,4 +1,4 @@
-"""What layers saw and said in one recording, read off their taps; sums and means over it.
+"""What layers saw and said in one forward pass, read off their taps; sums and means over it.
 
 The calls of a layer are a list of `(groups, rows, positions, d)`, of inputs or of slopes; rows are examples, or several
 for each of them, or shared by all.
@@ -11,18 +11,18 @@ from keras_curvature.linearization.layers.weights import product
 
 
 class Seen:
-    """What the layers of some blocks saw and said in one recording of a slice of the batch.
+    """What the layers of some blocks saw and said in one pass over a slice of the batch.
 
     Args:
-        recording: A `LossRecording` whose layers were tapped.
+        made: A `Pass` whose layers were tapped.
         blocks: A list of `Block`.
     """
 
-    def __init__(self, recording, blocks):
-        self._recording, self.place = recording, recording.pure.place
+    def __init__(self, made, blocks):
+        self._pass, self.place = made, made.pure.place
         wanted = {id(block.weights.layer) for block in blocks}
-        self._taps = [tap for tap in recording.taps if id(tap.layer) in wanted]
-        _check_within_reach(self._taps, recording)
+        self._taps = [tap for tap in made.taps if id(tap.layer) in wanted]
+        _check_within_reach(self._taps, made)
 
     def inputs(self, block):
         """The inputs of all calls, `[(groups, rows, positions, d_in [+ 1])]`; of an embedding, indices."""
@@ -31,17 +31,17 @@ class Seen:
             return seen
         return [tf.concat([a, tf.ones([*sizes(a)[:3], 1], a.dtype)], -1) for a in seen]
 
-    def slopes(self, cotangents):
-        """A function of a block that gives the slopes of all calls, `[(groups, rows, positions, d_out)]`."""
-        return self._by_block(self._recording.slopes_at([tap.said for tap in self._taps], cotangents))
+    def slopes(self, cotangents=None):
+        """A function of a block that gives the slopes of all calls, `[(groups, rows, positions, d_out)]`.
 
-    def gradient_and_slopes(self):
-        """The gradient of the loss, and the slopes of the loss as a function of a block; one backward pass."""
-        gradient, slopes = self._recording.gradient_and_slopes([tap.said for tap in self._taps])
-        return gradient, self._by_block(slopes)
-
-    def _by_block(self, slopes):
-        found = {id(tap): _like_said(s, tap.said) for tap, s in zip(self._taps, slopes)}
+        Of the loss, or, where cotangents are given, of `<c, leaves>`.
+        """
+        if cotangents is None:
+            of_loss = {id(tap): slope for tap, slope in zip(self._pass.taps, self._pass.slopes())}
+            slopes = [of_loss[id(tap)] for tap in self._taps]
+        else:
+            slopes = self._pass.slopes_at([tap.said for tap in self._taps], cotangents)
+        found = {id(tap): _like_said(slope, tap.said) for tap, slope in zip(self._taps, slopes)}
         return lambda block: [block.weights.slopes(tap, found[id(tap)]) for tap in self._taps_of(block)]
 
     def _taps_of(self, block):
@@ -114,10 +114,10 @@ def _like_said(slope, said):
     return trees.full_precision(tf.zeros_like(said)) if slope is None else tf.ensure_shape(slope, said.shape)
 
 
-def _check_within_reach(taps, recording):
+def _check_within_reach(taps, made):
     """Refuse what was said inside a loop or function of the model's own: it cannot be differentiated in from here."""
     for tap in taps:
-        if not tf.executing_eagerly() and tap.said.graph is not recording.graph:
+        if not made.reaches(tap):
             raise ValueError(
                 f"The layer {tap.layer.name!r} is called inside a loop, a condition or a `tf.function` of the model, "
                 "where its inputs and slopes cannot be seen, so its weights have no Kronecker factors. Give it a class "

@@ -126,6 +126,12 @@ def blocks(model, sharing="expand"):
     return made, diagonal, [model.trainable_variables[i].path for i in diagonal]
 
 
+def layers(model):
+    """The layers of a model whose weights have a block, each once."""
+    found = {id(block.weights.layer): block.weights.layer for block in blocks(model)[0]}
+    return list(found.values())
+
+
 def _candidates(model):
     """The `Weights` of all layers but those in the cell of a recurrent layer, which are called inside its loop."""
     of_model = keras_internals.layers_of(model)

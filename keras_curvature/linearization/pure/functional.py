@@ -18,6 +18,7 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import keras_internals, replicas
+from keras_curvature.component import check
 from keras_curvature.linearization.pure import slices
 
 
@@ -41,28 +42,33 @@ class Evaluation:
     counters: list
 
 
-class Recorded:
-    """A recording of a replica's whole slice of the batch, made once; `RecordedAnew` of many slices.
+class KeptPass:
+    """What `make(pure)` gives (a `Pass`) of a replica's whole share of the batch, made once and kept for all questions.
 
     Attributes:
+        made: What was made.
         evaluation: Its `Evaluation`.
     """
 
     def __init__(self, pure, make):
-        self._place, self._recording = pure.place, make(pure)
+        self._place, self.made = pure.place, make(pure)
 
     @property
     def evaluation(self):
-        """The `Evaluation` that was recorded."""
-        return self._recording.evaluation
+        """The `Evaluation` of the pass."""
+        return self.made.evaluation
+
+    def prepare(self):
+        """Have the gradient recorded, for Hessian products."""
+        self.made.prepare()
 
     def sum(self, local, vectors=(), tangents=()):
-        """`local(recording, *vectors, *tangents)`, a nest of tensors, added up over the slices."""
+        """`local(made, *vectors, *tangents)`, a nest of tensors, added up over the slices."""
         return self._place.counted(self.rows(local, vectors, tangents))
 
     def rows(self, local, vectors=(), tangents=()):
-        """`local(recording, *vectors, *tangents)`, a nest of tensors, concatenated along the batch."""
-        return local(self._recording, *vectors, *tangents)
+        """`local(made, *vectors, *tangents)`, a nest of tensors, concatenated along the batch."""
+        return local(self.made, *vectors, *tangents)
 
 
 class PureModel:
@@ -78,13 +84,14 @@ class PureModel:
             Optional.
 
     Attributes:
+        evaluation: The last `Evaluation`, `None` before the first.
         stateful: The model's non-trainable variables.
         counting: The variables of its metrics.
         state: The values to begin with.
     """
 
     def __init__(self, model, batch, place, state=None, training=True, seeds=None):
-        self.model, self.batch, self.place, self.training = model, batch, place, training
+        self.model, self.batch, self.place, self.training, self.evaluation = model, batch, place, training, None
         self.x, self.y, self.sample_weight = batch
         self._arguments = {"training": training} if keras_internals.takes_training(model) else {}
         self.stateful, self.counting = model.non_trainable_variables, model.metrics_variables
@@ -117,7 +124,14 @@ class PureModel:
         _check_not_assigned(scope, model.trainable_variables, given)
         after = [scope.get_current_value(v) for v in [*self.stateful, *self.counting]]
         moved = [None if new is old else self._next(new, old) for new, old in zip(after, before)]
-        return Evaluation(outputs, leaves, loss, moved[: len(self.stateful)], moved[len(self.stateful) :])
+        own = len(self.stateful)
+        self.evaluation = Evaluation(outputs, leaves, loss, moved[:own], moved[own:])
+        return self.evaluation
+
+    def part(self, start, length, state=None):
+        """The same model on rows `start .. start + length` of this slice, from the same state or another."""
+        batch, place = slices.rows(self.batch, start, length), self.place.part(start, length)
+        return PureModel(self.model, batch, place, self.state if state is None else state, self.training)
 
     def compiled_loss(self, outputs, change):
         """The compiled loss of outputs that an evaluation has given, without regularizers; moves nothing.
@@ -147,12 +161,12 @@ class PureModel:
     # What `MicroBatches` does on many slices is done here on one.
 
     def sum(self, local):
-        """Of `local(pure) -> (evaluation, sums)` the sums, a nest of tensors, added up over the slices."""
-        return self.place.counted(local(self)[1])
+        """`local(pure)`, a nest of tensors, added up over the slices."""
+        return self.place.counted(local(self))
 
     def record(self, make):
-        """What `make(pure)` records, for sums and rows of it."""
-        return Recorded(self, make)
+        """What `make(pure)` gives (a `Pass`), for sums and rows of it."""
+        return KeptPass(self, make)
 
     def commit(self, evaluation):
         """Write the batch statistics, seeds and loss counters of `evaluation` into the model."""
@@ -203,6 +217,15 @@ def _cut(outputs):
 def seeds(variables):
     """Those of a model's variables that are the states of random generators, a list."""
     return [v for v in variables if v.name == "seed_generator_state"]
+
+
+def check_model(owner, model):
+    """Refuse what is no Keras model, or has no loss; `owner` is the class or function whose argument it is."""
+    check(owner, "model", model, isinstance(model, keras.Model), "a `keras.Model`")
+    if not model.compiled:
+        raise ValueError(
+            f"`{owner.__name__}`: the model {model.name!r} has no loss. Call `model.compile(loss=...)` first."
+        )
 
 
 def build_for(model, x, y, sample_weight):

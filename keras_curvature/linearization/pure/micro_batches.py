@@ -4,7 +4,7 @@
 
 with `f_i` the loss of slice `i`, times its share of the batch. Each slice is evaluated anew in every pass, in a loop
 that keeps sums (vectors) and rows (outputs and their tangents) but no activation, so the memory is that of one slice.
-The price is a forward pass for each product, which the recordings of a whole batch share.
+The price is a forward pass for each product, which those of a whole batch share.
 
 The slices see what they would see as parts of the batch: dropout masks are its rows, and seeds move on as in one
 pass. `BatchNormalization` alone normalizes each slice by itself, and its moving statistics take in one after another.
@@ -18,21 +18,20 @@ import tensorflow as tf
 
 from keras_curvature import keras_internals, replicas
 from keras_curvature.linearization.pure import slices
-from keras_curvature.linearization.pure.functional import Evaluation, PureModel
+from keras_curvature.linearization.pure.functional import Evaluation
 
 
 class MicroBatches:
     """A `PureModel` on slices of a batch; with fewer examples than slices, as many as examples.
 
     Args:
-        model, batch, place: As of `PureModel`.
+        pure: A `PureModel` of the whole share of the replica.
         count: Number of slices, an integer.
-        training, seeds: As of `PureModel`.
     """
 
-    def __init__(self, model, batch, place, count, training=True, seeds=None):
-        _check_layers(model)
-        self._pure = PureModel(model, batch, place, training=training, seeds=seeds)
+    def __init__(self, pure, count):
+        _check_layers(pure.model)
+        self._pure, place = pure, pure.place
         self._state = [*self._pure.state, *[tf.identity(v.value) for v in self._pure.counting]]
         known = isinstance(place.examples, int)
         self._count = max(1, min(count, place.examples)) if known else tf.clip_by_value(place.examples, 1, count)
@@ -41,24 +40,19 @@ class MicroBatches:
             _check_not_compiled(count, place.examples)
 
     def sum(self, local):
-        """Of `local(pure) -> (evaluation, sums)` the sums, a nest of tensors, added up over the slices."""
-
-        def on_slice(pure):
-            evaluation, sums = local(pure)
-            return evaluation, sums, []
-
-        return self.sweep(on_slice)[0]
+        """`local(pure)`, a nest of tensors, added up over the slices."""
+        return self.sweep(lambda pure: (local(pure), []))[0]
 
     def record(self, make):
-        """What `make(pure)` records on each slice, for sums and rows of it."""
-        return RecordedAnew(self, make)
+        """What `make(pure)` gives (a `Pass`) on each slice, for sums and rows of it."""
+        return RepeatedPass(self, make)
 
     def commit(self, evaluation):
         """As `PureModel.commit`."""
         self._pure.commit(evaluation)
 
     def sweep(self, local, *tangents):
-        """Run `local(pure, *tangents) -> (evaluation, sums, rows)` on the slices in turn.
+        """Run `local(pure, *tangents) -> (sums, rows)` on the slices in turn.
 
         Args:
             local: A function of a slice's `PureModel` and of its rows of `tangents`.
@@ -72,8 +66,9 @@ class MicroBatches:
 
         def on_slice(i, state):
             start, length = self._slice(i)
-            evaluation, sums, rows = local(self._part(start, length, state), *slices.rows(tangents, start, length))
-            moved = [*evaluation.state, *evaluation.counters]
+            pure = self._part(start, length, state)
+            sums, rows = local(pure, *slices.rows(tangents, start, length))
+            moved = [None] * len(state) if pure.evaluation is None else _state_after(pure.evaluation)
             touched[:] = [new is not None for new in moved]
             return sums, rows, [old if new is None else new for new, old in zip(moved, state)]
 
@@ -91,9 +86,7 @@ class MicroBatches:
         # statistics pass from slice to slice, but seeds begin again: the slices are parts of one draw
         own = len(self._pure.stateful)
         begin = [now if now.dtype.is_floating else first for now, first in zip(state[:own], self._state)]
-        batch = slices.rows(self._pure.batch, start, length)
-        place, training = self._pure.place.part(start, length), self._pure.training
-        return PureModel(self._pure.model, batch, place, [*begin, *state[own:]], training)
+        return self._pure.part(start, length, [*begin, *state[own:]])
 
     def _one_by_one(self, on_slice):
         total, parts, state = None, [], self._state
@@ -125,10 +118,10 @@ class MicroBatches:
         return tf.nest.pack_sequence_as(sums, total), tf.nest.pack_sequence_as(rows, whole), state
 
 
-class RecordedAnew:
-    """A recording that is made anew, slice by slice, whenever something is asked of it.
+class RepeatedPass:
+    """What `make(pure)` gives (a `Pass`), made anew, slice by slice, for every question; `KeptPass` of one slice.
 
-    The first that is asked brings the evaluation along, so that a gradient costs one forward and one backward pass.
+    The first question brings the evaluation along, so that a gradient costs one forward and one backward pass.
     """
 
     def __init__(self, micro_batches, make):
@@ -140,15 +133,18 @@ class RecordedAnew:
         """The `Evaluation` of the whole; a forward pass, where none was made yet."""
         if self._evaluation is not None:
             return self._evaluation
-        return self._sweep(lambda recording: ([], []), note=True)[2]
+        return self._sweep(lambda made: ([], []), note=True)[2]
+
+    def prepare(self):
+        """Nothing: each pass is made for one question."""
 
     def sum(self, local, vectors=(), tangents=()):
-        """`local(recording, *vectors, *tangents)`, a nest of tensors, added up over the slices."""
-        return self._sweep(lambda recording, *rows: (local(recording, *vectors, *rows), []), *tangents)[0]
+        """`local(made, *vectors, *tangents)`, a nest of tensors, added up over the slices."""
+        return self._sweep(lambda made, *rows: (local(made, *vectors, *rows), []), *tangents)[0]
 
     def rows(self, local, vectors=(), tangents=()):
-        """`local(recording, *vectors, *tangents)`, a nest of tensors, concatenated along the batch."""
-        return self._sweep(lambda recording, *rows: ([], local(recording, *vectors, *rows)), *tangents)[1]
+        """`local(made, *vectors, *tangents)`, a nest of tensors, concatenated along the batch."""
+        return self._sweep(lambda made, *rows: ([], local(made, *vectors, *rows)), *tangents)[1]
 
     def _sweep(self, local, *tangents, note=False):
         # a first pass inside a loop or condition is no use outside of it
@@ -156,13 +152,14 @@ class RecordedAnew:
         structure = []
 
         def on_slice(pure, *rows):
-            recording = self._make(pure)
-            _check_rows(pure, recording.evaluation.outputs)
-            evaluation, found = recording.evaluation, local(recording, *rows)
+            made = self._make(pure)
+            evaluation = made.evaluation
+            _check_rows(pure, evaluation.outputs)
+            found = local(made, *rows)
             if not (keep or note):
-                return evaluation, *[[part] for part in found]
+                return [[part] for part in found]
             structure[:] = [evaluation.outputs]
-            return evaluation, [found[0], evaluation.loss], [found[1], *_taken_apart(evaluation.outputs)]
+            return [found[0], evaluation.loss], [found[1], *_taken_apart(evaluation.outputs)]
 
         (sums, *loss), (rows, *outputs), state = self._micro_batches.sweep(on_slice, *tangents)
         if not loss:
@@ -172,6 +169,10 @@ class RecordedAnew:
         if keep:
             self._evaluation = evaluation
         return sums, rows, evaluation
+
+
+def _state_after(evaluation):
+    return [*evaluation.state, *evaluation.counters]
 
 
 def _taken_apart(outputs):

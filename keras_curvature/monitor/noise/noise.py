@@ -22,8 +22,6 @@ import tensorflow as tf
 from keras_curvature import replicas, trees
 from keras_curvature.component import check, check_count, check_number
 from keras_curvature.linearization import products
-from keras_curvature.linearization.pure import slices
-from keras_curvature.linearization.pure.differentiable import differentiable_keras
 from keras_curvature.linearization.pure.micro_batches import MicroBatches
 
 MEMORY = 8e9  # most bytes of gradients at a time
@@ -352,24 +350,22 @@ def _sums(length, micro_batches):
     """
 
     def of_parts(lin, index):
-        def here():
-            whole, start = lin._here(), index * length
-            rows, place = slices.rows(whole.batch, start, length), whole.place.part(start, length)
-            sums = MicroBatches(whole.model, rows, place, micro_batches, **lin._mode).sum(of_micro_batch)
+        def here(whole, weights):
+            part = MicroBatches(whole.part(index * length, length), micro_batches)
+            sums = part.sum(lambda pure: of_micro_batch(pure, weights))
             own = tf.one_hot(replicas.number(), replicas.count(), dtype=tf.float64)
             return tf.nest.map_structure(lambda s: tf.tensordot(tf.cast(own, s.dtype), s, 0), sums)
 
-        def of_micro_batch(pure):
-            evaluation, gradient = products.gradient(pure, lin._local_weights())
+        def of_micro_batch(pure, weights):
+            _, gradient = products.gradient(pure, weights)
             dtype = trees.scalar_dtype(gradient)
             examples, whole = tf.cast(pure.place.examples, dtype), tf.cast(pure.place.total, dtype)
             # the loss here is the micro-batch's share of that of the batch
             squares = trees.squared_norm(gradient) * whole**2 / examples
             counts = {"examples": examples, "batches": tf.ones([], dtype), "squares": squares}
-            return evaluation, counts | {"gradient": trees.scale(whole, gradient)}
+            return counts | {"gradient": trees.scale(whole, gradient)}
 
-        with differentiable_keras(products=False):
-            return replicas.total(here)
+        return lin.total(here)
 
     return of_parts
 

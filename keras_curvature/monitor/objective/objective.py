@@ -26,7 +26,8 @@ import tensorflow as tf
 from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.component import check, check_count
 from keras_curvature.linearization.fisher import convexity, likelihoods
-from keras_curvature.linearization.linearization import Linearization, check_model
+from keras_curvature.linearization.linearization import Linearization
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.linearization.pure import functional
 from keras_curvature.monitor.objective import reading
 
@@ -211,7 +212,10 @@ class Objective:
 
             def on_batch(batch, seeds, args):
                 with _full_precision(self.model):
-                    lin = Linearization(self.model, *self._packed(batch), training=self.training, seeds=seeds)
+                    needs = Needs(products=True, hessian=self.kind == "hessian")
+                    lin = Linearization(
+                        self.model, *self._packed(batch), needs=needs, training=self.training, seeds=seeds
+                    )
                     return fn(lin, *args)
 
             self._functions[key] = tf.function(on_batch, autograph=False).get_concrete_function(*signature)
@@ -263,7 +267,7 @@ def mixes_examples(model):
 
 
 def _check_arguments(owner, model, kind, examples, batch_size, training, seed):
-    check_model(owner, model)
+    functional.check_model(owner, model)
     check(owner, "kind", kind, kind in PRODUCTS, f"one of {', '.join(map(repr, PRODUCTS))}")
     for name, value in (("examples", examples), ("batch_size", batch_size)):
         if value is not None:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check, check_count
 from keras_curvature.linearization.estimates.diagonals import draw
-from keras_curvature.linearization.linearization import l2_of
+from keras_curvature.linearization.gauss_newton import l2_of
 
 SAME = 1e-2  # relative difference of products by one matrix; devices that round to TF32 included
 

@@ -1,0 +1,31 @@
+"""Estimates from labels drawn from what the model says. Each function is a method of `Linearization`."""
+
+import tensorflow as tf
+
+
+def sampled_gradient(lin, seed=0):
+    """The gradient that the loss has with labels drawn from what the model says, a vector; one backward pass.
+
+    Args:
+        seed: Integer tensor or number that the labels are a function of.
+
+    Raises:
+        ValueError: The loss is not minus the logarithm of a known likelihood.
+    """
+    return lin.passes.total(lambda made: made.pull(made.sampled_slope(seed)))
+
+
+def fisher_diagonal(lin, seed=0):
+    """An unbiased estimate of the diagonal of the Fisher matrix, a vector without a negative entry.
+
+    The square of `sum_i J_i' c_i`, with the cotangents `c` of labels drawn from what the model says; see
+    `fisher/sampling.py`. For a loss that is a mean over N examples it is N times the squared `sampled_gradient`; one
+    backward pass.
+
+    Args:
+        seed: Integer tensor or number that the labels are a function of.
+
+    Raises:
+        ValueError: The loss is not minus the logarithm of a known likelihood.
+    """
+    return [tf.square(s) for s in lin.passes.total(lambda made: made.pull(made.cotangents("sampled", seed)))]

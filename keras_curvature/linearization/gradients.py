@@ -1,0 +1,31 @@
+"""What an optimizer gets in place of a `Linearization` where there is none."""
+
+from keras_curvature import trees
+from keras_curvature.linearization.linearization import Linearization
+
+
+class Gradients:
+    """What a plain `keras.Model` hands its optimizer: the gradient, already summed over the replicas.
+
+    Args:
+        asked_by: Name of the optimizer, for the message.
+        gradient: The gradient, a vector.
+        variables: The variables that it belongs to.
+    """
+
+    def __init__(self, asked_by, gradient, variables):
+        self._asked_by, self.gradient, self.variables = asked_by, gradient, list(variables)
+
+    @property
+    def weights(self):
+        """The current weights."""
+        return trees.values(self.variables)
+
+    def __getattr__(self, name):
+        if name.startswith("_") or not hasattr(Linearization, name):
+            raise AttributeError(f"`Gradients` has no attribute {name!r}")
+        raise ValueError(
+            f"`{self._asked_by}` asked for the `{name}` of the loss, but a plain `keras.Model` hands its optimizer "
+            "gradients and nothing else. Curve the model before `compile`:\n\n"
+            "    model = keras_curvature.curved(model)\n"
+        )

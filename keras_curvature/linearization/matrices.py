@@ -1,0 +1,110 @@
+"""The curvature matrices of a `Linearization`, as operators. Each function is a method of that class."""
+
+import tensorflow as tf
+
+from keras_curvature import replicas, trees
+from keras_curvature.component import check
+from keras_curvature.linearization import products
+from keras_curvature.linearization.fisher import convexity
+from keras_curvature.linearization.gauss_newton import GaussNewton
+from keras_curvature.linearization.layers import taps
+from keras_curvature.linearization.needs import require
+from keras_curvature.operators import Function
+
+
+def hessian(lin):
+    """The Hessian `H` of the loss, a `LinearOperator`; not positive semi-definite in general.
+
+    One product costs about as much as a gradient. The forward and the backward pass behind it are those of the loss and
+    the gradient.
+
+    Raises:
+        ValueError: The `needs` of the linearization have no `hessian`.
+    """
+    require(lin, "hessian", "hessian")
+    passes = lin.passes
+    passes.prepare()
+    return Function(_product(lin, passes, lambda made, v: made.hessian_product(v)))
+
+
+def gauss_newton(lin):
+    """The generalized Gauss-Newton matrix `J' H_L J`, a `GaussNewton` operator.
+
+    `J` is the Jacobian of the model's outputs (of its logits, where the loss reads those) and `H_L` the second
+    derivative of the loss in them. L2 weight regularizers enter exactly; other added losses are treated as linear in
+    the activations and contribute no curvature. Positive semi-definite where the compiled loss is convex in the
+    outputs; see `fisher/convexity.py`.
+
+    Raises:
+        ValueError: The `needs` of the linearization have no `products`.
+    """
+    require(lin, "gauss_newton", "products")
+    not_convex = tuple(convexity.not_convex(lin.model))
+    return GaussNewton(lin.variables, lin.passes, lin.loss_scale, lin.l2, not_convex)
+
+
+def fisher(lin, kind="exact"):
+    """A Fisher matrix of the loss, a `LinearOperator`; positive semi-definite always.
+
+        "exact"      F = sum_n J_n' E_y[s_n s_n'] J_n,    labels y drawn from what the model says
+        "empirical"  F = sum_n J_n' s_n s_n' J_n,         the true labels
+
+    with `s_n` the slope of `-log p(y | z_n)` in the outputs, times the root of the weight that the compiled loss gives
+    it (1/N of a mean, sample weights; see `fisher/sampling.py`). For a mean over examples with one label each, the
+    empirical matrix is the mean of the outer products of per-example gradients. Regularizers and added losses are no
+    likelihood, and have no part in it. One product costs one forward-mode and one backward pass.
+
+    Args:
+        kind: `"exact"` or `"empirical"`. Defaults to `"exact"`.
+
+    Raises:
+        ValueError: `kind` is none of these; the `needs` of the linearization have no `products`; in a product, the loss
+            is not minus the logarithm of a known likelihood, and `kind` is `"exact"`.
+    """
+    check(fisher, "kind", kind, kind in ("exact", "empirical"), '"exact" or "empirical"')
+    require(lin, "fisher", "products")
+    return Function(_product(lin, lin.passes, lambda made, v: made.fisher_product(v, kind)), psd=True)
+
+
+def hidden_gauss_newton(lin):
+    """`J_h' J_h / N`, for `h` the hidden states of the recurrent layers and `N` the number of examples.
+
+    The Gauss-Newton matrix of `1/2 |h(w) - h(w_0)|^2`, summed over units and time, mean over the examples. With it
+    structural damping (Martens and Sutskever, 2011) keeps a step from changing what a recurrent network remembers. Its
+    forward pass is one of its own.
+
+    Raises:
+        ValueError: The model has no recurrent layer; the `needs` of the linearization have no `products`.
+    """
+    require(lin, "hidden_gauss_newton", "products")
+    noted = {}
+
+    def make(pure, weights):
+        tape = tf.GradientTape(persistent=True)
+        with tape:
+            tape.watch(weights)
+            evaluation = pure.evaluate(weights)
+        return products.Jacobian(tape, weights, _states(noted, pure.model), evaluation)
+
+    passes = lin.record(make, lambda: taps.hidden_states(noted))
+    product = _product(lin, passes, lambda jacobian, v: jacobian.vjp(jacobian.jvp(v)))
+    examples = tf.cast(lin.examples, tf.float64)
+    return Function(lambda v: trees.scale(1.0 / examples, product(v)), psd=True)
+
+
+def _product(lin, passes, question):
+    def product(v):
+        trees.check("vector", v, lin.variables)
+        return passes.total(question, [list(v)])
+
+    return product
+
+
+def _states(noted, model):
+    states = noted.pop(replicas.identity(), None)
+    if not states:
+        raise ValueError(
+            f"`hidden_gauss_newton` (structural damping) needs a recurrent layer; "
+            f"the model {model.name!r} has none. Use `structural_damping=0.0`."
+        )
+    return states

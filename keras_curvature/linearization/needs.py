@@ -1,0 +1,65 @@
+"""What an optimizer asks of a train step."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a method asks of a train step, for the step to compute that and nothing else.
+
+    An optimizer has one as its attribute `needs`. The train step hands it to the `Linearization` of the batch, which
+    chooses by it what it records in its forward pass. So what is asked, and in which order, changes neither the numbers
+    nor the number of passes.
+
+    Args:
+        only_gradients: The method has a `precondition` or an `update_step`, and no `direction`: gradients suffice. It
+            trains any `keras.Model`, with gradient accumulation. Defaults to `False`.
+        products: It asks for products with the Jacobian, the Gauss-Newton or a Fisher matrix. Without, losses and
+            gradients are computed by Keras' own kernels, which may be faster (cuDNN's recurrent layers, max pooling).
+            Defaults to `False`.
+        hessian: It asks for products with the Hessian. Defaults to `False`.
+        layers: It looks at the layers of the model: when it creates its state, and for what they see and say in a
+            forward pass (Kronecker factors, second moments, means). Defaults to `False`.
+        shifted: It is linearized away from the weights, at `weights + optimizer.shift()`: a look-ahead, or weight
+            noise. Defaults to `False`.
+
+    Raises:
+        ValueError: `only_gradients` beside `products`, `hessian` or `layers`.
+
+    Example:
+
+    ```python
+    class MyNewton(keras_curvature.CurvatureOptimizer):
+        needs = Needs(hessian=True)
+
+        def direction(self, lin):
+            return trees.negative(my_solver(lin.hessian(), lin.gradient))
+    ```
+    """
+
+    only_gradients: bool = False
+    products: bool = False
+    hessian: bool = False
+    layers: bool = False
+    shifted: bool = False
+
+    def __post_init__(self):
+        more = [name for name in ("products", "hessian", "layers") if getattr(self, name)]
+        if self.only_gradients and more:
+            raise ValueError(
+                f"`Needs`: a method that needs only gradients cannot need `{more[0]}`. Received: only_gradients=True, "
+                f"{more[0]}=True. Leave one of them out."
+            )
+
+
+EVERYTHING = Needs(products=True, hessian=True, layers=True)
+
+
+def require(lin, question, need):
+    """Refuse a question to a `Linearization` for which its pass was not recorded."""
+    if not getattr(lin.needs, need):
+        raise ValueError(
+            f"`Linearization.{question}` is not among the needs of this linearization. Received: needs={lin.needs}. "
+            f"Say what is needed before the forward pass: `Linearization(..., needs=Needs({need}=True))`, or in the "
+            f"class of an optimizer:\n\n    needs = Needs({need}=True)\n"
+        )
