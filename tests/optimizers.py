@@ -41,7 +41,7 @@ class Method:
 
     def __post_init__(self):
         if self.by_gradient is None:
-            object.__setattr__(self, "by_gradient", self.cls.by_gradient)
+            object.__setattr__(self, "by_gradient", self.cls.needs.only_gradients)
 
     @property
     def cls(self):
@@ -51,7 +51,7 @@ class Method:
     @property
     def layerwise(self):
         """Whether the method looks at layers, so that bare variables do not do."""
-        return self.cls.needs_model
+        return self.cls.needs.layers
 
     def __call__(self, **kwargs):
         """The optimizer, with some settings overridden."""

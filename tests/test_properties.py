@@ -267,7 +267,7 @@ def test_micro_batches_train_as_the_whole_batch(name):
 @every_optimizer
 def test_its_record_tells_whether_gradients_suffice(name):
     method = OPTIMIZERS[name]
-    assert method.by_gradient == method().by_gradient
+    assert method.by_gradient == method().needs.only_gradients
     assert type(method()) is method.cls
 
 

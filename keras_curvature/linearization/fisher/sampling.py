@@ -45,7 +45,7 @@ class Weighed:
 
 
 def cotangents(recording, fisher, seed):
-    """Cotangents of a `LossRecording`, as `LossRecording.cotangents` explains."""
+    """Cotangents of a `Pass`, as `Pass.cotangents` explains."""
     check(cotangents, "fisher", fisher, fisher in FISHER, '"sampled", "empirical" or "exact"')
     recording.require_leaves()
     if fisher == "empirical":
@@ -66,7 +66,7 @@ def fisher_times(recording, fisher, tangents):
     """`F u`, shaped as the leaves and times the loss scale, for the Fisher matrix `F` in the leaves.
 
     Args:
-        recording: A `LossRecording`.
+        recording: A `Pass`.
         fisher: `"exact"` or `"empirical"`.
         tangents: `u`, shaped as the leaves.
     """
