@@ -1,10 +1,11 @@
 """Curvature-aware optimizers for Keras: second-order training as an ordinary `compile` and `fit`."""
 
-from keras_curvature import callbacks, optimizers, problems
+from keras_curvature import callbacks, operators, optimizers, problems
 from keras_curvature.linearization import Linearization, Needs
 from keras_curvature.monitor.operator import curvature
 from keras_curvature.monitor.report.landscape import landscape
 from keras_curvature.monitor.report.reporting import report
+from keras_curvature.operators import Identity, LinearOperator
 from keras_curvature.optimizers import *  # noqa: F403
 from keras_curvature.solvers import (
     ConjugateGradient,
@@ -27,8 +28,10 @@ __all__ = [
     "CoupledNewton",
     "CurvatureModel",
     "EigenRoot",
+    "Identity",
     "KroneckerGeometry",
     "LevenbergMarquardt",
+    "LinearOperator",
     "Linearization",
     "LowRankGeometry",
     "Needs",
@@ -37,6 +40,7 @@ __all__ = [
     "curvature",
     "curved",
     "landscape",
+    "operators",
     "problems",
     "report",
 ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_curvature.operators import Diagonal, Function, Identity, dense
+from keras_curvature.operators import Diagonal, Function, Identity, Scaled, dense
 from keras_curvature.solvers import ConjugateGradient, NeumannSeries
 from keras_curvature.solvers.base import Solver
 
@@ -287,3 +287,35 @@ def test_operators_are_linear_algebra():
     u, v = random.standard_normal((2, 6))
     np.testing.assert_allclose(matrix(A).quadratic_form(split(u), split(v)), u @ A @ v, 1e-12)
     assert (matrix(A) + 2.0 * D).psd and not (-2.0 * D).psd and not matrix(A, psd=False).psd
+
+
+def test_a_sum_with_anything_but_an_operator_is_refused_at_once():
+    refused = pytest.raises(TypeError, match=r"A \+ 0.1 \* keras_curvature.Identity\(\)")
+    for other in (0.1, np.float32(0.1), tf.constant(0.1), [tf.ones([2])]):
+        with refused:
+            Identity() + other
+    for other in (0.1, np.float32(0.1)):
+        with refused:
+            other + Identity()
+
+
+def test_a_multiple_by_anything_but_a_scalar_is_refused_at_once():
+    for other in (np.ones(2), tf.ones([2]), Identity(), "2"):
+        with pytest.raises(TypeError, match="a number or a scalar tensor only"):
+            Identity() * other
+
+
+def test_a_multiple_is_positive_only_where_its_scalar_is_known_to_be():
+    for scalar in (2, 0.0, np.float64(3), tf.constant(0.5), tf.Variable(1.0)):
+        assert (scalar * Identity()).psd and (Identity() * scalar).psd
+    for scalar in (-2, np.float32(-1), tf.constant(-1.0), float("nan")):
+        assert not (scalar * Identity()).psd
+
+    @tf.function
+    def in_a_graph(scalar):
+        assert not (scalar * Identity()).psd
+        assert Scaled(scalar, Identity(), nonnegative=True).psd
+        assert not Scaled(scalar, Function(lambda v: v), nonnegative=True).psd
+        return scalar
+
+    in_a_graph(tf.constant(1.0))

@@ -1,15 +1,16 @@
-"""Linear maps on weight space. An operator knows how to multiply; it never knows how to solve.
+"""Linear maps on weight space. An operator multiplies; solvers solve.
 
     A @ v        the product with a vector (a list of tensors)
-    A + B        the sum
+    A + B        the sum of two operators
     s * A        the multiple by a number or a scalar tensor
 
 `psd` says whether the map is symmetric positive semi-definite. Whoever builds an operator says so; nothing
-computes it. A solver that needs it (conjugate gradients) refuses an operator that does not have it. A damped
-curvature is written `linearization.gauss_newton() + damping * Identity()`.
+computes it. A solver that needs it (conjugate gradients) refuses an operator without it. A damped curvature is
+`linearization.gauss_newton() + damping * Identity()`.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -18,10 +19,20 @@ from keras_curvature import trees
 
 
 class LinearOperator:
-    """A symmetric map `v -> A v` on lists of tensors. Subclasses write `multiply`.
+    """A symmetric map `v -> A v` on lists of tensors. A subclass writes `multiply`.
 
     Attributes:
-        psd: Whether `v'Av >= 0` for every `v`.
+        psd: Whether `v'Av >= 0` for every `v`. Defaults to `False`.
+
+    Example:
+
+    ```python
+    from keras_curvature import ConjugateGradient, Identity, Linearization
+
+    lin = Linearization(model, x, y)
+    A = lin.gauss_newton() + 1e-2 * Identity()
+    newton = ConjugateGradient().solve(A, [-g for g in lin.gradient]).value
+    ```
     """
 
     psd = False
@@ -34,10 +45,18 @@ class LinearOperator:
         return self.multiply(vector)
 
     def __add__(self, other):
+        _require_operator(other)
         return Sum(self, other)
+
+    def __radd__(self, other):
+        _require_operator(other)
+        return Sum(other, self)
 
     def __rmul__(self, scalar):
         return Scaled(scalar, self)
+
+    __mul__ = __rmul__
+    __array_ufunc__ = None  # `np.float32(2) * A` is ours, and no array of operators
 
     def quadratic_form(self, u, v):
         """`u' A v`, a scalar."""
@@ -82,23 +101,68 @@ class Sum(LinearOperator):
 
 @dataclasses.dataclass(frozen=True)
 class Scaled(LinearOperator):
-    """`v -> s A v`; positive semi-definite where `A` is, for the scalar of a damping is not negative."""
+    """`v -> s A v`, made by `s * A`.
+
+    It is `psd` where `A` is and `s` is known not to be negative. The value of a number or an eager tensor is known;
+    that of a tensor in a graph is not. There, build `Scaled(s, A, nonnegative=True)` to say so.
+
+    Args:
+        scalar: `s`, a number or a scalar tensor.
+        operator: `A`.
+        nonnegative: Whether `s >= 0`; `None` looks at the value. Defaults to `None`.
+    """
 
     scalar: object
     operator: LinearOperator
+    nonnegative: bool | None = None
+
+    def __post_init__(self):
+        _require_scalar(self.scalar)
 
     @property
     def psd(self):
-        negative = isinstance(self.scalar, (int, float)) and self.scalar < 0
-        return self.operator.psd and not negative
+        known = _is_nonnegative(self.scalar) if self.nonnegative is None else self.nonnegative
+        return self.operator.psd and known
 
     def multiply(self, vector):
         product = vector if isinstance(self.operator, Identity) else self.operator @ vector
         return trees.scale(self.scalar, product)
 
 
+def _require_operator(other):
+    if not isinstance(other, LinearOperator):
+        raise TypeError(
+            f"An operator can be added to another operator only. Received: {_described(other)}. To add a multiple of "
+            "the identity, as a damping does, write `A + 0.1 * keras_curvature.Identity()`."
+        )
+
+
+def _require_scalar(scalar):
+    """Refuse to multiply by anything but a number or a scalar tensor; a tensor of unknown rank passes."""
+    is_number = isinstance(scalar, numbers.Real) or hasattr(scalar, "dtype")
+    if not is_number or tf.TensorShape(getattr(scalar, "shape", ())).rank not in (0, None):
+        raise TypeError(
+            f"An operator can be multiplied by a number or a scalar tensor only. Received: {_described(scalar)}. For "
+            "the product with a vector write `A @ vector`; for one factor per weight, `operators.Diagonal(entries)`."
+        )
+
+
+def _described(value):
+    if isinstance(value, numbers.Real):
+        return repr(value)
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
+
+
+def _is_nonnegative(scalar):
+    """Whether a number or tensor is known to be at least 0; false for a tensor without a value, in a graph."""
+    if hasattr(scalar, "dtype"):
+        scalar = tf.get_static_value(tf.convert_to_tensor(scalar))
+    return scalar is not None and bool(scalar >= 0)
+
+
 def dense(operator, like):
-    """The matrix of `operator` for vectors shaped as `like`, shape `(n, n)`. `n` products: for tests."""
+    """The matrix of `operator` for vectors shaped as `like`, shape `(n, n)`. Takes `n` products: for tests."""
     sizes = [int(a.shape.num_elements()) for a in like]
     columns = []
     for unit in tf.unstack(tf.eye(sum(sizes), dtype=like[0].dtype)):

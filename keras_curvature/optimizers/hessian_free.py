@@ -8,7 +8,7 @@ from keras_curvature import trees
 from keras_curvature.component import check, check_component, check_number, check_part, register
 from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.linearization.needs import Needs
-from keras_curvature.operators import Diagonal, Identity
+from keras_curvature.operators import Diagonal, Identity, Scaled
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers import ConjugateGradient
@@ -104,9 +104,9 @@ class HessianFree(CurvatureOptimizer):
         else:
             B, solver = batch.gauss_newton(), self.solver
             require_convex(B, "HessianFree", 'Choose another loss, or `HessianFree(curvature="hessian")`.')
-        A = B + damping * Identity()
+        A = B + Scaled(damping, Identity(), nonnegative=True)
         if self.structural_damping:
-            A = A + (damping * self.structural_damping) * batch.hidden_gauss_newton()
+            A = A + Scaled(damping * self.structural_damping, batch.hidden_gauss_newton(), nonnegative=True)
 
         start = trees.scale(self.warm_start, trees.values(self._last))
         solution = solver.solve(A, trees.negative(g), start, self._preconditioner(lin, damping))
