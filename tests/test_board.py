@@ -27,6 +27,7 @@ from keras_curvature.monitor.objective import reading
 from keras_curvature.monitor.objective.objective import Objective
 from keras_curvature.monitor.spectra.density import Density
 from keras_curvature.solvers import flat
+from keras_curvature.training.reports import reports_of
 
 HERE = pathlib.Path(__file__).parent
 RATE, MOMENTUM, BATCH = 0.1, 0.8, 16
@@ -669,7 +670,7 @@ def test_a_budget_of_nothing_leaves_what_training_has_anyway(tmp_path, monkeypat
     found = numbers(tmp_path / "curvature")
     assert {"3_step/loss", "3_step/learning_rate", "1_stability/damping", "4_solver/beta", "4_solver/rho",
             "3_step/step_norm", "1_stability/steps_skipped", "1_stability/reduction_ratio"} == set(found)  # fmt: skip
-    reported = [float(r.total.value) for n, r in model._curved_reports[1].items() if n == "damping"]
+    reported = [float(r.total.value) for n, r in reports_of(model).items() if n == "damping"]
     assert found["1_stability/damping"][-1][1] == pytest.approx(reported[0])
     titles = [c.title for c in layout_pb2.Layout.FromString(
         arrays(tmp_path / "curvature", "custom_scalars__config__")[-1][1].item()).category]  # fmt: skip

@@ -194,6 +194,13 @@ def test_the_train_step_is_still_the_one_that_was_read():
         assert line in source, line
 
 
+def test_a_model_is_pickled_as_the_bytes_of_its_file(model):
+    _, (file,) = model.__reduce__()
+    again = keras_internals.unpickled(file)
+    assert type(again) is type(model)
+    np.testing.assert_array_equal(again.get_weights()[0], model.get_weights()[0])
+
+
 def test_functional_is_the_class_behind_inputs_and_outputs():
     inputs = keras.Input((3,))
     assert isinstance(keras.Model(inputs, inputs), keras_internals.Functional)

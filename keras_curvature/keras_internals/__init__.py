@@ -15,6 +15,7 @@ each, and fails where another file uses a private name. Read in Keras 3.15 and T
 | `Trainer._symbolic_build` | `build` | builds the optimizer, metrics and losses at once |
 | `Trainer._distribute_strategy` | `is_under_strategy` | `distribute_strategy` is the default one for none |
 | `Trainer._initial_epoch` | `begin_at_epoch` | what `BackupAndRestore` does, too |
+| `KerasSaveable._unpickle_model` | `unpickled` | `load_model` takes no open file |
 | `Functional` | `Functional` | the class behind `keras.Model(inputs, outputs)` |
 | (public: `keras.Model.metrics`) | `loss_tracker` |  |
 | **losses.py** |  |  |
@@ -77,6 +78,7 @@ from keras_curvature.keras_internals.models import (
     loss_tracker,
     own_weights,
     takes_training,
+    unpickled,
 )  # fmt: skip
 from keras_curvature.keras_internals.optimizers import keys_of, places_of, state, strategy_of, trained_by
 from keras_curvature.keras_internals.tensorflow import (
@@ -91,5 +93,5 @@ __all__ = [
     "carry", "changed_losses", "compute_loss", "function_of", "guard", "guard_attribute", "has_several_workers",
     "is_built", "is_compiled", "is_under_strategy", "keys_of", "layers_of", "logits_of", "loss_tracker", "losses_of",
     "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of", "takes_training", "trained_by",
-    "twin", "uses_merge_calls",
+    "twin", "unpickled", "uses_merge_calls",
 ]  # fmt: skip

@@ -47,6 +47,11 @@ def begin_at_epoch(model, epoch):
     model._initial_epoch = epoch
 
 
+def unpickled(file):
+    """The model in the file that Keras pickles a model as; `__reduce__` gives it as the one argument."""
+    return keras.Model._unpickle_model(file)
+
+
 def loss_tracker(model):
     """The metric that shows the loss of a compiled model; also where `metrics` is overridden."""
     return next(metric for metric in keras.Model.metrics.fget(model) if metric.name == "loss")

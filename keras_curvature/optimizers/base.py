@@ -40,7 +40,6 @@ class CurvatureOptimizer(Lifecycle):
         needs: What the method asks of a train step, a `Needs`; an instance may be given one of its own, as an argument
             of this constructor. Defaults to products and Hessian.
         idle_steps: How many steps at the beginning fill the state and do not move the weights.
-        model: The curved `keras.Model` that the optimizer trains, where `needs.layers`; `None` before they meet.
     """
 
     reports = {"skipped_steps": "sum"}

@@ -67,7 +67,7 @@ class Eva(CurvatureOptimizer):
 
     def create_state(self, variables):
         """The last step, and two vectors for each layer."""
-        self._blocks, self._others, unsupported = kronecker.blocks(self.model)
+        self._blocks, self._others, unsupported = kronecker.blocks(self.trained_model())
         warn_of(self, unsupported, "the gradient as it is")
         self._velocity = self.add_optimizer_variables(variables, "velocity")
         self._vectors = [

@@ -135,7 +135,7 @@ class KFAC(CurvatureOptimizer):
 
     def create_state(self, variables):
         """Factors and what is made of them, the last step, and the damping."""
-        self._blocks, self._diagonal, unsupported = kronecker.blocks(self.model, self.sharing)
+        self._blocks, self._diagonal, unsupported = kronecker.blocks(self.trained_model(), self.sharing)
         by_layer.warn_of(self, unsupported, "the diagonal of the Fisher matrix")
         self._velocity = self.add_optimizer_variables(variables, "velocity")
         self._damping = self.add_scalar(self._rule.initial, "damping")

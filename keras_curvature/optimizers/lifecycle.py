@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras_curvature import component, keras_internals, replicas, trees
 from keras_curvature.linearization.gradients import Gradients
 from keras_curvature.linearization.linearization import Linearization
+from keras_curvature.optimizers.state import StoredState, owner_name
 
 
 class Lifecycle(keras.optimizers.Optimizer):
@@ -29,8 +30,9 @@ class Lifecycle(keras.optimizers.Optimizer):
                 "be accumulated. Use a larger batch. Received: "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
-        self._noted, self._reported, self._unloaded, self._model = [], {}, None, None
-        self._hands_a_step = False
+        self._noted, self._reported = [], {}
+        self._hands_a_step, self._model = False, lambda: None
+        self._waiting = StoredState()  # loaded before `build`
         self._unbuilt_count = len(self.variables)  # iterations, and a learning rate that is no schedule
 
     # The step.
@@ -149,14 +151,16 @@ class Lifecycle(keras.optimizers.Optimizer):
         return [tf.cast(g, v.dtype) for g, v in zip(values, variables)]
 
     def meet(self, model):
-        """Take note of the model, where the state is made of its layers."""
-        if self.needs.layers and model is not None and self.model is not model:
-            object.__setattr__(self, "_model", weakref.ref(model))  # past Keras' tracking
+        """Remember the model, if the state is built from its layers."""
+        if self.needs.layers and model is not None and self.trained_model() is not model:
+            self._model = weakref.ref(model)
 
-    @property
-    def model(self):
-        """The model that the optimizer has met."""
-        return None if self._model is None else self._model()
+    def trained_model(self):
+        """The curved model that the optimizer trains, if `needs.layers`; `None` before the optimizer has seen it.
+
+        A method, because Keras saves and loads every attribute of an optimizer, and would come back to the model.
+        """
+        return self._model()
 
     def require(self, variables):
         """Build for these variables; refuse variables that are not those the state belongs to."""
@@ -191,43 +195,58 @@ class Lifecycle(keras.optimizers.Optimizer):
 
     def build(self, variables):
         """Create all state for `variables`; called by Keras, and without effect while a needed model is missing."""
-        if self.built or (self.needs.layers and self.model is None):
+        if self.built or (self.needs.layers and self.trained_model() is None):
             return
         super().build(variables)
         self.skipped_steps = self.add_variable((), dtype="int", name="skipped_steps", aggregation="none")
         if variables:  # else `require` says what is wrong
             self.create_state(list(variables))
-        if self._unloaded is not None:
-            stored, self._unloaded = self._unloaded, None
-            with tf.init_scope():
-                self.load_own_variables(stored)
+        waiting, self._waiting = self._waiting, StoredState()
+        with tf.init_scope():
+            self._take_over(waiting)
 
     def load_own_variables(self, store):
-        """Load the state; an optimizer that is not built yet keeps it until it is, and loses nothing."""
-        stored = {key: store[key][()] for key in store.keys()}  # noqa: SIM118, an h5 entry is no dict
-        if not self.built:
-            self._unloaded = stored
+        """Load the state; an optimizer that is not built yet keeps the state until it is.
+
+        The state of another optimizer, or of one with other settings, is left out with Keras' warning, as a whole.
+        """
+        stored = StoredState.of(store)
+        foreign = stored.foreign_to(type(self))
+        if foreign is not None:
+            self._skip(foreign)
+        elif self.built:
+            self._take_over(stored)
+        else:
+            self._waiting = stored
+
+    def _take_over(self, stored):
+        """Assign a stored state to the variables: all of it, or nothing with a warning."""
+        if not stored.values:
             return
         variables = self.variables
-        if len(stored) <= self._unbuilt_count:
-            variables = variables[: len(stored)]  # saved before the first step: there is no state yet
-        elif len(stored) != len(variables):
-            raise ValueError(
-                f"The file holds {len(stored)} variables of `{type(self).__name__}` and this one has "
-                f"{len(self.variables)}: it was saved with other settings or for another model. Compile with the "
-                "settings that it was saved with, or load the weights alone: `model.load_weights(path, "
-                "skip_mismatch=True)`."
-            )
-        for i, variable in enumerate(variables):
-            variable.assign(stored[str(i)])
+        if stored.owner is not None and len(stored.values) <= self._unbuilt_count:
+            variables = variables[: len(stored.values)]  # saved before the first step
+        problem = stored.mismatch(variables)
+        if problem is not None:
+            self._skip(problem)
+            return
+        for variable, value in zip(variables, stored.values):
+            variable.assign(value)
+
+    def _skip(self, problem):
+        warnings.warn(
+            f"Skipping variable loading for optimizer '{self.name}', because {problem}. `{type(self).__name__}` keeps "
+            "its own state; weights are not concerned. To continue a run, compile with the optimizer and the settings "
+            "that it was saved with.",
+            stacklevel=3,
+        )
 
     def save_own_variables(self, store):
-        """Save the state, also one that was loaded and still waits for the optimizer to be built."""
-        if self._unloaded is None:
-            super().save_own_variables(store)
-            return
-        for key, value in self._unloaded.items():
-            store[key] = value
+        """Save the state, also a loaded state that still waits for `build`."""
+        if self._waiting.values:
+            self._waiting.write(store)
+        else:
+            StoredState(owner_name(type(self)), [variable.numpy() for variable in self.variables]).write(store)
 
     def get_config(self):
         """Keras' config and the arguments of `__init__`, as given; components in serialized form."""

@@ -6,7 +6,8 @@ import keras
 
 from keras_curvature import keras_internals, replicas
 from keras_curvature.monitor.board import layout
-from keras_curvature.training.models import unwrap
+from keras_curvature.training.reports import reports_of
+from keras_curvature.training.step import unwrap
 
 
 class Live:
@@ -33,7 +34,7 @@ class Live:
         """`{tag: number}`; NaN where there was nothing in between."""
         tracker = keras_internals.loss_tracker(self.model)
         found = {"3_step/loss": self._since("loss", tracker.total, tracker.count, "mean")}
-        for name, report in self._reports().items():
+        for name, report in reports_of(self.model).items():
             found[layout.tag_of(name)] = self._since(name, report.total, report.count, report.how)
         return found | {"3_step/learning_rate": learning_rate(self.model)}
 
@@ -57,11 +58,6 @@ class Live:
             self._totals[name] = self._totals.get(name, 0.0) + total - before[0]
             return self._totals[name]
         return (total - before[0]) / (count - before[1]) if count > before[1] else math.nan
-
-    def _reports(self):
-        """The reports of a curved model; a plain one has none."""
-        _, reports = self.model.__dict__.get("_curved_reports") or (None, {})
-        return reports
 
 
 def learning_rate(model):

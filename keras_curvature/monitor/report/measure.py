@@ -13,7 +13,7 @@ from keras_curvature.monitor.objective.objective import mixes_examples
 from keras_curvature.monitor.report.landscape import downhill, filter_normalized, slices
 from keras_curvature.monitor.spectra import traces
 from keras_curvature.monitor.stability import stability
-from keras_curvature.training.models import unwrap
+from keras_curvature.training.step import unwrap
 
 # Eigenvalues to find, and how many beyond the classes of a classifier, to see the gap behind the last of them.
 TOP, BEYOND, MOST_CLASSES = 10, 3, 20

@@ -22,6 +22,7 @@ from keras_curvature import keras_internals, replicas
 from keras_curvature.component import check, check_count
 from keras_curvature.training.callbacks.chief import is_chief
 from keras_curvature.training.callbacks.shares import Shares
+from keras_curvature.training.reports import reports_of
 
 # In several processes a signal to one of them stops all. So many steps are between two looks around.
 AGREE_EVERY = 10
@@ -382,7 +383,7 @@ def _forget_what_was_left_out():
 
 def _reports(model):
     """The variables of a curved model's reports."""
-    _, reports = model.__dict__.get("_curved_reports") or (None, {})
+    reports = reports_of(model)
     return [variable for name in sorted(reports) for variable in reports[name].variables]
 
 

@@ -3,7 +3,8 @@
 import keras
 
 from keras_curvature.optimizers.neumann import Neumann
-from keras_curvature.training.models import CurvedMixin, unwrap
+from keras_curvature.training.models import CurvedMixin
+from keras_curvature.training.step import unwrap
 
 
 class SwapNeumannWeights(keras.callbacks.Callback):

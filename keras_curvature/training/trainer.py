@@ -1,0 +1,119 @@
+"""What a curved model changes around its train step: when it is built, how it is traced, which logs an epoch shows."""
+
+import keras
+import tensorflow as tf
+
+from keras_curvature import keras_internals, replicas
+from keras_curvature.training.reports import reports_of
+from keras_curvature.training.step import CurvedStep, unwrap
+
+
+class CurvedTrainer(CurvedStep):
+    """The methods of Keras' trainer that a curved model replaces."""
+
+    def reset_metrics(self):
+        """Reset Keras' metrics and the reports."""
+        super().reset_metrics()
+        if "_curved_reports" in self.__dict__:
+            self._curved_reports.reset()
+
+    def make_train_function(self, force=False):
+        """Keras' train function; the reports are created before it is traced."""
+        self._prepare_reports()
+        if self.micro_batches > 1 and self.get_compile_config()["jit_compile"] == "auto":
+            self.jit_compile = False  # on a GPU Keras chooses XLA, which needs slices of a known size
+        return super().make_train_function(force)
+
+    # Private methods of Keras' trainer: where `fit` begins, and where the logs of a step leave the replicas.
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Build what waits for a first batch, from the slice of one replica.
+
+        Keras would average the slices, which fails on several workers and for slices of different sizes. It would
+        also draw a batch when nothing waits, and a validation that continues in its data would miss that batch.
+        """
+        if iterator is not None or self.train_function is None:
+            self._check_scope()
+        if iterator is not None and keras_internals.is_under_strategy(self):
+            if keras_internals.is_built(self):
+                return
+            data_batch = replicas.one_of(self.distribute_strategy, next(next(iter(iterator))[-1]))
+            iterator = None
+        super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+
+    def _check_scope(self):
+        """Refuse a model or an optimizer that belongs to another strategy than the one that trains."""
+        strategy, optimizer = self.distribute_strategy, unwrap(self.optimizer)[0]
+        made_under = keras_internals.strategy_of(optimizer)
+        owners = {
+            f"the model {self.name!r}": not replicas.strangers(strategy, self.variables),
+            f"the optimizer `{type(optimizer).__name__}`": made_under is strategy,
+        }
+        for owner in (owner for owner, belongs in owners.items() if not belongs):
+            raise ValueError(
+                f"Training under `{type(strategy).__name__}`: {owner} was made outside the strategy's scope. Make the "
+                "model, curve it and compile it inside:\n\n"
+                "    with strategy.scope():\n"
+                "        model = keras_curvature.curved(build())\n"
+                "        model.compile(optimizer=keras_curvature.CurveBall(), loss=...)\n"
+            )
+
+    def _make_function(self, step_function):
+        """Keras' function of a data iterator. Keras averages the logs of several workers over an axis; they get one."""
+
+        def with_an_axis(data):
+            return keras.tree.map_structure(lambda value: tf.convert_to_tensor(value)[tf.newaxis], step_function(data))
+
+        with self.distribute_strategy.scope():
+            alone = not replicas.uses_merge_calls()
+        several_workers = replicas.of_several_workers(self.distribute_strategy)
+        function = super()._make_function(with_an_axis if several_workers else step_function)
+        return function if alone else _OneByOne(self, function)
+
+    def _get_metrics_result_or_logs(self, logs):
+        """The logs of an epoch. Keras shows its metrics if the names agree with the logs, so reports are set aside."""
+        reports = reports_of(self)
+        shown = {name: report.result() for name, report in reports.items() if isinstance(logs, dict) and name in logs}
+        if not shown:
+            return super()._get_metrics_result_or_logs(logs)
+        rest = super()._get_metrics_result_or_logs({k: v for k, v in logs.items() if k not in shown})
+        if float(keras_internals.loss_tracker(self).count.numpy()) == 0.0:
+            rest["loss"] = float("nan")  # every batch was skipped
+        return {**rest, **shown}
+
+
+class _OneByOne:
+    """`steps_per_execution` steps, each a call of `function` on one batch.
+
+    Keras puts the loop over the steps into a graph, where TensorFlow fails to place the sums over replicas. A step that
+    asks for a batch after the last one also adds an empty batch to the metrics before it fails.
+    """
+
+    def __init__(self, model, function):
+        self._model, self._function, self._traced = model, function, {}
+
+    def __call__(self, iterator):
+        """The logs of the last of the steps."""
+        if not replicas.is_iterator(iterator):
+            return self._function(iterator)
+        logs = None
+        for _ in range(self._model.steps_per_execution):
+            batch = iterator.get_next_as_optional()
+            if not batch.has_value():
+                break
+            logs = self._step(iterator.element_spec, batch.get_value())
+        if logs is None:
+            raise StopIteration
+        return logs
+
+    def _step(self, spec, batch):
+        if self._model.run_eagerly:
+            return self._function([batch])
+        name = repr(spec)  # a nest cannot be hashed
+        if name not in self._traced:
+            # traced for batches of any length: several workers must run the same program, also when the last batch
+            # leaves one of them with fewer examples than another
+            self._traced[name] = tf.function(
+                lambda batch: self._function([batch]), input_signature=[spec], autograph=False
+            )
+        return self._traced[name](batch)
