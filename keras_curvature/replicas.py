@@ -78,11 +78,16 @@ def here():
 
 
 def cross(fn, *args):
-    """Run `fn(*args)` once for all replicas. `args` are what this replica has; `fn` sees the values of all."""
+    """Run `fn(*args)` once for all replicas. `args` are what this replica has; `fn` sees the values of all.
+
+    `merge_call` takes a tensor that is one Python object on all replicas for one value and not for a value of each, and
+    a sum over the replicas would count it once. So each replica hands over tensors of its own.
+    """
     context = tf.distribute.get_replica_context()
     if context is None or not uses_merge_calls():
         return fn(*args)
-    return context.merge_call(lambda strategy, *args: fn(*args), args=args)
+    own = tf.nest.map_structure(lambda value: tf.identity(value) if isinstance(value, tf.Tensor) else value, args)
+    return context.merge_call(lambda strategy, *args: fn(*args), args=own)
 
 
 # per thread: another may be training a plain model
@@ -116,10 +121,24 @@ def _sum_gradients(original, optimizer, grads_and_vars):
 
 
 def each(fn, *args):
-    """Run `fn(*args)` on every replica; the result stays there, fit to be an argument of `each` or `total`."""
+    """Run `fn(*args)` on every replica; the result stays there, fit to be an argument of `each` or `total`.
+
+    What the caller has set in context variables holds on the replicas too, although a strategy may run each of them in
+    a thread of its own. What a replica sets stays on that replica.
+    """
     if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
-        return tf.distribute.get_strategy().run(fn, args=args)
+        return tf.distribute.get_strategy().run(_in_this_context(fn), args=args)
     return fn(*args)
+
+
+def _in_this_context(fn):
+    """`fn`, to be called in other threads, each in a copy of the context variables that are set now."""
+    here = contextvars.copy_context()
+
+    def run(*args):
+        return here.copy().run(fn, *args)  # two threads cannot be in one context
+
+    return run
 
 
 def total(fn, *args):

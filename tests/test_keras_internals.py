@@ -11,12 +11,12 @@ import pytest
 import tensorflow as tf
 from cases import MODELS, OwnLoss, OwnLossOfOldSignature, Subclassed, SubclassedWithout, float64
 from keras import layers
-from keras.src.backend.tensorflow import nn as keras_nn
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
 from keras_curvature import Linearization, keras_internals
+from keras_curvature.keras_internals import replaced
 from keras_curvature.linearization.layers import taps
-from keras_curvature.linearization.pure import differentiable, functional
+from keras_curvature.linearization.pure import differentiable, functional, precision
 
 
 def test_keras_is_the_version_that_the_private_names_were_read_in():
@@ -49,10 +49,15 @@ def test_layers_keep_their_seeds_in_variables_of_one_name(make):
 
 
 def test_a_layer_computes_as_its_policy_says_that_stands_there_at_the_time():
-    layer = layers.Dense(2, dtype="mixed_float16")
-    assert layer(X).dtype == tf.float16
-    layer._dtype_policy = keras.DTypePolicy("float32")
-    assert layer(X).dtype == tf.float32
+    layer, plain = layers.Dense(2, dtype="mixed_float16"), layers.Dense(2, dtype="float64")
+    with precision.without_half_precision():
+        assert layer(X).dtype == layer.dtype_policy.name == "float32"
+        assert plain(X).dtype == "float64"
+    assert layer(X).dtype == "float16" and layer.dtype_policy.name == "mixed_float16"
+    layer.dtype_policy = "mixed_bfloat16"
+    assert layer(X).dtype == "bfloat16" and keras.layers.Dense.from_config(layer.get_config()).dtype_policy.name == (
+        "mixed_bfloat16"
+    )
 
 
 def test_compiled_losses_say_how_they_are_reduced(model):
@@ -228,7 +233,8 @@ def test_what_a_layer_assigns_in_a_stateless_scope_is_seen_by_identity():
 @pytest.mark.parametrize("keepdims", [False, True])
 def test_moments_are_those_that_replace_them(keepdims):
     x, axes = tf.constant(np.random.default_rng(0).standard_normal((4, 3, 2))), [0, 1]
-    pairs = zip(differentiable._plain_moments(x, axes, keepdims), keras_nn._compute_moments(x, axes, keepdims))
+    module, name = replaced.MOMENTS
+    pairs = zip(differentiable._plain_moments(x, axes, keepdims), getattr(module, name)(x, axes, keepdims))
     for ours, theirs in pairs:
         assert ours.shape == theirs.shape
         np.testing.assert_allclose(ours, theirs, 1e-12)
@@ -236,27 +242,20 @@ def test_moments_are_those_that_replace_them(keepdims):
 
 @pytest.mark.parametrize("layer", [layers.BatchNormalization, layers.LayerNormalization, layers.GroupNormalization])
 def test_normalization_layers_ask_for_their_moments_by_that_name(layer, monkeypatch):
-    asked, original = [], keras_nn._compute_moments
-    monkeypatch.setattr(keras_nn, "_compute_moments", lambda *args, **kw: asked.append(1) or original(*args, **kw))
+    asked, original = [], getattr(*replaced.MOMENTS)
+    monkeypatch.setattr(*replaced.MOMENTS, lambda *args, **kw: asked.append(1) or original(*args, **kw))
     layer = layer(groups=2) if layer is layers.GroupNormalization else layer()
     layer(np.ones((4, 2), "float32"), training=True)
     assert asked
 
 
-def test_the_replaced_functions_come_back():
-    originals = keras_nn._compute_moments, keras_nn.max_pool, differentiable.keras_rnn.cudnn_ok
-    with pytest.raises(ZeroDivisionError), differentiable.differentiable_keras(twice=True):
-        assert keras_nn._compute_moments is differentiable._plain_moments
-        raise ZeroDivisionError
-    assert (keras_nn._compute_moments, keras_nn.max_pool, differentiable.keras_rnn.cudnn_ok) == originals
-
-
 def test_max_pooling_layers_pool_by_that_name(monkeypatch):
-    asked, original = [], keras_nn.max_pool
-    monkeypatch.setattr(keras_nn, "max_pool", lambda *args, **kw: asked.append(kw or args) or original(*args, **kw))
+    asked, original = [], getattr(*replaced.MAX_POOL)
+    monkeypatch.setattr(*replaced.MAX_POOL, lambda *args, **kw: asked.append(kw or args) or original(*args, **kw))
     layers.MaxPooling2D()(np.ones((1, 4, 4, 1), "float32"))
     assert asked
-    assert list(inspect.signature(original).parameters) == list(inspect.signature(differentiable._max_pool).parameters)
+    ours = list(inspect.signature(differentiable._max_pool).parameters)
+    assert ours == ["original", *inspect.signature(original).parameters]
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])
@@ -265,11 +264,12 @@ def test_recurrent_layers_leave_cudnn_aside_while_linearized(name, monkeypatch):
     def cudnn(*args, **kwargs):
         raise AssertionError("cuDNN was used")
 
+    rnn, _ = replaced.CUDNN_OK
     with float64():
         case = MODELS[name]().compile()
         functional.build_for(case.model, *case.batch)
-        monkeypatch.setattr(differentiable.keras_rnn, "cudnn_ok", lambda *args, **kwargs: True)
-        monkeypatch.setattr(differentiable.keras_rnn, f"_cudnn_{name}", cudnn)
+        monkeypatch.setattr(rnn, "_is_gpu_available", lambda: True)
+        monkeypatch.setattr(rnn, f"_cudnn_{name}", cudnn)
         with pytest.raises(AssertionError, match="cuDNN was used"):
             case.model(case.x, training=True)
         lin = Linearization(case.model, *case.batch)

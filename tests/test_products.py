@@ -5,6 +5,7 @@ derivatives are central differences. Properties are crossed with the registries 
 """
 
 import functools
+import inspect
 import itertools
 import types
 
@@ -14,9 +15,9 @@ import pytest
 import tensorflow as tf
 from cases import BATCH, LOSSES, MODELS, Case, float64, normal
 from keras import layers
-from keras.src.backend.tensorflow import nn as keras_nn
 
 from keras_curvature import Linearization, trees
+from keras_curvature.keras_internals import replaced
 from keras_curvature.linearization import Gradients
 from keras_curvature.linearization.fisher import convexity
 from keras_curvature.linearization.layers import kronecker
@@ -277,7 +278,7 @@ def test_compiled_by_xla_is_eager(name):
 @pytest.mark.parametrize("name", NORMALIZED)
 def test_without_exact_moments_hessian_products_would_be_wrong(name, monkeypatch):
     m = measured(name)
-    monkeypatch.setattr(differentiable, "_plain_moments", keras_nn._compute_moments)
+    monkeypatch.setattr(differentiable, "_plain_moments", inspect.unwrap(getattr(*replaced.MOMENTS)))
     product = Linearization(m.case.model, *m.case.batch).hessian() @ m.v
     assert _error(product, m.theirs["hessian"]) > 0.01
 
@@ -300,7 +301,7 @@ def test_without_products_keras_own_kernels_compute_the_gradient(name, micro_bat
     case = CASES[name]().compile()
     case.model._symbolic_build(data_batch=case.batch)
     v, asked = _vector(case.model.trainable_variables, 1), []
-    for module, function in ((differentiable.keras_rnn, "cudnn_ok"), (keras_nn, "max_pool")):
+    for module, function in ((replaced.CUDNN_OK[0], "_is_gpu_available"), (tf.nn, "max_pool")):
         own = getattr(module, function)
         monkeypatch.setattr(module, function, lambda *args, own=own, **kw: asked.append(own) or own(*args, **kw))
 

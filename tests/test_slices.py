@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.python.ops import gen_stateless_random_ops_v2 as generators
 
 from keras_curvature.linearization.pure import randomness, slices
-from keras_curvature.linearization.pure.differentiable import replaced
+from keras_curvature.linearization.pure.differentiable import differentiable_keras
 
 BATCH = 7
 DRAWS = {
@@ -26,7 +26,7 @@ DRAWS = {
 
 def drawn_at(start, examples, draw):
     """What `draw()` gives at a place in a batch."""
-    with replaced(*randomness.names()), slices.at(slices.Place(start, examples, BATCH)):
+    with differentiable_keras(), slices.at(slices.Place(start, examples, BATCH)):
         return draw()
 
 
@@ -97,13 +97,17 @@ def test_tensors_of_another_length_are_shared():
     np.testing.assert_array_equal(part, shared[2:6])
 
 
-def test_the_whole_batch_draws_what_keras_draws(monkeypatch):
-    asked, original = [], generators.stateless_random_uniform_v2
-    monkeypatch.setattr(generators, "stateless_random_uniform_v2", lambda *a, **k: asked.append(k) or original(*a, **k))
-    drawn_at(0, BATCH, lambda: keras.random.uniform([BATCH, 3], seed=5))
-    drawn_at(2, 2, lambda: keras.random.uniform([2, 3], seed=5))
-    whole, part = asked
-    assert whole["alg"] == 3 and part["alg"] == randomness.PHILOX  # the first is left to TensorFlow's choice
+def test_rows_are_drawn_by_one_generator_and_the_whole_batch_by_the_one_that_tensorflow_chooses():
+    @tf.function
+    def draw(rows):
+        return keras.random.uniform([rows, 3], seed=5)
+
+    def generator(start, examples):
+        graph = drawn_at(start, examples, lambda: draw.get_concrete_function(examples)).graph
+        (drawn,) = (op for op in graph.get_operations() if op.type == "StatelessRandomUniformV2")
+        return tf.get_static_value(drawn.inputs[3])
+
+    assert (generator(0, BATCH), generator(2, 2)) == (3, randomness.PHILOX)
 
 
 def test_counters_begin_at_zero():

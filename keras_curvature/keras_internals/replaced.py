@@ -9,10 +9,10 @@
 | `loss.scale_loss_for_distribution` | `SCALE_LOSS` | `pure/differentiable.py` | uneven slices |
 | `loss.unscale_loss_for_distribution` | `UNSCALE_LOSS` | `pure/differentiable.py` | uneven slices |
 | `FuncGraph.control_dependencies` | `CONTROL_DEPENDENCIES` | `pure/differentiable.py` | prunes a backward pass |
-| `gen_stateless_random_ops_v2.*` | `GENERATORS` | `pure/randomness.py` | the rows of a slice |
+| `gen_stateless_random_ops_v2.*` | `GENERATORS`, `TRUNCATED_NORMAL` | `pure/randomness.py` | the rows of a slice |
 | `Layer._dtype_policy` | `DTYPE_POLICY` | `pure/precision.py` | measures in float32 |
 | `RNN.inner_loop`, of `LSTM`, `GRU` | `RECURRENT_LOOPS` | `layers/taps.py` | notes the states |
-| `call` of a class of layers | `call_of(layer)` | `layers/taps.py` | notes the pre-activations |
+| `call` of a class of layers | `method_of(layer, name)` | `layers/taps.py` | notes the pre-activations |
 | `interim.maybe_merge_call` | `MERGE_CALL` | `replicas.py` | Keras' step, from outside |
 | `TFOptimizer._all_reduce_sum_gradients` | `SUM_GRADIENTS` | `replicas.py` | gradients summed already |
 """
@@ -37,18 +37,17 @@ CUDNN_OK = (rnn, "cudnn_ok")
 SCALE_LOSS = (loss, "scale_loss_for_distribution")
 UNSCALE_LOSS = (loss, "unscale_loss_for_distribution")
 CONTROL_DEPENDENCIES = (FuncGraph, "control_dependencies")
-GENERATORS = {
-    "uniform": (generators, "stateless_random_uniform_v2"),
-    "integers": (generators, "stateless_random_uniform_int_v2"),
-    "normal": (generators, "stateless_random_normal_v2"),
-    "truncated_normal": (generators, "stateless_truncated_normal_v2"),
-}
+GENERATORS = tuple(
+    (generators, name)
+    for name in ("stateless_random_uniform_v2", "stateless_random_uniform_int_v2", "stateless_random_normal_v2")
+)
+TRUNCATED_NORMAL = (generators, "stateless_truncated_normal_v2")
 DTYPE_POLICY = (keras.layers.Layer, "_dtype_policy")
 RECURRENT_LOOPS = tuple((cls, "inner_loop") for cls in (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU))
 MERGE_CALL = (tf.__internal__.distribute.interim, "maybe_merge_call")
 SUM_GRADIENTS = (TFOptimizer, "_all_reduce_sum_gradients")
 
 
-def call_of(layer):
-    """The `call` of the class that a layer has it from."""
-    return next(cls for cls in type(layer).__mro__ if "call" in vars(cls)), "call"
+def method_of(layer, name):
+    """A method of a layer, such as `call`, in the class that it is inherited from."""
+    return next(cls for cls in type(layer).__mro__ if name in vars(cls)), name

@@ -7,8 +7,9 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import keras_internals, trees
+from keras_curvature.keras_internals import twin
 from keras_curvature.linearization.layers.convolutions import convolution, depthwise
-from keras_curvature.linearization.layers.taps import RECURRENT_CELLS, overridden
+from keras_curvature.linearization.layers.taps import RECURRENT_CELLS
 from keras_curvature.linearization.layers.weights import DIAGONAL, MATRIX, Weights, arranged
 
 
@@ -22,7 +23,7 @@ def weights_of(layer):
 
 def _is(layer, known):
     """Whether `layer` computes what the class `known` computes: itself, or a subclass that has not changed `call`."""
-    same = isinstance(layer, known) and type(layer).call is known.call
+    same = isinstance(layer, known) and type(layer).call is known.call and "call" not in vars(layer)
     plain = not getattr(layer, "lora_enabled", False) and getattr(layer, "quantization_mode", None) is None
     return same and plain
 
@@ -154,8 +155,7 @@ def _normalized(tap):
     names = {"scale": None} if isinstance(layer, keras.layers.RMSNormalization) else {"gamma": None, "beta": None}
     if isinstance(layer, keras.layers.GroupNormalization):
         names = {"scale": False, "center": False}
-    with overridden(layer, **names):
-        return type(layer).call(layer, x)
+    return twin(layer, **names).call(x)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

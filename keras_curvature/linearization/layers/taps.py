@@ -1,45 +1,21 @@
-"""Taps: what single layers saw and said during a forward pass.
+"""Taps: the inputs and the pre-activations of single layers during a forward pass.
 
-A tap is opened around a whole evaluation, on all replicas at once, and notes under the key of each replica. It
-replaces a method of a Keras layer (or layer class) while it is open; the layers compute what they always compute.
+Open a tap around a whole evaluation, on all replicas at once; it notes under the key of each replica. The tapped layers
+compute what they always compute. A tap is a context variable, at which a substitute for the `call` of the layer's class
+looks; see `keras_internals/guards.py`. The layers themselves are left alone: the substitute runs a twin of the layer
+that has no activation.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import inspect
 
 import keras
 import tensorflow as tf
 
-from keras_curvature import replicas
-from keras_curvature.linearization.pure.differentiable import replaced
-
-
-@dataclasses.dataclass(frozen=True)
-class DenseTap:
-    """One call of a `Dense` layer: `inputs` `(..., d_in)` and `said`, the pre-activation, `(..., d_out)`."""
-
-    layer: keras.layers.Dense
-    inputs: tf.Tensor
-    said: tf.Tensor
-
-
-@contextlib.contextmanager
-def dense():
-    """Note every call of a `Dense` layer; yields `{replica: [DenseTap]}`."""
-    noted = {}
-    original = keras.layers.Dense.call
-
-    def call(layer, inputs, *args, **kwargs):
-        activation = layer.activation
-        with overridden(layer, activation=None):
-            said = tf.identity(original(layer, inputs, *args, **kwargs))
-        noted.setdefault(replicas.identity(), []).append(DenseTap(layer, inputs, said))
-        return said if activation is None else activation(said)
-
-    with replaced((keras.layers.Dense, "call", call)):
-        yield noted
-
+from keras_curvature import keras_internals, replicas
+from keras_curvature.keras_internals import replaced, twin
 
 RECURRENT_CELLS = (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)
 
@@ -50,9 +26,9 @@ class Tap:
 
     Attributes:
         layer: The layer.
-        inputs: What it was called on; of a recurrent layer `(inputs, last states)`, for every step.
-        said: What it computed, before the activation; of a recurrent layer a zero that was added to that.
-        options: Its other arguments, by name.
+        inputs: The inputs of the call; of a recurrent layer `(inputs, last states)`, for every step.
+        said: The pre-activation; of a recurrent layer a zero that was added to it.
+        options: The other arguments of the call, by name.
     """
 
     layer: keras.layers.Layer
@@ -61,62 +37,127 @@ class Tap:
     options: dict
 
 
+@dataclasses.dataclass(frozen=True)
+class _Open:
+    """A tap that is open: `wants(layer)` says whether the layer is tapped, `noted` is `{replica: [Tap]}`."""
+
+    wants: object
+    noted: dict
+
+
+# The taps that this thread, or the caller of this replica, has open.
+_open = contextvars.ContextVar("taps", default=())
+_sequences = contextvars.ContextVar("hidden_states", default=None)
+
+
 @contextlib.contextmanager
 def calls(layers, noted=None):
     """Note every call of some layers; yields `{replica: [Tap]}`, which is `noted`, where that is given."""
-    noted = {} if noted is None else noted
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            if isinstance(layer, keras.layers.RNN):
-                noting = {"inner_loop": _noting_steps(layer, noted)}
-            else:
-                noting = {"call": _noting(layer, noted)}
-            stack.enter_context(overridden(layer, **noting))
+    for layer in layers:
+        if isinstance(layer, keras.layers.RNN):
+            keras_internals.guard(*replaced.method_of(layer, "inner_loop"), _inner_loop)
+        else:
+            keras_internals.guard(*replaced.method_of(layer, "call"), _call)
+    wanted = {id(layer): layer for layer in layers}  # not the twins of these layers
+    with _tapping(lambda layer: id(layer) in wanted, noted) as noted:
         yield noted
 
 
-def _noting(layer, noted):
-    original = layer.call
-
-    def call(*args, **kwargs):
-        options = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
-        inputs = options.pop(next(iter(options)))
-        activation = getattr(layer, "activation", None)
-        with overridden(layer, activation=None) if activation is not None else contextlib.nullcontext():
-            said = tf.identity(original(*args, **kwargs))
-        noted.setdefault(replicas.identity(), []).append(Tap(layer, inputs, said, options))
-        return said if activation is None else activation(said)
-
-    return call
+@contextlib.contextmanager
+def dense():
+    """Note every call of a `Dense` layer, not of subclasses; yields `{replica: [Tap]}`."""
+    keras_internals.guard(keras.layers.Dense, "call", _call)
+    with _tapping(lambda layer: type(layer) is keras.layers.Dense) as noted:
+        yield noted
 
 
-def _noting_steps(layer, noted):
-    """The loop of a recurrent layer, with a zero added to what the gates say before their activation.
+@contextlib.contextmanager
+def hidden_states(noted=None):
+    """Note the output sequence of every recurrent layer, whole even where the layer returns only the last output.
+
+    Yields `{replica: [sequence]}`, each sequence `(batch, time, units)`; it is `noted`, where that is given.
+    """
+    for name in replaced.RECURRENT_LOOPS:
+        keras_internals.guard(*name, _inner_loop)
+    token = _sequences.set({} if noted is None else noted)
+    try:
+        yield _sequences.get()
+    finally:
+        _sequences.reset(token)
+
+
+@contextlib.contextmanager
+def _tapping(wants, noted=None):
+    opened = _Open(wants, {} if noted is None else noted)
+    token = _open.set((*_open.get(), opened))
+    try:
+        yield opened.noted
+    finally:
+        _open.reset(token)
+
+
+def _note(layer, *seen):
+    """Note one call in all open taps that want the layer."""
+    for tap in _taps_of(layer):
+        tap.noted.setdefault(replicas.identity(), []).append(Tap(layer, *seen))
+
+
+def _taps_of(layer):
+    return [tap for tap in _open.get() if tap.wants(layer)]
+
+
+def _call(original, layer, *args, **kwargs):
+    """The `call` of a layer, noted before the activation."""
+    if not _taps_of(layer):
+        return original(layer, *args, **kwargs)
+    options = dict(inspect.signature(original).bind(layer, *args, **kwargs).arguments)
+    _, inputs = (options.pop(name) for name in list(options)[:2])
+    activation = getattr(layer, "activation", None)
+    without = twin(layer) if activation is None else twin(layer, activation=None)
+    pre_activation = tf.identity(original(without, *args, **kwargs))
+    _note(layer, inputs, pre_activation, options)
+    return pre_activation if activation is None else activation(pre_activation)
+
+
+def _inner_loop(original, layer, sequences, initial_state, mask=None, training=False):
+    """The loop of a recurrent layer, with what open taps note of it."""
+    if _taps_of(layer):
+        last, sequence, states = _noted_loop(original, layer, sequences, initial_state, mask, training)
+    elif _sequences.get() is not None:
+        whole = twin(layer, return_sequences=True)
+        last, sequence, states = original(whole, sequences, initial_state, mask=mask, training=training)
+    else:
+        return original(layer, sequences, initial_state, mask=mask, training=training)
+    if _sequences.get() is not None:
+        noted = _sequences.get().setdefault(replicas.identity(), [])
+        if not any(sequence is other for other in noted):  # LSTM and GRU call the loop of RNN in theirs
+            noted.append(sequence)
+    return last, sequence, states
+
+
+def _noted_loop(original, layer, sequences, initial_state, mask, training):
+    """The loop with a zero added to the pre-activations of the gates.
 
     A tensor inside a loop cannot be differentiated in from outside. So the zeros of all steps come in beside the
     inputs, and the cell finds them in its bias.
     """
-    original, cell = layer.inner_loop, layer.cell
-
-    def inner_loop(sequences, initial_state, mask=None, training=False):
-        zeros = _recorded_zeros(sequences, cell)
-        seen = tf.concat([sequences, zeros], -1)
-        plain = {"return_sequences": True, "use_cudnn": False}
-        with overridden(layer, **plain), overridden(cell, call=_with_zeros(cell, sequences.shape[-1])):
-            last, states_of_steps, states = original(seen, initial_state, mask=mask, training=training)
-        before = _states_before(tf.nest.flatten(initial_state)[0], states_of_steps, layer.go_backwards)
-        if training:
-            sequences = _masked(sequences, cell.get_dropout_mask(sequences[:, 0]))
-            before = _masked(before, cell.get_recurrent_dropout_mask(before[:, 0]))
-        noted.setdefault(replicas.identity(), []).append(Tap(layer, (sequences, before), zeros, {}))
-        return last, states_of_steps, states
-
-    return inner_loop
+    cell = layer.cell
+    zeros = _recorded_zeros(sequences, cell)
+    stepping = twin(
+        layer, return_sequences=True, use_cudnn=False, cell=twin(cell, call=_with_zeros(cell, sequences.shape[-1]))
+    )
+    with_zeros = tf.concat([sequences, zeros], -1)
+    last, states_of_steps, states = original(stepping, with_zeros, initial_state, mask=mask, training=training)
+    before = _states_before(tf.nest.flatten(initial_state)[0], states_of_steps, layer.go_backwards)
+    if training:  # the layer has drawn the masks before its loop
+        sequences = _masked(sequences, cell.get_dropout_mask(sequences[:, 0]))
+        before = _masked(before, cell.get_recurrent_dropout_mask(before[:, 0]))
+    _note(layer, (sequences, before), zeros, {})
+    return last, states_of_steps, states
 
 
 def _with_zeros(cell, width):
     """The cell's `call` on inputs of this width with the zeros of a step behind them."""
-    original = cell.call
 
     def call(inputs, states, training=False):
         bias, zeros = cell.bias, inputs[..., width:]
@@ -125,8 +166,7 @@ def _with_zeros(cell, width):
         if bias is not None:
             bias = tf.cast(keras.ops.convert_to_tensor(bias), zeros.dtype)
             zeros += bias[:, tf.newaxis] if bias.shape.rank == 2 else bias
-        with overridden(cell, bias=zeros, use_bias=True):
-            return original(inputs[..., :width], states, training=training)
+        return twin(cell, bias=zeros, use_bias=True).call(inputs[..., :width], states, training=training)
 
     return call
 
@@ -151,45 +191,3 @@ def _states_before(first, states, backwards):
 
 def _masked(sequence, mask):
     return sequence if mask is None else sequence * mask[:, tf.newaxis]
-
-
-@contextlib.contextmanager
-def overridden(owner, **attributes):
-    """While open, an object has these attributes; past Keras' attribute tracking, which is locked by now."""
-    own = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
-    try:
-        for name, value in attributes.items():
-            object.__setattr__(owner, name, value)
-        yield
-    finally:
-        for name in attributes:
-            if name in own:
-                object.__setattr__(owner, name, own[name])
-            else:
-                object.__delattr__(owner, name)
-
-
-@contextlib.contextmanager
-def hidden_states(noted=None):
-    """Note the output sequence of every recurrent layer, whole even where only the last is returned.
-
-    Yields `{replica: [sequence]}`, each sequence `(batch, time, units)`; it is `noted`, where that is given.
-    """
-    noted = {} if noted is None else noted
-    with contextlib.ExitStack() as stack:
-        for cls in (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU):
-            stack.enter_context(replaced((cls, "inner_loop", _whole_sequence(cls.inner_loop, noted))))
-        yield noted
-
-
-def _whole_sequence(original, noted):
-    def inner_loop(layer, *args, **kwargs):
-        # LSTM and GRU call the RNN's own loop from theirs
-        with overridden(layer, return_sequences=True):
-            last, sequence, states = original(layer, *args, **kwargs)
-        sequences = noted.setdefault(replicas.identity(), [])
-        if not any(sequence is s for s in sequences):
-            sequences.append(sequence)
-        return last, sequence, states
-
-    return inner_loop

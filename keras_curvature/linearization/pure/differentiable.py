@@ -2,30 +2,38 @@
 
 * `tf.nn.moments`, under BatchNormalization, LayerNormalization and GroupNormalization, stops the gradient at
   the mean. First derivatives are still exact, and so are Gauss-Newton products, which are made of them; second
-  derivatives are 3% to 49% off. `differentiable_keras(twice=True)` puts the plain mean and variance in its place
+  derivatives are 3% to 49% off. `differentiable_keras(twice=True)` uses the plain mean and variance instead
   while a Hessian is traced.
 * Synchronized normalization takes sums over replicas that can be differentiated only in the call they were made in.
-* On a slice of a batch, losses and random numbers shall be those of the whole; see `slices.py`.
+* On a slice of a batch, losses and random numbers are those of the whole batch; see `slices.py`.
 
-The names that are replaced are private ones of Keras 3.15 and TensorFlow 2.21; `tests/test_keras_internals.py` checks
-that they are there.
+Each substitute below takes the original function first. It is installed once and acts only while this thread, or the
+caller of this replica, has `differentiable_keras` open; see `keras_internals/guards.py`.
 """
 
 import contextlib
 import contextvars
-import importlib
+import dataclasses
 
 import keras
 import tensorflow as tf
-from keras.src.backend.tensorflow import nn as keras_nn
-from keras.src.losses import loss as keras_loss
-from tensorflow.python.framework.func_graph import FuncGraph
 
-from keras_curvature import replicas
+from keras_curvature import keras_internals, replicas
+from keras_curvature.keras_internals import replaced
 from keras_curvature.linearization.pure import randomness, slices
 
-# `import ... as` would give the function of that name, which hides the module
-keras_rnn = importlib.import_module("keras.src.backend.tensorflow.rnn")
+
+@dataclasses.dataclass(frozen=True)
+class _Mode:
+    """What an open `differentiable_keras` was asked for."""
+
+    is_open: bool = False
+    twice: bool = False
+    products: bool = False
+
+
+_CLOSED = _Mode()
+_mode = contextvars.ContextVar("differentiable_keras", default=_CLOSED)
 
 
 def _plain_moments(x, axes, keepdims):
@@ -34,8 +42,14 @@ def _plain_moments(x, axes, keepdims):
     return (mean, variance) if keepdims else (tf.squeeze(mean, axes), tf.squeeze(variance, axes))
 
 
-def _synchronized_moments(x, axes, keepdims):
+def _moments(original, x, axes, keepdims):
+    return (_plain_moments if _mode.get().twice else original)(x, axes, keepdims)
+
+
+def _synchronized_moments(original, x, axes, keepdims):
     """Mean and variance over the slices of all replicas."""
+    if not _mode.get().is_open:
+        return original(x, axes, keepdims)
     place = slices.here()
     if place is None:
         return _plain_moments(x, axes, keepdims)
@@ -45,20 +59,23 @@ def _synchronized_moments(x, axes, keepdims):
     return (mean, variance) if keepdims else (tf.squeeze(mean, axes), tf.squeeze(variance, axes))
 
 
-_keras_max_pool = keras_nn.max_pool
+def _max_pool(original, inputs, pool_size, strides=None, padding="valid", data_format=None):
+    """Keras' max pooling; of images, and where windows do not overlap, with a gradient that is cheap to transpose.
 
-
-def _max_pool(inputs, pool_size, strides=None, padding="valid", data_format=None):
-    """Keras' max pooling; of images and without overlap, with a gradient whose transpose is cheap.
-
-    TensorFlow's `MaxPoolGradGrad`, of which forward mode is made, takes 2-5 times as long as a pass forward. Where
-    windows do not overlap, the tangent is a sum over windows of the tangents where the maximum was.
+    Forward mode uses TensorFlow's `MaxPoolGradGrad`, which takes 2-5 times as long as a forward pass. Where windows do
+    not overlap, the tangent is the sum over each window of the tangents at its maximum.
     """
+    if not _mode.get().products:
+        return original(inputs, pool_size, strides, padding, data_format)
     size = (pool_size,) * 2 if isinstance(pool_size, int) else tuple(pool_size)
     step = size if strides is None else (strides,) * 2 if isinstance(strides, int) else tuple(strides)
     last = (data_format or keras.config.image_data_format()) == "channels_last"
-    if not (last and inputs.shape.rank == 4 and size == step and padding == "valid"):
-        return _keras_max_pool(inputs, pool_size, strides, padding, data_format)
+    cut_up = last and inputs.shape.rank == 4 and size == step and padding == "valid"
+    return _pool(inputs, size) if cut_up else original(inputs, pool_size, strides, padding, data_format)
+
+
+def _pool(inputs, size):
+    """Max pooling of images by windows of this size, side by side."""
     window = {"ksize": [1, *size, 1], "strides": [1, *size, 1], "padding": "VALID"}
 
     @tf.custom_gradient
@@ -77,80 +94,96 @@ def _max_pool(inputs, pool_size, strides=None, padding="valid", data_format=None
     return pool(inputs)
 
 
-_keras_scale, _keras_unscale = keras_loss.scale_loss_for_distribution, keras_loss.unscale_loss_for_distribution
+def _cudnn_ok(original, *args, **kwargs):
+    return False if _mode.get().products else original(*args, **kwargs)
 
 
-def _scale(mean):
+def _scale(original, mean):
     """A mean over the examples, as Keras adds it to those of the other slices: times their share of the batch."""
-    place = slices.here()
-    return _keras_scale(mean) if place is None or not place.weighs_means or place.is_even else place.weigh(mean)
+    place = _uneven_place()
+    return original(mean) if place is None else place.weigh(mean)
 
 
-def _unscale(value):
+def _unscale(original, value):
     """The mean again, for the metric that shows it."""
-    place = slices.here()
-    if place is None or not place.weighs_means or place.is_even:
-        return _keras_unscale(value)
-    return tf.math.divide_no_nan(value, place.share(value.dtype))
+    place = _uneven_place()
+    return original(value) if place is None else tf.math.divide_no_nan(value, place.share(value.dtype))
 
 
-_along_data = contextvars.ContextVar("along_data", default=False)
-_control_dependencies = FuncGraph.control_dependencies
+def _uneven_place():
+    """The `Place` whose share of the batch weighs Keras' means; `None` where Keras' own scale is right."""
+    place = _place()
+    return None if place is None or not place.weighs_means or place.is_even else place
 
+
+def _by_rows(original, *args, **kwargs):
+    """One of TensorFlow's random generators, which draws the rows of the slice."""
+    place = _place()
+    return original(*args, **kwargs) if place is None else randomness.by_rows(original, place, *args, **kwargs)
+
+
+def _truncated_by_rows(original, *args, **kwargs):
+    """The generator whose numbers may each take many tries."""
+    tries = {} if _place() is None else {"tries": randomness.TRIES}
+    return _by_rows(original, *args, **kwargs, **tries)
+
+
+def _place():
+    """The `Place` of the slice that is evaluated; `None` where it is the whole batch, or nothing is linearized."""
+    return slices.here() if _mode.get().is_open else None
+
+
+_without_edges = contextvars.ContextVar("without_control_edges", default=False)
 
 @contextlib.contextmanager
 def without_control_edges():
-    """While open, this thread traces gradients along data alone.
+    """While open, this thread traces gradients without control edges.
 
     TensorFlow's gradients of `Square`, `SquaredDifference` and `Erf` (moments, GELU) hold back their factors until the
-    incoming gradient is there, to save memory. The pass that forward mode is made from has no value anybody needs,
-    but by these edges it would stay in the graph: a whole backward pass per product of a transformer.
+    incoming gradient is there, to save memory. The backward pass that forward mode is derived from has no value that
+    anybody needs. These edges would keep it in the graph: a whole backward pass per product of a transformer.
     """
-    token = _along_data.set(True)
+    keras_internals.guard(*replaced.CONTROL_DEPENDENCIES, _data_dependencies)
+    token = _without_edges.set(True)
     try:
         yield
     finally:
-        _along_data.reset(token)
+        _without_edges.reset(token)
 
 
-def _data_dependencies(graph, inputs):
-    if inputs is not None and _along_data.get():
+def _data_dependencies(original, graph, inputs):
+    if inputs is not None and _without_edges.get():
         return contextlib.nullcontext()
-    return _control_dependencies(graph, inputs)
+    return original(graph, inputs)
 
 
 @contextlib.contextmanager
-def replaced(*names):
-    """While open, each `(owner, name, value)` stands in its owner."""
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in names]
-    try:
-        for owner, name, value in names:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in originals:
-            setattr(owner, name, value)
-
-
 def differentiable_keras(twice=False, products=True):
     """While open, Keras computes what can be differentiated as often as a product needs, on any slice of a batch.
 
-    Max pooling gets a cheap forward mode; recurrent layers on a GPU run their loop and not cuDNN's kernel, whose
-    backward pass has no derivative; and, if `twice`, normalization has second derivatives. Gauss-Newton products are
-    of first order (a product with `J` and one with `J'`), and exact with Keras' own moments, whose gradient is the
-    cheaper one. On a slice of the batch, losses and random numbers are those of the whole; see `slices.py`. Without
-    `products`, for losses and gradients alone, recurrent layers and pooling stay as they are.
+    Max pooling gets a cheap forward mode. Recurrent layers on a GPU run their loop and not cuDNN's kernel, whose
+    backward pass has no derivative. If `twice`, normalization has second derivatives. Gauss-Newton products are of
+    first order (a product with `J` and one with `J'`), and exact with Keras' own moments, whose gradient is cheaper.
+    On a slice of the batch, losses and random numbers are those of the whole; see `slices.py`. Without `products`,
+    for losses and gradients alone, recurrent layers and pooling stay as they are.
 
-    Open it around the replicas and not inside one: the threads of a `MirroredStrategy` take turns, and the names
-    that are replaced here are shared by all of them.
+    Opened inside another one, it adds to what that one asks for.
     """
-    for_products = [(keras_nn, "max_pool", _max_pool), (keras_rnn, "cudnn_ok", lambda *args, **kwargs: False)]
-    return replaced(
-        (keras_nn, "_compute_moments", _plain_moments if twice else keras_nn._compute_moments),
-        (keras_nn, "_compute_moments_sync", _synchronized_moments),
-        *(for_products if products else []),
-        (keras_loss, "scale_loss_for_distribution", _scale),
-        (keras_loss, "unscale_loss_for_distribution", _unscale),
-        (FuncGraph, "control_dependencies", _data_dependencies),
-        *randomness.names(),
-    )
+    _install()
+    outer = _mode.get()
+    token = _mode.set(_Mode(True, twice or outer.twice, products or outer.products))
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def _install():
+    """Replace what is to be computed otherwise, once for all threads."""
+    for name, substitute in (
+        (replaced.MOMENTS, _moments), (replaced.SYNCHRONIZED_MOMENTS, _synchronized_moments),
+        (replaced.MAX_POOL, _max_pool), (replaced.CUDNN_OK, _cudnn_ok),
+        (replaced.SCALE_LOSS, _scale), (replaced.UNSCALE_LOSS, _unscale),
+        *[(name, _by_rows) for name in replaced.GENERATORS], (replaced.TRUNCATED_NORMAL, _truncated_by_rows),
+    ):  # fmt: skip
+        keras_internals.guard(*name, substitute)

@@ -5,6 +5,8 @@ one step of the counter makes `n` numbers (Philox: 128 bits). So the rows of a s
 draw them, without drawing the others: the counter is moved on, and the first few numbers are dropped where the slice
 begins amid a step. On the CPU, on a GPU and compiled by XLA for them, masks are bit for bit those of the whole batch.
 
+`by_rows` stands in for the generators while a model is linearized; see `differentiable.py`.
+
 This goes for tensors with a row, or as many rows, for each example, drawn by `tf.random.stateless_uniform` and
 `stateless_normal`, and so by `keras.random.uniform`, `normal`, `randint`, `dropout` and by Keras' layers; and, but for
 XLA, by `truncated_normal`. Tensors of other lengths are shared by the slices. The length of the first axis is all that
@@ -21,27 +23,15 @@ makes in an order that depends on the shape. What `gamma`, `beta`, `binomial` an
 import math
 
 import tensorflow as tf
-from tensorflow.python.ops import gen_stateless_random_ops_v2 as generators
 
 from keras_curvature import keras_internals
-from keras_curvature.linearization.pure import slices
 
 PHILOX = 1
 # Digits of the uniform numbers that are made of integers; all of a float32.
 DIGITS = 24
-# The functions that are replaced, and how many steps of the counter one group of numbers takes: of the truncated
-# normal distribution each number may take many tries.
-STEPS = {
-    "stateless_random_uniform_v2": lambda group: 1,
-    "stateless_random_uniform_int_v2": lambda group: 1,
-    "stateless_random_normal_v2": lambda group: 1,
-    "stateless_truncated_normal_v2": lambda group: 64 * group,
-}
-
-
-def names():
-    """`(module, name, function)` for all that is to be replaced while a model is evaluated on slices."""
-    return [(generators, name, _by_rows(getattr(generators, name), steps)) for name, steps in STEPS.items()]
+# Steps of the counter that TensorFlow leaves for one number of the truncated normal distribution, which may take many
+# tries. Of the others one step makes a group of numbers.
+TRIES = 64
 
 
 def uniform(shape, seed, dtype):
@@ -61,26 +51,29 @@ def normal(shape, seed, dtype):
     return tf.reshape(pairs[:size], shape)
 
 
-def _by_rows(original, steps):
-    """`original`, one of TensorFlow's generators, that draws the rows of the place where it is called."""
+def by_rows(original, place, shape, *, counter, alg, tries=None, **choices):
+    """Draw the rows of a place in the whole batch.
 
-    def draw(shape, *, counter, alg, **choices):
-        place = slices.here()
-        row = None if place is None else _numbers_per_example(shape, place.examples)
-        if row is None:
-            return original(shape, counter=counter, alg=alg, **choices)
-        group = 2 if tf.as_dtype(choices.get("dtype") or choices["minval"].dtype).size == 8 else 4
-        before = _wide(place.start) * row[0] * row[1]
-        choices |= {"counter": _moved(counter, before // group * steps(group)), "alg": PHILOX}
-        dropped = 0 if any(isinstance(r, int) and r % group == 0 for r in row) else before % group
-        # in a row, because under XLA the order of normal numbers depends on the shape
-        size = tf.reduce_prod(tf.cast(shape, tf.int64))
-        if isinstance(dropped, int) and dropped == 0:
-            return tf.reshape(original(size[tf.newaxis], **choices), shape)
-        numbers = original(size[tf.newaxis] + (group - 1), **choices)
-        return tf.reshape(tf.slice(numbers, tf.cast([dropped], tf.int64), [size]), shape)
-
-    return draw
+    Args:
+        original: One of TensorFlow's stateless generators.
+        place: A `Place`.
+        shape, counter, alg, choices: As the generator takes them.
+        tries: Steps of the counter for each number. Defaults to one step for each group of numbers.
+    """
+    row = _numbers_per_example(shape, place.examples)
+    if row is None:
+        return original(shape, counter=counter, alg=alg, **choices)
+    group = 2 if tf.as_dtype(choices.get("dtype") or choices["minval"].dtype).size == 8 else 4
+    before = _wide(place.start) * row[0] * row[1]
+    steps = 1 if tries is None else tries * group
+    choices |= {"counter": _moved(counter, before // group * steps), "alg": PHILOX}
+    dropped = 0 if any(isinstance(r, int) and r % group == 0 for r in row) else before % group
+    # in a row, because under XLA the order of normal numbers depends on the shape
+    size = tf.reduce_prod(tf.cast(shape, tf.int64))
+    if isinstance(dropped, int) and dropped == 0:
+        return tf.reshape(original(size[tf.newaxis], **choices), shape)
+    numbers = original(size[tf.newaxis] + (group - 1), **choices)
+    return tf.reshape(tf.slice(numbers, tf.cast([dropped], tf.int64), [size]), shape)
 
 
 def _numbers_per_example(shape, examples):

@@ -15,7 +15,6 @@ In training mode (`training=True`) batch statistics are those of each batch: the
 inference mode they are the moving ones, and it does not matter how the examples are cut.
 """
 
-import contextlib
 import copy
 import math
 
@@ -29,6 +28,7 @@ from keras_curvature.linearization.fisher import convexity, likelihoods
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.linearization.pure import functional
+from keras_curvature.linearization.pure.precision import without_half_precision
 from keras_curvature.monitor.objective import reading
 
 PRODUCTS = {
@@ -211,7 +211,7 @@ class Objective:
         if key not in self._functions:
 
             def on_batch(batch, seeds, args):
-                with _full_precision(self.model):
+                with without_half_precision():
                     needs = Needs(products=True, hessian=self.kind == "hessian")
                     lin = Linearization(
                         self.model, *self._packed(batch), needs=needs, training=self.training, seeds=seeds
@@ -313,17 +313,3 @@ def _reductions(model):
 
 def _flat(batch):
     return [a for a in keras.tree.flatten(batch) if a is not None]
-
-
-@contextlib.contextmanager
-def _full_precision(model):
-    """While open, layers that keep float32 weights and compute in half precision compute in float32."""
-    layers = [layer for layer in model._flatten_layers() if layer.variable_dtype == "float32"]
-    policies = [(layer, layer._dtype_policy) for layer in layers if layer.compute_dtype in ("float16", "bfloat16")]
-    try:
-        for layer, _ in policies:
-            layer._dtype_policy = keras.DTypePolicy("float32")
-        yield
-    finally:
-        for layer, policy in policies:
-            layer._dtype_policy = policy
