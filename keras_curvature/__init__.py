@@ -5,6 +5,7 @@ from keras_curvature.linearization import Linearization, Needs
 from keras_curvature.monitor.operator import curvature
 from keras_curvature.monitor.report.landscape import landscape
 from keras_curvature.monitor.report.reporting import report
+from keras_curvature.monitor.stability import stability
 from keras_curvature.operators import Identity, LinearOperator
 from keras_curvature.optimizers import *  # noqa: F403
 from keras_curvature.solvers import (
@@ -43,4 +44,5 @@ __all__ = [
     "operators",
     "problems",
     "report",
+    "stability",
 ]

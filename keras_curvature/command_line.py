@@ -11,8 +11,8 @@ import numpy as np
 
 import keras_curvature.optimizers  # noqa: F401
 import keras_curvature.training.models  # noqa: F401, what a saved model may consist of
+from keras_curvature.monitor.objective.kinds import KINDS
 from keras_curvature.monitor.report.reporting import report
-from keras_curvature.monitor.report.table import KINDS
 from keras_curvature.problems import data
 
 DATA = ("cifar10", "digits", "mnist")

@@ -4,6 +4,7 @@ The dense matrices are those of `test_objective.py`, which holds them against cl
 """
 
 import functools
+import itertools
 
 import keras
 import numpy as np
@@ -23,8 +24,9 @@ from test_objective import (
 )
 
 from keras_curvature import trees
-from keras_curvature.monitor.objective.objective import PRODUCTS
+from keras_curvature.monitor.objective.kinds import KINDS
 from keras_curvature.monitor.operator import Curvature, curvature
+from keras_curvature.monitor.spectra import traces
 from keras_curvature.operators import Diagonal, Function, Masked, dense
 
 SPLITS = np.cumsum([12, 4, 12, 3, 9])  # where one of the weights of the network ends, and the next one begins
@@ -108,11 +110,15 @@ def test_traces(hessian_of_network, ggn_of_network):
     for c, matrix in (hessian_of_network, ggn_of_network):
         # of as many vectors as there are weights, XTrace is exact
         assert c.trace(2 * 43).value == pytest.approx(np.trace(matrix), rel=1e-10)
-        by_layer = c.trace(100, by_layer=True)
+        by_layer = traces.hutchinson(c, c.variables, 100, parts=c.layers)[1]
         assert list(by_layer) == ["first", "dense", "last"]
         for estimate, begin, end in zip(by_layer.values(), starts, starts[1:]):
             assert abs(estimate.value - np.trace(matrix[begin:end, begin:end])) < 4 * estimate.stderr
             assert 0 < estimate.stderr < 0.2 * np.trace(matrix)
+        for found, (begin, end) in zip(c.trace(43, by_layer=True).values(), itertools.pairwise(starts)):
+            # a product for each of the 43 weights: nothing is estimated
+            assert found.value == pytest.approx(np.trace(matrix[begin:end, begin:end]), rel=1e-10)
+            assert found.stderr == 0 and found.products == 43
         # without what is known already, less is left to estimate
         deflated, plain = c.trace(11, pairs=c.top(12, tolerance=1e-6)), c.trace(11)
         assert abs(deflated.value - np.trace(matrix)) < 5 * deflated.stderr
@@ -122,7 +128,7 @@ def test_traces(hessian_of_network, ggn_of_network):
 def test_traces_by_labels_are_much_the_closest_of_layers(ggn_of_network):
     c, G = ggn_of_network
     found, whole = c.trace(100, by_layer=True, labels=True), c.trace(100, labels=True)
-    products = c.trace(100, by_layer=True)
+    products = c.trace(42, by_layer=True)
     for (name, estimate), begin, end in zip(found.items(), (0, 16, 31), (16, 31, 43)):
         assert abs(estimate.value - np.trace(G[begin:end, begin:end])) < 4 * estimate.stderr
         assert estimate.stderr < products[name].stderr / 2
@@ -149,12 +155,19 @@ def test_what_is_passed_on(hessian_of_network):
 
 def test_diagonal_and_density(hessian_of_network):
     c, H = hessian_of_network
-    (entries, stderr), values = c.diagonal(100, stderr=True), np.linalg.eigvalsh(H)
+    (entries, stderr), values = c.diagonal(42, stderr=True), np.linalg.eigvalsh(H)
     assert (np.abs(flat(entries) - np.diag(H)) < 5 * flat(stderr)).all()
-    np.testing.assert_array_equal(flat(c.diagonal(100)), flat(entries))
-    found = c.density(vectors=2, steps=43)
+    np.testing.assert_array_equal(flat(c.diagonal(42)), flat(entries))
+    found = c.density(vectors=2, steps=42)
     assert found.nodes.min() == pytest.approx(values[0], rel=1e-6)
     assert found.nodes.max() == pytest.approx(values[-1], rel=1e-6)
+    # with a product for each weight, nothing is estimated
+    (entries, stderr), found = c.diagonal(43, stderr=True), c.density(vectors=2, steps=43)
+    np.testing.assert_allclose(flat(entries), np.diag(H), atol=1e-12)
+    assert not flat(stderr).any()
+    np.testing.assert_allclose(found.nodes, values[np.newaxis], atol=1e-12)
+    share = np.maximum(-values, 0).sum() / np.abs(values).sum()
+    assert found.products == 43 and str(found.negative) == f"{share:.4g} ± 0"
 
 
 # Blocks.
@@ -372,7 +385,7 @@ def test_errors_of_methods(ggn_of_network):
         "`by_layer` must be True or False": lambda: c.trace(10, by_layer="first"),
         "`labels` must be True or False": lambda: c.trace(10, labels="all"),
         "`pairs` must be left out where": lambda: c.trace(10, pairs=c.top(1), labels=True),
-        "`Curvature.noise` is of the gradient of all layers": lambda: c.block("first").noise(),
+        "`Curvature.noise` is defined for the gradient of all layers": lambda: c.block("first").noise(),
     }
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -409,7 +422,7 @@ def test_a_bar_counts_the_products(network, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("kind", PRODUCTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_but_the_hessian_is_positive_semi_definite(network, kind):
     c = curvature(*network, kind)
     lowest = np.linalg.eigvalsh(dense(c, c.variables).numpy())[0]

@@ -15,14 +15,12 @@ import tensorflow as tf
 from cases import LOSSES, MODELS, flat, float64, put
 
 from keras_curvature.monitor.noise import noise as noise_module
-from keras_curvature.monitor.noise.noise import (
-    Noise,
-    NoiseAverage,
-    noise,
-    two_batch_sizes,
-)
+from keras_curvature.monitor.noise import parts as noise_parts
+from keras_curvature.monitor.noise.average import NoiseAverage, two_batch_sizes
+from keras_curvature.monitor.noise.noise import Noise, noise
 from keras_curvature.monitor.objective.objective import Objective
 from keras_curvature.monitor.operator import curvature
+from keras_curvature.monitor.spectra import traces
 from keras_curvature.monitor.spectra.label_traces import LayerTraces, layer_traces
 
 ROWS = 48
@@ -381,7 +379,8 @@ def test_traces_through_batch_statistics_are_without_bias(batch_size):
     expected = np.mean([gauss_newton_traces(model, x[i : i + size]) for i in range(0, 16, size)], 0)
     assert np.all(np.abs(found.values - expected) < 4 * found.stderr + 1e-14)
     assert found.stderr.sum() < 0.15 * expected.sum()
-    by_products = curvature(model, (x, y), "ggn", training=True, batch_size=batch_size).trace(60, by_layer=True)
+    c = curvature(model, (x, y), "ggn", training=True, batch_size=batch_size)
+    by_products = traces.hutchinson(c, c.variables, 60, parts=c.layers)[1]
     for estimate, exact in zip(by_products.values(), np.split(expected, [2, 4, 6])):
         assert abs(estimate.value - exact.sum()) < 4 * estimate.stderr
     # normalization takes the bias out that is before it
@@ -442,7 +441,7 @@ def test_arguments_that_are_refused(objective):
 def test_gradients_that_do_not_fit_into_memory_are_refused_with_the_bytes(objective, monkeypatch):
     """16 gradients and two products, of 8 bytes for each weight."""
     size = sum(v.shape.num_elements() for v in objective.variables)
-    monkeypatch.setattr(noise_module, "MEMORY", 10.5 * 8 * size)
+    monkeypatch.setattr(noise_parts, "MEMORY", 10.5 * 8 * size)
     with pytest.raises(ValueError, match=rf"16 parts need {18 * 8 * size / 1e9:.3g} GB .*Pass `parts=8` or fewer"):
         noise(objective)
     assert noise(objective, parts=8, curvature=False).examples == ROWS

@@ -17,8 +17,9 @@ from keras_curvature import replicas
 from keras_curvature.linearization.fisher import convexity, likelihoods
 from keras_curvature.linearization.pure import functional
 from keras_curvature.monitor.objective import reading
+from keras_curvature.monitor.objective.kinds import KINDS
 from keras_curvature.monitor.objective.layers import layers_of
-from keras_curvature.monitor.objective.objective import PRODUCTS, Objective
+from keras_curvature.monitor.objective.objective import Objective
 from keras_curvature.monitor.operator import curvature
 from keras_curvature.operators import Function, dense
 
@@ -419,7 +420,7 @@ def _has(kind, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", PRODUCTS)
+@pytest.mark.parametrize("kind", KINDS)
 # a sum takes equal batches, and a masked loss is the mean of the batches' means
 @pytest.mark.parametrize("name", [name for name in [*MODELS, *LOSSES] if name not in ("mse_sum", "masked_outputs")])
 def test_ragged_batches_make_up_every_kind_of_the_whole(name, kind):
@@ -541,8 +542,8 @@ ERRORS = {
     "examples": (lambda: (_linear(), DATA), {"examples": 0}, r"`examples` must be an integer >= 1"),
     "batch_size": (lambda: (_linear(), DATA), {"batch_size": 2.0}, r"`batch_size` must be an integer >= 1"),
     "seed": (lambda: (_linear(), DATA), {"seed": -1}, r"`seed` must be an integer >= 0"),
-    "empty": (lambda: (_linear(), (DATA[0][:0], DATA[1][:0])), {}, r"`data` must hold.*one at least.*\(0, 3\)"),
-    "lengths": (lambda: (_linear(), (DATA[0], DATA[1][:4])), {}, r"same number in all.*\(10, 3\), \(4, 2\)"),
+    "empty": (lambda: (_linear(), (DATA[0][:0], DATA[1][:0])), {}, r"`data` must hold.*at least one.*\(0, 3\)"),
+    "lengths": (lambda: (_linear(), (DATA[0], DATA[1][:4])), {}, r"equally many in all.*\(10, 3\), \(4, 2\)"),
     "shape": (lambda: (_linear(), (DATA[0][:, :2], DATA[1])), {}, r"`data` must hold inputs.*None, 3.*\(10, 2\)"),
     "targets": (
         lambda: (_linear(), (DATA[0], DATA[1][:, :1])), {}, r"targets of shape \(None, 2\).*loss mse.*\(10, 1\)",
@@ -553,12 +554,12 @@ ERRORS = {
     "no targets": (lambda: (_linear(), DATA[0]), {}, r"`data` must hold targets.*Received: inputs alone"),
     "generator": (lambda: (_linear(), (batch for batch in [DATA])), {}, r"`data` must be arrays `\(x, y\)`, a"),
     "no batch": (
-        lambda: (_linear(), tf.data.Dataset.from_tensor_slices(DATA).batch(4).take(0)), {}, r"one batch at least",
+        lambda: (_linear(), tf.data.Dataset.from_tensor_slices(DATA).batch(4).take(0)), {}, r"at least one batch",
     ),
     "endless": (
         lambda: (_linear(), tf.data.Dataset.from_tensor_slices(DATA).batch(4).repeat()), {}, r"given with `examples=`",
     ),
-    "not finite": (lambda: (_linear(), (DATA[0] * np.inf, DATA[1])), {}, r"loss of the probe set is (nan|inf)"),
+    "not finite": (lambda: (_linear(), (DATA[0] * np.inf, DATA[1])), {}, r"loss on these examples is (nan|inf)"),
     "not convex": (
         lambda: (_linear("cosine_similarity"), DATA), {"kind": "ggn"},
         r"`kind='ggn'` needs a loss that is convex in the outputs; `cosine_similarity` is not known to be. Use kind=",

@@ -10,8 +10,9 @@ import tensorflow as tf
 from cases import flat, float64
 
 from keras_curvature import problems
-from keras_curvature.monitor.noise.noise import NoiseAverage
-from keras_curvature.monitor.objective.objective import PRODUCTS, Objective
+from keras_curvature.monitor.noise.average import NoiseAverage
+from keras_curvature.monitor.objective.kinds import KINDS
+from keras_curvature.monitor.objective.objective import Objective
 from keras_curvature.monitor.operator import curvature
 from keras_curvature.monitor.report.landscape import landscape
 from keras_curvature.operators import Function
@@ -197,7 +198,7 @@ def _over_the_whole(objective, value, vector):
     """The mean largest eigenvalue of the batches over that of the whole, `value`; checks the quotients."""
     found, quotients = [], []
     for i in range(objective.batches):
-        hessian = Function(lambda v, i=i: objective.on_batch(i, "hessian", PRODUCTS["hessian"], v))
+        hessian = Function(lambda v, i=i: objective.on_batch(i, "hessian", KINDS["hessian"].product, v))
         found.append(extremes(hessian, vector, 12, start=vector)[0].values[0])
         quotients.append(flat(vector) @ flat(hessian @ vector))
     np.testing.assert_allclose(np.mean(quotients), value, rtol=1e-4)

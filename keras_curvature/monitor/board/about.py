@@ -2,7 +2,7 @@
 
 from keras_curvature import trees
 from keras_curvature.monitor.board import layout
-from keras_curvature.monitor.report.table import KINDS
+from keras_curvature.monitor.objective.kinds import KINDS
 
 
 def words(panels, data, budget, measurements, dropped, tags):
@@ -22,7 +22,7 @@ def words(panels, data, budget, measurements, dropped, tags):
 
 def _what(panels, data, dropped):
     measured = panels.measured.objective
-    matrix = KINDS[measured.kind] + ("" if measured.kind == "hessian" else " matrix")
+    matrix = KINDS[measured.kind].title + ("" if measured.kind == "hessian" else " matrix")
     failed = f" Left out, as it failed: {', '.join(dropped)}." if dropped else ""
     return (
         f"**Measured**: the {matrix} of the loss of `{measured.model.name}`, which has "

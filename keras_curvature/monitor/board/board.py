@@ -20,7 +20,8 @@ from keras_curvature.monitor.board.panels import (
     NotFinite,
     Panels,
 )
-from keras_curvature.monitor.objective.objective import PRODUCTS, mixes_examples
+from keras_curvature.monitor.objective import kinds
+from keras_curvature.monitor.objective.objective import mixes_examples
 from keras_curvature.monitor.operator import Curvature, curvature
 from keras_curvature.monitor.report.drawing import png
 from keras_curvature.monitor.report.measure import measure
@@ -91,7 +92,7 @@ class CurvatureBoard(keras.callbacks.Callback):
         check(self, "log_dir", log_dir, bool(log_dir) and isinstance(log_dir, (str, os.PathLike)), "a path")
         check_number(self, "budget", budget, low=0, high=1, open_high=True)
         check_count(self, "examples", examples)
-        check(self, "kind", kind, kind in PRODUCTS, f"one of {', '.join(map(repr, PRODUCTS))}")
+        check(self, "kind", kind, kind in kinds.KINDS, kinds.EXPECTED)
         check(self, "report_at", report_at, report_at in ("end", "epoch", None), '"end", "epoch" or None')
         layout.check_tensorboard(self)
         self.log_dir, self.data, self.budget, self.examples = os.fspath(log_dir), data, budget, examples

@@ -1,1 +1,1 @@
-"""The noise of the gradient: its scale on fixed examples, and averaged over training steps."""
+"""The noise of the gradient: its scale on fixed examples, and its average over training steps."""

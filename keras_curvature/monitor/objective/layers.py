@@ -1,24 +1,25 @@
-"""Which weights belong to which layer, by the names that a user knows the layers by."""
+"""Which weights belong to which layer, under the names that a user knows, and how layers are chosen by name."""
 
 import collections
 import itertools
+import re
 
 import keras
 
 
 def layers_of(model):
-    """`{name: [indices]}`: for each layer with trainable weights their places among the trainable variables.
+    """`{name: [indices]}`: the places of each layer's weights among the trainable variables.
 
-    Layers are those of the model and of the models in it, in the order of their first weight; what a layer is made of
-    (the projections of attention, the cell of a recurrent layer) is part of it. A name that several layers have gets
-    the names of their models put before it, `"encoder/dense"`, and where that is not enough a number after it,
-    `"dense_2"`. Weights of no layer have the model's name. Every weight is in one layer.
+    Layers are those of the model and of the models in it, in the order of their first weight. Parts of a layer (the
+    projections of attention, the cell of a recurrent layer) count to the layer. Where several layers share a name, the
+    names of their models come before it, `"encoder/dense"`, and where that is not enough a number follows, `"dense_2"`.
+    Weights outside all layers get the model's name. Every weight is in exactly one layer.
     """
     places = {id(v): i for i, v in enumerate(model.trainable_variables)}
     found, taken = [], set()
     for path, layer in [*_leaves(model, ()), ((model.name,), model)]:
         own = [places[id(v)] for v in layer.trainable_variables if id(v) in places]
-        own = [i for i in own if i not in taken]  # shared by two layers, they are the first one's
+        own = [i for i in own if i not in taken]  # weights shared by two layers count to the first
         taken |= set(own)
         if own:
             found.append((path, sorted(own)))
@@ -28,8 +29,31 @@ def layers_of(model):
     return dict(zip(_numbered(names), [own for _, own in found], strict=True))
 
 
+def chosen(layers, known, argument="layers"):
+    """The entries of `known`, `{name: indices}`, that names or regular expressions match.
+
+    Raises:
+        ValueError: An expression matches no layer; the message lists the layers.
+    """
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    for pattern in patterns:
+        if not any(_matches(pattern, name) for name in known):
+            raise ValueError(
+                f"`{argument}`: {pattern!r} matches no layer with trainable weights. The layers are: "
+                f"{', '.join(map(repr, known))}"
+            )
+    return {name: own for name, own in known.items() if any(_matches(pattern, name) for pattern in patterns)}
+
+
+def _matches(pattern, name):
+    try:
+        return pattern == name or re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False  # no regular expression, so a name that does not exist
+
+
 def _numbered(names):
-    """Names of which no two are equal: the second of a name gets `_2` or the first number that is free."""
+    """Unique names: the second of a name gets `_2` or the first free number."""
     seen, taken = set(), set(names)
     for name in names:
         numbered = (f"{name}_{k}" for k in itertools.count(2))
@@ -40,12 +64,11 @@ def _numbered(names):
 
 
 def _leaves(model, path):
-    """`(path, layer)` for the layers of a model that are no models."""
+    """`(path, layer)` for the layers of a model that are not models."""
     for layer in model.layers:
         below = (*path, layer.name)
         if isinstance(layer, keras.Model):
             yield from _leaves(layer, below)
-            # weights of its own, that none of its layers has
-            yield below, layer
+            yield below, layer  # for weights of its own that none of its layers has
         else:
             yield below, layer

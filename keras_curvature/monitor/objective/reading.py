@@ -1,7 +1,7 @@
-"""A probe set: examples that are kept as tensors, so that what is measured on them does not move.
+"""Read examples once and keep them as tensors, so that everything is measured on the same data.
 
-An operator that reads its data anew for every product is another operator every time: shuffled or augmented data give
-Ritz values with tiny residuals that are 20-30 % off. So the data are read once, in their order, and kept.
+An operator that rereads shuffled or augmented data for every product changes between products: its Ritz values are
+20-30 % off although their residuals are tiny. So data are read once, in their order, and kept.
 """
 
 import itertools
@@ -12,30 +12,29 @@ import numpy as np
 import tensorflow as tf
 
 from keras_curvature.component import check
-from keras_curvature.linearization.fisher.convexity import name_of
 from keras_curvature.linearization.pure import slices
 
-# Batches of arrays, where nobody says how large: all examples up to the first number, else at most the second; and of
-# large examples (28 images of 224 x 224) no more bytes than the third, because activations are many times that.
+# Default batches of arrays: all examples up to WHOLE, else at most PART; of large examples at most BYTES (28 images of
+# 224 x 224), because activations take many times the inputs' memory.
 WHOLE, PART, BYTES = 1024, 512, 2**24
-MEMORY = 8e9  # most bytes of a probe set
+MEMORY = 8e9  # most bytes of examples
 
 
 def batches(owner, data, examples, batch_size, dtype):
-    """The probe set of some data, a list of `(x, y, sample_weight)`, nests of tensors in the host's memory.
+    """Read data into a list of `(x, y, sample_weight)`, nests of tensors in the host's memory.
 
     Args:
-        owner: Whose argument `data` is, for messages.
+        owner: The class or function to name in messages.
         data: `(x, y)`, `(x, y, sample_weight)` or `x`, nests of arrays or tensors; or a `tf.data.Dataset` or
             `keras.utils.PyDataset` of batches of these.
-        examples: The first that many, an integer, or `None` for all.
-        batch_size: An integer, of which the last batch has what is left; `None`: the batches of a data set as they are,
-            and of arrays all examples at once or, where these are more than 1024 or 16 MB of inputs, parts of at most
-            512 and 16 MB, equal ones where the number of examples allows.
-        dtype: Floating numbers of NumPy become this.
+        examples: Use the first so many, an integer, or `None` for all.
+        batch_size: An integer; the last batch has the rest. `None` keeps the batches of a data set. Of arrays it takes
+            all examples at once or, above 1024 examples or 16 MB of inputs, parts of at most 512 examples and 16 MB,
+            equal parts where the number of examples allows.
+        dtype: NumPy's floating numbers become this.
 
     Raises:
-        ValueError: `data` are none of these; they need more than 8 GB.
+        ValueError: `data` have another form, or need more than 8 GB.
     """
     if isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
         known = _of_dataset(owner, data, examples)
@@ -47,13 +46,13 @@ def batches(owner, data, examples, batch_size, dtype):
     # a batch is copied to the accelerator when it is used
     with tf.device("CPU:0"):
         read = _first(owner, (_arrays(owner, batch) for batch in known), examples, dtype)
-        check(owner, "data", data, len(read) > 0, "a data set of one batch at least")
+        check(owner, "data", data, len(read) > 0, "a data set with at least one batch")
         read = read if batch_size is None else _cut(owner, read, batch_size, dtype)
         return [_tensors(batch, dtype) for batch in read]
 
 
 def is_finite(read):
-    """Whether all floating numbers of some batches are finite."""
+    """Whether all floating numbers in the batches are finite."""
     parts = [getattr(a, "flat_values", getattr(a, "values", a)) for a in keras.tree.flatten(read) if a is not None]
     with tf.device("CPU:0"):
         return all(bool(tf.reduce_all(tf.math.is_finite(part))) for part in parts if part.dtype.is_floating)
@@ -65,11 +64,11 @@ def count(batch):
 
 
 def size_for(rows, bytes_each=1):
-    """The batch size for so many examples: all of them, or the largest that is not too large and leaves no rest."""
+    """The default batch size: all examples, or the largest allowed size that leaves no rest."""
     most = max(1, BYTES // bytes_each)
     if rows <= min(WHOLE, most):
         return rows
-    # a rest is a batch of another shape, for which everything is traced once more
+    # a rest is a batch of another shape, for which everything is traced again
     most = min(PART, most)
     even = max(size for size in range(1, most + 1) if rows % size == 0)
     return even if even > most // 2 else -(-rows // -(-rows // most))
@@ -87,7 +86,7 @@ def _of_dataset(owner, data, examples):
 
 
 def _arrays(owner, batch):
-    """`(x, y, sample_weight)` of a batch in one of Keras' forms, of tensors and NumPy's arrays as they are."""
+    """`(x, y, sample_weight)` of a batch in one of Keras' forms; tensors and NumPy arrays stay as they are."""
 
     def array(a):
         return a if a is None or tf.is_tensor(a) else np.asarray(a)
@@ -98,14 +97,14 @@ def _arrays(owner, batch):
     equal = all(shapes) and len({shape[0] for shape in shapes}) == 1
     if not equal or shapes[0][0] == 0:
         raise ValueError(
-            f"`{owner.__name__}`: `data` must hold arrays with a row for each example, the same number in all, and one "
-            f"at least. Received: arrays of shapes {', '.join(map(str, shapes)) or None}"
+            f"`{owner.__name__}`: `data` must hold arrays with one row per example: equally many in all, at least "
+            f"one. Received: arrays of shapes {', '.join(map(str, shapes)) or None}"
         )
     return made
 
 
 def _tensors(batch, dtype):
-    """A batch of tensors."""
+    """Convert a batch to tensors."""
 
     def tensor(a):
         if a is None or tf.is_tensor(a):
@@ -116,7 +115,7 @@ def _tensors(batch, dtype):
 
 
 def _first(owner, read, examples, dtype):
-    """The first `examples` of some batches."""
+    """The batches up to the first `examples` examples."""
     found, taken, left = [], 0, float("inf") if examples is None else examples
     for batch in read:
         found.append(batch if count(batch) <= left else _rows(batch, 0, int(left)))
@@ -136,7 +135,7 @@ def _check_memory(owner, taken, examples):
 
 
 def _cut(owner, read, size, dtype):
-    """Batches of a size; 0 for what suits the number of examples."""
+    """Cut examples into batches of a size; 0 chooses one by `size_for`."""
     whole = read[0] if len(read) == 1 else keras.tree.map_structure(lambda *parts: _joined(owner, parts), *read)
     rows = count(whole)
     size = size or size_for(rows, _bytes(whole[0], dtype) // rows or 1)
@@ -146,7 +145,7 @@ def _cut(owner, read, size, dtype):
 
 
 def _rows(batch, start, length):
-    """Rows `start .. start + length`; of NumPy's arrays a view."""
+    """Rows `start .. start + length`; a view of a NumPy array."""
 
     def cut(a):
         return a[start : start + length] if isinstance(a, np.ndarray) else slices.rows(a, start, length)
@@ -155,7 +154,7 @@ def _rows(batch, start, length):
 
 
 def _bytes(arrays, dtype):
-    """Bytes of the dense tensors that a nest of arrays becomes."""
+    """Bytes of a nest of arrays as dense tensors."""
     dense = [a for a in keras.tree.flatten(arrays) if isinstance(a, (tf.Tensor, np.ndarray))]
     return sum(math.prod(a.shape) * _itemsize(a.dtype, dtype) for a in dense)
 
@@ -168,56 +167,8 @@ def _joined(owner, parts):
     shapes = {tuple(part.shape[1:]) for part in parts if part is not None}
     if len(shapes) > 1:
         raise ValueError(
-            f"`{owner.__name__}`: `batch_size` needs examples of one shape, to be put into other batches. Received: "
-            f"`data` with examples of shapes {sorted(shapes)[:4]}. Leave `batch_size` out, and the batches of the data "
-            "set stay as they are."
+            f"`{owner.__name__}`: `batch_size` needs examples of one shape. Received: `data` with examples of "
+            f"shapes {sorted(shapes)[:4]}. Leave `batch_size` out to keep the batches of the data set."
         )
     join = np.concatenate if isinstance(parts[0], np.ndarray) else tf.concat
     return None if parts[0] is None else join(parts, 0)
-
-
-def check_inputs(owner, model, x):
-    """Refuse inputs of another shape than a model of known inputs takes."""
-    inputs, given = getattr(model, "inputs", None), keras.tree.flatten(x)
-    if not inputs or (isinstance(x, dict) and len(given) >= len(inputs)):
-        return  # a dict may hold more than the model takes, and is matched by names
-    takes, got = [tuple(i.shape) for i in inputs], [tuple(a.shape) for a in given]
-    if len(takes) != len(got) or not all(map(_takes, takes, got)):
-        raise ValueError(
-            f"`{owner.__name__}`: `data` must hold inputs of the shape that the model {model.name!r} takes: "
-            f"{', '.join(map(str, takes))}. Received: inputs of shape {', '.join(map(str, got))}"
-        )
-
-
-def check_targets(owner, model, y):
-    """Refuse targets of another shape than one of Keras' losses takes, for a model with one output of known shape."""
-    if type(model).compute_loss is not keras.Model.compute_loss or model.loss is None:
-        return  # a loss of its own
-    if y is None:
-        raise ValueError(
-            f"`{owner.__name__}`: `data` must hold targets for the loss of the model {model.name!r}, as `(x, y)`. "
-            "Received: inputs alone"
-        )
-    outputs = getattr(model, "outputs", None) or []
-    if len(outputs) != 1 or not tf.is_tensor(y) or not _is_of_keras(model.loss):
-        return
-    says, got = tuple(outputs[0].shape), tuple(y.shape)
-    takes = says[:-1] if "sparse" in name_of(model.loss).lower() else says
-    if not (_takes(takes, got) or (len(got) == len(takes) + 1 and got[-1] == 1 and _takes(takes, got[:-1]))):
-        raise ValueError(
-            f"`{owner.__name__}`: `data` must hold targets of shape {takes}, for the loss {name_of(model.loss)} of the "
-            f"model {model.name!r}, whose outputs have the shape {says}. Received: targets of shape {got}"
-        )
-
-
-def _is_of_keras(loss):
-    """Whether it is one of Keras' losses that compare outputs and targets entry by entry, or class by class."""
-    of = type(loss) if isinstance(loss, keras.losses.Loss) else loss
-    known = isinstance(loss, str) or getattr(of, "__module__", "").startswith("keras.")
-    return known and name_of(loss).lower().replace("_", "") not in ("ctc", "categoricalgeneralizedcrossentropy")
-
-
-def _takes(shape, got):
-    # Keras gives what has one number for each example an axis
-    got = (*got, 1) if len(got) == len(shape) - 1 and shape[-1] == 1 else got
-    return len(shape) == len(got) and all(a is None or a == b for a, b in zip(shape, got))

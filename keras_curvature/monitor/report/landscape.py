@@ -183,7 +183,14 @@ def _direction(name, directions, measured, seed):
         return downhill(measured.top(1).vectors[0], measured.gradient)
     if name == "gradient":
         return _unit(measured.gradient)
-    return filter_normalized(measured.objective.model, seed, number=int(name != "random"))
+    found = filter_normalized(measured.objective.model, seed, number=int(name != "random"))
+    if not float(trees.norm(found)):
+        raise ValueError(
+            "`landscape`: a random direction moves filters, and the trainable weights have none (or all are zero): "
+            f"biases, scales and shifts stay. Received: directions with 'random' for the model "
+            f"{measured.objective.model.name!r}. Use directions='sharpest', or pass vectors."
+        )
+    return found
 
 
 def downhill(vector, gradient):
@@ -193,7 +200,11 @@ def downhill(vector, gradient):
 
 def _unit(vector):
     length = math.sqrt(_dot(vector, vector))
-    return trees.scale(1.0 / length if length > 0 else 1.0, vector)
+    if not length:
+        raise ValueError(
+            "`landscape`: the gradient is zero at these weights and has no direction. Use directions='sharpest+random'."
+        )
+    return trees.scale(1.0 / length, vector)
 
 
 def filter_normalized(model, seed=0, number=0):

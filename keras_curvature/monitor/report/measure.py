@@ -170,8 +170,7 @@ def _density(asked):
 def _trace(asked):
     """The trace without the pairs found, which are exact, by random vectors; the same give the layers' parts."""
     like, layers = asked.objective.weights, asked.measured.layers
-    found = traces.deflated(asked.measured, like, asked.known, TRACE_PRODUCTS, asked.objective.seed, parts=layers)
-    trace, parts = found
+    trace, parts = traces.trace(asked.measured, like, TRACE_PRODUCTS, asked.objective.seed, asked.known, layers)
     asked.products += trace.products
     whole = sum(abs(float(part.value)) for part in parts.values())
     asked.layers = {name: _layer(asked, name, part, whole) for name, part in parts.items()}
@@ -222,6 +221,8 @@ def _scale(noise, name):
 def _landscape(asked):
     sharpest = downhill(asked.top.vectors[0], asked.gradient)
     lines = {"sharpest": sharpest, "random": filter_normalized(asked.objective.model, asked.objective.seed)}
+    if not _norm(lines["random"]):  # no filter that it could move
+        del lines["random"]
     drawn = slices(asked.measured, lines, [(name,) for name in lines], POINTS)
     asked.products += len(lines)
     losses, models = ({name: _list(v) for name, v in values.items()} for values in (drawn.loss, drawn.quadratic))

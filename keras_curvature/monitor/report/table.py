@@ -3,12 +3,8 @@
 import math
 import textwrap
 
-KINDS = {
-    "hessian": "Hessian",
-    "ggn": "Gauss-Newton",
-    "fisher": "Fisher",
-    "empirical_fisher": "empirical Fisher",
-}
+from keras_curvature.monitor.objective.kinds import KINDS
+
 # Of a model of many layers, those with the largest shares; the rest is one line.
 SHOWN_LAYERS = 20
 BAR = 20  # signs for a share of 100 %
@@ -82,8 +78,8 @@ def _header(report):
     if report["training"]:
         mode = f"train mode, batches of {count(report['batch_size'])}"
     parts = [
-        f"{count(report['weights'])} weights", f"{count(report['examples'])} examples", KINDS[report["kind"]], mode,
-        report["dtype"], f"loss {number(report['loss'])}",
+        f"{count(report['weights'])} weights", f"{count(report['examples'])} examples", KINDS[report["kind"]].title,
+        mode, report["dtype"], f"loss {number(report['loss'])}",
     ]  # fmt: skip
     return f"curvature of {report['model']}    " + " · ".join(parts)
 
@@ -104,7 +100,7 @@ def _numbers(report):
     cosine = f"cosine with the sharpest direction {gradient['cosine']:.2f}"
     yield "gradient norm", _estimate({"value": gradient["norm"], "stderr": gradient["stderr"]}), cosine
     if report["noise"] is not None:
-        yield from _noise(report["noise"])
+        yield from _noise(report["noise"], gradient["norm"])
 
 
 def _pair(pair):
@@ -112,8 +108,8 @@ def _pair(pair):
 
 
 def _estimate(estimate):
-    if estimate["stderr"] is None:  # not known, or not a number that JSON can write
-        return number(estimate["value"])
+    if not _is_known(estimate["stderr"]):
+        return number(estimate["value"], 3)
     return with_error(estimate["value"], estimate["stderr"])
 
 
@@ -139,14 +135,27 @@ def _negative(share):
     return f"{words}: {bar} of the |curvature| mass is negative"
 
 
-def _noise(noise):
+def _noise(noise, norm):
     simple, curved = noise["simple"], noise["with_curvature"]
-    if simple["value"] is None or not math.isfinite(simple["value"]):
+    if not norm:
+        yield "noise scale", "", "none: the gradient is zero on these examples"
+    elif not _is_known(simple["value"]):
         yield "noise scale", "", "beyond these examples: they are too few to see the gradient in its noise"
-        return
-    yield "noise scale", _estimate(simple), "examples: larger batches shorten training ever less"
-    if curved["value"] is not None and math.isfinite(curved["value"]):
-        yield "  with curvature", _estimate(curved), "examples: the same along steps of the best rate"
+    else:
+        remark = f"examples: larger batches shorten training ever less{_doubt(simple)}"
+        yield "noise scale", _estimate(simple), remark
+        if _is_known(curved["value"]):
+            remark = f"examples: the same along steps of the best rate{_doubt(curved)}"
+            yield "  with curvature", _estimate(curved), remark
+
+
+def _is_known(value):
+    """Whether it is a finite number; JSON has null for the others."""
+    return value is not None and math.isfinite(value)
+
+
+def _doubt(scale):
+    return "" if _is_known(scale["stderr"]) else "; error unknown, too few examples"
 
 
 def _columns(rows):

@@ -1,1 +1,1 @@
-"""Densities and traces from random vectors."""
+"""Spectral densities, traces and diagonals, exact or from random vectors."""

@@ -1,4 +1,4 @@
-"""The density of a spectrum, from a few random vectors by stochastic Lanczos quadrature."""
+"""The density of a spectrum, from a few random vectors, by stochastic Lanczos quadrature."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from keras_curvature.solvers import flat
 from keras_curvature.solvers.krylov import Process, Tridiagonal
 from keras_curvature.solvers.lanczos import MEMORY_LIMIT
 
-# The axis is about linear up to this share of the largest |eigenvalue|, and logarithmic beyond.
+# The axis is about linear up to this share of the largest |eigenvalue|, and logarithmic above.
 LINEAR = 1e-3
 
 
@@ -21,15 +21,15 @@ class Density:
 
         phi(l)  ~  1/p sum_j sum_k weights[j, k] delta(l - nodes[j, k])
 
-    One row for each of the `p` random vectors; its weights add up to 1. Nothing is smoothed: a kernel is chosen when it
-    is drawn. Eigenvalues that were known before are nodes of every row, of weight `1/n`.
+    There is one row for each of the `p` random vectors, and its weights sum to 1. Nothing is smoothed; `smooth` applies
+    a kernel. Known eigenvalues are nodes of every row with the weight `1/n`.
 
     Attributes:
         nodes: `(vectors, nodes)`, float64.
         weights: `(vectors, nodes)`, float64.
         size: `n`, the number of eigenvalues.
-        products: How many products it took.
-        runs: The Lanczos runs that it came of, `Tridiagonal` records, of what is orthogonal to the known eigenvectors.
+        products: Number of products that it took.
+        runs: The Lanczos runs behind it, `Tridiagonal` records, orthogonal to the known eigenvectors.
         known: The known eigenvalues.
     """
 
@@ -42,14 +42,14 @@ class Density:
 
     @classmethod
     def of_runs(cls, runs, size, known=()):
-        """The `Density` of Lanczos runs from random unit vectors, and of eigenvalues that these do not contain."""
+        """The `Density` of Lanczos runs from random unit vectors, beside known eigenvalues."""
         known = np.asarray(known, np.float64)
         longest = max(len(run.alpha) for run in runs)
         rest, each = (size - len(known)) / size, np.full(len(known), 1 / size)
         nodes, weights = [], []
         for run in runs:
             theta, shares = run.quadrature()
-            missing = longest - len(theta)  # of a run that ended early: nodes of no weight
+            missing = longest - len(theta)  # a run that ended early gets nodes of weight 0
             if len(theta):
                 theta, shares = np.pad(theta, (0, missing), mode="edge"), np.pad(shares, (0, missing))
             nodes.append(np.concatenate([theta, known]))
@@ -57,21 +57,28 @@ class Density:
         products = sum(run.products for run in runs)
         return cls(np.array(nodes), np.array(weights), size, products, tuple(runs), known)
 
+    @classmethod
+    def of_eigenvalues(cls, values, products=None):
+        """The `Density` where all eigenvalues are known: exact."""
+        values = np.sort(np.asarray(values, np.float64))
+        products = len(values) if products is None else products
+        return cls(values[np.newaxis], np.full((1, len(values)), 1 / len(values)), len(values), products, (), values)
+
     def mass(self, low=-math.inf, high=math.inf):
         """The share of the eigenvalues in `[low, high]`, a number in `[0, 1]`."""
         inside = (self.nodes >= low) & (self.nodes <= high)
         return float((self.weights * inside).sum() / len(self.nodes))
 
     def count(self, low=-math.inf, high=math.inf):
-        """How many eigenvalues there are in `[low, high]`, about: `n` times `mass`."""
+        """About how many eigenvalues are in `[low, high]`: `n` times `mass`."""
         return self.size * self.mass(low, high)
 
     def quantile(self, q):
-        """The eigenvalue that a share `q` of all lies below, a float; of an array of shares, an array."""
+        """The eigenvalue below which a share `q` of all eigenvalues is, a float; for an array of shares, an array."""
         q = np.asarray(q, np.float64)
         check(Density.quantile, "q", q.tolist(), bool(np.all((q >= 0) & (q <= 1))), "in [0, 1]")
         nodes, below = self._cumulated()
-        # rounding must not push the last quantile past the end, nor a node of no weight in
+        # rounding must neither push the last quantile past the end nor reach a node of weight 0
         at = np.searchsorted(below, q * below[-1] * (1 - 1e-14), side="left")
         found = nodes[np.minimum(at, len(nodes) - 1)]
         return float(found) if q.ndim == 0 else found
@@ -84,11 +91,13 @@ class Density:
     def negative(self):
         """The share of the negative eigenvalues in `sum |l_i|`, an `Estimate` in `[0, 1]`.
 
-        Most eigenvalues of a network are near zero, where `|l|` has its kink, and quadratures of an even and of an odd
-        number of steps lie to both sides of the truth. So it is the mean over all numbers of steps from half of them
-        on, and the spread of these is part of the standard error, beside the jackknife's over the random vectors.
+        Most eigenvalues of a network are near zero, where `|l|` has its kink, and quadratures with an even and an odd
+        number of steps lie on both sides of the exact share. So the estimate is the mean over all numbers of steps from
+        half of them on. Their spread is part of the standard error, beside the jackknife's over the random vectors.
         """
         below, whole = self._absolute()
+        if len(self.known) == self.size:
+            return Estimate(float(_ratio(below, whole)[0]), 0.0, self.products)
         shares, rows = _ratio(below, whole), range(below.shape[1])
         left_out = [_ratio(np.delete(below, i, 1), np.delete(whole, i, 1)).mean() for i in rows if len(rows) > 1]
         spread = math.sqrt((len(rows) - 1) * np.var(left_out)) if left_out else math.nan
@@ -96,17 +105,17 @@ class Density:
 
     @property
     def effective_rank(self):
-        """`tr(A)^2 / |A|_F^2`: how many eigenvalues there would be if all of them were alike and the rest 0."""
+        """`tr(A)^2 / |A|_F^2`: the rank of a matrix with this trace and norm whose nonzero eigenvalues are equal."""
         second = self.moment(2)
         return self.size * self.moment(1) ** 2 / second if second else 0.0
 
     @property
     def linear(self):
-        """Up to where the symmetric-logarithmic axis is linear: 1e-3 of the largest `|l|`."""
+        """The eigenvalue up to which the symmetric-logarithmic axis is linear: 1e-3 of the largest `|l|`."""
         return LINEAR * float(np.abs(self.nodes).max()) or 1.0
 
     def scale(self, values):
-        """Where eigenvalues stand on the symmetric-logarithmic axis, in decades: `asinh(l / linear) / ln 10`."""
+        """Positions on the symmetric-logarithmic axis, in decades: `asinh(l / linear) / ln 10`."""
         return np.arcsinh(np.asarray(values, np.float64) / self.linear) / math.log(10)
 
     def unscale(self, positions):
@@ -114,7 +123,7 @@ class Density:
         return self.linear * np.sinh(np.asarray(positions, np.float64) * math.log(10))
 
     def axis(self, points=400, margin=0.3):
-        """Eigenvalues evenly spaced on the symmetric-logarithmic axis, from end to end and `margin` decades more."""
+        """Eigenvalues evenly spaced on the symmetric-logarithmic axis, `margin` decades beyond both ends."""
         check_count(Density.axis, "points", points, low=2)
         ends = self.scale([self.nodes.min(), self.nodes.max()])
         return self.unscale(np.linspace(ends[0] - margin, ends[1] + margin, points))
@@ -122,8 +131,8 @@ class Density:
     def smooth(self, axis, width=0.08):
         """The density at the eigenvalues `axis`, per decade of the symmetric-logarithmic axis.
 
-        Each node is a Gaussian of the same width on that axis (not on the eigenvalues', where ten outliers at 100 would
-        hide a bulk of width 1), so the integral over `scale(axis)` is 1.
+        Each node becomes a Gaussian of one width on that axis, so the integral over `scale(axis)` is 1. (On a linear
+        axis ten outliers at 100 would hide a bulk of width 1.)
 
         Args:
             axis: An array of eigenvalues, such as `axis()`.
@@ -138,7 +147,7 @@ class Density:
         return np.exp(-0.5 * distance**2) @ weights / (width * math.sqrt(2 * math.pi))
 
     def _cumulated(self):
-        """The nodes of all vectors in order, and the mass up to and with each."""
+        """The nodes of all vectors in order, and the mass up to and including each."""
         order = np.argsort(self.nodes, axis=None, kind="stable")
         return self.nodes.ravel()[order], np.cumsum(self.weights.ravel()[order])
 
@@ -154,40 +163,40 @@ class Density:
 
 
 def _absolute(run, steps):
-    """The quadratures of `max(-l, 0)` and of `|l|`; of a run that is exact at its end, those."""
+    """The quadratures of `max(-l, 0)` and of `|l|` after some steps; of all steps where the run is exact."""
     nodes, weights = run.quadrature(None if run.exhausted else steps)
     return weights @ np.maximum(-nodes, 0), weights @ np.abs(nodes)
 
 
 def _ratio(below, whole):
-    """The ratio of the means over the vectors; 0 where there is nothing."""
+    """The ratio of the means over the vectors; 0 for 0 / 0."""
     parts = below.mean(1), whole.mean(1)
     return np.divide(*parts, out=np.zeros(len(below)), where=parts[1] > 0)
 
 
 def density(operator, like, vectors=4, steps=60, seed=0, pairs=None, memory_limit=MEMORY_LIMIT):
-    """The spectral density, a `Density`, by stochastic Lanczos quadrature; no basis, the memory of three vectors.
+    """The spectral density, a `Density`, by stochastic Lanczos quadrature, in the memory of three vectors.
 
-    For each of the random unit vectors: the nodes are the eigenvalues of `T`, the weights the squared first entries of
-    its eigenvectors. For many weights the distance to the true density is at most `12 / steps` of its range
-    (Wasserstein distance, with high probability) from one probe; several reduce the noise in the weights of outliers.
+    For each random unit vector the nodes are the eigenvalues of `T` and the weights are the squared first entries of
+    its eigenvectors. With many weights the Wasserstein distance to the true density is at most `12 / steps` of its
+    range from one random vector, with high probability; several vectors reduce the noise in the weights of outliers.
 
-    Where eigenpairs are known, each of their values has its weight `1/n`, and random vectors orthogonal to theirs are
-    asked for the rest of the spectrum alone, whose range is what the steps have to resolve then.
+    Known eigenpairs get the weight `1/n` each. The random vectors are then orthogonal to them, so the steps only have
+    to resolve the rest of the spectrum.
 
     Reference: Chen, Trogdon and Ubaru, "Analysis of stochastic Lanczos quadrature for spectrum approximation" (2021).
 
     Args:
         operator: A symmetric `LinearOperator`.
         like: A vector, for its shapes and dtypes.
-        vectors: How many random vectors. Defaults to `4`.
-        steps: Products for each, but no more than there are eigenvalues. Defaults to `60`.
+        vectors: Number of random vectors. Defaults to `4`.
+        steps: Number of products for each, at most the number of eigenvalues. Defaults to `60`.
         seed: Of the random vectors, an integer. Defaults to `0`.
-        pairs: `Eigenpairs` that are known, of either end or both. Optional.
+        pairs: Known `Eigenpairs`, from either end or both. Optional.
         memory_limit: Most bytes for the vectors of `pairs`. Defaults to `8e9`.
 
     Raises:
-        ValueError: A product is not finite; the vectors of `pairs` would take more than `memory_limit`.
+        ValueError: A product is not finite, or the vectors of `pairs` need more than `memory_limit`.
 
     Example: `density(curvature, gradient).quantile([0.1, 0.5, 0.9])`
     """
@@ -195,14 +204,14 @@ def density(operator, like, vectors=4, steps=60, seed=0, pairs=None, memory_limi
     check_count(density, "steps", steps)
     values, layout = np.zeros(0) if pairs is None else np.asarray(pairs.values, np.float64), flat.Layout(like)
     flat.check_memory(len(values), layout, memory_limit, "pass fewer pairs")
+    if len(values) >= layout.size:
+        return Density.of_eigenvalues(values, products=0)
     rest = flat.Complement(np.stack([layout.pack(u) for u in pairs.vectors])) if len(values) else None
     size = np.abs(values).max(initial=0.0)
     runs = []
     for number in range(vectors):
         process = Process(operator, like, 0, None, rest, size)
-        alpha = beta = np.zeros(0)
-        if len(values) < layout.size:  # else all is known
-            process.begin(process.project(layout.normal(seed, "density", number)))
-            alpha, beta = process.run_without_basis(min(steps, layout.size - len(values)))
+        process.begin(process.project(layout.normal(seed, "density", number)))
+        alpha, beta = process.run_without_basis(min(steps, layout.size - len(values)))
         runs.append(Tridiagonal(alpha, beta, None, process.products, process.exhausted))
     return Density.of_runs(runs, layout.size, values)

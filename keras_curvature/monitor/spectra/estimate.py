@@ -1,16 +1,16 @@
-"""A number that was estimated from random vectors, with its error."""
+"""A number estimated from random vectors, with its error."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A number that random vectors estimate.
+    """An unbiased estimate of a number.
 
     Attributes:
-        value: A float; its expectation is the number.
-        stderr: Its standard error, a float.
-        products: How many products it took.
+        value: The estimate, a float.
+        stderr: Its standard error, a float; 0 where the value is exact.
+        products: Number of products that it took.
     """
 
     value: float

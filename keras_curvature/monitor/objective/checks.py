@@ -1,0 +1,100 @@
+"""What an `Objective` refuses, and the weight of each of its batches."""
+
+import math
+
+import tensorflow as tf
+
+from keras_curvature import keras_internals, trees
+from keras_curvature.component import check, check_count
+from keras_curvature.linearization.fisher import likelihoods
+from keras_curvature.linearization.pure.functional import check_model
+from keras_curvature.monitor.objective.kinds import EXPECTED, KINDS
+
+# Largest difference of two evaluations of one loss, relative and absolute: devices differ in the order of their sums.
+TOLERANCES = {"float32": (5e-5, 1e-6), "float64": (1e-10, 1e-10)}
+
+
+def check_arguments(owner, model, kind, examples, batch_size, training, seed):
+    """Check the arguments of an `Objective` that can be checked without data."""
+    check_model(owner, model)
+    check(owner, "kind", kind, kind in KINDS, EXPECTED)
+    for name, value in (("examples", examples), ("batch_size", batch_size)):
+        if value is not None:
+            check_count(owner, name, value)
+    check(owner, "training", training, isinstance(training, bool), "True or False")
+    check_count(owner, "seed", seed, low=0)
+
+
+def check_trainable(owner, model):
+    """Refuse a model with nothing to differentiate with respect to."""
+    if not trees.count(model.trainable_variables):
+        raise ValueError(
+            f"`{owner.__name__}`: the model {model.name!r} has no trainable weights, so its loss has no curvature. "
+            "Set `trainable = True` on the layers to measure, and compile the model again."
+        )
+
+
+def check_kind(owner, kind, model, not_convex):
+    """Refuse a matrix that the compiled loss does not have."""
+    if kind == "ggn" and not_convex:
+        raise ValueError(
+            f"`{owner.__name__}`: `kind='ggn'` needs a loss that is convex in the outputs; `{', '.join(not_convex)}` "
+            "is not known to be. Use kind='hessian'."
+        )
+    if kind == "fisher":
+        name = likelihoods.unknown(model)
+        if name is not None:
+            raise ValueError(
+                f"`{owner.__name__}`: `kind='fisher'` needs a loss that is minus the logarithm of a known likelihood; "
+                f"`{name}` is not. Use kind='ggn', kind='empirical_fisher' or kind='hessian'."
+            )
+
+
+def check_loss(owner, objective):
+    """Refuse a loss that is not finite, or that changes when it is computed again."""
+    loss, again = float(objective.loss()), float(objective.loss())
+    name = objective.model.name
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"`{owner.__name__}`: the loss on these examples is {loss}, so nothing can be derived from it. Look for "
+            f"values that are not finite in `data` and in the weights of the model {name!r}."
+        )
+    relative, absolute = TOLERANCES["float64" if objective.dtype == "float64" else "float32"]
+    if abs(again - loss) > relative * abs(loss) + absolute:
+        raise ValueError(
+            f"`{owner.__name__}`: the model {name!r} has another loss whenever it is computed: {loss} and {again}, at "
+            "the same weights and examples. A layer draws random numbers without a `keras.random.SeedGenerator` of its "
+            "own. Give it one, `self.seed = keras.random.SeedGenerator()` and "
+            "`keras.random.normal(shape, seed=self.seed)`, or measure with `training=False`."
+        )
+
+
+def check_gradient(owner, objective):
+    """Refuse data with NaN or infinite values, unless the model replaces them."""
+    # some kernels drop NaN (a matrix product and a ReLU in one) and leave the loss finite
+    if not bool(trees.is_finite(objective.gradient())):
+        raise ValueError(
+            f"`{owner.__name__}`: `data` must hold finite numbers, unless the model {objective.model.name!r} itself "
+            "fills what is missing. Received: NaN or infinite ones; the loss is finite, but its gradient is not. "
+            "Leave these examples out, or fill them."
+        )
+
+
+def shares(owner, model, read, counts):
+    """The weight of each batch: its share of the examples, or of the sample weights where the loss is their mean."""
+    kinds, sizes = reductions(model), list(map(float, counts))
+    if "sum" in kinds and len(set(sizes)) > 1:
+        raise ValueError(
+            f"`{owner.__name__}`: a loss with `reduction='sum'` grows with the batch, so `data` must be cut into equal "
+            f"batches. Received: batches of {sorted(set(counts))} examples. Pass a `batch_size` that divides their "
+            "number, or fewer `examples`."
+        )
+    if kinds == {"mean_with_sample_weight"} and tf.is_tensor(read[0][2]):
+        weights = [float(tf.reduce_sum(tf.cast(batch[2], tf.float64))) for batch in read]
+        sizes = weights if any(weights) else sizes  # without weight, every batch's loss is 0, and so is their mean
+    return [size / math.fsum(sizes) for size in sizes]
+
+
+def reductions(model):
+    """The reductions of the compiled losses, a set of names."""
+    return {loss.reduction for loss in keras_internals.losses_of(model)}

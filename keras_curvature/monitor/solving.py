@@ -1,0 +1,51 @@
+"""Solve linear systems with a curvature matrix."""
+
+import warnings
+
+from keras_curvature.component import check_count, check_number
+from keras_curvature.operators import Function, Identity
+from keras_curvature.solvers import ConjugateGradient
+
+
+def solve(curvature, operator, vector, damping, tolerance, max_products, asked_by):
+    """The solution of `(B + damping I) x = vector`; see `Curvature.solve`.
+
+    Args:
+        curvature: The `Curvature`, which finds the smallest eigenvalue.
+        operator: The operator to multiply by: the same matrix.
+        vector, damping, tolerance, max_products: As in `Curvature.solve`.
+        asked_by: The function to name in messages.
+    """
+    check_number(asked_by, "damping", damping, low=0)
+    check_number(asked_by, "tolerance", tolerance, low=0, open_low=True)
+    check_count(asked_by, "max_products", max_products)
+    if not curvature.psd:
+        _check_positive(curvature, damping)
+    solver = ConjugateGradient(max_products, progress_tolerance=0.0, residual_tolerance=tolerance)
+    damped = Function((operator + damping * Identity()).multiply, psd=True)
+    solution = solver.solve(damped, list(vector))
+    residual, products = float(solution.residual), int(solution.steps)
+    if residual > tolerance and products < max_products and not curvature.psd:
+        raise ValueError(
+            f"`Curvature.solve`: the Hessian with damping={damping!r} is not positive definite: conjugate gradients "
+            "met a direction of negative curvature. Pass a larger damping, or use kind='ggn'."
+        )
+    if residual > tolerance:
+        warnings.warn(
+            f"`Curvature.solve`: the residual is {residual:.2g} after {products} products, more than "
+            f"tolerance={tolerance:g}. Pass a larger `damping` or `max_products`.", stacklevel=3,
+        )  # fmt: skip
+    return solution
+
+
+def _check_positive(curvature, damping):
+    pairs = curvature.top(1, tolerance=1e-2, most_negative=True)
+    value = float(pairs.values[0])
+    # a Ritz value is never below the smallest eigenvalue, and an eigenvalue lies within the residual of it
+    lowest = value - float(pairs.residuals[0])
+    if value < 0 and lowest + damping <= 0:
+        raise ValueError(
+            f"`Curvature.solve`: the Hessian is not positive definite with damping={damping!r}, to the precision of "
+            f"its products: its most negative eigenvalue is {value:.3g}. Pass damping > {-1.01 * lowest:.3g}, or use "
+            "kind='ggn'."
+        )

@@ -1,0 +1,168 @@
+"""Measuring at the edges: nothing trainable, a few weights, one example, no gradient, no curvature, half precision."""
+
+import contextlib
+import io
+
+import keras
+import numpy as np
+import pytest
+from cases import float64
+from keras import layers
+
+import keras_curvature as kc
+from keras_curvature.monitor.report.reporting import Report
+from keras_curvature.monitor.spectra import traces
+from keras_curvature.operators import Function
+
+X = np.random.default_rng(0).normal(size=(32, 6)).astype("float32")
+Y = np.random.default_rng(1).normal(size=(32, 1)).astype("float32")
+ONE_CLASS = np.zeros(32, "int32")
+
+
+def compiled(*stack, loss="mse", inputs=6):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((inputs,)), *stack])
+    model.compile("sgd", loss, jit_compile=False)
+    return model
+
+
+def one_class():
+    """A classifier with one class: loss, gradient and Hessian are zero."""
+    return compiled(layers.Dense(1), loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+
+
+def reported(model, data, **options):
+    """The report, and its text."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = kc.report(model, data, **options)
+    return found, str(found)
+
+
+# Nothing trainable.
+
+
+@pytest.mark.parametrize("ask", [
+    kc.curvature, kc.report, kc.landscape, lambda model, data: kc.curvature(model, data, kind="fisher"),
+])  # fmt: skip
+def test_a_model_without_trainable_weights_is_refused(ask):
+    model = compiled(layers.Dense(1))
+    model.trainable = False
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="has no trainable weights.*Set `trainable = True`"):
+        ask(model, (X, Y))
+
+
+# A few weights: everything is exact.
+
+
+@pytest.mark.parametrize("weights", [1, 2, 3, 6])
+def test_a_few_weights_are_measured_exactly(weights):
+    """Against the closed form of linear regression: H = 2 x'x / N."""
+    with float64():
+        x = X[:, :weights].astype("float64")
+        c = kc.curvature(compiled(layers.Dense(1, use_bias=False), inputs=weights), (x, Y))
+        H, values = 2 * x.T @ x / len(x), np.linalg.eigvalsh(2 * x.T @ x / len(x))
+        for trace in (c.trace(), c.trace(pairs=c.top(1)), *c.trace(by_layer=True).values()):
+            assert trace.value == pytest.approx(np.trace(H), rel=1e-12)
+            assert (trace.stderr, trace.products) == (0.0, weights)
+        entries, errors = c.diagonal(stderr=True)
+        density = c.density()
+        np.testing.assert_allclose(entries[0].numpy().ravel(), np.diag(H), rtol=1e-12)
+        np.testing.assert_array_equal(errors[0], 0)
+        np.testing.assert_allclose(density.nodes, values[np.newaxis], rtol=1e-12)
+        assert density.mass(high=np.mean(values[:2])) == pytest.approx(1 / weights if weights > 1 else 1)
+        np.testing.assert_allclose(c.top(50).values, values[::-1], rtol=1e-12)
+        np.testing.assert_allclose(c.top(50, most_negative=True).values, values, rtol=1e-12)
+
+
+@pytest.mark.parametrize("weights", [1, 2, 5])
+def test_xtrace_of_a_few_weights_has_no_error(weights):
+    A = np.random.default_rng(0).normal(size=(weights, weights))
+    operator = Function(lambda v: [keras.ops.matmul(A + A.T, v[0])])
+    found = traces.xtrace(operator, [keras.ops.zeros(weights, "float64")], 30)
+    assert found.value == pytest.approx(2 * np.trace(A), abs=1e-12) and found.stderr == 0
+
+
+def test_a_report_of_one_weight_is_exact():
+    with float64():
+        report, said = reported(compiled(layers.Dense(1, use_bias=False), inputs=1), (X[:, :1].astype("float64"), Y))
+    exact = 2 * np.mean(X[:, 0].astype("float64") ** 2)
+    for number in (report["trace"], *(layer["trace"] for layer in report["layers"].values())):
+        assert number["value"] == pytest.approx(exact, rel=1e-12) and number["stderr"] == 0
+    assert "nan" not in said
+
+
+# Little to see.
+
+
+def test_one_example_has_no_noise_to_measure():
+    model = compiled(layers.Dense(1))
+    report, said = reported(model, (X[:1], Y[:1]))
+    assert report["noise"] is None and "nan" not in said
+    assert report["sharpness"]["value"] == pytest.approx(2 * ((X[0] ** 2).sum() + 1), rel=1e-5)
+    with pytest.raises(ValueError, match="at least two micro-batches.*micro_batch=8 and 1 examples"):
+        kc.curvature(model, (X[:1], Y[:1])).noise()
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_curvature_and_no_gradient_are_zero_and_said():
+    report, said = reported(one_class(), (X, ONE_CLASS))
+    assert report["sharpness"]["value"] == report["trace"]["value"] == report["gradient"]["norm"] == 0
+    assert report["effective_directions"] is None and np.isnan(report["noise"]["simple"]["value"])
+    assert "none: the gradient is zero on these examples" in said and "nan" not in said
+    assert report.figure() is not None
+    c = kc.curvature(one_class(), (X, ONE_CLASS))
+    assert (c.density().negative.value, c.density().effective_rank, c.trace().value) == (0, 0, 0)
+
+
+def test_a_direction_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="the gradient is zero at these weights"):
+        kc.landscape(one_class(), (X, ONE_CLASS), directions="gradient", points=3)
+
+
+def test_weights_without_filters_have_no_random_direction():
+    model = compiled(layers.Dense(1))
+    model.layers[-1].kernel.trainable = False
+    model.compile("sgd", "mse", jit_compile=False)
+    with pytest.raises(ValueError, match="a random direction moves filters.*Use directions='sharpest'"):
+        kc.landscape(model, (X, Y), points=3)
+    report, _ = reported(model, (X, Y))
+    assert list(report["landscape"]["loss"]) == ["sharpest"] and report["trace"]["value"] == pytest.approx(2.0)
+    assert report.figure() is not None
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
+def test_examples_without_weight_have_no_loss(reduction):
+    model = compiled(layers.Dense(1), loss=keras.losses.MeanSquaredError(reduction=reduction))
+    c = kc.curvature(model, (X, Y, np.zeros(32, "float32")), batch_size=8)
+    assert float(c.loss) == c.top(1).values[0] == 0
+
+
+def test_an_unknown_error_is_said_in_words():
+    report, _ = reported(compiled(layers.Dense(1)), (X, Y))
+    for error in (float("nan"), None):  # as measured, and as read from JSON
+        for scale in report["noise"].values():
+            scale |= {"value": 67.0, "stderr": error}
+        said = str(Report(report))
+        assert said.count("error unknown, too few examples") == 2 and "nan" not in said and "67.0" in said
+
+
+# Half precision.
+
+
+@pytest.mark.parametrize("policy", ["float16", "bfloat16"])
+def test_noise_of_half_precision_weights_is_summed_in_float32(policy):
+    """Within the rounding of half precision of the same weights in float32; sums of squares there reach 65504."""
+    scale, found = 60.0, {}
+    keras.config.set_dtype_policy(policy)
+    try:
+        half = compiled(layers.Dense(4, "tanh"), layers.Dense(1))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    full = compiled(layers.Dense(4, "tanh"), layers.Dense(1))
+    full.set_weights([np.asarray(w, "float32") for w in half.get_weights()])
+    for name, model in {"half": half, "full": full}.items():
+        found[name] = kc.curvature(model, (X, scale * Y)).noise(4)
+    for name in ("signal", "noise", "simple"):
+        assert getattr(found["half"], name) == pytest.approx(getattr(found["full"], name), rel=0.1), name
+        assert np.isfinite(found["half"].stderr[name]) == np.isfinite(found["full"].stderr[name])
