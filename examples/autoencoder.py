@@ -1,21 +1,21 @@
-"""The deep autoencoder that Hessian-free optimization became known for, against Adam:
+"""The deep autoencoder of the Hessian-free literature, trained by `HessianFree` and by Adam:
 
     pip install ".[examples]"
     python examples/autoencoder.py --small --data_dir ~/tensorflow_datasets --download
 
 MNIST through 784-1000-500-250-30 and back, logistic units, a linear code of 30 numbers, Martens' sparse initialization:
-the network of Hinton and Salakhutdinov (2006), which plain gradient descent could not train. `--small` is for two
+the network of Hinton and Salakhutdinov (2006), which plain gradient descent could not train. `--small` suits two
 cores: 784-200-100-30 and a tenth of the images.
 
-Trained on the cross-entropy of the pixels; reported, as in the literature, as squared error: summed over the pixels of
-an image, mean over the images. For the large network Sutskever et al. (2013) give, on the training set, 0.69 for
-Hessian-free without weight decay, 0.73 for well-tuned Nesterov momentum and 2.1 for plain SGD, after hundreds of
-thousands of steps; Martens' first Hessian-free had 1.40. A few minutes do not get there. What they show is the distance
-that every update covers.
+The network is trained on the cross-entropy of the pixels. As in the literature, the program reports the squared error,
+summed over the pixels of an image and averaged over the images. For the large network and the training set,
+Sutskever et al. (2013) give 0.69 for Hessian-free without weight decay, 0.73 for well-tuned Nesterov momentum and 2.1
+for plain SGD, after hundreds of thousands of steps. Martens' first Hessian-free reached 1.40. A few minutes are not
+enough for these numbers, but they show how far each update goes.
 
-Adam gets batches of 200. HessianFree is set up as in Martens' code: gradient and loss of the whole training set (in the
-large network of 6000 images, for time), curvature of a quarter of it, damping that begins at 45. His loss is the sum
-over the pixels, Keras' cross-entropy their mean, and so are gradient and curvature: the same damping is 45 / 784 here.
+Adam gets batches of 200. HessianFree has the settings of Martens' code: gradient and loss of the whole training set
+(for the large network of 6000 images, to save time), curvature of a quarter of it, initial damping 45. Martens' loss is
+the sum over the pixels and Keras' cross-entropy is their mean, so the same damping is 45 / 784 here.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""The curvature of a small convolutional network after an epoch of MNIST: where it is, and what the rate can bear.
+"""The curvature of a small network after an epoch of MNIST: which layers hold it, and is the learning rate stable?
 
     pip install ".[examples]"
     python examples/curvature_report.py --data_dir ~/tensorflow_datasets --download
 
-It prints the report and writes `curvature_report.png`, `.json` and `.txt`. The saved model can be asked again, for
+It prints the report and writes `curvature_report.png`, `.json` and `.txt`. The saved model can be measured again, with
 another matrix or in training mode, from the command line:
 
     keras-curvature report mnist_cnn.keras --data mnist --data_dir ~/tensorflow_datasets --kind ggn

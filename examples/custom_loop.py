@@ -1,16 +1,15 @@
-"""A training loop of one's own, with the curvature of the loss in it:
+"""A training loop of your own that uses the curvature of the loss:
 
     python examples/custom_loop.py
 
-An optimizer of this package is a `direction` and little else, but research often begins one step earlier, with a
-loop that one wants to see in full. `Linearization` is all it needs: a compiled model and a batch go in; the loss, the
-gradient, products with the Hessian and with the Gauss-Newton matrix, and the loss at other weights come out. A vector
-is a list of tensors, one for each trainable variable.
+Research often begins with a loop that you can see in full. `Linearization` is all that such a loop needs. It takes a
+compiled model and a batch. It gives the loss, the gradient, products with the Hessian and with the Gauss-Newton matrix,
+and the loss at other weights. A vector is a list of tensors, one for each trainable variable.
 
 The loop below is nonlinear conjugate gradients (Polak and Ribiere) without a learning rate and without a line search:
-how far to go along the direction `d` is read off the curvature along it, `d'Gd`, at the price of one product. It prints
-how the loss bends along `d` by both matrices, whether the quadratic model foretold the change of the loss, and at last
-the largest eigenvalue of the Hessian. Seconds on a laptop; scikit-learn's digits, all of them as one batch.
+the curvature `d'Gd` along the direction `d` gives the length of the step, for one product. The program prints the
+curvature along `d` by both matrices, whether the quadratic model predicted the change of the loss, and at the end
+the largest eigenvalue of the Hessian. It takes seconds on a laptop, with all of scikit-learn's digits as one batch.
 """
 
 import argparse

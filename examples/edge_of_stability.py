@@ -1,16 +1,16 @@
-"""Training finds the largest curvature that its optimizer bears, and stays there. One minute on two cores:
+"""Training reaches the largest curvature at which its optimizer is stable, and stays there. One minute on two cores:
 
     pip install ".[examples]" && python examples/edge_of_stability.py
 
-trains one network, from the same weights, on 500 handwritten digits that come with scikit-learn, all of them in each
-step: with gradient descent, with momentum and with Adam. Along the way it measures the sharpness, which is the largest
-eigenvalue of the Hessian (for Adam: of the Hessian in units of its preconditioner), and holds it against the limit that
-the learning rate sets:
+trains one network from the same weights with gradient descent, with momentum and with Adam. Each step uses all of 500
+handwritten digits that come with scikit-learn. During training the program measures the sharpness, which is the largest
+eigenvalue of the Hessian (for Adam: of the preconditioned Hessian), and compares it with the limit that the learning
+rate sets:
 
-    gauge = learning_rate * sharpness / limit          1: along this direction a step goes too far
+    gauge = learning_rate * sharpness / limit          above 1, steps along the sharpest direction grow
 
-All three climb to 1 and stay there, although their sharpnesses are a thousandfold apart. It prints a table, and writes
-a figure to `--out`.
+All three gauges climb to 1 and stay there, although the sharpnesses differ by a factor of a thousand. The program
+prints a table and writes a figure to `--out`.
 
 After Cohen, Kaur, Li, Kolter and Talwalkar, "Gradient descent on neural networks typically occurs at the edge of
 stability" (2021), and Cohen et al., "Adaptive gradient methods at the edge of stability" (2022).

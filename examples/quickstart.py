@@ -2,9 +2,9 @@
 
     pip install ".[examples]" && python examples/quickstart.py
 
-trains the same network, from the same weights, on the handwritten digits that come with scikit-learn, with Keras' Adam,
-`Neumann`, `CurveBall` and `HessianFree`, none of them tuned. It prints a table and writes, into `--out`, a figure
-of the loss against time and logs for TensorBoard.
+trains the same network from the same weights with Keras' Adam, `Neumann`, `CurveBall` and `HessianFree`. None of them
+is tuned. The data are the handwritten digits that come with scikit-learn. The program prints a table. Into `--out`
+it writes a figure of the loss against time, and logs for TensorBoard.
 """
 
 import argparse

@@ -4,13 +4,13 @@
     python examples/watch_curvature.py
     tensorboard --logdir watch_curvature_out/logs
 
-trains the same network, from the same weights, on the handwritten digits that come with scikit-learn, with Keras' Adam
-and with `CurveBall`, each watched by a `CurvatureBoard`. In the browser, http://localhost:6006:
+trains the same network from the same weights with Keras' Adam and with `CurveBall`, on the handwritten digits that come
+with scikit-learn. A `CurvatureBoard` watches each training. In the browser, http://localhost:6006:
 
-* Custom Scalars: a question for each group of charts. Is the step stable? Is the batch of the right size? How far does
-  a step go? Where is the curvature? Limits are second lines, of the runs `curvature/limit`.
+* Custom Scalars: each group of charts answers a question. Is the step stable? Is the batch large enough? How far does
+  a step go? Where is the curvature? The runs `curvature/limit` draw the limits as second lines.
 * Histograms: the eigenvalues of the Hessian, from the beginning of training to its end.
-* Text: what is measured, advice, and the report at the end.
+* Text: what the board measures, its advice, and the report at the end.
 """
 
 import argparse

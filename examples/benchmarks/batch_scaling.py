@@ -3,10 +3,10 @@
     pip install ".[examples]"
     python examples/benchmarks/batch_scaling.py --data_dir ~/tensorflow_datasets
 
-For SGD with Nesterov momentum, Adam, Neumann and CurveBall, on MNIST and CIFAR-10; about three quarters of an hour of
-two free cores. Every finished run is a line of `batch_scaling.jsonl`; the same command takes a killed program up at the
-run that it was in. The end writes a table, `batch_scaling.txt`, and a figure, `batch_scaling.png`. Those in this
-repository are drawn from their runs again, without training, by
+For SGD with Nesterov momentum, Adam, Neumann and CurveBall, on MNIST and CIFAR-10; about three quarters of an hour on
+two free cores. Every finished run is a line of `batch_scaling.jsonl`. After an interruption the same command goes on
+with the run that was stopped. At the end it writes a table, `batch_scaling.txt`, and a figure, `batch_scaling.png`.
+To draw those of this repository again, without training:
 
     python examples/benchmarks/batch_scaling.py --only_draw --out examples/benchmarks/results/batch_scaling \\
         --figure examples/images/batch_scaling.png
@@ -14,18 +14,18 @@ repository are drawn from their runs again, without training, by
 How it measures:
 
 * A run trains one network from one seed, at one batch size and one constant learning rate, until the loss of a fixed
-  sample of the training images is below the target, and counts steps. The loss is looked at after every step at first,
-  later whenever the number of steps has grown by 4%, which is then the resolution.
-* Every method has the same grid of learning rates and the same budget of examples and steps; everything else is at its
-  default, except for `Neumann`'s warm-up. The default is 1000 steps of SGD, longer than most runs are, and so are the
-  paper's five epochs: `Neumann` would be SGD throughout. It is WARMUP steps here, at all batch sizes. The repulsion
-  is the paper's.
+  sample of the training images is below the target, and counts steps. The loss is checked after every step at
+  first, later whenever the number of steps has grown by 4%, which is the resolution.
+* Every method has the same grid of learning rates and the same budget of examples and steps. All other settings are
+  defaults, except `Neumann`'s warm-up: its 1000 steps of SGD, and the paper's five epochs, are longer than most runs,
+  so `Neumann` would be SGD throughout. Here it has WARMUP steps at all batch sizes. The repulsion is the paper's.
 * A batch above SLICE examples is taken in slices of that size, by `curved(model, micro_batches=...)`, for all methods.
-* Runs that cannot be the best of their method and batch size are stopped, by one rule for all: see `verdict`.
+* Runs that cannot be the best of their method and batch size are stopped, by one rule: see `verdict`.
 * The best rate is found with seed 0 and repeated with two more; the table has the median of the three.
 
-The networks have no dropout and no batch normalization: its moving averages take longer to settle than a whole run with
-large batches, so that a loss in inference mode would lag behind, and its statistics would be those of slices.
+The networks have no dropout and no batch normalization. The moving averages of batch normalization settle more slowly
+than a whole run with large batches takes, so a loss in inference mode would lag behind; and its statistics would be
+those of slices.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Arithmetic that `monitor_cost.py` shares with the process that it starts: no TensorFlow here, and no torch."""
+"""Arithmetic that `monitor_cost.py` shares with the process that it starts. Imports neither TensorFlow nor torch."""
 
 import time
 

@@ -2,13 +2,12 @@
 
     python examples/benchmarks/micro_batches.py --out examples/benchmarks/results/micro_batches.txt
 
-A convolutional network whose activations outweigh everything else (five layers of 32x32x32 for each example), made-up
-data, graph mode. Each candidate runs in a process of its own: the peak of its resident memory while steps run, above
-what it had with the model built, the batch in memory, the optimizer's slots allocated and the step traced. The target,
-a ratio of at most 1.25 of micro-batches to the batch of B/k, is this project's own.
+The network is convolutional, and its activations dominate memory (five layers of 32x32x32 for each example). The data
+are random, in graph mode. Each candidate runs in its own process. The number is the peak of resident memory while steps
+run, above the memory after the model is built, the batch loaded, the optimizer's slots allocated and the step traced.
+The target is this project's own: micro-batches take at most 1.25 times the memory of a batch of B/k.
 
-Seconds are those of a step, and to be taken with a grain of salt: passes over micro-batches make the forward pass anew
-for each product.
+The seconds of a step are only a rough guide. With micro-batches, each product repeats the forward pass.
 """
 
 import argparse

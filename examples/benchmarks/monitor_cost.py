@@ -1,33 +1,34 @@
-"""What it costs to watch the curvature: questions to a model, training with the board, the report.
+"""What measuring curvature costs: questions to a model, training with the board, the report.
 
     pip install ".[examples]" torch pyhessian curvlinops-for-pytorch
     cd examples/benchmarks
     python monitor_cost.py --data_dir ~/tensorflow_datasets --out results/monitor_cost.txt
 
-Prints three tables, in about six minutes of two free cores. Without torch, PyHessian and curvlinops it prints the rows
-of this package and says what to install; without `--data_dir` made-up images stand in for MNIST. How it measures:
+Prints three tables, in about six minutes on two free cores. Without torch, PyHessian and curvlinops it prints only the
+rows of this package and says what to install. Without `--data_dir` it uses random images. How it measures:
 
 * Questions: the same network, weights and examples for all three packages, copied from Keras to torch; the losses
   must agree to 1e-5 before anything is measured. A product is one of the Hessian with a vector, over all examples.
-  `set up` is what comes before the questions, for all of them: tracing, the first backward pass, one product.
-  `off by` is the relative difference from the converged value: SciPy's `eigsh` on curvlinops in float64; of the trace
-  the exact one, from gradients of single examples; or, where torch is not installed, this package with many products.
-* Sharpness, to 1e-3. This package and PyHessian's power iteration take a number of steps: `fewest` is the least with
-  which the value is near enough, by bisection. SciPy's `eigsh`, which curvlinops' documentation uses, and PyHessian as
-  it is called commonly, stop by their own rules at `tol=1e-3`. A warm start is the eigenvector of the weights ten
-  training steps earlier; PyHessian takes none.
-* Trace, to a standard error of 5 %, which this package knows: Hutchinson's estimate foretells with ten products how
-  many are needed, also where the largest eigenvalues are found first (`deflated`); XTrace takes twice as many until it
-  is there. All products count. PyHessian stops by its own rule at `tol=0.05`, which is no error bar; curvlinops has no
-  rule, and gets as many products as this package took. `off by` is the root mean square over four seeds.
-* Board: two models in `fit`, with it and without it, by turns of one second; the time of the other one passes for
-  nobody. `adds` is by how much a step takes longer with it, without what is done only once (`once`: tracing and
-  the first spectrum, as the board counts it); `own` is the share that the board has counted.
-  From one run of this program to the next `adds` has moved by up to three percentage points.
-* Report: as it counts its parts, the first time that a model is asked: tracing and files are included.
+  `set up` is the work before the questions: tracing, the first backward pass, one product. `off by` is the relative
+  difference from the converged value: SciPy's `eigsh` on curvlinops in float64; for the trace the exact value, from
+  gradients of single examples; or, where torch is not installed, this package with many products.
+* Sharpness, to 1e-3. This package and PyHessian's power iteration take a number of steps: `fewest` is the smallest
+  number that is accurate enough, by bisection. SciPy's `eigsh`, which curvlinops' documentation uses, and PyHessian as
+  it is commonly called, stop by their own rules at `tol=1e-3`. A warm start is the eigenvector from ten training steps
+  earlier; PyHessian has no warm start.
+* Trace, to a standard error of 5 %, which this package estimates: after ten products Hutchinson's estimate predicts
+  how many are needed, also where the largest eigenvalues are found first (`deflated`); XTrace doubles its products
+  until it is accurate enough. All products count. PyHessian stops by its own rule at `tol=0.05`, which is not an
+  error bar; curvlinops has no rule and gets as many products as this package took. `off by` is the root mean square
+  over four seeds.
+* Board: two models in `fit`, one with the board and one without, take turns of one second, each on its own clock.
+  `adds` is the additional time per step, without one-time work (`once`: tracing and the first spectrum, as counted by
+  the board). `own` is the share that the board has counted. Between runs of this program `adds` has moved by up to
+  three percentage points.
+* Report: the times that it counts for its parts, on the first call for a model: tracing and files are included.
 
-What the two packages do is counted where they make a product: in PyHessian by the `model.zero_grad` that comes with
-each, in curvlinops by its operator's products. The targets are this project's own.
+Products of the two packages are counted where they are made: in PyHessian by the `model.zero_grad` of each, in
+curvlinops by its operator's products. The targets are this project's own.
 """
 
 import argparse

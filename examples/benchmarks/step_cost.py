@@ -3,22 +3,23 @@
     python examples/benchmarks/step_cost.py --out examples/benchmarks/results/step_cost.txt
 
 Three networks (`mlp` 784-512-512-10 with batches of 128; `cnn` on 32x32x3 and a small `transformer`, batches of 64),
-graph mode, made-up data. How it measures:
+graph mode, random data. How it measures:
 
-* Time: `ms/step` is one call of the model's train function on a batch in memory, as `fit` makes it, and the targets are
-  for that. `in graph` is the same step repeated by a loop inside one `tf.function`, without Keras' and Python's share,
-  which is the same for all. All candidates take turns, round after round; a ratio is the median over the rounds of the
-  ratio within a round, which a machine that is busy for a while disturbs least.
-* Memory: one process per optimizer; the peak of its resident memory while steps run, above what it had with the model
-  built, the optimizer's slots allocated and the step traced. The slots come beside it, in copies of the weights.
-* Passes: the matrix products and convolutions in the traced step, those that can be reached from its results; after a
-  `+` those inside of conditions and loops, each once (CurveBall's loss after the step, every fifth step). CurveBall's
-  count includes five tiny ones: three of its 2x2 system, two of the second derivative of the cross-entropy.
-* What is done every so many steps (factors, inverses, roots, curvature) is spread over them: a round has a whole number
-  of the longest period. Slots also as bytes per weight (`B/weight`), which for factors depends on the layers' shapes.
+* Time: `ms/step` is one call of the model's train function on a batch in memory, as in `fit`; the targets are for
+  this number. `in graph` is the same step in a loop inside one `tf.function`, without the overhead of Keras and
+  Python, which is the same for all. The candidates take turns, round after round. A ratio is the median over the
+  rounds of the ratio within a round, so a machine that is busy for a while disturbs it little.
+* Memory: one process per optimizer; the peak of its resident memory while steps run, above the memory after the model
+  is built, the optimizer's slots allocated and the step traced. The slots are listed beside it, in copies of the
+  weights.
+* Passes: the matrix products and convolutions of the traced step that its results depend on. After a `+` come those
+  inside conditions and loops, each once (CurveBall's loss after the step, every fifth step). CurveBall's count includes
+  five tiny ones: three of its 2x2 system, two of the second derivative of the cross-entropy.
+* Work that is done every so many steps (factors, inverses, roots, curvature) is averaged: a round has a whole number of
+  the longest period. `B/weight` gives the slots in bytes per weight, which for factors depends on the layers' shapes.
 
-Products are those of `Linearization`: alone, with the forward pass that they stand on; and amortized, the price of one
-more product in a loop, as conjugate gradients pay it. The targets are this project's own.
+Products are those of `Linearization`: alone, with their forward pass; and amortized, the cost of one more product in a
+loop, as in conjugate gradients. The targets are this project's own.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python examples/benchmarks/table_1.py | tee examples/benchmarks/results/table_1.txt
 
 The protocol is that of the code behind the table (see `keras_curvature/problems/table_1.py`): 100 starts; the loss
-counts before the update, with that iteration's noise; runs that never get there are left out of the mean. What is
-not ours is quoted from the paper. `--grid` looks for the settings of SGD and Adam over the grid of that code.
+is taken before the update, with that iteration's noise. Runs that never reach the loss are left out of the mean. Other
+rows are quoted from the paper. `--grid` searches the settings of SGD and Adam over the grid of that code.
 """
 
 import argparse

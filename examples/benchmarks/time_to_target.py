@@ -5,23 +5,23 @@
     python examples/benchmarks/time_to_target.py cifar10 --data_dir ~/tensorflow_datasets
 
 `autoencoder` is the deep autoencoder of the Hessian-free literature (784-1000-500-250-30 and back, MNIST), `cifar10` a
-small convolutional network with batch normalization; each takes under 45 minutes of two free cores. Every finished run
-is a line of `time_to_target_<problem>.jsonl`, and the same command takes a killed program up at the run that it was in.
-The end writes a table and a figure beside it; `--only_draw` draws them again without training.
+small convolutional network with batch normalization; each takes under 45 minutes on two free cores. Every finished run
+is a line of `time_to_target_<problem>.jsonl`. After an interruption the same command goes on with the run that was
+stopped. At the end it writes a table and a figure; `--only_draw` draws them again without training.
 
 How it measures:
 
-* A run trains for a budget of seconds. Only steps count: not tracing, not the looks at the loss, which is that of a
-  fixed sample of the training data, normalized by the statistics of the sample.
-* Every method has the same grid of learning rates, two to a decade, the same rule to choose from it and the same
-  budget; everything else is at its default, or as the table of methods below says. The rule: on one seed, runs of a
-  fifth of the budget, from the rate nearest to the default on, as long as the loss at the end is lower on one of the
-  sides. The best rate is run for the whole budget on three seeds.
-* The target is what the best of Keras' own optimizers reaches at the end of its budget, the median over its seeds; a
-  second one is what it has after a third of it. A time to target is the median over the seeds of the first look at
-  which the loss is there.
-* With `--threads 1` all computation is in one thread and the seconds are those of the processor, which other work on
-  the machine disturbs little; without, they are the clock's.
+* A run trains for a budget of seconds. Only steps count, not tracing and not the evaluation of the loss. The loss is
+  that of a fixed sample of the training data, normalized by the statistics of the sample.
+* Every method has the same grid of learning rates (two per decade), the same search rule and the same budget. All other
+  settings are defaults, or those of the table of methods below. The rule: on one seed, run a fifth of the budget,
+  starting from the rate nearest to the default, and move while the final loss is lower at a neighbouring rate. The best
+  rate is run for the whole budget on three seeds.
+* The target is the final loss of the best of Keras' own optimizers, the median over its seeds. A second target is its
+  loss after a third of the budget. A time to target is the median over the seeds of the first evaluation at which the
+  loss is at the target.
+* With `--threads 1` all computation is in one thread and the seconds are CPU time, which other work on the machine
+  disturbs little. Otherwise they are wall time.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""PyHessian and curvlinops on a network that `monitor_cost.py` hands over; run by it, in a process of its own.
+"""PyHessian and curvlinops on a network of `monitor_cost.py`, which runs this program in its own process.
 
     python examples/benchmarks/torch_peers.py network.npz '{"ask": "references", "points": [...]}'
 
-A process of its own because torch and TensorFlow each bring a copy of LLVM, and two in one process end it. Prints one
-line of JSON. The packages are called as their documentation does; a product is counted where each makes one.
+torch and TensorFlow each bring a copy of LLVM, and two copies crash a process. Prints one line of JSON. The packages
+are called as in their documentation; each product is counted where it is made.
 """
 
 import json
