@@ -3,7 +3,7 @@
     python examples/benchmarks/micro_batches.py --out examples/benchmarks/results/micro_batches.txt
 
 The network is convolutional, and its activations dominate memory (five layers of 32x32x32 for each example). The data
-are random, in graph mode. Each candidate runs in its own process. The number is the peak of resident memory while steps
+are generated; graph mode. Each candidate runs in its own process. The number is the peak of resident memory while steps
 run, above the memory after the model is built, the batch loaded, the optimizer's slots allocated and the step traced.
 The target is this project's own: micro-batches take at most 1.25 times the memory of a batch of B/k.
 

@@ -5,7 +5,7 @@
     python monitor_cost.py --data_dir ~/tensorflow_datasets --out results/monitor_cost.txt
 
 Prints three tables, in about six minutes on two free cores. Without torch, PyHessian and curvlinops it prints only the
-rows of this package and says what to install. Without `--data_dir` it uses random images. How it measures:
+rows of this package and says what to install. Without `--data_dir` it uses generated images. How it measures:
 
 * Questions: the same network, weights and examples for all three packages, copied from Keras to torch; the losses
   must agree to 1e-5 before anything is measured. A product is one of the Hessian with a vector, over all examples.

@@ -3,7 +3,7 @@
     python examples/benchmarks/step_cost.py --out examples/benchmarks/results/step_cost.txt
 
 Three networks (`mlp` 784-512-512-10 with batches of 128; `cnn` on 32x32x3 and a small `transformer`, batches of 64),
-graph mode, random data. How it measures:
+graph mode, generated data. How it measures:
 
 * Time: `ms/step` is one call of the model's train function on a batch in memory, as in `fit`; the targets are for
   this number. `in graph` is the same step in a loop inside one `tf.function`, without the overhead of Keras and
