@@ -14,6 +14,7 @@ is why `cross` comes first and the loops of conjugate gradients stand outside. W
 calls (TPUs, and the default strategy) `cross` stays where it is, and `total` is an `all_reduce`.
 """
 
+import concurrent.futures
 import contextlib
 import contextvars
 
@@ -139,6 +140,19 @@ def _in_this_context(fn):
         return here.copy().run(fn, *args)  # two threads cannot be in one context
 
     return run
+
+
+def outside_of_graphs(fn, *args):
+    """`fn(*args)`, run eagerly even while a graph is being traced, where no strategy is in the way.
+
+    A variable that is created during the trace of a `tf.function` costs a condition for its first value, and makes
+    TensorFlow trace the whole function again. `tf.init_scope` does not change that: the function still sees the
+    variable. Another thread is in no trace.
+    """
+    if tf.executing_eagerly() or tf.distribute.has_strategy():
+        return fn(*args)
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(contextvars.copy_context().run, fn, *args).result()
 
 
 def total(fn, *args):

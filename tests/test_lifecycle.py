@@ -453,3 +453,19 @@ def test_a_fixed_loss_scale_changes_no_step(make):
     plain, scaled = (trained(simple(lambda f=factor: make(0.1, loss_scale_factor=f))) for factor in (None, 1024.0))
     for a, b in zip(plain.get_weights(), scaled.get_weights()):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["plain_neumann", "plain_soap"])
+def test_a_plain_model_is_traced_once(name):
+    """State that is created during a trace would make TensorFlow trace the train step a second time."""
+    traces = []
+
+    class Counting(keras.Sequential):
+        def train_step(self, data):
+            traces.append(1)
+            return super().train_step(data)
+
+    model, optimizer = prepare(name, Counting([keras.Input((3,)), keras.layers.Dense(1)]))
+    model.compile(optimizer, loss="mse", jit_compile=False)
+    model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0)
+    assert traces == [1]

@@ -167,8 +167,7 @@ class Lifecycle(keras.optimizers.Optimizer):
         if not variables:
             raise ValueError(f"`{type(self).__name__}` has nothing to train: the model has no trainable weights.")
         if not self.built:
-            with keras.name_scope(self.name, caller=self):
-                self.build(variables)
+            replicas.outside_of_graphs(self._build_by_name, variables)
         if not self.built:
             raise ValueError(
                 f"`{type(self).__name__}` looks at the layers of the model, and a plain `keras.Model` hands its "
@@ -192,6 +191,10 @@ class Lifecycle(keras.optimizers.Optimizer):
         return keras_internals.trained_by(self)
 
     # Keras' life cycle.
+
+    def _build_by_name(self, variables):
+        with keras.name_scope(self.name, caller=self):
+            self.build(variables)
 
     def build(self, variables):
         """Create all state for `variables`; called by Keras, and without effect while a needed model is missing."""
