@@ -143,7 +143,8 @@ def report(args, say):
     say(f"Keras {keras.__version__}, keras_curvature {kc.__version__}; {os.cpu_count()} cores ({platform.machine()}), "
         f"median of {args.repetitions} processes")  # fmt: skip
     for network in args.networks:
-        say(f"\n{network}\n{'optimizer':12} {'CPU s':>7} {'/ Adam':>7} {'wall s':>7} {'peak GB':>8} {'nodes':>8} traces")
+        say(f"\n{network}")
+        say(f"{'optimizer':12} {'CPU s':>7} {'/ Adam':>7} {'wall s':>7} {'peak GB':>8} {'nodes':>8} traces")
         adam = None
         for name in dict.fromkeys(["Adam", *args.optimizers]):
             found = measured(network, name, args.repetitions)
