@@ -327,6 +327,12 @@ def test_weights_that_the_loss_does_not_reach_are_left_alone_by_keras_optimizers
     np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
+def test_a_gradient_that_is_one_object_on_all_replicas_counts_for_each(two_replicas):
+    one, two = two_replicas["by hand"]["one"], two_replicas["by hand"]["two"]
+    assert one != [1.0, 1.0, 1.0]
+    np.testing.assert_allclose(two, one, rtol=1e-6)
+
+
 def test_what_is_done_every_so_many_steps_is_skipped_in_between_on_replicas_too(two_replicas):
     passes = two_replicas["forward passes"]
     assert passes == {"one": [2, 1, 1, 2], "two": [4, 2, 2, 4]}

@@ -2,7 +2,8 @@
 
 A name is private if it begins with an underscore or is imported from below `keras.src`, `tensorflow.python` or
 `tf.__internal__`. The rest of the package calls the functions below. `tests/test_keras_internals.py` has a test for
-each, and fails where another file uses a private name. Read in Keras 3.15 and TensorFlow 2.21.
+each, and `tests/test_private_names.py` fails where another file uses a private name. They were read in Keras 3.15 and
+TensorFlow 2.21.
 
 | private name | function | why not a public name |
 | --- | --- | --- |
@@ -23,7 +24,7 @@ each, and fails where another file uses a private name. Read in Keras 3.15 and T
 | `CompileLoss._flat_losses` | `changed_losses` | the compiled loss with other losses in it |
 | `LossFunctionWrapper` | `function_of` | the class is not exported |
 | `LossFunctionWrapper._fn_kwargs` | `options_of` | `get_config` of a sparse loss leaves out `axis` |
-| `Tensor._keras_logits`, `_keras_mask` | `carried`, `carry`, `logits_of` | they exist as attributes of tensors alone |
+| `Tensor._keras_logits`, `_keras_mask` | `carried`, `carry`, `logits_of`, `LOGITS` | attributes of tensors, no more |
 | **layers.py** |  |  |
 | `BatchNormalization._moments` | `batch_moments` | `keras.ops.moments` takes no mask |
 | **optimizers.py** |  |  |
@@ -51,7 +52,7 @@ Methods of Keras that classes of ours override:
 | `Optimizer._clip_gradients` | `optimizers/lifecycle.py` | a step is not to be clipped |
 | `TFOptimizer._distributed_tf_update_step` | `optimizers` | all variables at once, outside the replicas |
 
-`replaced.py` lists the functions that are replaced, `guards.py` says how.
+`replaced.py` lists the functions that are replaced; `guards.py` says how, with `guard`, `guard_attribute` and `twin`.
 """
 
 from keras_curvature.keras_internals.epochs import STEPS_OF_EPOCH, batch_spec

@@ -5,7 +5,7 @@ import warnings
 import keras
 import tensorflow as tf
 
-from keras_curvature import replicas, trees
+from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.component import check, check_count, check_number, register
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
@@ -222,7 +222,7 @@ class Neumann(CurvatureOptimizer):
 
     def update_step(self, gradient, variable, learning_rate):
         """Algorithm 2, lines 6-12, for one variable."""
-        index = self._get_variable_index(variable)
+        (index,) = keras_internals.places_of(self, [variable])
         m, v, mode = self._m[index].value, self._v[index].value, self._mode
         mu, eta, keep = (tf.cast(mode[name], variable.dtype) for name in ("mu", "eta", "keep"))
         gradient = tf.cast(gradient, variable.dtype)

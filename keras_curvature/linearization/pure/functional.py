@@ -235,5 +235,6 @@ def build_for(model, x, y, sample_weight):
     """
     if keras_internals.is_built(model):
         return
+    batch = replicas.one_of(model.distribute_strategy, (x, y, sample_weight))
     with tf.init_scope():
-        keras_internals.build(model, (x, y, sample_weight))
+        keras_internals.build(model, batch)
