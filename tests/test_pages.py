@@ -156,3 +156,8 @@ def test_the_code_of_the_guide_trains():
 def test_a_method_of_the_guide_takes_30_lines(block):
     lines = block[block.index("@keras.saving") :].splitlines()
     assert len([line for line in lines if line.strip()]) <= 30
+
+
+def test_the_methods_of_the_guide_are_named_in_the_registry_alone():
+    others = [path for path in (HOME / "tests").glob("*.py") if path.name not in ("optimizers.py", "test_pages.py")]
+    assert not [path.name for path in others if re.search(r"\blion\b|damped_gauss_newton", path.read_text())]
