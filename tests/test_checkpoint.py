@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import keras
 import numpy as np
@@ -331,7 +332,7 @@ def test_an_epoch_of_another_length_is_refused(tmp_path):
 def test_another_first_epoch_or_other_metrics_are_refused(tmp_path):
     with pytest.raises(Killed):
         fit(compiled(), Checkpoint(tmp_path, every=1), Note(2, kill))  # in epoch 0, which Keras takes for "not given"
-    with pytest.raises(ValueError, match="goes on in epoch 0 and `fit` begins with 2"):
+    with pytest.raises(ValueError, match="continues in epoch 0 and `fit` begins with 2"):
         fit(compiled(), Checkpoint(tmp_path), initial_epoch=2)
     model = compiled(metrics=["accuracy", "sparse_top_k_categorical_accuracy"])
     with pytest.raises(ValueError, match="another metric"):
@@ -343,7 +344,7 @@ def test_a_fit_that_fails_as_it_begins_leaves_nothing_behind(tmp_path):
     with pytest.raises(Killed):
         fit(compiled(), Checkpoint(tmp_path / "one", every=1), Note(2, kill))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    with pytest.raises(ValueError, match="there are two of these callbacks"):
+    with pytest.raises(ValueError, match="two of these callbacks"):
         fit(compiled(), Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "two"))
     after = Note()
     fit(compiled(), after, epochs=1)
@@ -353,6 +354,139 @@ def test_a_fit_that_fails_as_it_begins_leaves_nothing_behind(tmp_path):
     after = Note()
     fit(compiled(), Checkpoint(tmp_path / "two"), after)
     assert after.seen[0][0] == 2
+
+
+# A `fit` that fails.
+
+
+def small(name="small"):
+    """A model that needs no tracing."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)], name=name)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, run_eagerly=True)
+    return model
+
+
+def interrupted(directory, steps=2):
+    """A checkpoint inside the first epoch."""
+    with pytest.raises(Killed):
+        fit(small(), Checkpoint(directory, every=1), Note(steps, kill))
+
+
+def failing(hook):
+    """A callback that fails in `hook`."""
+    return keras.callbacks.LambdaCallback(**{hook: lambda *_, **__: kill()})
+
+
+def test_a_resumed_fit_that_fails_leaves_other_models_their_batches(tmp_path):
+    interrupted(tmp_path)
+    other, (x, y) = small(), data()
+    expected = other.evaluate(x, y, batch_size=3, verbose=0)
+    with pytest.raises(Killed):
+        fit(small(), Checkpoint(tmp_path), failing("on_epoch_begin"))
+    batches = Batches()
+    assert other.evaluate(x, y, batch_size=3, verbose=0, callbacks=[batches]) == expected
+    assert batches.seen == list(range(8))
+
+
+class Batches(keras.callbacks.Callback):
+    """Notes the batches of an evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_test_batch_begin(self, batch, logs=None):
+        """Before a batch."""
+        self.seen.append(batch)
+
+
+def test_a_callback_may_evaluate_before_a_resumed_epoch_begins(tmp_path):
+    interrupted(tmp_path)
+    other, batches = small(), Batches()
+    x, y = data()
+
+    def evaluate(*_):
+        for model in (other, resumed):
+            model.evaluate(x, y, batch_size=8, verbose=0, callbacks=[batches])
+
+    resumed, noted = small(), Note()
+    fit(resumed, Checkpoint(tmp_path), keras.callbacks.LambdaCallback(on_epoch_begin=evaluate), noted, epochs=1)
+    assert batches.seen == [0, 1, 2, 0, 1, 2]
+    assert [batch for batch, _ in noted.seen] == [2]
+
+
+@pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin", "on_train_batch_end", "on_epoch_end"])
+def test_a_fit_that_fails_leaves_the_handler_and_the_next_fit_as_they_were(tmp_path, hook):
+    interrupted(tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "later")
+    for _ in range(2):  # the second epoch is where the next `fit` of the same model would begin
+        with pytest.raises(Killed):
+            fit(small(), Checkpoint(tmp_path / "later", every=1), failing("on_epoch_end"))
+    before, model, after = signal.getsignal(signal.SIGTERM), small(), Note()
+    with pytest.raises(Killed):
+        fit(model, Checkpoint(tmp_path / "later"), failing(hook))
+    assert signal.getsignal(signal.SIGTERM) is before
+    fit(model, after, epochs=1)
+    assert [batch for batch, _ in after.seen] == [0, 1, 2]
+
+
+def test_a_fit_inside_a_fit_gives_the_handler_back_to_the_outer_one(tmp_path):
+    before, inside = signal.getsignal(signal.SIGTERM), []
+
+    def nested(*_):
+        outer = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(Killed):
+            fit(small(), Checkpoint(tmp_path / "inner"), failing("on_epoch_begin"))
+        inside.append((outer is not before, signal.getsignal(signal.SIGTERM) == outer))
+
+    fit(small(), Checkpoint(tmp_path / "outer"), keras.callbacks.LambdaCallback(on_epoch_begin=nested), epochs=1)
+    assert inside == [(True, True)]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_another_thread_and_another_handler_are_left_alone(tmp_path):
+    before, failed = signal.getsignal(signal.SIGTERM), []
+
+    def run():
+        try:
+            fit(small(), Checkpoint(tmp_path / "thread"), failing("on_epoch_end"))
+        except Killed:
+            failed.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert failed == [before]
+
+    def own(*_):
+        """A handler that a callback sets, and keeps."""
+
+    try:
+        note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda *_: signal.signal(signal.SIGTERM, own))
+        fit(small(), Checkpoint(tmp_path / "own"), note, epochs=1)
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_data_that_end_before_the_position_are_refused(tmp_path):
+    interrupted(tmp_path)
+    x, y = data()
+    short = tf.data.Dataset.from_tensor_slices((x[:8], y[:8])).batch(8)
+    with pytest.raises(ValueError, match="was to continue at step 2, and its data ended after 1 batches"):
+        small().fit(short, steps_per_epoch=3, epochs=4, verbose=0, shuffle=False, callbacks=[Checkpoint(tmp_path)])
+
+
+def test_only_fit_continues_a_run(tmp_path):
+    interrupted(tmp_path)
+    callbacks = keras.callbacks.CallbackList([Checkpoint(tmp_path)], model=small(), epochs=1, steps=3)
+    before = signal.getsignal(signal.SIGTERM)
+    callbacks.on_train_begin()
+    with pytest.raises(ValueError, match="only `fit` can continue"):
+        callbacks.on_epoch_begin(0)
+    callbacks.on_train_end()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

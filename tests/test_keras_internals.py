@@ -150,7 +150,14 @@ def test_an_epoch_iterator_says_what_a_batch_is_like(data):
     specs = tf.nest.flatten(keras_internals.batch_spec(iterator))
     assert [tuple(spec.shape) for spec in specs] == [(2, 3), (2,)][: len(specs)]
     assert [step[:2] for step in getattr(iterator, name)()] == [(0, 0), (1, 1)]
-    assert inspect.isgeneratorfunction(getattr(cls, name))
+    assert inspect.isgeneratorfunction(inspect.unwrap(getattr(cls, name)))
+
+
+def test_fit_makes_its_iterator_over_the_epochs_before_any_other(model):
+    (cls, fit), (iterator, init) = keras_internals.FIT, keras_internals.NEW_ITERATOR
+    assert iterator is keras_internals.STEPS_OF_EPOCH[0] and init == "__init__"
+    source = inspect.getsource(inspect.unwrap(getattr(cls, fit)))
+    assert 0 < source.index("epoch_iterator = TFEpochIterator(") < source.index("callbacks.on_train_begin()")
 
 
 # Of losses.

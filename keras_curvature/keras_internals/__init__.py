@@ -55,7 +55,7 @@ Methods of Keras that classes of ours override:
 `replaced.py` lists the functions that are replaced; `guards.py` says how, with `guard`, `guard_attribute` and `twin`.
 """
 
-from keras_curvature.keras_internals.epochs import STEPS_OF_EPOCH, batch_spec
+from keras_curvature.keras_internals.epochs import FIT, NEW_ITERATOR, STEPS_OF_EPOCH, batch_spec
 from keras_curvature.keras_internals.guards import guard, guard_attribute, twin
 from keras_curvature.keras_internals.layers import batch_moments
 from keras_curvature.keras_internals.losses import (
@@ -90,9 +90,9 @@ from keras_curvature.keras_internals.tensorflow import (
 )  # fmt: skip
 
 __all__ = [
-    "LOGITS", "STEPS_OF_EPOCH", "Functional", "batch_moments", "batch_spec", "begin_at_epoch", "build", "carried",
-    "carry", "changed_losses", "compute_loss", "function_of", "guard", "guard_attribute", "has_several_workers",
-    "is_built", "is_compiled", "is_under_strategy", "keys_of", "layers_of", "logits_of", "loss_tracker", "losses_of",
-    "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of", "takes_training", "trained_by",
-    "twin", "unpickled", "uses_merge_calls",
+    "FIT", "LOGITS", "NEW_ITERATOR", "STEPS_OF_EPOCH", "Functional", "batch_moments", "batch_spec", "begin_at_epoch",
+    "build", "carried", "carry", "changed_losses", "compute_loss", "function_of", "guard", "guard_attribute",
+    "has_several_workers", "is_built", "is_compiled", "is_under_strategy", "keys_of", "layers_of", "logits_of",
+    "loss_tracker", "losses_of", "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of",
+    "takes_training", "trained_by", "twin", "unpickled", "uses_merge_calls",
 ]  # fmt: skip

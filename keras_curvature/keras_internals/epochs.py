@@ -1,5 +1,6 @@
 """Private names of Keras' iterator over the steps of an epoch."""
 
+import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TFEpochIterator
 
@@ -10,5 +11,9 @@ def batch_spec(epoch_iterator):
     return tf.nest.map_structure(lambda s: s._value_specs[0] if hasattr(s, "_value_specs") else s, spec)
 
 
+# `fit`, of which callbacks do not learn that it has failed.
+FIT = (next(cls for cls in keras.Model.__mro__ if "fit" in vars(cls)), "fit")
+# Its iterator over the epochs is made first.
+NEW_ITERATOR = (TFEpochIterator, "__init__")
 # The generator of `(first step, last step, iterator)` that `fit`, `evaluate` and `predict` loop over.
 STEPS_OF_EPOCH = (TFEpochIterator, "_enumerate_iterator")

@@ -13,6 +13,9 @@
 | `Layer._dtype_policy` | `DTYPE_POLICY` | `pure/precision.py` | measures in float32 |
 | `RNN.inner_loop`, of `LSTM`, `GRU` | `RECURRENT_LOOPS` | `layers/taps.py` | notes the states |
 | `call` of a class of layers | `method_of(layer, name)` | `layers/taps.py` | notes the pre-activations |
+| `TensorFlowTrainer.fit` | `epochs.FIT` | `callbacks/fits.py` | learns that a `fit` has failed |
+| `TFEpochIterator.__init__` | `epochs.NEW_ITERATOR` | `callbacks/fits.py` | the iterator of a `fit` |
+| `TFEpochIterator._enumerate_iterator` | `epochs.STEPS_OF_EPOCH` | `callbacks/fits.py` | leaves steps out |
 | `interim.maybe_merge_call` | `MERGE_CALL` | `replicas.py` | Keras' step, from outside |
 | `TFOptimizer._all_reduce_sum_gradients` | `SUM_GRADIENTS` | `replicas.py` | gradients summed already |
 """
