@@ -116,6 +116,70 @@ def test_missing_gradients():
     np.testing.assert_allclose(two, [[0.0, 1.0], [2.0, 3.0]])
 
 
+@every_optimizer_of_bare_variables
+def test_a_gradient_for_each_variable_of_its_shape(name):
+    optimizer, one, two = OPTIMIZERS[name](), variable(), variable([[1.0], [2.0]])
+    optimizer.build([one, two])
+    before = [one.numpy(), two.numpy()]
+    for grads in ([tf.ones((2, 2))], [tf.ones((2, 2)), tf.ones((2, 1)), tf.ones(())]):
+        with pytest.raises(ValueError, match=f"one gradient for each variable.*Received: {len(grads)} gradients for 2"):
+            optimizer.apply(grads)
+    with pytest.raises(ValueError, match=r"Received: a gradient of shape \(1, 2\) for .* of shape \(2, 1\)"):
+        optimizer.apply([tf.ones((2, 2)), tf.ones((1, 2))])
+    for now, then in zip((one, two), before):
+        np.testing.assert_array_equal(now, then)
+
+
+def overwritten(start=((1.0, 2.0), (3.0, 4.0))):
+    """A variable that its gradient overwrites, as the scales of float8 layers."""
+    w = variable(start)
+    w.overwrite_with_gradient = True
+    return w
+
+
+def test_overwrite_with_gradient():
+    optimizer, one, two = SGD(use_ema=True), overwritten(), variable()
+    apply(optimizer, (ONES, one), (ONES, two))
+    np.testing.assert_allclose(one, ONES)
+    np.testing.assert_allclose(two, [[0.0, 1.0], [2.0, 3.0]])
+
+
+def test_overwrite_with_gradient_and_accumulation():
+    """As Keras does: an overwritten variable becomes the largest of the accumulated gradients."""
+    optimizer, one, two = SGD(gradient_accumulation_steps=3), overwritten(), variable()
+    gradients = [[[1.0, 2.0], [3.0, 4.0]], [[2.0, 3.0], [4.0, 5.0]], [[3.0, 1.0], [2.0, 1.0]]]
+    for gradient in gradients[:2]:
+        apply(optimizer, (gradient, one), (ONES, two))
+        np.testing.assert_allclose(one, [[1.0, 2.0], [3.0, 4.0]])
+    apply(optimizer, (gradients[2], one), (ONES, two))
+    np.testing.assert_allclose(one, np.max(gradients, axis=0))
+    np.testing.assert_allclose(two, [[0.0, 1.0], [2.0, 3.0]])
+
+
+@pytest.mark.parametrize("name", ["neumann", "soap", "psgd", "square_root_free_adam"])
+def test_the_other_variables_step_as_if_there_were_none_that_is_overwritten(name):
+    alone, beside, optimizers = variable(), variable(), (OPTIMIZERS[name](), OPTIMIZERS[name](loss_scale_factor=4.0))
+    scale = overwritten([1.0, 2.0, 3.0])
+    for step in range(3):
+        gradient = np.array([[1.0, -2.0], [0.5, step]], "float32")
+        apply(optimizers[0], (gradient, alone))
+        apply(optimizers[1], ([step, 1.0, 2.0], scale), (4.0 * gradient, beside))
+    np.testing.assert_array_equal(scale, [2.0, 1.0, 2.0])
+    np.testing.assert_allclose(beside, alone, rtol=1e-6)
+
+
+def test_a_curved_model_refuses_weights_that_are_overwritten():
+    for optimizer in (kc.Neumann(), kc.CurveBall(), "sgd"):
+        model = kc.curved(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]), micro_batches=2)
+        model.layers[0].bias.overwrite_with_gradient = True
+        model.compile(optimizer, "mse")
+        before = model.get_weights()
+        with pytest.raises(ValueError, match="cannot train weights that their gradient overwrites.*dense.*bias"):
+            model.train_on_batch(np.ones((2, 2)), np.ones((2, 2)))
+        for now, then in zip(model.get_weights(), before):
+            np.testing.assert_array_equal(now, then)
+
+
 def test_average_of_the_weights():
     w = variable([[3.0, 4.0], [5.0, 6.0]])
     optimizer = SGD(use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3)

@@ -37,8 +37,12 @@ class Lifecycle(keras.optimizers.Optimizer):
 
     # The step.
 
-    def step(self, linearization):
+    def step(self, linearization, overwriting=()):
         """Take one step on the batch of a `Linearization` (or `Gradients`).
+
+        Args:
+            linearization: The batch.
+            overwriting: The new values of the variables that their gradients overwrite, such as float8 scales.
 
         Returns:
             The reported numbers, `{name: scalar}`, with `skipped_steps` 1 where the step was not taken.
@@ -56,7 +60,7 @@ class Lifecycle(keras.optimizers.Optimizer):
             def take():
                 before = tf.identity(self.skipped_steps.value)
                 _assign(noted)
-                self._hand_to_keras(handed)
+                self._hand_to_keras(handed, overwriting)
                 # of accumulated gradients a direction may have overflowed, and was skipped further down
                 return tf.cast(self.skipped_steps.value - before, tf.float32)
 
@@ -108,12 +112,12 @@ class Lifecycle(keras.optimizers.Optimizer):
 
         tf.cond(trees.is_finite(directions), take, lambda: _nothing(self.skipped_steps.assign_add(1)))
 
-    def _hand_to_keras(self, gradients):
+    def _hand_to_keras(self, gradients, overwriting):
         if self.loss_scale_factor is not None:  # Keras divides by it; the step has its true size already
             gradients = trees.scale(self.loss_scale_factor, gradients)
         self._hands_a_step = self._preconditions and not self.gradient_accumulation_steps
         with replicas.keras_outside():
-            super().apply(gradients, self.trained)
+            super().apply([*gradients, *overwriting], [*self.trained, *self._overwritten])
         self._hands_a_step = False
 
     def apply(self, grads, trainable_variables=None):
@@ -123,21 +127,29 @@ class Lifecycle(keras.optimizers.Optimizer):
                 "When passing `grads` without `variables`, the optimizer must already be built on a list of variables. "
                 "Call `optimizer.build(trainable_variables)` first."
             )
-        variables = list(self.trained if trainable_variables is None else trainable_variables)
+        variables = list(self._built_for if trainable_variables is None else trainable_variables)
         self.require(variables)
-        gradients = self._complete(grads, variables)
+        gradients = self._complete(list(grads), variables)
 
         def take(gradients):
             total = replicas.add_up(gradients)
+            # a variable that its gradient overwrites becomes the mean over the replicas, whatever the loss scale
+            overwriting = [g / replicas.count() for g, v in zip(total, variables) if overwrites(v)]
+            stepped = [g for g, v in zip(total, variables) if not overwrites(v)]
             if self.loss_scale_factor is not None:
-                total = [g / self.loss_scale_factor for g in total]
-            self.step(Gradients(type(self).__name__, total, variables))
+                stepped = [g / self.loss_scale_factor for g in stepped]
+            self.step(Gradients(type(self).__name__, stepped, self.trained), overwriting)
 
         replicas.cross(take, gradients)
         return self.iterations
 
     def _complete(self, grads, variables):
-        """Dense gradients for all variables; Keras' warning where some are missing, its error where all are."""
+        """Dense gradients for all variables; Keras' warning if some are missing, its error if all are."""
+        if len(grads) != len(variables):
+            raise ValueError(
+                f"`{type(self).__name__}.apply`: `grads` must hold one gradient for each variable, in the same order. "
+                f"Received: {len(grads)} gradients for {len(variables)} variables ({_names(variables)})"
+            )
         if all(g is None for g in grads):
             raise ValueError("No gradients provided for any variable.")
         missing = [v.name for g, v in zip(grads, variables) if g is None]
@@ -148,6 +160,12 @@ class Lifecycle(keras.optimizers.Optimizer):
                 stacklevel=4,
             )
         values = [tf.zeros_like(v) if g is None else tf.convert_to_tensor(g) for g, v in zip(grads, variables)]
+        for g, v in zip(values, variables):
+            if not g.shape.is_compatible_with(v.shape):
+                raise ValueError(
+                    f"`{type(self).__name__}.apply`: a gradient must have the shape of its variable. Received: a "
+                    f"gradient of shape {tuple(g.shape)} for {_names([v])} of shape {tuple(v.shape)}"
+                )
         return [tf.cast(g, v.dtype) for g, v in zip(values, variables)]
 
     def meet(self, model):
@@ -175,7 +193,7 @@ class Lifecycle(keras.optimizers.Optimizer):
                 "    model = keras_curvature.curved(model)\n"
             )
         known = keras_internals.keys_of(self, self.trained)
-        given = keras_internals.keys_of(self, variables)
+        given = keras_internals.keys_of(self, [v for v in variables if not overwrites(v)])
         if known != given:
             raise ValueError(
                 f"`{type(self).__name__}` was built for {len(known)} weights "
@@ -187,8 +205,21 @@ class Lifecycle(keras.optimizers.Optimizer):
 
     @property
     def trained(self):
-        """The variables that the optimizer was built for, a list."""
+        """The variables that the optimizer was built for and steps, a list; without those that gradients overwrite."""
+        return [v for v in self._built_for if not overwrites(v)]
+
+    def place_of(self, variable):
+        """Where a variable stands in `trained`."""
+        (key,) = keras_internals.keys_of(self, [variable])
+        return keras_internals.keys_of(self, self.trained).index(key)
+
+    @property
+    def _built_for(self):
         return keras_internals.trained_by(self)
+
+    @property
+    def _overwritten(self):
+        return [v for v in self._built_for if overwrites(v)]
 
     # Keras' life cycle.
 
@@ -203,7 +234,7 @@ class Lifecycle(keras.optimizers.Optimizer):
         super().build(variables)
         self.skipped_steps = self.add_variable((), dtype="int", name="skipped_steps", aggregation="none")
         if variables:  # else `require` says what is wrong
-            self.create_state(list(variables))
+            self.create_state([v for v in variables if not overwrites(v)])
         waiting, self._waiting = self._waiting, StoredState()
         with tf.init_scope():
             self._take_over(waiting)
@@ -265,6 +296,11 @@ class Lifecycle(keras.optimizers.Optimizer):
         own = inspect.signature(cls.__init__).parameters
         config = {k: component.deserialize(v) if k in own and k != "learning_rate" else v for k, v in config.items()}
         return super().from_config(config, custom_objects)
+
+
+def overwrites(variable):
+    """Whether the gradient of a variable is its new value, as of the scales in float8 training."""
+    return getattr(variable, "overwrite_with_gradient", False)
 
 
 def _names(variables):

@@ -5,7 +5,7 @@ import warnings
 import keras
 import tensorflow as tf
 
-from keras_curvature import keras_internals, replicas, trees
+from keras_curvature import replicas, trees
 from keras_curvature.component import check, check_count, check_number, register
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
@@ -153,11 +153,11 @@ class Neumann(CurvatureOptimizer):
         back = self._mu(self._t - 1) * (1.0 - tf.cast(self._displaced.value, tf.float64))
         return trees.scale(back, trees.values(self._m))
 
-    def step(self, linearization):
+    def step(self, linearization, overwriting=()):
         """One step; on a curved model the stored weights are the answer, on a plain one the displaced weights."""
         self._stores_base = isinstance(linearization, Linearization)
         mu = self._mu(self._t)
-        return {"mu": tf.cast(mu, tf.float32), **super().step(linearization)}
+        return {"mu": tf.cast(mu, tf.float32), **super().step(linearization, overwriting)}
 
     # The update. Keras calls `_distributed_tf_update_step` once per step, outside the replicas, with the summed
     # gradients; it calls `update_step` for each variable.
@@ -222,7 +222,7 @@ class Neumann(CurvatureOptimizer):
 
     def update_step(self, gradient, variable, learning_rate):
         """Algorithm 2, lines 6-12, for one variable."""
-        (index,) = keras_internals.places_of(self, [variable])
+        index = self.place_of(variable)
         m, v, mode = self._m[index].value, self._v[index].value, self._mode
         mu, eta, keep = (tf.cast(mode[name], variable.dtype) for name in ("mu", "eta", "keep"))
         gradient = tf.cast(gradient, variable.dtype)

@@ -9,6 +9,7 @@ from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.linearization.pure.functional import build_for
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.lifecycle import overwrites
 from keras_curvature.training.reports import Reports
 
 
@@ -72,6 +73,7 @@ class CurvedStep:
         build_for(self, x, y, sample_weight)
         ours = isinstance(optimizer, CurvatureOptimizer)
         needs = optimizer.needs if ours else Needs(only_gradients=True)
+        _refuse_overwritten(self.trainable_variables)
         if ours:
             optimizer.require(self.trainable_variables)
             self._prepare_reports()  # inside the replicas nothing can be created
@@ -96,6 +98,17 @@ def unwrap(optimizer):
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return optimizer.inner_optimizer, optimizer
     return optimizer, None
+
+
+def _refuse_overwritten(variables):
+    """Refuse weights whose gradient is their new value: it is no derivative, and does not add up over slices."""
+    names = [v.path for v in variables if overwrites(v)]
+    if names:
+        raise ValueError(
+            "A curved model cannot train weights that their gradient overwrites, such as the scales of float8 layers. "
+            f"Received: {', '.join(names)}. Train the model without `keras_curvature.curved`, with an optimizer that "
+            "needs gradients only (`Neumann`, `SOAP`, `Shampoo`, ...), or in another precision."
+        )
 
 
 def _step_of_keras(optimizer, lin, checked):
