@@ -19,7 +19,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 import keras_curvature as kc
 from keras_curvature import replicas
-from keras_curvature.monitor.board import axis, first_batch, layout, panels
+from keras_curvature.monitor.board import axis, failures, first_batch, layout, pages, panels
 from keras_curvature.monitor.board import board as board_module
 from keras_curvature.monitor.board.advice import Advice
 from keras_curvature.monitor.board.budget import Budget, Costs
@@ -338,11 +338,11 @@ def test_texts_are_the_page_about_the_board_and_the_report(shown):
 
 
 def test_the_spectrum_has_all_eigenvalues(shown, oracle):
-    step, bars = arrays(shown["folder"], board_module.SPECTRUM)[-1]
+    step, bars = arrays(shown["folder"], pages.SPECTRUM)[-1]
     assert step == len(shown["weights"]) and bars.shape == (axis.BINS, 3)
     assert np.allclose(bars[1:, 0], bars[:-1, 1])
     assert (10 ** bars[:, 2] - 1).sum() == pytest.approx(35)
-    assert "log10" in read(shown["folder"]).SummaryMetadata(board_module.SPECTRUM).summary_description
+    assert "log10" in read(shown["folder"]).SummaryMetadata(pages.SPECTRUM).summary_description
 
 
 def test_bars_of_a_known_spectrum():
@@ -483,7 +483,7 @@ def test_a_data_set_that_shuffles_is_another_one_for_the_board(own, tmp_path, mo
     def report(measured):
         reports.append(measured)
         seen.append(float(measured.loss))
-        raise panels.NotFinite("enough")
+        raise failures.NotFinite("enough")
 
     monkeypatch.setattr(board_module, "measure", report)
     monkeypatch.setattr(reading, "batches", lambda *arguments: read.append(1) or batches(*arguments))
@@ -786,7 +786,7 @@ def test_a_piece_that_fails_is_left_out_with_one_warning(tmp_path, monkeypatch):
         found = fitted(tmp_path)
     assert len(caught) == 1
     assert len(found["1_stability/sharpness"]) > 2 and not any(tag.startswith("2_noise") for tag in found)
-    assert "Left out, as it failed: the noise scale." in texts(tmp_path / "curvature")["about"][-1][1]
+    assert "Left out because it failed: the noise scale." in texts(tmp_path / "curvature")["about"][-1][1]
 
 
 def test_a_piece_whose_products_overflow_comes_back(tmp_path, monkeypatch):
@@ -830,7 +830,7 @@ def test_a_probe_that_fails_ends_probing_and_not_training(tmp_path, monkeypatch)
         raise tf.errors.ResourceExhaustedError(None, None, "out of memory")
 
     monkeypatch.setattr(board_module, "curvature", fail)
-    with pytest.warns(UserWarning, match="probing failed with ResourceExhaustedError: out of memory") as caught:
+    with pytest.warns(UserWarning, match="measuring failed with ResourceExhaustedError: out of memory") as caught:
         found = fitted(tmp_path)
     assert len(caught) == 1 and "Training goes on" in str(caught[0].message)
     assert set(found) == {"3_step/loss", "3_step/learning_rate"} and len(found["3_step/loss"]) > 2
@@ -840,7 +840,7 @@ def test_a_disk_that_is_full_ends_the_board_and_not_training(tmp_path, monkeypat
     def fail(*_, **__):
         raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
 
-    monkeypatch.setattr(board_module.Events, "scalars", fail)
+    monkeypatch.setattr(pages.Events, "scalars", fail)
     with pytest.warns(UserWarning, match="No space left on device") as caught:
         fitted(tmp_path)
     assert len(caught) <= 2  # what is measured, and what training has anyway
@@ -907,7 +907,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_construction(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="everything is permitted to root")
 def test_a_folder_without_permission_is_refused_at_construction(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(ValueError, match="see to its permissions"):
+    with pytest.raises(ValueError, match="change its permissions"):
         kc.callbacks.CurvatureBoard(tmp_path / "logs")
 
 

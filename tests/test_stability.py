@@ -20,7 +20,8 @@ from optimizers import OPTIMIZERS
 
 import keras_curvature as kc
 from keras_curvature import Linearization, curved
-from keras_curvature.monitor.stability import OF_KERAS, REASONS, Stability, stability
+from keras_curvature.monitor.keras_steps import OF_KERAS, REASONS
+from keras_curvature.monitor.stability import Stability, stability
 from keras_curvature.operators.base import dense
 from keras_curvature.optimizers import limits
 
@@ -405,7 +406,7 @@ def test_a_method_of_ones_own_has_no_limit():
     class OfOurs(kc.CurvatureOptimizer):
         """One of a user's."""
 
-    assert "`Own` has an `update_step` of its own" in stability(Own()).reason
+    assert "`Own` has its own `update_step`" in stability(Own()).reason
     assert stability(Named(0.1)).sharpness_limit == pytest.approx(20)
     assert "`OfOurs`" in stability(OfOurs(0.1)).reason
 
@@ -471,7 +472,7 @@ def test_vectors_are_of_the_variables_in_their_order():
     np.testing.assert_array_equal(stability(optimizer, variables[::-1]).preconditioner.entries[0], other)
     (alone,) = stability(optimizer, variables[:1]).preconditioner.entries
     np.testing.assert_array_equal(alone, one)
-    assert "was built for 2 weights, and these 1 are others" in stability(optimizer, [keras.Variable(1.0)]).reason
+    assert "was built for 2 weights; these 1 are other weights" in stability(optimizer, [keras.Variable(1.0)]).reason
     optimizer = kc.SOAP()
     variables = trained(optimizer)
     assert stability(optimizer, variables).limit is not None

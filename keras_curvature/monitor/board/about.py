@@ -1,4 +1,4 @@
-"""What a board measures, what that costs, and what each number means: a page of text."""
+"""The page of text about a board: what it measures, what that costs, and what each number means."""
 
 from keras_curvature import trees
 from keras_curvature.monitor.board import layout
@@ -9,12 +9,12 @@ def words(panels, data, budget, measurements, dropped, tags):
     """The page in Markdown.
 
     Args:
-        panels: The `Panels`, after a probe.
-        data: Which data are probed, in words.
+        panels: The `Panels`, after a measurement.
+        data: Which data are measured on, in words.
         budget: The `Budget`.
-        measurements: How many measurements there were.
-        dropped: Names of pieces that failed, a list.
-        tags: The numbers that there are, a list.
+        measurements: Number of measurements.
+        dropped: Names of the pieces that failed, a list.
+        tags: The tags of the numbers written, a list.
     """
     parts = [_what(panels, data, dropped), _time(budget, measurements), _limit(panels.stability), _numbers(tags)]
     return "\n\n".join(parts)
@@ -23,7 +23,7 @@ def words(panels, data, budget, measurements, dropped, tags):
 def _what(panels, data, dropped):
     measured = panels.measured.objective
     matrix = KINDS[measured.kind].title + ("" if measured.kind == "hessian" else " matrix")
-    failed = f" Left out, as it failed: {', '.join(dropped)}." if dropped else ""
+    failed = f" Left out because it failed: {', '.join(dropped)}." if dropped else ""
     return (
         f"**Measured**: the {matrix} of the loss of `{measured.model.name}`, which has "
         f"{trees.count(panels.weights)} weights, in training mode, on {measured.examples} examples in "
@@ -38,8 +38,8 @@ def _time(budget, measurements):
     report = f", reports {budget.once['report']:.1f} s" if "report" in budget.once else ""
     once = sum(seconds for kind, seconds in budget.once.items() if kind != "report")
     return (
-        f"**Time**: what is done once, tracing first of all, took {once:.1f} s{report}. Of the "
-        f"{budget.elapsed:.1f} s besides, {measurements} measurements and the spectra took {spent:.2f} s, "
+        f"**Time**: work that is done once, mostly tracing, took {once:.1f} s{report}. Of the other "
+        f"{budget.elapsed:.1f} s, {measurements} measurements and the spectra took {spent:.2f} s, "
         f"{_share(spent, budget)}; the budget is {allowed:.1%}. Live numbers took {budget.spent['live']:.2f} s."
     )
 
@@ -54,8 +54,8 @@ def _limit(stability):
     matrix = "Hessian" if stability.preconditioner is None else "preconditioned Hessian"
     note = f" {stability.note}" if stability.note else ""
     return (
-        f"**Limit of the optimizer**: the largest eigenvalue of the {matrix} stays below {stability.formula} = "
-        f"{stability.sharpness_limit:.4g}, or the step grows along its direction.{note}"
+        f"**Limit of the optimizer**: the largest eigenvalue of the {matrix} must stay below "
+        f"{stability.formula} = {stability.sharpness_limit:.4g}; above it steps grow along its direction.{note}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Sentences for whoever watches, each once when a limit is crossed."""
+"""Advice in words, given once when a limit is crossed."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from keras_curvature.monitor.board.layout import LAYER
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One sentence, and when it is said.
+    """A sentence and the condition for it.
 
     Args:
-        tag: The number looked at.
-        crossed: A function of the number: whether it is beyond the limit.
+        tag: The tag of the number.
+        crossed: A function of the number that tells whether it is beyond the limit.
         text: The sentence.
-        times: So many points in a row must be beyond it.
+        times: So many points in a row must be beyond the limit.
     """
 
     tag: str
@@ -32,7 +32,7 @@ RULES = (
         "The batch is past the critical size ({:.1f} times the noise scale): larger batches will not shorten training."
     ), times=3),
     Rule("2_noise/gauge", lambda v: v < 0.2, (
-        "A larger batch would still pay: this one is {:.2g} of the noise scale."
+        "A larger batch would still shorten training: this one is {:.2g} of the noise scale."
     ), times=3),
     Rule("1_stability/reduction_ratio", lambda v: v < 0.25, (
         "The quadratic model is not trusted (reduction ratio {:.2f}, three times below 0.25); damping is rising."
@@ -42,19 +42,19 @@ LAYER_SHARE = "One layer, `{}`, has {:.0%} of the trace."
 
 
 class Advice:
-    """Keeps count of what was crossed."""
+    """Counts the limits crossed."""
 
     def __init__(self, rules=RULES):
         self._counts = dict.fromkeys(rules, 0)
         self._heavy = None
 
     def of(self, values):
-        """The sentences that new numbers `{tag: value}` give rise to."""
+        """The sentences for new numbers `{tag: value}`."""
         said = [rule.text.format(values[rule.tag]) for rule in self._counts if self._crosses(rule, values)]
         return said + self._of_layers(values)
 
     def _crosses(self, rule, values):
-        """Whether a rule's limit is crossed with these numbers, and not only stayed beyond."""
+        """Whether these numbers cross a rule's limit, having been within it before."""
         if rule.tag not in values:
             return False
         beyond = rule.crossed(values[rule.tag])

@@ -1,15 +1,15 @@
-"""Shares of the wall clock, kept by whoever spends them."""
+"""The board's time: shares of the wall time, and what pieces of work cost."""
 
 
 class Budget:
-    """Time that may be spent: shares of the time that has gone by, each for one kind of work.
+    """Time that may be spent: shares of the elapsed time, each for one kind of work.
 
-    Work may begin where `spent + expected <= share * elapsed`. What is done only once, such as tracing graphs, is
-    counted apart, and is on neither side.
+    Work may begin where `spent + expected <= share * elapsed`. Work that is done only once, such as tracing graphs, is
+    counted separately and is on neither side.
 
     Args:
         shares: `{kind of work: share in [0, 1)}`.
-        clock: A function without arguments that gives seconds, such as `time.perf_counter`.
+        clock: A function without arguments that returns seconds, such as `time.perf_counter`.
     """
 
     def __init__(self, shares, clock):
@@ -18,7 +18,7 @@ class Budget:
 
     @property
     def elapsed(self):
-        """Seconds since it was made, without what was done only once."""
+        """Seconds since construction, without the work that was done only once."""
         return self._clock() - self._began - sum(self.once.values())
 
     def allows(self, kind, expected):
@@ -26,7 +26,7 @@ class Budget:
         return self.spent[kind] + expected <= self.shares[kind] * self.elapsed
 
     def timed(self, kind, work, once=False):
-        """The seconds that `work()` takes; they are spent, or, `once`, counted apart."""
+        """Run `work()` and return its seconds. They are spent, or counted separately with `once`."""
         began = self._clock()
         try:
             work()
@@ -37,9 +37,10 @@ class Budget:
 
 
 class Costs:
-    """What pieces of work are known to cost: as much as the last time, but for the first, which has tracing in it.
+    """What pieces of work are expected to cost.
 
-    Before there was a second time a piece is taken to cost its number of products with the curvature.
+    A piece is expected to cost what it last did; its first run, which includes tracing, is ignored. Before its second
+    run it is expected to cost its number of products with the curvature.
 
     Attributes:
         product: Seconds of one product.
@@ -49,14 +50,14 @@ class Costs:
         self._seconds, self.product = {}, 0.0
 
     def is_new(self, name):
-        """Whether a piece was never worked on."""
+        """Whether a piece never ran."""
         return name not in self._seconds
 
     def note(self, name, seconds):
-        """A piece has taken so many seconds."""
+        """Note the seconds that a piece took."""
         self._seconds[name] = None if self.is_new(name) else seconds
 
     def expected(self, name, products):
-        """Seconds that a piece will take, which is about so many products."""
+        """Seconds that a piece of about so many products is expected to take."""
         known = self._seconds.get(name)
         return products * self.product if known is None else known

@@ -1,7 +1,7 @@
-"""What TensorBoard reads: one event file for each run, with numbers, texts, histograms, pictures and a layout.
+"""Write event files for TensorBoard: numbers, texts, histograms, pictures and a layout, one file per run.
 
-The records are put together here, and not by `tf.summary.scalar` and its like: these write one number at a time, ten
-times as dear, and cannot write histograms of anything but a sample.
+The records are built here and not by `tf.summary.scalar` and its relatives, which write one number at a time at ten
+times the cost, and histograms only from a sample.
 """
 
 import os
@@ -12,16 +12,16 @@ Summary, Metadata = tf.compat.v1.Summary, tf.compat.v1.SummaryMetadata
 
 # `data_class` of TensorBoard's `SummaryMetadata`
 SCALAR, TENSOR, BLOBS = 1, 2, 3
-# Milliseconds until what was written can be seen.
+# Milliseconds until readers see what was written.
 FLUSH = 5000
 
 
 class Events:
-    """The event file of one run, opened when something is written.
+    """The event file of one run, opened at the first write.
 
     Args:
         folder: The run's folder, which TensorBoard shows by its path under `--logdir`.
-        describe: A function of a tag that gives its description in Markdown; defaults to none.
+        describe: A function from a tag to its description in Markdown. Defaults to no description.
     """
 
     def __init__(self, folder, describe=lambda tag: ""):
@@ -39,7 +39,7 @@ class Events:
         self._one(tag, tf.make_tensor_proto([markdown.encode()], tf.string), "text", TENSOR, step)
 
     def histogram(self, tag, triples, step, title, description):
-        """Write a histogram of our own making, (bins, 3): left, right and height of each bin."""
+        """Write a histogram given as `(bins, 3)`: left, right and height of each bin."""
         self._one(tag, tf.make_tensor_proto(triples, tf.float64), "histograms", TENSOR, step, title, description)
 
     def image(self, tag, png, step):
@@ -49,18 +49,18 @@ class Events:
         self._one(tag, tf.make_tensor_proto(parts, tf.string), "images", BLOBS, step)
 
     def layout(self, layout, step):
-        """Write the charts of the Custom Scalars page, a `Layout` message of TensorBoard's."""
+        """Write the charts of the Custom Scalars page, TensorBoard's `Layout` message."""
         from tensorboard.plugins.custom_scalar import summary as custom_scalar
 
         self._write(custom_scalar.pb(layout), step)
 
     def flush(self):
-        """Let readers see what was written."""
+        """Make what was written visible to readers."""
         if self._writer is not None:
             self._writer.flush()
 
     def close(self):
-        """Close the file; what is written later begins another one, of the same run."""
+        """Close the file; a later write opens another file of the same run."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -82,7 +82,7 @@ class Events:
             return
         if self._writer is None:
             self._writer = tf.summary.create_file_writer(self.folder, flush_millis=FLUSH)
-        # whatever a training script has switched off for summaries of its own
+        # even where a training script switched its own summaries off
         with self._writer.as_default(), tf.summary.record_if(True):
             tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step=step)
 
@@ -91,16 +91,16 @@ def make_folder(owner, name, folder):
     """Create a folder and try to write into it.
 
     Raises:
-        ValueError: That is not permitted, or something else is there.
+        ValueError: Writing is not permitted, or the path is not a folder.
     """
-    probe = os.path.join(folder, f".written_by_{os.getpid()}")
+    test = os.path.join(folder, f".written_by_{os.getpid()}")
     try:
         tf.io.gfile.makedirs(folder)
-        with tf.io.gfile.GFile(probe, "w") as file:
+        with tf.io.gfile.GFile(test, "w") as file:
             file.write("")
-        tf.io.gfile.remove(probe)
+        tf.io.gfile.remove(test)
     except tf.errors.OpError as error:
         raise ValueError(
             f"`{type(owner).__name__}`: `{name}` must be a folder that can be written. Received: {name}={folder!r}, "
-            f"and writing there fails: {error.message}. Choose another folder, or see to its permissions."
+            f"and writing there fails: {error.message}. Choose another folder, or change its permissions."
         ) from error

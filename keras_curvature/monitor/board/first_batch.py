@@ -1,8 +1,9 @@
-"""The first batch that `fit` trains on, seen in passing.
+"""Look at the first batch that `fit` trains on.
 
-Keras shows its callbacks no batches: `fit` hands the train function an iterator, which draws from it inside of a graph.
-So the train function is replaced for one call, by one that draws the batches of this call, and hands the train function
-an iterator that gives the same batches out again. The train function cannot tell, and is not traced another time.
+Keras shows no batches to callbacks: `fit` passes an iterator to the train function, which reads it inside a graph. So
+    the
+train function is replaced for one call. The replacement reads the batches of this call, and passes the train function
+an iterator that yields the same batches again. The train function sees no difference and is not traced again.
 """
 
 import tensorflow as tf
@@ -14,10 +15,10 @@ def watch(model, take):
     """Call `take(batch)` with the first batch of the next call of the model's train function.
 
     Args:
-        model: A compiled `keras.Model` in `fit`, whose train function is made.
-        take: A function of the batch as the iterator gives it, a nest of tensors or of what the replicas get.
+        model: A compiled `keras.Model` in `fit`, with its train function built.
+        take: A function of the batch as the iterator yields it: a nest of tensors, or of per-replica values.
     """
-    # a `fit` that failed before its first batch has left one behind
+    # a `fit` that failed before its first batch left a replacement behind
     original = getattr(model.train_function, "watched", model.train_function)
 
     def once(iterator):
@@ -33,7 +34,7 @@ def watch(model, take):
 
 
 def _draw(iterator, steps):
-    """The next batches, as many as there are up to `steps`."""
+    """The next batches, at most `steps`."""
     batches = []
     while len(batches) < steps:
         batch = iterator.get_next_as_optional()
@@ -44,13 +45,12 @@ def _draw(iterator, steps):
 
 
 def _once_more(iterator, batches):
-    """What gives these batches as `iterator` did."""
+    """An iterator over these batches like `iterator`."""
     if not isinstance(iterator, tf.data.Iterator):
-        return iter(batches)  # of several replicas, which Keras takes too
+        return iter(batches)  # per-replica batches; Keras takes a plain iterator of these
     data = tf.data.Dataset.from_tensors(batches[0])
     for batch in batches[1:]:
         data = data.concatenate(tf.data.Dataset.from_tensors(batch))
-    # Of the shapes that `iterator` announces, and not of those that these batches have: the train function would be
-    # traced for them once more.
+    # With the shapes that `iterator` announces: the train function would be traced again for those of the batches.
     variant = tf.data.experimental.to_variant(data)
     return iter(tf.data.experimental.from_variant(variant, iterator.element_spec))

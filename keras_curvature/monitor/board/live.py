@@ -1,4 +1,4 @@
-"""Numbers that training has anyway, read off the metrics of the model."""
+"""Numbers that training already computes, read from the metrics of the model."""
 
 import math
 
@@ -11,27 +11,27 @@ from keras_curvature.training.step import unwrap
 
 
 class Live:
-    """What a model's loss and its optimizer's reports were since they were last read.
+    """A model's loss and its optimizer's reports since they were last read.
 
-    Keras' metrics are means over the epoch so far. Their sums and counts tell the mean over the steps in between. What
-    an optimizer counts (skipped steps) is added up over epochs.
+    Keras' metrics are means over the epoch so far. Their sums and counts give the mean over the steps in between.
+    Counts of an optimizer (skipped steps) are summed over epochs.
     """
 
     def __init__(self, model):
         self.model, self._sums, self._totals, self._before = model, {}, {}, {}
 
     def epoch(self):
-        """The metrics have begun again."""
+        """Note that the metrics restarted."""
         self._sums, self._before = {}, dict(self._totals)
 
     def agrees(self, logs):
-        """Whether the metrics are still those of an epoch's logs: an `evaluate` of another callback takes them."""
+        """Whether the metrics still have an epoch's logs: an `evaluate` in another callback resets them."""
         tracker = keras_internals.loss_tracker(self.model)
         total, count = replicas.read(tracker.total), replicas.read(tracker.count)
         return count > 0 and math.isclose(total / count, logs.get("loss", math.nan), rel_tol=1e-5)
 
     def read(self):
-        """`{tag: number}`; NaN where there was nothing in between."""
+        """`{tag: number}`; NaN where no step was in between."""
         tracker = keras_internals.loss_tracker(self.model)
         found = {"3_step/loss": self._since("loss", tracker.total, tracker.count, "mean")}
         for name, report in reports_of(self.model).items():
@@ -39,7 +39,7 @@ class Live:
         return found | {"3_step/learning_rate": learning_rate(self.model)}
 
     def of_epoch(self, logs):
-        """`{tag: number}` of an epoch, by its logs: means over all of it."""
+        """`{tag: number}` of an epoch, from its logs: means over the whole epoch."""
         optimizer, _ = unwrap(self.model.optimizer)
         found = {"3_step/loss": float(logs.get("loss", math.nan)), "3_step/learning_rate": learning_rate(self.model)}
         for name, how in {"skipped_steps": "sum", **getattr(optimizer, "reports", {})}.items():
@@ -61,13 +61,13 @@ class Live:
 
 
 def learning_rate(model):
-    """The rate of the next step, a float; not a number where several optimizers have one each, or there is none."""
+    """The learning rate of the next step, a float; NaN for several optimizers, or for none."""
     optimizer, _ = unwrap(model.optimizer)
     no_one = optimizer is None or isinstance(optimizer, keras.optimizers.MultiOptimizer)
     return math.nan if no_one else replicas.read(optimizer.learning_rate)
 
 
 def iterations(model):
-    """How many steps the optimizer has taken, also before this `fit`; `None` without an optimizer."""
+    """Number of steps of the optimizer, also before this `fit`; `None` without an optimizer."""
     optimizer, _ = unwrap(model.optimizer)
     return None if optimizer is None else replicas.read(optimizer.iterations)

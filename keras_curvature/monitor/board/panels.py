@@ -1,7 +1,7 @@
-"""What is measured in training: pieces of a probe, each a few products with the curvature.
+"""What the board measures: pieces of a measurement, each a few products with the curvature.
 
-A piece adds numbers by their tags. Pieces run in order and use what those before them have found: the gradient, the
-limits of the optimizer, the sharpest direction.
+A piece adds numbers by their tags. Pieces run in order and use earlier results: the gradient, the limits of the
+optimizer, the sharpest direction.
 """
 
 import dataclasses
@@ -13,43 +13,40 @@ import numpy as np
 from keras_curvature import trees
 from keras_curvature.linearization.fisher import likelihoods
 from keras_curvature.monitor.board.axis import Axis
+from keras_curvature.monitor.board.failures import NotFinite
 from keras_curvature.monitor.board.layout import BOUNDS, LAYER, LIMITS
 from keras_curvature.monitor.noise import noise
 from keras_curvature.monitor.spectra import label_traces
 from keras_curvature.monitor.stability import Stability, stability
 
-# Products of a Lanczos run from a random vector, and from the one of the probe before: either finds the sharpness to
-# about 1e-3, and the second to 1e-2 where training went a long way in between. The smallest eigenvalue takes more: it
-# lies close to the many near 0.
+# Products of a Lanczos run from a random vector, and from the last measurement's eigenvector. Either finds the
+# sharpness to about 1e-3; the second to 1e-2 where training went far in between. The smallest eigenvalue takes more
+# products, because it lies close to many eigenvalues near 0.
 COLD, WARM, LOWER = 10, 5, 20
-# Relative residual of the sharpness beyond which there are WARM products more.
+# Relative residual of the sharpness above which WARM more products follow.
 FAR = 0.05
-# Lines of a chart, and the rest in one more.
+# Lines in a chart of layers; one more line has the rest.
 LAYERS = 8
-# Of the noise scale: what one pass over the probe is cut into.
+# For the noise scale one pass over the examples is cut into so many micro-batches.
 MICRO_BATCHES = 16
-# Likewise with batch normalization, whose statistics are then of a micro-batch: large ones are closer to training.
+# With batch normalization the statistics are those of a micro-batch, and large ones are closer to training.
 NORMALIZED_BATCHES = 4
-# Of the traces of the layers: draws of labels, and, where there are none to draw, products.
+# For the traces of the layers: draws of labels, or products where labels cannot be drawn.
 DRAWS, PRODUCTS = 2, 5
-# The spectral density: one probe is enough for large models, and the steps are what resolves it.
+# For the spectral density: one random vector is enough for large models, and the steps set the resolution.
 DENSITY_VECTORS, DENSITY_STEPS = 1, 40
-
-
-class NotFinite(ArithmeticError):
-    """The loss or its gradient on the probe is not finite: there is no curvature to measure now."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a probe.
+    """A part of a measurement.
 
     Attributes:
-        name: What it finds, in words.
-        ask: The method of `Panels` that finds it.
-        products: What it costs, about, until it was timed.
-        every: It is part of every so many-th probe.
-        needed: Whether nothing else can be asked without it.
+        name: What it measures, in words.
+        ask: The method of `Panels` that measures it.
+        products: Its expected cost in products, until it was timed.
+        every: It runs in every so many-th measurement.
+        needed: Whether the other pieces need its result.
     """
 
     name: str
@@ -60,11 +57,11 @@ class Piece:
 
 
 class Panels:
-    """The pieces of a probe, and what one probe leaves to the next.
+    """The pieces of a measurement, and what one measurement leaves to the next.
 
     Args:
-        measured: A `Curvature` of the model on the probe.
-        batch_size: Of training, an integer.
+        measured: A `Curvature` of the model.
+        batch_size: The batch size of training, an integer.
     """
 
     def __init__(self, measured, batch_size):
@@ -83,18 +80,18 @@ class Panels:
         )
 
     def begin(self, model):
-        """A new probe, at the weights that the model has now."""
+        """Begin a measurement at the model's current weights."""
         self.values, self.limits, self.model, self.sharpness = {}, {}, model, math.nan
         self.weights = trees.values(self.measured.variables)
         optimizer, none = model.optimizer, Stability(math.nan, reason="The model was compiled without an optimizer.")
         self.stability = stability(optimizer, model.trainable_variables) if optimizer is not None else none
 
     def again(self):
-        """As many products as a warm start takes, once more, for whoever wants to know what they cost."""
+        """Repeat the products of a warm start, to time them."""
         self.measured.extremes(self._top, WARM)
 
     def add(self, tag, value, limit=None):
-        """Note a number, and what it must stay below or above."""
+        """Note a number and its limit."""
         self.values[tag] = float(value)
         limit = LIMITS.get(tag) if limit is None else limit
         if limit is not None:
@@ -141,7 +138,7 @@ class Panels:
         self.add("1_stability/gauge", self.stability.gauge(found))
 
     def _ends(self, start, metric=None):
-        """The largest and the smallest eigenvalue; the smallest is a rough one."""
+        """The largest and the smallest eigenvalue; the smallest is rough."""
         largest, smallest = self.measured.extremes(start, COLD if start is None else WARM, metric)
         if _residual(largest) > FAR:
             largest, _ = self.measured.extremes(largest.vectors[0], WARM, metric)
@@ -163,14 +160,14 @@ class Panels:
         # gradient shrinks, an average would be dominated by old values.
         found = noise.noise(objective, micro_batch, parts=8, curvature=False)
         scale = found.simple
-        if not 0 < scale < math.inf:  # the gradient is lost in the noise
+        if not 0 < scale < math.inf:  # the noise hides the gradient
             return
         self.add("2_noise/noise_scale", scale, self.batch_size)
         self.add("2_noise/gauge", self.batch_size / scale)
-        error = min(found.stderr["simple"], 9 * scale)  # nor is it ever a number where the signal may be 0
+        error = min(found.stderr["simple"], 9 * scale)  # the jackknife gives NaN where the signal may be 0
         error = error if math.isfinite(error) else 9 * scale
         for tag, bound in zip(BOUNDS, (max(scale - error, 0.0), scale + error)):
-            self.add(tag, bound, self.batch_size)  # a chart with bounds is drawn of runs that have all three
+            self.add(tag, bound, self.batch_size)  # TensorBoard draws a chart with bounds where a run has all three
 
     def _layers(self):
         found, stderr = self._traces()
@@ -181,7 +178,7 @@ class Panels:
             self.add("6_layers/effective_directions", whole / self.sharpness)
         if whole <= 0:
             return
-        if self._lines is None:  # the same layers all the time, for lines without gaps
+        if self._lines is None:  # the same layers every time, for lines without gaps
             self._lines = sorted(found, key=found.get, reverse=True)[:LAYERS]
         for name in self._lines:
             self.add(LAYER + name, found[name] / whole)
@@ -189,9 +186,9 @@ class Panels:
             self.add(LAYER + "others", 1.0 - sum(found[name] for name in self._lines) / whole)
 
     def _traces(self):
-        """`{layer: trace}`, by labels drawn from the model, where its loss is a likelihood, and else by products.
+        """`({layer: trace}, stderr)`, from drawn labels where the loss is a likelihood, else from products.
 
-        And a standard error of their sum; of products, whose errors go together, at most.
+        The standard error is that of the sum of the traces; from products, an upper bound.
         """
         if self._samples:
             traces = label_traces.layer_traces(self.measured.objective, draws=DRAWS)
@@ -199,21 +196,21 @@ class Panels:
         found = self.measured.trace(PRODUCTS, by_layer=True)
         return {name: each.value for name, each in found.items()}, sum(each.stderr for each in found.values())
 
-    # What is asked at other times.
+    # Between measurements.
 
     def check_finite(self):
-        """The gradient on the probe.
+        """The gradient.
 
         Raises:
-            NotFinite: It is not.
+            NotFinite: The gradient is not finite.
         """
         gradient = self.measured.gradient
         if not bool(trees.is_finite(gradient)):
-            raise NotFinite("the weights, or the gradient of the loss on the probe, are not finite")
+            raise NotFinite("the weights, or the gradient of the loss on the measured examples, are not finite")
         return gradient
 
     def update(self, before, gradient):
-        """`{tag: number}` of the step from the weights `before` to those that the model has now."""
+        """`{tag: number}` for the step from the weights `before` to the model's current weights."""
         self.values, self.limits = {}, {}
         weights = trees.values(self.measured.variables)
         step = trees.subtract(weights, before)
@@ -230,14 +227,14 @@ class Panels:
         return self.values
 
     def bounce(self):
-        """`{tag: number}` of the step after that of `update`, to the weights that the model has now."""
+        """`{tag: number}` for the step that follows the one of `update`, to the model's current weights."""
         (before, last), self._moved = self._moved, None
         step = trees.subtract(trees.values(self.measured.variables), before)
         length = float(trees.norm(step)) * float(trees.norm(last))
         return {"3_step/cosine_of_updates": float(trees.dot(step, last)) / length} if length else {}
 
     def _ratio(self, step, weights, indices):
-        """How far the step moves a layer, in lengths of its weights; infinite where these are 0."""
+        """The length of a layer's step relative to the length of its weights; infinite where these are 0."""
         step, weights = (float(trees.norm([v[i] for i in indices])) for v in (step, weights))
         return step / weights if weights else math.inf
 
@@ -246,19 +243,19 @@ class Panels:
         return self.measured.density(DENSITY_VECTORS, DENSITY_STEPS)
 
     def bars(self, density):
-        """`(bins, 3)`: left, right and height of the bars of a histogram; see `axis`."""
+        """`(bins, 3)`: left, right and height of the bars of a histogram; see `Axis`."""
         if self._axis is None:
             self._axis = Axis.of(density)
         return self._axis.bars(density, trees.count(self.weights))
 
     @property
     def axis(self):
-        """The `Axis` of all the histograms."""
+        """The `Axis` of all histograms."""
         return self._axis
 
 
 def _residual(pairs):
-    """The residual of the first of `Eigenpairs` over its eigenvalue."""
+    """The residual of the first eigenpair, relative to its eigenvalue."""
     value = abs(float(pairs.values[0]))
     return float(pairs.residuals[0]) / value if value else math.inf
 
