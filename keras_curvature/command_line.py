@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 import keras_curvature.optimizers  # noqa: F401
-import keras_curvature.training.models  # noqa: F401, what a saved model may consist of
+import keras_curvature.training.models  # noqa: F401, saved models may contain these classes
 from keras_curvature.monitor.objective.kinds import KINDS
 from keras_curvature.monitor.report.reporting import report
 from keras_curvature.problems import data
@@ -19,7 +19,7 @@ DATA = ("cifar10", "digits", "mnist")
 
 
 def main(arguments=None):
-    """Run the subcommand that is named. Exit status 1: model and data do not fit; 2: a wrong argument."""
+    """Run a subcommand. Exit status 1: model and data do not match; 2: an argument is wrong."""
     parser = argparse.ArgumentParser(prog="keras-curvature", description="Measure the curvature of Keras models.")
     subcommands = parser.add_subparsers(dest="subcommand", required=True)
     of_report = _add_report(subcommands)
@@ -46,7 +46,7 @@ def _add_report(subcommands):
         "report",
         help="print the curvature of a saved model as a table",
         description="Measure the curvature of a saved model's loss on some data, and print it as a table: the "
-        "sharpness against what the optimizer can bear, the trace, the noise scale, and where in the layers it is.",
+        "sharpness against the limit of the optimizer, the trace, the noise scale, and the share of each layer.",
         epilog="Example: keras-curvature report model.keras --data mnist --data_dir ~/tensorflow_datasets "
         "--path curvature",
     )
@@ -55,20 +55,20 @@ def _add_report(subcommands):
         "--data", required=True, help="mnist, cifar10 or digits (the training examples), or a file data.npz with "
         "arrays x and y",
     )  # fmt: skip
-    parser.add_argument("--data_dir", help="TensorFlow Datasets' folder; by default the variable TFDS_DATA_DIR")
+    parser.add_argument("--data_dir", help="the folder of TensorFlow Datasets (default: $TFDS_DATA_DIR)")
     parser.add_argument("--examples", type=int, default=1024, help="how many examples to use (default: 1024)")
     parser.add_argument("--kind", choices=list(KINDS), default="hessian", help="which matrix (default: hessian)")
     parser.add_argument(
-        "--training", action="store_true", help="as in training: batch statistics and dropout, which belong to the "
-        "--batch_size",
+        "--training", action="store_true", help="run layers in training mode, with dropout and the statistics of each "
+        "batch of --batch_size",
     )  # fmt: skip
-    parser.add_argument("--batch_size", type=int, help="examples of a batch; matters with --training alone")
-    parser.add_argument("--path", help="also write path.png, path.json and path.txt")
-    parser.add_argument("--loss", help="Keras' name of the loss, for a model that was saved without one")
+    parser.add_argument("--batch_size", type=int, help="number of examples in a batch; matters only with --training")
+    parser.add_argument("--path", help="also write PATH.png, PATH.json and PATH.txt")
+    parser.add_argument("--loss", help="the Keras name of the loss, for a model that was saved without one")
     parser.add_argument(
-        "--from_logits", action="store_true", help="the model of --loss says logits, and not probabilities"
+        "--from_logits", action="store_true", help="with --loss: the outputs are logits, not probabilities"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     return parser
 
 
@@ -80,7 +80,7 @@ def _model(given):
         model.compile(optimizer=getattr(model, "optimizer", None), loss=_loss(given.loss, given.from_logits))
     if not model.compiled:
         raise ValueError(
-            f"the model in {given.model!r} was saved without a loss; say which one: "
+            f"the model in {given.model!r} was saved without a loss. Pass one: "
             "--loss sparse_categorical_crossentropy --from_logits"
         )
     return model
@@ -89,11 +89,11 @@ def _model(given):
 def _loss(name, from_logits):
     if not from_logits:
         return keras.losses.get(name)
-    # of `snake_case` and `CamelCase`, the class: functions do not keep the choice
+    # find the class for either `snake_case` or `CamelCase`: the functions do not keep `from_logits`
     found = getattr(keras.losses, "".join(word[:1].upper() + word[1:] for word in name.split("_")), None)
     if found is None or "from_logits" not in inspect.signature(found).parameters:
-        raise ValueError(f"--from_logits goes with a cross-entropy, such as --loss sparse_categorical_crossentropy, "
-                         f"and not with {name!r}")  # fmt: skip
+        raise ValueError(f"--from_logits goes with a cross-entropy, such as --loss sparse_categorical_crossentropy. "
+                         f"Received: --loss {name}")  # fmt: skip
     return found(from_logits=True)
 
 
@@ -102,7 +102,7 @@ def _data(given):
     if given.data in DATA:
         return data(given.data, given.data_dir)[0]
     if not given.data.endswith(".npz"):
-        raise ValueError(f"--data is one of {', '.join(DATA)}, or a file with the ending .npz, and not {given.data!r}")
+        raise ValueError(f"--data is one of {', '.join(DATA)}, or a file ending in .npz. Received: {given.data!r}")
     if not os.path.exists(given.data):
         raise ValueError(f"there is no file {given.data!r}")
     with np.load(given.data) as arrays:
@@ -112,10 +112,10 @@ def _data(given):
 
 
 def _as_the_model_takes(model, x):
-    """Images as rows of pixels, or rows as images, where the model has been trained on those."""
+    """Reshape images to rows of pixels, or rows to images, for the model."""
     shape = getattr(model, "input_shape", None)
     if not isinstance(shape, tuple) or None in shape[1:] or x.shape[1:] == shape[1:]:
         return x
     if math.prod(shape[1:]) != math.prod(x.shape[1:]):
-        raise ValueError(f"the model takes examples of shape {shape[1:]}, and those of --data are {x.shape[1:]}")
+        raise ValueError(f"the model takes examples of shape {shape[1:]}. Received: --data of shape {x.shape[1:]}")
     return x.reshape(-1, *shape[1:])

@@ -25,6 +25,7 @@ from keras_curvature.monitor.board.advice import Advice
 from keras_curvature.monitor.board.budget import Budget, Costs
 from keras_curvature.monitor.objective import reading
 from keras_curvature.monitor.objective.objective import Objective
+from keras_curvature.monitor.operator import Curvature
 from keras_curvature.monitor.spectra.density import Density
 from keras_curvature.solvers import flat
 from keras_curvature.training.reports import reports_of
@@ -145,13 +146,13 @@ def test_an_eigenvalue_lies_within_each_residual(tag, shown, oracle):
 
 
 def test_a_start_that_is_far_off_takes_more_products(monkeypatch):
-    runs, extremes = [], kc.monitor.Curvature.extremes
+    runs, extremes = [], Curvature.extremes
 
     def counted(self, *arguments):
         runs.append(extremes(self, *arguments))
         return runs[-1]
 
-    monkeypatch.setattr(kc.monitor.Curvature, "extremes", counted)
+    monkeypatch.setattr(Curvature, "extremes", counted)
     with float64():
         x, y = digits()
         model = compiled(small(), "sgd")

@@ -1,9 +1,11 @@
 """The report against dense float64 computations, its table against its numbers, its files, and the command line."""
 
+import configparser
 import contextlib
 import importlib.metadata
 import io
 import json
+import pathlib
 import re
 import sys
 
@@ -401,8 +403,10 @@ def saved(tmp_path):
 def test_the_command_line_prints_the_report(saved, capsys, monkeypatch):
     given = [str(saved / "model.keras"), "--data", str(saved / "data.npz"), "--kind", "ggn", "--path", str(saved / "c")]
     monkeypatch.setattr(sys, "argv", ["keras-curvature", "report", *given, "--examples", "32"])
-    (script,) = importlib.metadata.entry_points(group="console_scripts", name="keras-curvature")
-    script.load()()
+    setup = configparser.ConfigParser()
+    setup.read(pathlib.Path(__file__).parents[1] / "setup.cfg")
+    name, script = setup["options.entry_points"]["console_scripts"].strip().split(" = ")
+    importlib.metadata.EntryPoint(name, script, "console_scripts").load()()
     printed = capsys.readouterr().out
     assert printed.startswith("curvature of loaded    35 weights · 32 examples · Gauss-Newton · eval mode")
     assert printed == (saved / "c.txt").read_text()
@@ -412,7 +416,7 @@ def test_a_model_without_a_loss_gets_one(saved, capsys):
     model = keras.models.load_model(saved / "model.keras", compile=False)
     model.save(saved / "bare.keras")
     given = [str(saved / "bare.keras"), "--data", str(saved / "data.npz"), "--kind", "ggn"]
-    _refused(given, capsys, "was saved without a loss; say which one: --loss sparse_categorical_crossentropy")
+    _refused(given, capsys, "was saved without a loss. Pass one: --loss sparse_categorical_crossentropy")
     main(["report", *given, "--loss", "sparse_categorical_crossentropy", "--from_logits"])
     assert "The model has no optimizer" in capsys.readouterr().out
 
@@ -435,6 +439,26 @@ def test_mistakes_on_the_command_line(saved, capsys):
     _refused([model, "--data", f"{folder}/data.npz", "--kind", "hesse"], capsys, "invalid choice: 'hesse'")
     _refused([model, "--data", f"{folder}/data.npz", "--examples", "0"], capsys, "`examples` must be an integer", 1)
     _refused([model, "--data", f"{folder}/data.npz", "--loss", "mse", "--from_logits"], capsys, "goes with a cross-ent")
+    _refused([model], capsys, "the following arguments are required: --data")
+    _refused([model, "--data", f"{folder}/data.npz", "--examples", "many"], capsys, "invalid int value: 'many'")
+
+
+@pytest.mark.parametrize("given, message", [
+    ([], "the following arguments are required: subcommand"),
+    (["measure"], "argument subcommand: invalid choice: 'measure'"),
+])  # fmt: skip
+def test_a_subcommand_is_needed(given, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(given)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_help_names_the_arguments(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["report", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert not error.value.code
+    assert "also write PATH.png, PATH.json and PATH.txt" in said and "Example: keras-curvature report" in said
 
 
 def test_the_table_is_a_function_of_the_numbers(measured):
