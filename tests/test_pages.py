@@ -161,3 +161,9 @@ def test_a_method_of_the_guide_takes_30_lines(block):
 def test_the_methods_of_the_guide_are_named_in_the_registry_alone():
     others = [path for path in (HOME / "tests").glob("*.py") if path.name not in ("optimizers.py", "test_pages.py")]
     assert not [path.name for path in others if re.search(r"\blion\b|damped_gauss_newton", path.read_text())]
+
+
+@every_page
+def test_paths_in_the_text_exist(page):
+    for path in re.findall(r"`((?:keras_curvature|tests|tpu|examples)/[\w./]*)`", page.read_text()):
+        assert (HOME / path).exists(), path
