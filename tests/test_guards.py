@@ -127,8 +127,8 @@ def test_nested_taps_note_a_call_each():
     with taps.calls([layer]) as outer, taps.dense() as inner:
         y = layer(X)
     ((first,), (second,)) = outer[0], inner[0]
-    assert first.layer is second.layer is layer and first.said is second.said
-    np.testing.assert_array_equal(tf.tanh(first.said), y)
+    assert first.layer is second.layer is layer and first.pre_activation is second.pre_activation
+    np.testing.assert_array_equal(tf.tanh(first.pre_activation), y)
     layer(X)
     assert len(outer[0]) == len(inner[0]) == 1
 

@@ -319,8 +319,8 @@ def test_dense_layers_apply_their_activation_in_call():
     with taps.dense() as noted:
         y = layer(x)
     (tap,) = noted[0]
-    np.testing.assert_allclose(tf.tanh(tap.said), y, 1e-6)
-    np.testing.assert_allclose(tap.said, x @ layer.kernel.numpy() + layer.bias.numpy(), 1e-6)
+    np.testing.assert_allclose(tf.tanh(tap.pre_activation), y, 1e-6)
+    np.testing.assert_allclose(tap.pre_activation, x @ layer.kernel.numpy() + layer.bias.numpy(), 1e-6)
     assert layer.activation is keras.activations.tanh
     assert layers.Dense.call.__module__.startswith("keras")
 

@@ -77,7 +77,7 @@ class Pass(Jacobian):
         evaluation: The `Evaluation` at the point.
         leaves: The leaves that the loss really depends on.
         slope: `dL/dz`, one tensor per leaf, times the loss scale.
-        taps: What tapped layers saw and said, a list of `Tap`.
+        taps: The calls of tapped layers, a list of `Tap`.
         reached: Whether the loss depends on each weight, a tuple of bools; `None` before the gradient is asked for.
         pure, loss_scale: As given.
     """
@@ -122,14 +122,14 @@ class Pass(Jacobian):
         return _unscaled(densely(gradients, self.weights), self.loss_scale)
 
     def slopes(self):
-        """Derivatives of the loss in what each of `taps` said; the same backward pass as `gradient`. `None`: none."""
+        """Derivatives of the loss in the pre-activations of `taps`, in the backward pass of `gradient`; or `None`."""
         return self._widely(self.prepare()[1])
 
     def prepare(self):
-        """`(dL/dw, derivatives in what the taps said)`, times the loss scale; one backward pass, made once."""
+        """`(dL/dw, derivatives in the pre-activations)`, times the loss scale; one backward pass, made once."""
         if self._backward is not None:
             return self._backward
-        within = [tap.said for tap in self.taps if self.reaches(tap)]
+        within = [tap.pre_activation for tap in self.taps if self.reaches(tap)]
         with self._outer or contextlib.nullcontext():
             found = self._tape.gradient(self._loss, [*self.weights, *within])
             gradients = densely(found[: len(self.weights)], self.weights)
@@ -141,8 +141,8 @@ class Pass(Jacobian):
         return backward
 
     def reaches(self, tap):
-        """Whether what a tapped layer said can be differentiated in: not inside a loop or function of the model's."""
-        return tf.executing_eagerly() or tap.said.graph is self._graph
+        """Whether the loss can be differentiated in a pre-activation: not inside a loop or function of the model's."""
+        return tf.executing_eagerly() or tap.pre_activation.graph is self._graph
 
     def slopes_at(self, tensors, cotangents):
         """Derivatives of `<c, leaves>` in intermediate tensors of the model; `None`: none."""

@@ -137,15 +137,15 @@ def _sums_of_squares(made, cotangents, variables):
     sums, position = {}, {id(v): i for i, v in enumerate(variables)}
     found = _once_each(made.taps)
     # float32 where a layer computes in half precision; all at once, for one walk down the layers
-    for tap, said in zip(found, made.slopes_at([tap.said for tap in found], cotangents)):
-        if said is None:
+    for tap, slope in zip(found, made.slopes_at([tap.pre_activation for tap in found], cotangents)):
+        if slope is None:
             continue
         kernel, bias = position.get(id(tap.layer.kernel)), position.get(id(tap.layer.bias))
         if kernel is not None:
-            inputs = tf.cast(tap.inputs, said.dtype)
-            sums[kernel] = tf.matmul(tf.square(inputs), tf.square(said), transpose_a=True)
+            inputs = tf.cast(tap.inputs, slope.dtype)
+            sums[kernel] = tf.matmul(tf.square(inputs), tf.square(slope), transpose_a=True)
         if bias is not None:
-            sums[bias] = tf.reduce_sum(tf.square(said), 0)
+            sums[bias] = tf.reduce_sum(tf.square(slope), 0)
     return sums
 
 

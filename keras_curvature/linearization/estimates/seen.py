@@ -1,4 +1,4 @@
-"""What layers saw and said in one forward pass, read off their taps; sums and means over it.
+"""Inputs and slopes of layers in one forward pass, read off their taps; sums and means over them.
 
 The calls of a layer are a list of `(groups, rows, positions, d)`, of inputs or of slopes; rows are examples, or several
 for each of them, or shared by all.
@@ -11,7 +11,7 @@ from keras_curvature.linearization.layers.weights import product
 
 
 class Seen:
-    """What the layers of some blocks saw and said in one pass over a slice of the batch.
+    """Inputs and slopes of the layers of some blocks, in one pass over a slice of the batch.
 
     Args:
         made: A `Pass` whose layers were tapped.
@@ -40,8 +40,8 @@ class Seen:
             of_loss = {id(tap): slope for tap, slope in zip(self._pass.taps, self._pass.slopes())}
             slopes = [of_loss[id(tap)] for tap in self._taps]
         else:
-            slopes = self._pass.slopes_at([tap.said for tap in self._taps], cotangents)
-        found = {id(tap): _like_said(slope, tap.said) for tap, slope in zip(self._taps, slopes)}
+            slopes = self._pass.slopes_at([tap.pre_activation for tap in self._taps], cotangents)
+        found = {id(tap): _shaped(slope, tap.pre_activation) for tap, slope in zip(self._taps, slopes)}
         return lambda block: [block.weights.slopes(tap, found[id(tap)]) for tap in self._taps_of(block)]
 
     def _taps_of(self, block):
@@ -109,13 +109,17 @@ def sizes(x):
     return [product(x, [axis]) for axis in range(x.shape.rank)]
 
 
-def _like_said(slope, said):
+def _shaped(slope, pre_activation):
     """A slope with the shape that some gradients (of einsums) have lost; zeros where the loss depends on nothing."""
-    return trees.full_precision(tf.zeros_like(said)) if slope is None else tf.ensure_shape(slope, said.shape)
+    return (
+        trees.full_precision(tf.zeros_like(pre_activation))
+        if slope is None
+        else tf.ensure_shape(slope, pre_activation.shape)
+    )
 
 
 def _check_within_reach(taps, made):
-    """Refuse what was said inside a loop or function of the model's own: it cannot be differentiated in from here."""
+    """Refuse layers called in a loop or function of the model's own: there is no derivative in their outputs."""
     for tap in taps:
         if not made.reaches(tap):
             raise ValueError(

@@ -10,22 +10,22 @@ from keras_curvature.linearization.layers.weights import Weights, arranged
 def convolution(layer):
     """The `Weights` of a `Conv1D`, `Conv2D` or `Conv3D`."""
     kernel, bias, g = layer.kernel, layer.bias if layer.use_bias else None, layer.groups
-    *taps, channels, filters = kernel.shape
-    taps = math.prod(taps)
+    *window, channels, filters = kernel.shape
+    area = math.prod(window)
     if g == 1:
-        return [ConvolutionWeights(layer, kernel, bias, (taps * channels, filters))]
-    size, split = (taps * channels, filters // g), (taps, channels, g, filters // g)
+        return [ConvolutionWeights(layer, kernel, bias, (area * channels, filters))]
+    size, split = (area * channels, filters // g), (area, channels, g, filters // g)
     return [ConvolutionWeights(layer, kernel, bias, size, groups=g, split=split, order=(2, 0, 1, 3))]
 
 
 def depthwise(layer):
-    """Those of a `DepthwiseConv1D` or `DepthwiseConv2D`."""
-    *taps, channels, multiplier = layer.kernel.shape
-    taps, bias = math.prod(taps), layer.bias if layer.use_bias else None
+    """The `Weights` of a `DepthwiseConv1D` or `DepthwiseConv2D`."""
+    *window, channels, multiplier = layer.kernel.shape
+    area, bias = math.prod(window), layer.bias if layer.use_bias else None
     return [
         DepthwiseWeights(
-            layer, layer.kernel, bias, (taps, multiplier),
-            groups=channels, split=(taps, channels, multiplier), order=(1, 0, 2),
+            layer, layer.kernel, bias, (area, multiplier),
+            groups=channels, split=(area, channels, multiplier), order=(1, 0, 2),
         )
     ]  # fmt: skip
 
@@ -34,11 +34,11 @@ class ConvolutionWeights(Weights):
     """Of `Conv1D`, `Conv2D`, `Conv3D`: a position is a patch of the image, unrolled as the kernel is."""
 
     def inputs(self, tap):
-        seen = patches(self.layer, tap.inputs)  # (rows, *positions, taps of the kernel, channels)
+        unrolled = patches(self.layer, tap.inputs)  # (rows, *positions, entries of the window, channels)
         if self.groups is None:
-            return arranged(seen, features=(-2, -1))
-        seen = _split_last(seen, self.groups)
-        return arranged(seen, groups=(-2,), features=(-3, -1))
+            return arranged(unrolled, features=(-2, -1))
+        unrolled = _split_last(unrolled, self.groups)
+        return arranged(unrolled, groups=(-2,), features=(-3, -1))
 
     def slopes(self, tap, slope):
         slope = _channels_last(self.layer, slope)
@@ -55,9 +55,9 @@ class DepthwiseWeights(ConvolutionWeights):
 
 
 def patches(layer, images):
-    """What each tap of the kernel of a convolution saw at each position, `(rows, *positions, taps, channels)`.
+    """The inputs of a convolution under its window at each position, `(rows, *positions, window, channels)`.
 
-    Strided slices, one for each tap: the same for any number of dimensions, with dilation, compiled by XLA.
+    Strided slices, one for each entry of the window, work for any number of dimensions, with dilation, and under XLA.
     """
     images = _channels_last(layer, images)
     cuts = [
@@ -70,19 +70,19 @@ def patches(layer, images):
     offsets = [[]]
     for _, _, _, starts in cuts:
         offsets = [[*offset, start] for offset in offsets for start in starts]
-    seen = []
+    found = []
     for offset in offsets:
         window = [
             slice(start, start + (count - 1) * stride + 1, stride)
             for start, (_, _, count, _), stride in zip(offset, cuts, layer.strides)
         ]
-        seen.append(padded[(slice(None), *window)])
-    return tf.stack(seen, axis=-2)
+        found.append(padded[(slice(None), *window)])
+    return tf.stack(found, axis=-2)
 
 
-def _axis(size, taps, stride, dilation, padding):
-    """`(zeros before, zeros after, positions, where each tap begins)` along one axis of a convolution."""
-    reach = (taps - 1) * dilation + 1
+def _axis(size, length, stride, dilation, padding):
+    """`(zeros before, zeros after, positions, where each entry of the window begins)`, along one axis."""
+    reach = (length - 1) * dilation + 1
     before = after = 0
     if padding == "same":
         needed = -(-size // stride) * stride - stride + reach - size
@@ -90,7 +90,7 @@ def _axis(size, taps, stride, dilation, padding):
         before, after = needed // 2, needed - needed // 2
     elif padding == "causal":
         before = reach - 1
-    return before, after, (size + before + after - reach) // stride + 1, [i * dilation for i in range(taps)]
+    return before, after, (size + before + after - reach) // stride + 1, [i * dilation for i in range(length)]
 
 
 def _channels_last(layer, x):

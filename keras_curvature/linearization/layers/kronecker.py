@@ -37,7 +37,7 @@ import tensorflow as tf
 
 from keras_curvature import keras_internals
 from keras_curvature.component import check
-from keras_curvature.linearization.layers.layers import weights_of
+from keras_curvature.linearization.layers.kinds import weights_of
 from keras_curvature.linearization.layers.weights import DIAGONAL, Weights
 
 SHARING = ("expand", "reduce")

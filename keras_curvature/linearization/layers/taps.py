@@ -27,13 +27,13 @@ class Tap:
     Attributes:
         layer: The layer.
         inputs: The inputs of the call; of a recurrent layer `(inputs, last states)`, for every step.
-        said: The pre-activation; of a recurrent layer a zero that was added to it.
+        pre_activation: The output before the activation; of a recurrent layer a zero that was added to it.
         options: The other arguments of the call, by name.
     """
 
     layer: keras.layers.Layer
     inputs: object
-    said: tf.Tensor
+    pre_activation: tf.Tensor
     options: dict
 
 

@@ -1,4 +1,4 @@
-"""The weights of one layer as a matrix, and what its rows and columns saw and said.
+"""The weights of one layer as a matrix, with the inputs of its rows and the slopes of its columns.
 
 Wherever a layer multiplies by its kernel, once or at many positions `t` (pixels, steps, heads), it computes
 
@@ -24,13 +24,13 @@ class Weights:
 
     Attributes:
         layer: The layer that is tapped.
-        kernel: Its variable; `None` where there is a bias alone.
+        kernel: Its variable; `None` for a layer with a bias alone.
         bias: Its variable, or `None`: the last row of the matrix.
         size: `(d_in, d_out)`, without the bias.
         groups: Number of groups; `None`, and no leading axis, where the layer has none.
         split: Shape to give the kernel before its axes are put in `order`.
         order: The kernel's axes: those of groups, of inputs, of outputs.
-        bias_row: Which row of a bias of several rows is meant; `None` for a bias of one.
+        bias_row: The row of the bias that belongs to this kernel, for a bias of several rows; else `None`.
         kinds: Of the factors of inputs and of slopes, `"matrix"` or `"diagonal"`.
         sharing: How positions count, where this kind of layer leaves no choice (see `kronecker.py`); else `None`.
     """
@@ -74,7 +74,7 @@ class Weights:
         return rows[0] if len(rows) == 1 else tf.concat(rows, -2)
 
     def tensors(self, matrix):
-        """A matrix to tensors shaped as `variables`; zeros in the rows of a bias that are not meant."""
+        """A matrix to tensors shaped as `variables`; zeros in the other rows of a bias of several rows."""
         found, d_in = [], self.size[0]
         if self.kernel is not None:
             kernel = matrix[..., :d_in, :]
@@ -96,7 +96,7 @@ class Weights:
         raise NotImplementedError
 
     def slopes(self, tap, slope):
-        """The `dL/ds_t` of one call, `(groups, rows, positions, d_out)`, from the slope in what was said."""
+        """The `dL/ds_t` of one call, `(groups, rows, positions, d_out)`, from the slope in the pre-activation."""
         raise NotImplementedError
 
 

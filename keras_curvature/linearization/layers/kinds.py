@@ -1,4 +1,4 @@
-"""Which layers are known, and how the weights of each kind are a matrix; see `weights.py`."""
+"""The kinds of layers that are known, and how the weights of each kind form a matrix; see `weights.py`."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from keras_curvature.linearization.layers.weights import DIAGONAL, MATRIX, Weigh
 
 
 def weights_of(layer):
-    """The `Weights` of a layer, a list; empty where the layer is of no kind that is known here."""
+    """The `Weights` of a layer, a list; empty for a layer of an unknown kind."""
     for known, made in _KINDS:
         if _is(layer, known):
             return made(layer)
@@ -63,35 +63,36 @@ class EinsumWeights(Weights):
 
 
 def _einsum(layer):
-    """Of `"input,kernel->output"`; nothing where an axis is in none of the parts that there are."""
-    given, kernel, said = _equation(layer)
-    together = given + kernel + said
-    strange = any(together.count(c) == 1 or max(axes.count(c) for axes in (given, kernel, said)) > 1 for c in together)
-    if strange or said[0] != given[0] or given[0] in kernel:
+    """Of `"input,kernel->output"`; nothing for an axis that is neither group, position, input nor output."""
+    given, kernel, output = _equation(layer)
+    together = given + kernel + output
+    repeated = any(axes.count(c) > 1 for axes in (given, kernel, output) for c in axes)
+    strange = repeated or any(together.count(c) == 1 for c in together)
+    if strange or output[0] != given[0] or given[0] in kernel:
         return []
-    groups = [c for c in said if c in kernel and c in given]
-    positions = [c for c in said[1:] if c not in kernel]
-    outputs = [c for c in said if c not in given]
-    inputs = [c for c in kernel if c not in said]
+    groups = [c for c in output if c in kernel and c in given]
+    positions = [c for c in output[1:] if c not in kernel]
+    outputs = [c for c in output if c not in given]
+    inputs = [c for c in kernel if c not in output]
     sizes = dict(zip(kernel, layer.kernel.shape))
     n_groups, d_in, d_out = (math.prod(sizes[c] for c in axes) for axes in (groups, inputs, outputs))
-    biased = [c for c in said if c in (layer.bias_axes or "")] == [*groups, *outputs]
+    biased = [c for c in output if c in (layer.bias_axes or "")] == [*groups, *outputs]
     return [
         EinsumWeights(
             layer, layer.kernel, layer.bias if biased else None, (d_in, d_out), groups=n_groups if groups else None,
             split=tuple(layer.kernel.shape), order=tuple(kernel.index(c) for c in (*groups, *inputs, *outputs)),
             of_inputs=tuple(tuple(given.index(c) for c in axes) for axes in (groups, positions, inputs)),
-            of_outputs=tuple(tuple(said.index(c) for c in axes) for axes in (groups, positions, outputs)),
+            of_outputs=tuple(tuple(output.index(c) for c in axes) for axes in (groups, positions, outputs)),
         )
     ]  # fmt: skip
 
 
 def _equation(layer):
     """The axes of inputs, kernel and outputs as letters, with an ellipsis spelled out."""
-    left, said = layer.equation.replace(" ", "").split("->")
+    left, output = layer.equation.replace(" ", "").split("->")
     given, kernel = left.split(",")
     others = "".join(chr(ord("0") + i) for i in range(layer.input_spec.ndim - len(given.replace("...", ""))))
-    return given.replace("...", others), kernel, said.replace("...", others)
+    return given.replace("...", others), kernel, output.replace("...", others)
 
 
 class EmbeddingWeights(Weights):
@@ -117,7 +118,7 @@ class NormalizationWeights(Weights):
     sharing = "exact"
 
     def inputs(self, tap):
-        """What was scaled."""
+        """The normalized inputs, which the scale multiplies."""
         x = tap.inputs if self.kernel is None else _normalized(tap)
         x = arranged(x, groups=_axes(self.layer, x))
         return x[..., : self.size[0]]
@@ -144,7 +145,7 @@ def _axes(layer, x):
 
 
 def _normalized(tap):
-    """What a normalization scales and shifts, computed once more."""
+    """The inputs of a normalization's scale and shift, computed once more."""
     layer, x = tap.layer, tap.inputs
     if isinstance(layer, keras.layers.BatchNormalization):  # its call would move statistics
         x = trees.full_precision(x)
@@ -189,7 +190,7 @@ def _recurrent(layer):
     of_state = RecurrentWeights(
         layer, recurrent, bias if after else None, tuple(recurrent.shape), bias_row=1 if after else None, part=1
     )
-    # a reset gate that comes first: what the last of the gates multiplies is no state, and is not seen
+    # with the reset gate first, the last kernel multiplies the reset state, which is not noted
     return [of_inputs] if type(cell) is keras.layers.GRUCell and not after else [of_inputs, of_state]
 
 
