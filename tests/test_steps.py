@@ -98,7 +98,7 @@ class Told:
 
 
 @pytest.mark.parametrize("before, after, predicted, ratio", [
-    (3.0, 2.0, -1.0, 1.0), (3.0, 2.5, -1.0, 0.5), (3.0, 1.0, -1.0, 2.0), (3.0, 3.0, 0.0, 1.0), (3.0, 3.0, -1.0, -0.0),
+    (3.0, 2.0, -1.0, 1.0), (3.0, 2.5, -1.0, 0.5), (3.0, 1.0, -1.0, 2.0), (3.0, 3.0, 0.0, 0.0), (3.0, 3.0, -1.0, 0.0),
     (3.0, 4.0, -1.0, -INF), (3.0, 4.0, 1.0, -INF), (3.0, INF, -1.0, -INF), (3.0, NAN, -1.0, NAN), (3.0, 2.0, 1.0, -1.0),
 ])  # fmt: skip
 def test_the_ratio_is_that_of_the_changes_and_no_rise_is_a_success(before, after, predicted, ratio):

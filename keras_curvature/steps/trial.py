@@ -2,8 +2,9 @@
 
     ratio = (f(w + s) - f(w)) / q(s),        q: the change that the quadratic model of the loss predicts
 
-The ratio is 1 where the model is right. It is minus infinity where the loss rose, NaN where the loss is not a number,
-and 1 where no change was predicted and none came. Two things differ between methods, because their reference runs do:
+The ratio is 1 where the model is right. It is minus infinity where the loss rose, 0 where it did not change (a step of
+zero too: with more damping there may be one), and NaN where it is not a number. Two things differ between methods,
+because their reference runs do:
 
 * Whether `q` has the damping in it: it has for CurveBall (its authors' code), and has not for Martens' Hessian-free
   optimization and for kfac-jax.
@@ -114,5 +115,5 @@ class Trial:
 
 def reduction_ratio(change, predicted):
     """The change of the loss over the predicted one; see the module."""
-    ratio = tf.where(predicted == 0, tf.ones_like(change), change / predicted)
+    ratio = tf.where(change == 0, tf.zeros_like(change), change / predicted)
     return tf.where(change > 0, tf.constant(float("-inf"), change.dtype), ratio)
