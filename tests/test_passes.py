@@ -16,7 +16,7 @@ import keras_curvature as kc
 from keras_curvature import Linearization, Needs
 from keras_curvature.linearization.layers import kronecker
 
-DENSE = 3  # layers
+DENSE = 2  # layers
 PRODUCTS = {"MatMul", "BatchMatMulV2", "Einsum"}
 QUESTIONS = {
     "loss": lambda lin, v, blocks: lin.loss,
@@ -33,10 +33,9 @@ QUESTIONS = {
 
 @pytest.fixture(scope="module")
 def problem():
-    """`(model, batch, vector, blocks)`: three dense layers with a normalization, whose second derivatives need care."""
+    """`(model, batch, vector, blocks)`: dense layers and a normalization, whose second derivatives need care."""
     model = keras.Sequential([
-        keras.Input((4,)), layers.Dense(5, "tanh"), layers.LayerNormalization(), layers.Dense(5, "tanh"),
-        layers.Dense(3),
+        keras.Input((4,)), layers.Dense(5, "tanh"), layers.LayerNormalization(), layers.Dense(3),
     ])  # fmt: skip
     model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     random = np.random.default_rng(0)
@@ -84,12 +83,10 @@ def test_the_hessian_before_or_after_the_gradient_costs_the_same(problem):
 def test_no_order_of_the_questions_costs_more_than_another(problem, needs):
     options = {} if needs is None else {"needs": needs}
     names = [name for name in QUESTIONS if needs is None or not name.startswith("kronecker")]
-    orders = [names, names[::-1], names[1::2] + names[::2]] if needs is None else [names, names[::-1]]
-    (expected, count), *others = [asked(problem, order, **options) for order in orders]
-    for found, number in others:
-        assert number == count
-        for ours, theirs in zip(tf.nest.flatten(found), tf.nest.flatten(expected)):
-            np.testing.assert_allclose(ours, theirs, 1e-4, 1e-6)  # kernels are fused in other ways
+    (found, count), (expected, of_reversed) = (asked(problem, order, **options) for order in (names, names[::-1]))
+    assert count == of_reversed
+    for ours, theirs in zip(tf.nest.flatten(found), tf.nest.flatten(expected)):
+        np.testing.assert_allclose(ours, theirs, 1e-4, 1e-6)  # kernels are fused in other ways
 
 
 @pytest.mark.slow

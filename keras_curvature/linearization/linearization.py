@@ -2,7 +2,7 @@
 
 `Linearization` is the one object that an optimizer of this package talks to. Its results are already summed over the
 replicas of a distribution strategy, so a method is written once, for one machine. On a plain `keras.Model`, `Gradients`
-(`gradients.py`) takes its place.
+takes its place.
 
 One forward pass is recorded for each slice of the batch, a `Pass` (`products.py`). All derivatives at the weights are
 questions to that pass. What it records is chosen by the `Needs`, before the first question, so the order of the
@@ -41,9 +41,8 @@ class Linearization:
     normalization and two kinds of losses, which are means of per-slice means: masked losses, and those with
     `reduction="mean_with_sample_weight"`; see `pure/slices.py`.
 
-    Works eagerly, in a `tf.function`, compiled by XLA, and in `fit` under a distribution strategy. Computes only what
-    is asked for, and one forward pass for all products. With `micro_batches` each question has a forward pass of its
-    own; the first one gives the loss and the outputs too.
+    Works eagerly, in a `tf.function`, compiled by XLA, and under a distribution strategy. Computes only what is asked
+    for, and one forward pass for all products. With `micro_batches` each question has one of its own.
 
     Args:
         model: A compiled `keras.Model`.
@@ -55,8 +54,8 @@ class Linearization:
         loss_scale: Scalar that multiplies the loss inside derivatives, which are divided by it again, for
             `mixed_float16`. Optional.
         part: `(size, index)` of a piece of the batch to use. Optional; see `chunk`.
-        micro_batches: Number of slices that each replica's batch is cut into, an integer: passes go over one slice
-            at a time, with the memory of one; see `pure/micro_batches.py`. Defaults to `1`.
+        micro_batches: Number of slices that each replica's batch is cut into: passes go over one slice at a time, with
+            the memory of one; see `pure/micro_batches.py`. Defaults to `1`.
         training: Whether the model runs as in training (batch statistics, dropout) or as in inference (moving
             statistics, no dropout). Defaults to `True`.
         seeds: Initial seeds of the model's layers, an integer tensor `(seeds, 2)` in the order of
@@ -128,11 +127,9 @@ class Linearization:
     def reached(self):
         """Whether the loss depends on each variable at all, a tuple of bools in the order of `variables`.
 
-        Where it does not, the `gradient` is zero, and weight decay would still step; Keras skips such variables. Known
-        with the gradient, which is computed if necessary.
+        Where it does not, the `gradient` is zero, and weight decay would still step; Keras skips such variables.
         """
-        if self._reached is None:
-            _ = self.gradient
+        _ = self.gradient
         return self._reached
 
     @property
@@ -152,7 +149,7 @@ class Linearization:
         return self.total(lambda pure, weights, step: pure.evaluate(trees.add(weights, step)).loss, step)
 
     def gradient_at(self, step):
-        """`df/dw` at `w + step`, a vector; one forward and one backward pass, and no weight is assigned."""
+        """`df/dw` at `w + step`, a vector; one forward and one backward pass."""
         return self.loss_and_gradient_at(step)[1]
 
     def loss_and_gradient_at(self, step):
@@ -177,7 +174,7 @@ class Linearization:
         Returns:
             The sums, in the same nest.
 
-        Example: the sum of the squared outputs over the batch, and the loss
+        Example:
 
         ```python
         def squares(pure, weights):
@@ -222,8 +219,8 @@ class Linearization:
             size: A share of the batch in (0, 1], or a number of examples in the whole batch.
             index: Integer number or tensor; the batch is cut into as many whole pieces as it has.
 
-        A piece is every second, third, ... example of the slice, so equal replicas take what one would take. A mean over
-        examples (Keras' default loss) becomes the mean over the piece. A batch of fewer than `size` is used whole.
+        A piece is every second, third, ... example of the slice, so equal replicas take what one would take. A mean
+        over examples (Keras' default loss) becomes the mean over the piece. A batch of fewer than `size` is used whole.
         """
         return Linearization(
             self.model, *self._batch, needs=self.needs, loss_scale=self.loss_scale, part=(size, index), **self._how
