@@ -98,7 +98,7 @@ class Linearization:
         self._how = {"shift": shift, "micro_batches": micro_batches, "training": training, "seeds": seeds}
         self._on_replicas = OnReplicas(model, self._batch, part=part, **self._how)
         self.examples = self._on_replicas.examples
-        # `cached_property` holds a lock while it computes, on which the threads of replicas would wait for each other
+        # `cached_property` holds a lock while it computes: the threads of replicas would wait for each other
         self._known, self._graph = {}, slices.graph()
 
     # At the weights.
@@ -125,11 +125,9 @@ class Linearization:
 
     @property
     def reached(self):
-        """Whether the loss depends on each variable at all, a tuple of bools in the order of `variables`.
-
-        Where it does not, the `gradient` is zero, and weight decay would still step; Keras skips such variables.
-        """
-        _ = self.gradient
+        """Whether the loss depends on each of `variables` at all, a tuple of bools; Keras skips the others."""
+        if self._reached is None:
+            _ = self.gradient
         return self._reached
 
     @property
