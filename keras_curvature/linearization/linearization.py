@@ -262,12 +262,12 @@ class Linearization:
         self._once("gradient", lambda: gradient)
         return found
 
-    def _gradient_and(self, question=lambda made: ()):
-        def both(made):
-            gradient = made.gradient()
+    def _gradient_and(self, question=lambda recorded: ()):
+        def both(recorded):
+            gradient = recorded.gradient()
             # of any slice: eagerly, a model may take another way on each of them
-            self._reached = tuple(map(max, self._reached or made.reached, made.reached))
-            return gradient, question(made)
+            self._reached = tuple(map(max, self._reached or recorded.reached, recorded.reached))
+            return gradient, question(recorded)
 
         found = self.passes.total(both)
         self._evaluated()  # known by now
