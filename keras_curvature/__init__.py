@@ -1,6 +1,7 @@
 """Curvature-aware optimizers for Keras: second-order training as an ordinary `compile` and `fit`."""
 
-from keras_curvature import callbacks, operators, optimizers, problems
+# `backend` stands first: it refuses a Keras that does not run on TensorFlow, in words
+from keras_curvature import backend, callbacks, operators, optimizers, problems  # noqa: F401
 from keras_curvature.linearization import Linearization, Needs
 from keras_curvature.monitor.operator import curvature
 from keras_curvature.monitor.report.landscape import landscape

@@ -12,6 +12,7 @@ import keras_curvature
 ROOT = pathlib.Path(keras_curvature.__file__).parent
 # Each part of the package, and the floor it stands on.
 FLOORS = {
+    "backend": 0,
     "keras_internals": 0,  # below all others, which see Keras' and TensorFlow's private names through it
     "trees": 1, "replicas": 1, "component": 1,
     "operators": 2, "steps": 2,

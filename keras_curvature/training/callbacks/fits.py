@@ -44,17 +44,23 @@ class Fit:
         """The steps of an epoch, without those left out."""
         (step, draw, ready), self._change = self._change, None
         ready(epoch_iterator)
+        reached = False
         for begin, end, iterator in steps_of(epoch_iterator):
             if begin >= step:
+                reached = True
                 yield begin, end, iterator
-            elif draw:
-                for left_out in range(begin, min(end + 1, step)):
-                    if next(iterator, None) is None:
-                        raise ValueError(
-                            f"`Checkpoint`: the epoch was to continue at step {step}, and its data ended after "
-                            f"{left_out} batches. Give `fit` the data that the run began with, or, if they begin at "
-                            "the position already, use `skip_batches=False`."
-                        )
+            elif draw and not _drop(iterator, min(end + 1, step) - begin):
+                break
+        if not reached:
+            raise ValueError(
+                f"`Checkpoint`: the epoch was to continue at step {step}, and its data ended before. Give `fit` the "
+                "data that the run began with; or, if the data begin at the position, use `skip_batches=False`."
+            )
+
+
+def _drop(iterator, count):
+    """Drop so many batches; returns whether there were as many."""
+    return all(next(iterator, None) is not None for _ in range(count))
 
 
 def _fit(original, model, *args, **kwargs):
