@@ -16,6 +16,7 @@ from test_properties import assert_same, compiled, crossentropy, data, losses, n
 
 import keras_curvature as kc
 from keras_curvature.callbacks import SwapNeumannWeights
+from keras_curvature.training.step import CurvedStep
 
 REPORTS = {"damping", "beta", "rho", "reduction_ratio", "step_norm", "skipped_steps"}
 
@@ -469,3 +470,28 @@ def test_a_plain_model_is_traced_once(name):
     model.compile(optimizer, loss="mse", jit_compile=False)
     model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0)
     assert traces == [1]
+
+
+@pytest.mark.parametrize("optimizer", [kc.Neumann, kc.CurveBall, kc.KFAC, keras.optimizers.Adam])
+@pytest.mark.parametrize("make", ["simple", "late"])
+def test_a_curved_model_is_traced_once(optimizer, make, monkeypatch):
+    traces, real = [], CurvedStep.train_step
+    monkeypatch.setattr(CurvedStep, "train_step", lambda model, data: (traces.append(1), real(model, data))[1])
+    model = trained({"simple": simple, "late": late}[make](optimizer, metrics=["mae"], jit_compile=False))
+    assert traces == [1]
+    trained(model)
+    assert traces == [1]
+
+
+def late(optimizer, **options):
+    """A curved model that is built by its first batch."""
+    model = kc.curved(Subclassed())
+    model.compile(optimizer(), "mse", **options)
+    return model
+
+
+def test_evaluation_builds_no_state_of_an_optimizer():
+    model = simple(kc.KFAC)
+    model.evaluate(*regression(), verbose=0)
+    assert not model.optimizer.built
+    assert len(trained(model).optimizer.variables) > 2

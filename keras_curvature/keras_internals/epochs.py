@@ -6,9 +6,16 @@ from keras.src.backend.tensorflow.trainer import TFEpochIterator
 
 
 def batch_spec(epoch_iterator):
-    """The spec of the batches of an epoch, a nest of `tf.TensorSpec`; under a strategy, of one replica's."""
-    spec = epoch_iterator._distributed_dataset.element_spec
-    return tf.nest.map_structure(lambda s: s._value_specs[0] if hasattr(s, "_value_specs") else s, spec)
+    """The spec of the batches of an epoch, a nest of `tf.TensorSpec`; under a strategy, of one replica's.
+
+    `None` where the data have `None`, which stands in the data set as an empty `tf.experimental.Optional`.
+    """
+
+    def of_one_replica(spec):
+        spec = spec._value_specs[0] if hasattr(spec, "_value_specs") else spec
+        return None if isinstance(spec, tf.OptionalSpec) else spec
+
+    return tf.nest.map_structure(of_one_replica, epoch_iterator._distributed_dataset.element_spec)
 
 
 # `fit`, of which callbacks do not learn that it has failed.

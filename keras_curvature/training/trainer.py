@@ -4,12 +4,15 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import keras_internals, replicas
+from keras_curvature.linearization.pure.functional import build_for
 from keras_curvature.training.reports import reports_of
 from keras_curvature.training.step import CurvedStep, unwrap
 
 
 class CurvedTrainer(CurvedStep):
     """The methods of Keras' trainer that a curved model replaces."""
+
+    _curved_batch = staticmethod(lambda: None)
 
     def reset_metrics(self):
         """Reset Keras' metrics and the reports."""
@@ -18,11 +21,18 @@ class CurvedTrainer(CurvedStep):
             self._curved_reports.reset()
 
     def make_train_function(self, force=False):
-        """Keras' train function; the reports are created before it is traced."""
+        """Keras' train function, for a step with all its variables created, which TensorFlow traces once."""
+        self._build_for_training()
         self._prepare_reports()
         if self.micro_batches > 1 and self.get_compile_config()["jit_compile"] == "auto":
             self.jit_compile = False  # on a GPU Keras chooses XLA, which needs slices of a known size
         return super().make_train_function(force)
+
+    def _build_for_training(self):
+        """Build what waits for a first batch, from the shapes of the data that `fit` has just begun to iterate over."""
+        batch, self._curved_batch = self._curved_batch, type(self)._curved_batch
+        if batch() is not None:
+            build_for(self, *keras.utils.unpack_x_y_sample_weight(batch()))
 
     # Private methods of Keras' trainer: where `fit` begins, and where the logs of a step leave the replicas.
 
@@ -39,6 +49,9 @@ class CurvedTrainer(CurvedStep):
                 return
             data_batch = replicas.one_of(self.distribute_strategy, next(next(iter(iterator))[-1]))
             iterator = None
+        elif not keras_internals.is_built(self):  # without a strategy Keras builds in the trace, and then traces again
+            batch = data_batch if iterator is None else keras_internals.batch_spec(iterator)
+            self._curved_batch = lambda: batch  # a function, since Keras tracks lists and dictionaries
         super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
 
     def _check_scope(self):
