@@ -91,7 +91,7 @@ def dense(weights, x, y):
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """A training with heavy ball in float64 that is probed at every step: board, what it wrote, weights, data."""
+    """A training with heavy ball in float64 that is measured at every step: board, what it wrote, weights, data."""
     folder = tmp_path_factory.mktemp("shown")
     with float64():
         x, y = digits()
@@ -110,7 +110,7 @@ def oracle(shown):
     return {s: (shown["weights"][s], *dense(shown["weights"][s], *batch)) for s in steps}
 
 
-def test_it_probes_from_the_first_step_on(shown):
+def test_it_measures_from_the_first_step_on(shown):
     steps = [step for step, _ in shown["numbers"]["1_stability/sharpness"]]
     assert steps[:2] == [1, 2] and len(steps) >= 5
 
@@ -119,7 +119,7 @@ def test_it_probes_from_the_first_step_on(shown):
     ("1_stability/sharpness", 2e-2), ("1_stability/gauge", 2e-2), ("1_stability/most_negative", 5e-2),
     ("3_step/gradient_norm", 1e-6), ("3_step/curvature_along_gradient", 1e-6), ("3_step/best_rate", 1e-6),
 ])  # fmt: skip
-def test_numbers_of_a_probe_are_those_of_the_dense_matrix(tag, tolerance, shown, oracle):
+def test_numbers_of_a_measurement_are_those_of_the_dense_matrix(tag, tolerance, shown, oracle):
     formula = {
         "1_stability/sharpness": lambda g, H: np.linalg.eigvalsh(H)[-1],
         "1_stability/gauge": lambda g, H: RATE * np.linalg.eigvalsh(H)[-1] / (2 * (1 + MOMENTUM)),
@@ -186,7 +186,7 @@ def test_the_noise_scale_is_that_of_the_gradients_of_single_examples(shown, orac
         assert dict(shown["numbers"]["2_noise/gauge"])[step] == pytest.approx(BATCH / value)
 
 
-def test_an_update_is_that_of_the_step_after_the_probe(shown, oracle):
+def test_an_update_is_that_of_the_step_after_the_measurement(shown, oracle):
     checked = 0
     for step, value in shown["numbers"]["3_step/update_norm"]:
         before, g, _ = oracle[step]
@@ -681,7 +681,7 @@ def test_a_budget_of_nothing_leaves_what_training_has_anyway(tmp_path, monkeypat
 # Over and over.
 
 
-def test_two_probes_of_the_same_weights_are_equal_bit_for_bit(tmp_path):
+def test_two_measurements_of_the_same_weights_are_equal_bit_for_bit(tmp_path):
     x, y = digits()
     layers = [keras.layers.Dense(4, activation="tanh"), keras.layers.Dropout(0.3), keras.layers.Dense(3)]
     model = compiled(keras.Sequential([keras.Input((4,)), *layers]), keras.optimizers.Adam())
@@ -745,7 +745,7 @@ def test_several_optimizers_have_no_one_rate(tmp_path):
     assert set(found) == {"3_step/loss"} and max(step for step, _ in found["3_step/loss"]) == 8
 
 
-def test_a_model_without_an_optimizer_is_probed(tmp_path):
+def test_a_model_without_an_optimizer_is_measured(tmp_path):
     class Own(keras.Sequential):
         """Descends by itself."""
 
@@ -810,7 +810,7 @@ def test_a_piece_whose_products_overflow_comes_back(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_no_sharpness_of_another_probe_is_divided_by(tmp_path, monkeypatch):
+def test_no_sharpness_of_another_measurement_is_divided_by(tmp_path, monkeypatch):
     asked, ask = [], panels.Panels._sharpness
 
     def fail(self):
@@ -826,7 +826,7 @@ def test_no_sharpness_of_another_probe_is_divided_by(tmp_path, monkeypatch):
     assert len(found["6_layers/trace"]) >= 2 and len(found["6_layers/effective_directions"]) == 1
 
 
-def test_a_probe_that_fails_ends_probing_and_not_training(tmp_path, monkeypatch):
+def test_a_measurement_that_fails_ends_measuring_and_not_training(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise tf.errors.ResourceExhaustedError(None, None, "out of memory")
 
@@ -847,7 +847,7 @@ def test_a_disk_that_is_full_ends_the_board_and_not_training(tmp_path, monkeypat
     assert len(caught) <= 2  # what is measured, and what training has anyway
 
 
-def test_weights_that_are_not_finite_are_not_probed(tmp_path):
+def test_weights_that_are_not_finite_are_not_measured(tmp_path):
     class Break(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
             if batch == 2:

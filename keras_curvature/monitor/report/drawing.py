@@ -1,4 +1,4 @@
-"""What the package's figures have in common. Matplotlib is imported when one is made."""
+"""The shared parts of all figures. Matplotlib is imported when a figure is made."""
 
 import io
 import itertools
@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 MISSING = 'a figure needs matplotlib: pip install "keras_curvature[monitor]"'
-# Red for what to watch, grey for reference, blue for the rest.
+# Red marks what to watch, grey is for reference, blue for the rest.
 RED, BLUE, GREY = "#cc3311", "#4477aa", "#bbbbbb"
 _LABELS = {
     "sharpest": "sharpest direction (unit length)",
@@ -18,7 +18,7 @@ _COLOURS = {"sharpest": RED, "gradient": "#888888", "random": BLUE}
 
 
 def blank(panels, height=4.0):
-    """An empty figure with so many panels side by side, `(Figure, [Axes])`; pyplot knows nothing of it."""
+    """An empty figure with panels side by side, `(Figure, [Axes])`, outside of pyplot."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -31,7 +31,7 @@ def blank(panels, height=4.0):
 
 
 def draw_lines(ax, axis, loss, quadratic):
-    """Lines of losses and, dotted, of their quadratic models into one panel."""
+    """Draw losses, and dotted their quadratic models, into one panel."""
     others = itertools.cycle([BLUE, "#66ccee", "#228833", "#aa3377"])
     dotted = "its quadratic model" if len(quadratic) == 1 else "dotted: the quadratic models"
     for name, values in loss.items():

@@ -1,9 +1,9 @@
 """The loss along lines and planes through the weights, with the quadratic model beside it.
 
-A picture of a loss in a million dimensions depends on the direction that is chosen, and a random one on how its parts
-are scaled: where a layer with ReLU is multiplied by 10 and the next one divided by it, the function is the same, and a
-step of the same length means another thing. Li et al. (2018) give each filter of a random direction the length of the
-filter that it moves, and the slice stays the same (for whole layers; not where single units are rescaled).
+A picture of a loss in a million dimensions depends on the direction, and a random direction depends on the scale of the
+layers: multiplying a ReLU layer by 10 and dividing the next by 10 leaves the function, but a step of the same length
+then has another effect. Li et al. (2018) give each filter of a random direction the length of the filter that it moves,
+which leaves the slice unchanged (when whole layers are rescaled; not when single units are).
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from keras_curvature.monitor.operator import curvature
 from keras_curvature.monitor.report.drawing import RED, blank, draw_lines, png
 
 NAMES = ("sharpest", "random", "gradient")
-# of the weights that move no filter: Li et al. leave biases, scales and shifts where they are
+# weights that a random direction does not move: Li et al. leave biases, scales and shifts in place
 _NO_FILTERS = ("bias", "gamma", "beta", "scale", "alpha")
 
 
 @dataclasses.dataclass(frozen=True)
 class Landscape:
-    """What `landscape` returns.
+    """The result of `landscape`.
 
     Attributes:
         axis: Steps `t` along each direction, `(points,)`, float64, in multiples of the direction.
@@ -72,7 +72,7 @@ def landscape(
     Directions by name: `"sharpest"`: the eigenvector of the Hessian's largest eigenvalue, of length 1, downhill to the
     right; `"gradient"`: the gradient, of length 1; `"random"`: normal numbers, each filter scaled to the length of the
     filter of the weights, and no biases, scales or shifts (see `filter_normalized`). A plane is `"a x b"`. No weight is
-    assigned: the model is evaluated as a function of them. In a terminal, a bar shows how far it is.
+    assigned: the model is evaluated as a function of them. In a terminal, a bar shows the progress.
 
     Reference: Li, Xu, Taylor, Studer and Goldstein (2018), "Visualizing the Loss Landscape of Neural Nets". Difference
     from their code: (1) the axes of filters are those of Keras' layers, and theirs is the first one.
@@ -86,17 +86,17 @@ def landscape(
         points: Number of steps along each direction, an odd one has the weights themselves in the middle; a plane
             takes `points**2` evaluations. Defaults to `41` (Li et al.: 51).
         span: The steps go from `-span` to `span`. Defaults to `1.0` (Li et al.).
-        training: Whether layers behave as in training (batch statistics, dropout with fixed masks). Defaults to
+        training: Whether layers run in training mode (batch statistics, dropout with fixed masks). Defaults to
             `False` (Li et al.).
-        examples: How many examples of `data` to use; `None`: all. Defaults to `1024`.
-        batch_size: Of the batches; matters in training mode alone. Optional.
+        examples: Number of examples of `data` to use; `None` for all. Defaults to `1024`.
+        batch_size: Number of examples in a batch; matters only in training mode. Optional.
         seed: Of random directions and of fixed masks, an integer. Defaults to `0`.
 
     Returns:
         A `Landscape`, with the losses as arrays and a `figure()`.
 
     Raises:
-        ValueError: A direction is not known, or has other shapes than the weights; see also `curvature`.
+        ValueError: A direction is unknown, is zero, or has other shapes than the weights; see also `curvature`.
 
     Example: `kc.landscape(model, (x, y), directions="random x random", points=21).figure().savefig("plane.png")`
     """
@@ -160,7 +160,7 @@ def _dot(u, v):
 
 
 def _parse(directions):
-    """The lines and planes that are asked for, a list of tuples of names."""
+    """The lines and planes asked for, a list of tuples of names."""
     if isinstance(directions, dict) and directions:
         return [(name,) for name in directions]
     lines = [tuple(part.split()) for part in directions.split("+")] if isinstance(directions, str) else []
@@ -225,7 +225,7 @@ def filter_normalized(model, seed=0, number=0):
         A list of tensors in the order of `model.trainable_variables`.
     """
     axes = filter_axes(model)
-    # below zero: no other random vector of the package has these seeds
+    # seeds below zero, which no other random vector of the package has
     seeds = ([seed, -1 - i - 1000 * number] for i in itertools.count())
     return [_like_filters(v, axes[id(v)], own) for v, own in zip(model.trainable_variables, seeds)]
 
@@ -273,7 +273,7 @@ def _axes_of(layer, variable):
 
 
 def _draw_plane(figure, ax, axis, name, loss):
-    """Contours, on a logarithmic scale of what the loss is above the lowest one."""
+    """Contours of the loss above its lowest value, on a logarithmic scale."""
     first, second = name.split(" x ")
     above = np.log10(loss - np.nanmin(loss) + 1e-3 * (np.nanmax(loss) - np.nanmin(loss)) + 1e-30)
     shades = ax.contourf(axis, axis, above.T, levels=20, cmap="Blues")
