@@ -416,6 +416,11 @@ def test_static_shape_keeps_what_is_known():
     run(tf.zeros((3, 2)))
 
 
+def test_is_continuous():
+    assert keras_internals.is_continuous("ResizeBilinearGrad") and keras_internals.is_continuous("StopGradient")
+    assert not keras_internals.is_continuous("Shape") and not keras_internals.is_continuous("Less")
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_is_compiled(compiled):
     @tf.function(jit_compile=compiled)

@@ -38,6 +38,7 @@ TensorFlow 2.21.
 | `PerReplicaSpec._value_specs` | `batch_spec` | the spec of one replica |
 | **tensorflow.py** |  |  |
 | `tensor_util.constant_value_as_shape` | `static_shape` | `get_static_value` gives up on partly known ones |
+| `op_def_registry.get` | `is_continuous` | an operation's types of inputs and outputs |
 | `control_flow_util.GraphOrParentsInXlaContext` | `is_compiled` | slices of unknown size would fail inside XLA |
 | `strategy_supports_no_merge_call` | `uses_merge_calls` | says how replicas synchronize |
 | `extended._in_multi_worker_mode` | `has_several_workers` | the class alone does not tell |
@@ -85,6 +86,7 @@ from keras_curvature.keras_internals.optimizers import keys_of, places_of, state
 from keras_curvature.keras_internals.tensorflow import (
     has_several_workers,
     is_compiled,
+    is_continuous,
     static_shape,
     uses_merge_calls,
 )  # fmt: skip
@@ -92,7 +94,8 @@ from keras_curvature.keras_internals.tensorflow import (
 __all__ = [
     "FIT", "LOGITS", "NEW_ITERATOR", "STEPS_OF_EPOCH", "Functional", "batch_moments", "batch_spec", "begin_at_epoch",
     "build", "carried", "carry", "changed_losses", "compute_loss", "function_of", "guard", "guard_attribute",
-    "has_several_workers", "is_built", "is_compiled", "is_under_strategy", "keys_of", "layers_of", "logits_of",
+    "has_several_workers", "is_built", "is_compiled", "is_continuous", "is_under_strategy", "keys_of", "layers_of",
+    "logits_of",
     "loss_tracker", "losses_of", "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of",
     "takes_training", "trained_by", "twin", "unpickled", "uses_merge_calls",
 ]  # fmt: skip

@@ -16,6 +16,8 @@
 | `TensorFlowTrainer.fit` | `epochs.FIT` | `callbacks/fits.py` | learns that a `fit` has failed |
 | `TFEpochIterator.__init__` | `epochs.NEW_ITERATOR` | `callbacks/fits.py` | the iterator of a `fit` |
 | `TFEpochIterator._enumerate_iterator` | `epochs.STEPS_OF_EPOCH` | `callbacks/fits.py` | leaves steps out |
+| `gradient_registry.lookup` | `LOOKUP` | `pure/differentiability.py` | missing derivatives |
+| `gen_functional_ops.symbolic_gradient` | `SYMBOLIC_GRADIENT` | `pure/differentiability.py` | fails only when it runs |
 | `interim.maybe_merge_call` | `MERGE_CALL` | `replicas.py` | Keras' step, from outside |
 | `TFOptimizer._all_reduce_sum_gradients` | `SUM_GRADIENTS` | `replicas.py` | gradients summed already |
 """
@@ -27,7 +29,9 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import nn
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.losses import loss
+from tensorflow.python.framework import ops
 from tensorflow.python.framework.func_graph import FuncGraph
+from tensorflow.python.ops import gen_functional_ops
 from tensorflow.python.ops import gen_stateless_random_ops_v2 as generators
 
 # `import ... as` would give the function of that name, which hides the module
@@ -47,6 +51,9 @@ GENERATORS = tuple(
 TRUNCATED_NORMAL = (generators, "stateless_truncated_normal_v2")
 DTYPE_POLICY = (keras.layers.Layer, "_dtype_policy")
 RECURRENT_LOOPS = tuple((cls, "inner_loop") for cls in (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU))
+GRADIENT_REGISTRY = ops.gradient_registry
+LOOKUP = (type(ops.gradient_registry), "lookup")
+SYMBOLIC_GRADIENT = (gen_functional_ops, "symbolic_gradient")
 MERGE_CALL = (tf.__internal__.distribute.interim, "maybe_merge_call")
 SUM_GRADIENTS = (TFOptimizer, "_all_reduce_sum_gradients")
 

@@ -1,7 +1,7 @@
 """Private names of TensorFlow."""
 
 import tensorflow as tf
-from tensorflow.python.framework import tensor_util
+from tensorflow.python.framework import op_def_registry, tensor_util
 from tensorflow.python.ops import control_flow_util
 
 
@@ -23,3 +23,21 @@ def uses_merge_calls():
 def has_several_workers(strategy):
     """Whether a `MultiWorkerMirroredStrategy` has more than one worker."""
     return strategy.extended._in_multi_worker_mode()
+
+
+# `DataType`s: float32, float64, complex64, bfloat16, complex128, float16, and variants, such as lists of tensors
+_CONTINUOUS = {1, 2, 8, 14, 18, 19, 21}
+
+
+def is_continuous(operation):
+    """Whether an operation, named by its type, can have floating inputs and floating outputs."""
+    definition = op_def_registry.get(operation)
+    if definition is None:
+        return True
+    allowed = {a.name: set(a.allowed_values.list.type) or _CONTINUOUS for a in definition.attr}
+
+    def has_floats(arguments):
+        kinds = [{a.type % 100} if a.type else allowed.get(a.type_attr or a.type_list_attr, set()) for a in arguments]
+        return any(kind & _CONTINUOUS for kind in kinds)
+
+    return has_floats(definition.input_arg) and has_floats(definition.output_arg)

@@ -1,6 +1,9 @@
 """The `Pass` of every replica: sums over micro-batches and replicas in one word."""
 
+import tensorflow as tf
+
 from keras_curvature import replicas
+from keras_curvature.linearization.pure.differentiability import NotDifferentiable
 
 
 class Passes:
@@ -14,9 +17,10 @@ class Passes:
 
     def __init__(self, pure, make, around):
         self._around, self._on_replica = around, {}
+        self._record = lambda: pure().record(make)
 
         def record():
-            self._on_replica[replicas.identity()] = pure().record(make)
+            self._on_replica[replicas.identity()] = self._record()
 
         with around():
             replicas.each(record)
@@ -41,19 +45,24 @@ class Passes:
         return replicas.add_up(loss), outputs
 
     def total(self, question, vectors=(), tangents=()):
-        """`question(recorded, *vectors, *tangents)`, a nest of tensors, summed over everything.
+        """`question(made, *vectors, *tangents)`, a nest of tensors, summed over everything.
 
         `vectors` are the same on all replicas; `tangents` are nests with a row for each example.
         """
         return replicas.add_up(self._each("sum", question, vectors, tangents))
 
     def rows(self, question, vectors=(), tangents=()):
-        """`question(recorded, *vectors, *tangents)`, a nest of tensors with a row for each example, on each replica."""
+        """`question(made, *vectors, *tangents)`, a nest of tensors with a row for each example, on each replica."""
         return self._each("rows", question, vectors, tangents)
 
     def _each(self, how, question, vectors, tangents):
         def run(vectors, tangents):
-            return getattr(self.here(), how)(question, vectors, tangents)
+            try:
+                return getattr(self.here(), how)(question, vectors, tangents)
+            except NotDifferentiable:
+                if tf.executing_eagerly():  # names of layers are known in a graph alone, where this raises
+                    tf.function(lambda: getattr(self._record(), how)(question, vectors, tangents), autograph=False)()
+                raise
 
         with self._around():
             return replicas.each(run, list(vectors), list(tangents))

@@ -24,6 +24,7 @@ import tensorflow as tf
 from keras_curvature import replicas, trees
 from keras_curvature.linearization.fisher import sampling
 from keras_curvature.linearization.pure import slices
+from keras_curvature.linearization.pure.differentiability import strictly
 from keras_curvature.linearization.pure.differentiable import without_control_edges
 
 
@@ -52,13 +53,14 @@ class Jacobian:
     def jvp(self, vector):
         """`J v`: a vector in weight space to tangents shaped as the leaves."""
         dummies = [tf.zeros_like(leaf) for leaf in self.leaves]
-        with tf.GradientTape() as tape:
-            tape.watch(dummies)
-            with without_control_edges():
-                pulled = self._tape.gradient(self.leaves, self.weights, output_gradients=dummies)
-            pairs = [(tf.convert_to_tensor(g), v) for g, v in zip(pulled, vector) if g is not None]
-        functionals, weights = [g for g, _ in pairs], [v for _, v in pairs]
-        tangents = tape.gradient(functionals, dummies, output_gradients=weights)
+        with strictly():
+            with tf.GradientTape() as tape:
+                tape.watch(dummies)
+                with without_control_edges():
+                    pulled = self._tape.gradient(self.leaves, self.weights, output_gradients=dummies)
+                pairs = [(tf.convert_to_tensor(g), v) for g, v in zip(pulled, vector) if g is not None]
+            functionals, weights = [g for g, _ in pairs], [v for _, v in pairs]
+            tangents = tape.gradient(functionals, dummies, output_gradients=weights)
         return densely(tangents, self.leaves)
 
 
@@ -162,12 +164,14 @@ class Pass(Jacobian):
     def hessian_product(self, vector):
         """`H v`."""
         gradients, _ = self.prepare()
-        products = self._outer.gradient(gradients, self.weights, output_gradients=vector)
+        with strictly():
+            products = self._outer.gradient(gradients, self.weights, output_gradients=vector)
         return _unscaled(densely(products, self.weights), self.loss_scale)
 
     def curve(self, tangents):
         """`H_L u`, times the loss scale: the second derivative of the loss in the leaves."""
-        curved = self._loss_tape.gradient(self.slope, self.leaves, output_gradients=tangents)
+        with strictly():
+            curved = self._loss_tape.gradient(self.slope, self.leaves, output_gradients=tangents)
         return densely(curved, self.leaves)
 
     def push(self, vector):

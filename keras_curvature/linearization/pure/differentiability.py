@@ -1,0 +1,108 @@
+"""What TensorFlow cannot differentiate: the derivative is right, or an error names the layer and the operation.
+
+`tape.gradient` gives `None` for two reasons. Either the result does not depend on the tensor: the derivative is zero.
+Or the path to the tensor leads through an operation that TensorFlow registers as not differentiable: the derivative is
+zero for some of these operations (`StopGradient`, comparisons, sampled counts) and missing for the others. TensorFlow
+2.21 registers 195 of 609 operations so. Others are not in the registry at all; their derivative is a `LookupError`.
+Under `strictly()` every operation of both kinds is one of
+
+    zero        the derivative is zero (almost) everywhere: `ZERO`, and operations without floating inputs or outputs
+    right       `second_derivatives.py` has the derivative
+    refused     any other: `NotDifferentiable`, while tracing
+
+TensorFlow asks for an operation's gradient in one place, `lookup` of its registry, and only when the derivative of a
+result in something that is watched passes through that operation. So this is where the three are told apart.
+"""
+
+import contextlib
+import contextvars
+
+import tensorflow as tf
+
+from keras_curvature.keras_internals import guard, is_continuous, replaced
+from keras_curvature.linearization.pure.second_derivatives import ADDED, INSTEAD
+
+# Registered as not differentiable, with floating inputs and outputs, and the derivative is zero.
+ZERO = {
+    "EditDistance": "piecewise constant",
+    "OnesLike": "constant",
+    "StatelessRandomBinomial": "samples are counts",
+    "StatelessRandomPoisson": "samples are counts",
+    "StopGradient": "its purpose",
+    "TPUReplicatedInput": "stands outside of the program that is differentiated",
+    "ZerosLike": "constant",
+}
+
+_strict = contextvars.ContextVar("strict", default=False)
+
+
+class NotDifferentiable(ValueError):
+    """A derivative is needed that TensorFlow does not have."""
+
+
+@contextlib.contextmanager
+def strictly():
+    """While open on this thread, a derivative that TensorFlow does not have is a `NotDifferentiable` and not zero."""
+    token = _strict.set(True)
+    try:
+        yield
+    finally:
+        _strict.reset(token)
+
+
+def _refusal(operation, layer, reason=None):
+    return NotDifferentiable(
+        f"TensorFlow cannot differentiate the operation `{operation}`"
+        f"{f' in layer `{layer}`' if layer else ''}, and a curvature product needs its derivative."
+        f"{f' TensorFlow says: {reason}' if reason else ''} Replace or freeze the layer, with all layers before it, or "
+        "replace the loss. Or train with a method that needs gradients only: `SOAP`, `Shampoo`, `Neumann`, "
+        "`keras_curvature.PSGD` with its default settings or an optimizer of Keras."
+    )
+
+
+def _lookup(original, registry, operation):
+    """The gradient function of an operation, as TensorFlow's registry has it or as this package completes it."""
+    if registry is not replaced.GRADIENT_REGISTRY:
+        return original(registry, operation)
+    if operation in INSTEAD:
+        return INSTEAD[operation]
+    try:
+        found = original(registry, operation)
+    except LookupError:
+        if operation in ADDED:
+            return ADDED[operation]
+        if _strict.get() and hasattr(tf.raw_ops, operation):  # otherwise the name of a function, without an entry
+            return _refuse(operation)
+        raise
+    return _refuse(operation) if _strict.get() and _is_missing(operation, found) else found
+
+
+def _is_missing(operation, found):
+    if found is None:
+        return operation not in ZERO and is_continuous(operation)
+    return operation == "PreventGradient"  # its gradient is a `LookupError`
+
+
+def _refuse(operation):
+    def gradient(op, *gradients):
+        reason = op.get_attr("message") if operation == "PreventGradient" else None
+        raise _refusal(operation, _layer(), reason)
+
+    return gradient
+
+
+def _symbolic_gradient(original, *args, f=None, **kwargs):
+    """TensorFlow traces it for any function of version 1, and fails when it runs."""
+    if _strict.get():
+        raise _refusal("SymbolicGradient", _layer(), f"of the function {getattr(f, 'name', f)}")
+    return original(*args, f=f, **kwargs)
+
+
+def _layer():
+    """The layer whose gradient is being taken, as TensorFlow's name scopes tell it, or an empty string."""
+    scopes = [s for s in tf.get_current_name_scope().split("/") if not s.startswith("gradient_tape")]
+    return "/".join(scopes)
+
+
+guard(*replaced.LOOKUP, _lookup)
+guard(*replaced.SYMBOLIC_GRADIENT, _symbolic_gradient)
