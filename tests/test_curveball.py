@@ -220,7 +220,7 @@ def test_fixed_beta_and_rho_are_the_heavy_ball_on_the_damped_model():
 
 
 def test_step_to_a_loss_that_is_not_finite_is_not_taken():
-    optimizer = CurveBall(damping=LevenbergMarquardt(initial=1e-6))
+    optimizer = CurveBall(damping=LevenbergMarquardt(initial=1e-6), weight_decay=0.1)  # nor a part of it
     model, x, y = logarithm(optimizer, 5.0)  # 5 - 5 log 5 < 0
     step = stepper(model, optimizer)
     seen = step(x, y)

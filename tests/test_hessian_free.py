@@ -20,6 +20,7 @@ from keras_curvature import (
 )
 from keras_curvature.operators import Diagonal
 from keras_curvature.operators.base import dense
+from keras_curvature.steps import trial
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 FILES = [
@@ -206,7 +207,7 @@ def test_damping_follows_the_ratio(ratio, factor):
     optimizer = HessianFree()
     step, _, x, y, _, _ = quadratic(optimizer)
     optimizer._damping.assign(0.7)
-    with mock.patch.object(optimizer, "_reduction_ratio", lambda *_: tf.constant(ratio, tf.float64)):
+    with mock.patch.object(trial, "reduction_ratio", lambda *_: tf.constant(ratio, tf.float64)):
         step(x, y)
     np.testing.assert_allclose(float(optimizer._damping.value), 0.7 * factor, rtol=1e-12)
 

@@ -23,8 +23,14 @@ def functions():
     }
 
 
-@pytest.mark.xfail(reason="files that measure and what goes around `fit` are still to be split", strict=False)
-@pytest.mark.parametrize("file", LENGTHS)
+# Still longer; a file leaves this list when it is split, and none is added.
+TO_BE_SPLIT = {
+    "linearization/linearization.py", "monitor/operator.py", "optimizers/lifecycle.py", "replicas.py",
+    "solvers/whitening.py",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", sorted(LENGTHS.keys() - TO_BE_SPLIT))
 def test_no_file_is_longer_than_300_lines(file):
     assert LENGTHS[file] <= 300
 

@@ -52,7 +52,7 @@ def _in_float64():
 def recorded(case):
     """`(linearization, its pass)` of a compiled case."""
     lin = Linearization(case.model, *case.batch)
-    return lin, lin.passes.here().made
+    return lin, lin.passes.here().recorded
 
 
 def pulled_apart(recording, cotangents):

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from keras_curvature import ArmijoLineSearch, ConstantDamping, LevenbergMarquardt
-from keras_curvature.steps import as_damping, quadratic
+from keras_curvature.steps import Trial, as_damping, quadratic
 
 NAN, INF = float("nan"), float("inf")
 MARTENS = LevenbergMarquardt(1.0, decay=2 / 3, low=0.25, high=0.75, every=1)
@@ -73,6 +73,75 @@ def test_a_number_is_a_constant_damping():
     for bad in (-1.0, "much", None, LevenbergMarquardt, ArmijoLineSearch()):
         with pytest.raises(ValueError, match="`damping` must be a"):
             as_damping(MARTENS, bad)
+
+
+# The checked step.
+
+
+class Told:
+    """What a trial is told of a step, and how often it asks."""
+
+    def __init__(self, before, after, predicted):
+        self.told, self.asked = {"before": before, "after": after, "predicted": predicted}, 0
+
+    def __call__(self, trial, iterations, damping=1.0):
+        def functions(name):
+            def ask():
+                self.asked += name == "after"
+                return tf.constant(self.told[name], tf.float64)
+
+            return ask
+
+        value = tf.constant(damping, tf.float64)
+        checked = trial.check(tf.constant(iterations), value, **{name: functions(name) for name in self.told})
+        return float(checked.value), float(checked.ratio), bool(checked.accepted)
+
+
+@pytest.mark.parametrize("before, after, predicted, ratio", [
+    (3.0, 2.0, -1.0, 1.0), (3.0, 2.5, -1.0, 0.5), (3.0, 1.0, -1.0, 2.0), (3.0, 3.0, 0.0, 0.0), (3.0, 3.0, -1.0, 0.0),
+    (3.0, 4.0, -1.0, -INF), (3.0, 4.0, 1.0, -INF), (3.0, INF, -1.0, -INF), (3.0, NAN, -1.0, NAN), (3.0, 2.0, 1.0, -1.0),
+])  # fmt: skip
+def test_the_ratio_is_that_of_the_changes_and_no_rise_is_a_success(before, after, predicted, ratio):
+    _, found, _ = Told(before, after, predicted)(Trial(MARTENS), 0)
+    np.testing.assert_equal(found, ratio)
+
+
+@pytest.mark.parametrize("accepts, losses", [
+    ("lower", {2.0: True, 3.0: True, 4.0: False, INF: False, NAN: False}),
+    ("finite", {2.0: True, 4.0: True, INF: False, NAN: False}), ("any", {4.0: True, NAN: True}),
+])  # fmt: skip
+def test_a_trial_accepts_what_it_says(accepts, losses):
+    for after, accepted in losses.items():
+        assert Told(3.0, after, -1.0)(Trial(MARTENS, accepts), 0)[2] == accepted, after
+
+
+@pytest.mark.parametrize("at, checked", [("first", [0, 4, 8]), ("last", [3, 7])])
+def test_one_of_every_so_many_steps_is_looked_at(at, checked):
+    trial = Trial(LevenbergMarquardt(decay=0.5, every=4), at=at)
+    for t in range(10):
+        step = Told(3.0, 4.0, -1.0)
+        value, ratio, accepted = step(trial, t)
+        assert (step.asked == 1) == (value == 2.0**4) == (not accepted) == (t in checked)
+        assert step.asked == 1 or (value == 1.0 and np.isnan(ratio))
+
+
+def test_where_all_are_looked_at_a_rejected_step_adapts_at_once_and_an_accepted_one_when_it_is_due():
+    trial = Trial(LevenbergMarquardt(decay=0.5, every=4), always=True)
+    assert [Told(3.0, 4.0, -1.0)(trial, t)[0] for t in range(5)] == [2.0**4] * 5
+    assert [Told(3.0, 1.0, -1.0)(trial, t)[0] for t in range(5)] == [2.0**-4, 1.0, 1.0, 1.0, 2.0**-4]
+
+
+def test_a_trial_of_a_constant_looks_at_nothing_unless_it_always_does():
+    step = Told(3.0, 4.0, -1.0)
+    assert step(Trial(ConstantDamping()), 0)[::2] == (1.0, True) and step.asked == 0
+    assert step(Trial(ConstantDamping(), always=True), 0) == (1.0, -INF, False)
+
+
+def test_bad_choices_of_a_trial_fail_at_construction():
+    with pytest.raises(ValueError, match="`accepts` must be one of 'lower', 'finite', 'any'. Received: accepts='less'"):
+        Trial(MARTENS, accepts="less")
+    with pytest.raises(ValueError, match='`at` must be "first" or "last". Received: at=3'):
+        Trial(MARTENS, at=3)
 
 
 # The line search.

@@ -90,7 +90,7 @@ def attributes(model):
 
 def gradient_by_blocks(lin, blocks):
     """For each block, the sum of `a d'` over calls, positions and examples, as tensors; of the mean loss."""
-    seen = Seen(lin.passes.here().made, blocks)
+    seen = Seen(lin.passes.here().recorded, blocks)
     of = seen.slopes()
     for block in blocks:
         inputs, slopes = seen.inputs(block), of(block)

@@ -41,22 +41,23 @@ class GaussNewton(LinearOperator):
     def multiply(self, vector):
         """`G v`: one forward-mode and one backward pass."""
         trees.check("vector", vector, self.variables)
-        return self._add_l2(self.passes.total(lambda made, v: made.gauss_newton_product(v), [list(vector)]), vector)
+        product = self.passes.total(lambda recorded, v: recorded.gauss_newton_product(v), [list(vector)])
+        return self._add_l2(product, vector)
 
     def push(self, vector):
         """The `Tangent` of `vector`: one forward-mode pass."""
         trees.check("vector", vector, self.variables)
-        pushed, curved = self.passes.rows(lambda made, v: made.push(v), [list(vector)])
+        pushed, curved = self.passes.rows(lambda recorded, v: recorded.push(v), [list(vector)])
         return Tangent(vector, pushed, curved)
 
     def pull(self, tangent):
         """`G v` of the vector that was pushed: one backward pass."""
-        pulled = self.passes.total(lambda made, c: made.pull(c), tangents=[tangent.curved])
+        pulled = self.passes.total(lambda recorded, c: recorded.pull(c), tangents=[tangent.curved])
         return self._add_l2(pulled, tangent.vector)
 
     def pull_with_gradient(self, tangent):
         """`G v + g`, the gradient of the quadratic model at `v`: the same one backward pass."""
-        pulled = self.passes.total(lambda made, c: made.gradient(c), tangents=[tangent.curved])
+        pulled = self.passes.total(lambda recorded, c: recorded.gradient(c), tangents=[tangent.curved])
         return self._add_l2(pulled, tangent.vector)
 
     def inner(self, left, right):

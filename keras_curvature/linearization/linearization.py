@@ -2,7 +2,7 @@
 
 `Linearization` is the one object that an optimizer of this package talks to. Its results are already summed over the
 replicas of a distribution strategy, so a method is written once, for one machine. On a plain `keras.Model`, `Gradients`
-(`gradients.py`) takes its place.
+takes its place.
 
 One forward pass is recorded for each slice of the batch, a `Pass` (`products.py`). All derivatives at the weights are
 questions to that pass. What it records is chosen by the `Needs`, before the first question, so the order of the
@@ -23,8 +23,8 @@ from keras_curvature.linearization.needs import EVERYTHING
 from keras_curvature.linearization.passes import Passes
 from keras_curvature.linearization.pure import slices
 from keras_curvature.linearization.pure.differentiable import differentiable_keras
-from keras_curvature.linearization.pure.functional import PureModel, build_for, check_model
-from keras_curvature.linearization.pure.micro_batches import MicroBatches
+from keras_curvature.linearization.pure.functional import build_for, check_model
+from keras_curvature.linearization.pure.on_replicas import OnReplicas
 
 
 class Linearization:
@@ -41,9 +41,8 @@ class Linearization:
     normalization and two kinds of losses, which are means of per-slice means: masked losses, and those with
     `reduction="mean_with_sample_weight"`; see `pure/slices.py`.
 
-    Works eagerly, in a `tf.function`, compiled by XLA, and in `fit` under a distribution strategy. Computes only what
-    is asked for, and one forward pass for all products. With `micro_batches` each question has a forward pass of its
-    own; the first one gives the loss and the outputs too.
+    Works eagerly, in a `tf.function`, compiled by XLA, and under a distribution strategy. Computes only what is asked
+    for, and one forward pass for all products. With `micro_batches` each question has one of its own.
 
     Args:
         model: A compiled `keras.Model`.
@@ -55,8 +54,8 @@ class Linearization:
         loss_scale: Scalar that multiplies the loss inside derivatives, which are divided by it again, for
             `mixed_float16`. Optional.
         part: `(size, index)` of a piece of the batch to use. Optional; see `chunk`.
-        micro_batches: Number of slices that each replica's batch is cut into, an integer: passes go over one slice
-            at a time, with the memory of one; see `pure/micro_batches.py`. Defaults to `1`.
+        micro_batches: Number of slices that each replica's batch is cut into: passes go over one slice at a time, with
+            the memory of one; see `pure/micro_batches.py`. Defaults to `1`.
         training: Whether the model runs as in training (batch statistics, dropout) or as in inference (moving
             statistics, no dropout). Defaults to `True`.
         seeds: Initial seeds of the model's layers, an integer tensor `(seeds, 2)` in the order of
@@ -95,21 +94,19 @@ class Linearization:
         check(Linearization, "training", training, isinstance(training, bool), "True or False")
         build_for(model, x, y, sample_weight)
         self.model, self.variables, self.needs = model, list(model.trainable_variables), needs
-        self._batch, self._part = (x, y, sample_weight), part
-        self._how = {"micro_batches": micro_batches, "training": training, "seeds": seeds}
-        self._shift, self.loss_scale, self._reached = shift, loss_scale, None
-        # one pure model per replica; what is computed once is kept in `_known` (`cached_property` holds a lock while it
-        # computes, on which the threads of replicas would wait for each other)
-        self._slices, self._pure, self._known, self._graph = {}, {}, {}, slices.graph()
-        start, self.examples = replicas.place(self._take, *self._batch)
-        replicas.each(self._open, start)
+        self.loss_scale, self._reached, self._batch = loss_scale, None, (x, y, sample_weight)
+        self._how = {"shift": shift, "micro_batches": micro_batches, "training": training, "seeds": seeds}
+        self._on_replicas = OnReplicas(model, self._batch, part=part, **self._how)
+        self.examples = self._on_replicas.examples
+        # `cached_property` holds a lock while it computes: the threads of replicas would wait for each other
+        self._known, self._graph = {}, slices.graph()
 
     # At the weights.
 
     @property
     def weights(self):
         """`w`, plus the shift, a list of tensors."""
-        return self._once("weights", self._local_weights)
+        return self._once("weights", self._on_replicas.weights)
 
     @property
     def loss(self):
@@ -128,11 +125,7 @@ class Linearization:
 
     @property
     def reached(self):
-        """Whether the loss depends on each variable at all, a tuple of bools in the order of `variables`.
-
-        Where it does not, the `gradient` is zero, and weight decay would still step; Keras skips such variables. Known
-        with the gradient, which is computed if necessary.
-        """
+        """Whether the loss depends on each of `variables` at all, a tuple of bools; Keras skips the others."""
         if self._reached is None:
             _ = self.gradient
         return self._reached
@@ -154,7 +147,7 @@ class Linearization:
         return self.total(lambda pure, weights, step: pure.evaluate(trees.add(weights, step)).loss, step)
 
     def gradient_at(self, step):
-        """`df/dw` at `w + step`, a vector; one forward and one backward pass, and no weight is assigned."""
+        """`df/dw` at `w + step`, a vector; one forward and one backward pass."""
         return self.loss_and_gradient_at(step)[1]
 
     def loss_and_gradient_at(self, step):
@@ -179,7 +172,7 @@ class Linearization:
         Returns:
             The sums, in the same nest.
 
-        Example: the sum of the squared outputs over the batch, and the loss
+        Example:
 
         ```python
         def squares(pure, weights):
@@ -190,8 +183,10 @@ class Linearization:
         ```
         """
 
+        on_replicas = self._on_replicas
+
         def here(*vectors):
-            return self._here().sum(lambda pure: fn(pure, self._local_weights(), *vectors))
+            return on_replicas.here().sum(lambda pure: fn(pure, on_replicas.weights(), *vectors))
 
         with self.kernels():
             return replicas.total(here, *vectors)
@@ -222,20 +217,18 @@ class Linearization:
             size: A share of the batch in (0, 1], or a number of examples in the whole batch.
             index: Integer number or tensor; the batch is cut into as many whole pieces as it has.
 
-        A piece is every second, third, ... example of the slice: on replicas whose slices are equal, and a multiple of
-        that, it is the examples that one replica would take. A loss that is a mean over examples (Keras' default)
-        becomes the mean over the piece. A batch with fewer examples than `size` is used whole.
+        A piece is every second, third, ... example of the slice, so equal replicas take what one would take. A mean
+        over examples (Keras' default loss) becomes the mean over the piece. A batch of fewer than `size` is used whole.
         """
         return Linearization(
-            self.model, *self._batch, needs=self.needs, shift=self._shift, loss_scale=self.loss_scale,
-            part=(size, index), **self._how,
+            self.model, *self._batch, needs=self.needs, loss_scale=self.loss_scale, part=(size, index), **self._how
         )  # fmt: skip
 
     def commit(self):
         """Write the batch statistics, random seeds and loss counters of this batch into the model, once."""
-        passes = self.passes
+        passes, pure = self.passes, self._on_replicas
         self._evaluated()
-        replicas.each(lambda: self._here().commit(passes.here().evaluation))
+        replicas.each(lambda: pure.here().commit(passes.here().evaluation))
 
     # One forward pass, recorded on every replica.
 
@@ -252,13 +245,13 @@ class Linearization:
             with self.kernels(), tapping():
                 yield
 
-        return Passes(self._here, lambda pure: make(pure, self._local_weights()), around)
+        on_replicas = self._on_replicas
+        return Passes(on_replicas.here, lambda pure: make(pure, on_replicas.weights()), around)
 
     def kernels(self):
         """The context in which Keras computes what the needs can differentiate."""
         # recurrent layers that are tapped have no kernel of cuDNN's
-        in_steps = any(isinstance(layer, keras.layers.RNN) for layer in self._tapped())
-        needs = self.needs
+        in_steps, needs = any(isinstance(layer, keras.layers.RNN) for layer in self._tapped()), self.needs
         return differentiable_keras(twice=needs.hessian, products=needs.hessian or needs.products or in_steps)
 
     def with_gradient(self, question):
@@ -269,12 +262,12 @@ class Linearization:
         self._once("gradient", lambda: gradient)
         return found
 
-    def _gradient_and(self, question=lambda made: ()):
-        def both(made):
-            gradient = made.gradient()
+    def _gradient_and(self, question=lambda recorded: ()):
+        def both(recorded):
+            gradient = recorded.gradient()
             # of any slice: eagerly, a model may take another way on each of them
-            self._reached = tuple(map(max, self._reached or made.reached, made.reached))
-            return gradient, question(made)
+            self._reached = tuple(map(max, self._reached or recorded.reached, recorded.reached))
+            return gradient, question(recorded)
 
         found = self.passes.total(both)
         self._evaluated()  # known by now
@@ -303,26 +296,3 @@ class Linearization:
         if slices.graph() is self._graph:  # what is made inside a loop or condition is no use outside of it
             self._known[name] = value
         return value
-
-    # Called on a replica.
-
-    def _take(self, *batch):
-        """Take this replica's slice of the batch, or a piece of it, and count its examples."""
-        taken = batch if self._part is None else slices.piece(batch, *self._part)
-        self._slices[replicas.identity()] = taken
-        return slices.examples(taken[0])
-
-    def _open(self, start):
-        batch, how = self._slices[replicas.identity()], dict(self._how)
-        examples, count = slices.examples(batch[0]), how.pop("micro_batches")
-        place = slices.Place(start, self.examples if replicas.count() == 1 else examples, self.examples)
-        pure = PureModel(self.model, batch, place, **how)
-        self._pure[replicas.identity()] = pure if count == 1 else MicroBatches(pure, count)
-
-    def _here(self):
-        return self._pure[replicas.identity()]
-
-    def _local_weights(self):
-        """Weights read on this replica, with the shift."""
-        weights = trees.values(self.variables)
-        return weights if self._shift is None else trees.add(weights, self._shift)

@@ -24,7 +24,7 @@ def hessian(lin):
     require(lin, "hessian", "hessian")
     passes = lin.passes
     passes.prepare()
-    return Function(_product(lin, passes, lambda made, v: made.hessian_product(v)))
+    return Function(_product(lin, passes, lambda recorded, v: recorded.hessian_product(v)))
 
 
 def gauss_newton(lin):
@@ -63,7 +63,7 @@ def fisher(lin, kind="exact"):
     """
     check(fisher, "kind", kind, kind in ("exact", "empirical"), '"exact" or "empirical"')
     require(lin, "fisher", "products")
-    return Function(_product(lin, lin.passes, lambda made, v: made.fisher_product(v, kind)), psd=True)
+    return Function(_product(lin, lin.passes, lambda recorded, v: recorded.fisher_product(v, kind)), psd=True)
 
 
 def hidden_gauss_newton(lin):

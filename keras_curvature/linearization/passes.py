@@ -45,14 +45,14 @@ class Passes:
         return replicas.add_up(loss), outputs
 
     def total(self, question, vectors=(), tangents=()):
-        """`question(made, *vectors, *tangents)`, a nest of tensors, summed over everything.
+        """`question(recorded, *vectors, *tangents)`, a nest of tensors, summed over everything.
 
         `vectors` are the same on all replicas; `tangents` are nests with a row for each example.
         """
         return replicas.add_up(self._each("sum", question, vectors, tangents))
 
     def rows(self, question, vectors=(), tangents=()):
-        """`question(made, *vectors, *tangents)`, a nest of tensors with a row for each example, on each replica."""
+        """`question(recorded, *vectors, *tangents)`, a nest of tensors with a row for each example, on each replica."""
         return self._each("rows", question, vectors, tangents)
 
     def _each(self, how, question, vectors, tangents):

@@ -84,6 +84,13 @@ class CurvatureOptimizer(Lifecycle):
         """Report scalars by the names in `reports`; a NaN means that there is nothing to report this time."""
         self._reported.update(numbers)
 
+    def reject(self, rejected):
+        """Do not take this step, where the scalar says so: weights stay bit-identical, and what is noted is stored.
+
+        Keras counts the step; its weight decay and averages pass it over. The report `step_norm` is 0.
+        """
+        self._rejected = rejected
+
     def refresh(self, variables, every, compute, phase=0):
         """What each of a list of variables becomes: `compute()` at steps `phase`, `phase + every`, ..., else itself.
 

@@ -8,7 +8,7 @@ from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import LinearStep, NotLinear, OnTheQuadratic
-from keras_curvature.steps import LevenbergMarquardt, as_damping, quadratic
+from keras_curvature.steps import LevenbergMarquardt, Trial, as_damping, quadratic
 
 
 @register
@@ -59,6 +59,7 @@ class CurveBall(CurvatureOptimizer):
         super().__init__(learning_rate, name=name, **kwargs)
         self.damping, self.beta, self.rho = damping, beta, rho
         self._rule = as_damping(self, damping)
+        self._trial = Trial(self._rule, accepts="finite")  # the loss of a batch may rise, as with any momentum
         for name, value in (("beta", beta), ("rho", rho)):
             if value is not None:
                 check_number(self, name, value)
@@ -88,14 +89,23 @@ class CurveBall(CurvatureOptimizer):
         z = trees.add(trees.scale(c[1], z), dz, c[0])
 
         rate = tf.cast(self.learning_rate, A.dtype)
-        z, ratio, next_damping, begun_again = self._check(lin, rate, z, quadratic.value(A, b, rate * c), damping)
-        self.remember(self._z, z)
-        self.remember(self._damping, next_damping)
-        # |z| from the inner products, without a pass over it; zero where the check has begun again
+        checked = self._trial.check(
+            self.iterations, damping, before=lambda: lin.loss, after=lambda: lin.loss_at(trees.scale(rate, z)),
+            predicted=lambda: quadratic.value(A, b, rate * c),
+        )  # fmt: skip
+        self.remember(self._damping, checked.value)
+        if self._trial.looks:
+            self.reject(tf.logical_not(checked.accepted))
+            # a condition and not a choice, which would be a copy
+            self.remember(self._z, tf.cond(checked.accepted, lambda: z, lambda: trees.zeros_like(z)))
+        else:
+            self.remember(self._z, z)
+        # |z| from the inner products, without a pass over it
         squared = c[0] * c[0] * dz_dz + 2.0 * c[0] * c[1] * dz_z + c[1] * c[1] * z_z
         squared = tf.where(squared < 0, tf.zeros_like(squared), squared)  # by rounding; not `maximum`, a NaN must stay
-        length = tf.where(begun_again, tf.zeros_like(squared), tf.sqrt(squared))
-        self.report(damping=damping, beta=-c[0], rho=c[1], reduction_ratio=ratio, step_norm=length)
+        self.report(
+            damping=damping, beta=-c[0], rho=c[1], reduction_ratio=checked.ratio, step_norm=tf.sqrt(squared)
+        )  # fmt: skip
         return z
 
     def linear_step(self):
@@ -108,20 +118,3 @@ class CurveBall(CurvatureOptimizer):
         damping = float(tf.convert_to_tensor(self._damping)) if self.built else self._rule.initial
         note = "The limit takes the Gauss-Newton matrix, with which the steps are made, for the Hessian."
         return LinearStep(OnTheQuadratic(self.rho, self.beta, damping), note=note)
-
-    def _check(self, lin, rate, z, predicted, damping):
-        """`(z, reduction ratio, next damping, whether z began again)`: the step's loss, every so many steps."""
-        unchecked = z, tf.constant(float("nan"), lin.loss.dtype), damping, tf.constant(False)
-        if not self._rule.every:
-            return unchecked
-
-        def check():
-            loss = lin.loss_at(trees.scale(rate, z))
-            ratio = quadratic.reduction_ratio(loss - lin.loss, tf.cast(predicted, loss.dtype))
-            # begin again where the step leads out of the finite; a `z` that is not finite itself is the batch's fault,
-            # and stays for `step` to see
-            begin_again = trees.is_finite(z) & tf.logical_not(tf.math.is_finite(loss))
-            kept = trees.where(begin_again, trees.zeros_like(z), z)
-            return kept, ratio, self._rule.update(damping, ratio), begin_again
-
-        return tf.cond(self.iterations % self._rule.every == 0, check, lambda: unchecked)

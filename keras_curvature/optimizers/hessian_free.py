@@ -12,7 +12,7 @@ from keras_curvature.operators import Diagonal, Identity, Scaled
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers import ConjugateGradient
-from keras_curvature.steps import ArmijoLineSearch, LevenbergMarquardt, as_damping
+from keras_curvature.steps import ArmijoLineSearch, LevenbergMarquardt, Trial, as_damping
 
 
 @register
@@ -82,6 +82,7 @@ class HessianFree(CurvatureOptimizer):
         self.curvature, self.curvature_batch = curvature, curvature_batch
         self.warm_start, self.preconditioner, self.structural_damping = warm_start, preconditioner, structural_damping
         self._rule = as_damping(self, damping)
+        self._trial = Trial(self._rule, accepts="any")  # the line search decides
         check_component(self, "solver", solver, "stores_iterates", "ConjugateGradient(max_steps=50)")
         if line_search is not None:
             check_component(self, "line_search", line_search, "search", "ArmijoLineSearch()")
@@ -113,13 +114,18 @@ class HessianFree(CurvatureOptimizer):
         solved = trees.where(trees.is_finite(solution.value), solution.value, trees.zeros_like(g))
         step, loss = self._backtrack(lin, solution)
 
-        ratio = self._reduction_ratio(lin, batch, B, step, loss)
+        checked = self._trial.check(
+            self.iterations, damping, before=lambda: batch.loss,
+            after=lambda: loss if batch is lin else batch.loss_at(step),
+            predicted=lambda: trees.dot(lin.gradient, step) + 0.5 * B.quadratic_form(step, step),
+        )  # fmt: skip
         length = self._length(lin, step, loss)
         self.remember(self._last, solved)
-        self.remember(self._damping, self._next_damping(damping, ratio))
-        step = trees.where(length > 0, trees.scale(length, step), trees.zeros_like(step))
-        self.report(damping=damping, reduction_ratio=ratio, cg_iterations=solution.steps, step_length=length)
-        return step
+        self.remember(self._damping, checked.value)
+        self.reject(tf.equal(length, 0.0))
+        self.report(damping=damping, reduction_ratio=checked.ratio, cg_iterations=solution.steps, step_length=length)
+        # a rejected step may be NaN, which is no fault of the batch's
+        return trees.where(length > 0, trees.scale(length, step), trees.zeros_like(step))
 
     def linear_step(self):
         """None: each step solves anew."""
@@ -150,22 +156,6 @@ class HessianFree(CurvatureOptimizer):
             lambda j, loss, go_on: go_on & (j > 0), back, (last, lin.loss_at(solution.iterate(last)), True)
         )
         return solution.iterate(j), loss
-
-    def _reduction_ratio(self, lin, batch, B, step, loss):
-        """Actual over predicted change on the curvature batch; -inf where the loss rose; NaN where nobody asks."""
-        if not self._rule.every:
-            return tf.constant(float("nan"))
-        before, after = (lin.loss, loss) if batch is lin else (batch.loss, batch.loss_at(step))
-        predicted = trees.dot(lin.gradient, step) + 0.5 * B.quadratic_form(step, step)
-        change = tf.cast(after - before, predicted.dtype)
-        ratio = tf.where(change == 0, tf.zeros_like(change), change / predicted)
-        return tf.where(change > 0, tf.constant(float("-inf"), ratio.dtype), ratio)
-
-    def _next_damping(self, damping, ratio):
-        if not self._rule.every:
-            return damping
-        due = self.iterations % self._rule.every == 0
-        return tf.where(due, self._rule.update(damping, ratio), damping)
 
     def _length(self, lin, step, loss):
         """What share of the step to take; zero where its loss is not finite."""

@@ -12,7 +12,7 @@ from keras_curvature.operators.kronecker import BlockDiagonal, KroneckerProduct
 from keras_curvature.optimizers import by_layer
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import KL_CLIPPED, LinearStep, NotLinear, heavy_ball
-from keras_curvature.steps import LevenbergMarquardt, as_damping, quadratic
+from keras_curvature.steps import LevenbergMarquardt, Trial, as_damping, quadratic
 from keras_curvature.steps.trust_region import kl_clip as clip
 
 
@@ -91,17 +91,19 @@ class KFAC(CurvatureOptimizer):
         self, learning_rate=0.01, damping=0.03, momentum=0.9, factors_every=10, inverses_every=100, fisher="sampled",
         sharing="expand", kl_clip=1e-3, curvature_batch=None, name="kfac", **kwargs,
     ):  # fmt: skip
-        rule, free, whole = as_damping(self, damping), momentum is None, curvature_batch is None
-        looks = bool(rule.every) or (free and not whole)
-        there = {"kl_clip": not free and kl_clip is not None, "alpha": free, "mu": free, "reduction_ratio": looks}
-        there["rejected_steps"] = free and looks
+        rule, free = as_damping(self, damping), momentum is None
+        # in the null space of a part of the batch the damping alone holds the step: to be looked at each time
+        watches = free and curvature_batch is not None
+        trial = Trial(rule, accepts="lower" if free else "any", at="last", always=watches)
+        there = {"kl_clip": not free and kl_clip is not None, "alpha": free, "mu": free, "reduction_ratio": trial.looks}
+        there["rejected_steps"] = free and trial.looks
         needs = Needs(layers=True, products=free or bool(rule.every))
         super().__init__(learning_rate, needs=needs, name=name, **kwargs)
         self.reports = {n: how for n, how in type(self).reports.items() if there.get(n, True)}
         self.damping, self.momentum, self.fisher, self.sharing = damping, momentum, fisher, sharing
         self.factors_every, self.inverses_every = factors_every, inverses_every
         self.kl_clip, self.curvature_batch = kl_clip, curvature_batch
-        self._rule, self._watches = rule, free and not whole
+        self._rule, self._trial = rule, trial
         if momentum is not None:
             check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
         check_count(self, "factors_every", factors_every)
@@ -151,8 +153,7 @@ class KFAC(CurvatureOptimizer):
         natural = self._inverse(batch, damping) @ g
         take = self._with_momentum if self.momentum is not None else self._at_the_minimum
         step, predict = take(lin, batch, natural, v, damping)
-        step, velocity = self._check(lin, step, v, damping, predict)
-        self.remember(self._velocity, velocity)
+        self.remember(self._velocity, self._check(lin, step, v, damping, predict))
         self.report(damping=damping)
         return step
 
@@ -189,27 +190,21 @@ class KFAC(CurvatureOptimizer):
         return trees.add(trees.scale(c[0], natural), v, c[1]), lambda: quadratic.value(A, b, rate * c)
 
     def _check(self, lin, step, v, damping, predict):
-        """`(step, next velocity)` and the next damping: the step's loss, where the damping or a part asks for it."""
-        every, rejects = self._rule.every, self.momentum is None
-        if not every and not self._watches:
-            return step, step
-        rate, nan = tf.convert_to_tensor(self.learning_rate), tf.constant(float("nan"), lin.loss.dtype)
-
-        def look():
-            loss = lin.loss_at(trees.scale(rate, step))
-            ratio = quadratic.reduction_ratio(loss - lin.loss, tf.cast(predict(), loss.dtype))
-            worse = tf.logical_not(loss <= lin.loss) & trees.is_finite(step) if rejects else tf.constant(False)
-            return worse, ratio
-
-        due = tf.equal((self.iterations + 1) % every, 0) if every else tf.constant(False)
-        worse, ratio = look() if self._watches else tf.cond(due, look, lambda: (tf.constant(False), nan))
-        # that a part of the batch promised too much is not a matter of some steps later
-        updated = self._rule.update(damping, tf.where(worse, tf.constant(float("-inf"), ratio.dtype), ratio))
-        self.remember(self._damping, tf.where(due | worse, updated, damping))
-        self.report(reduction_ratio=ratio, rejected_steps=tf.cast(worse, tf.float32))
-        if not rejects:
-            return step, step
-        return trees.where(worse, trees.zeros_like(step), step), trees.where(worse, v, step)
+        """The next velocity, after a look at the loss of the step, where one is due."""
+        if not self._trial.looks:
+            return step
+        rate = tf.convert_to_tensor(self.learning_rate)
+        checked = self._trial.check(
+            self.iterations, damping, before=lambda: lin.loss, after=lambda: lin.loss_at(trees.scale(rate, step)),
+            predicted=predict,
+        )  # fmt: skip
+        rejected = tf.logical_not(checked.accepted)
+        self.remember(self._damping, checked.value)
+        self.report(reduction_ratio=checked.ratio, rejected_steps=tf.cast(rejected, tf.float32))
+        if self.momentum is not None:
+            return step
+        self.reject(rejected)
+        return tf.cond(rejected, lambda: v, lambda: step)
 
     def linear_step(self):
         """With a fixed `momentum` heavy ball, times the inverse of the last step; else none."""

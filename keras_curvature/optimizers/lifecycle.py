@@ -30,7 +30,7 @@ class Lifecycle(keras.optimizers.Optimizer):
                 "be accumulated. Use a larger batch. Received: "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
-        self._noted, self._reported = [], {}
+        self._noted, self._reported, self._rejected = [], {}, None
         self._hands_a_step, self._model = False, lambda: None
         self._waiting = StoredState()  # loaded before `build`
         self._unbuilt_count = len(self.variables)  # iterations, and a learning rate that is no schedule
@@ -49,18 +49,21 @@ class Lifecycle(keras.optimizers.Optimizer):
         """
         self.meet(getattr(linearization, "model", None))
         self.require(linearization.variables)
-        self._noted, self._reported = [], {}
+        self._noted, self._reported, self._rejected = [], {}, None
         with tf.name_scope(self.name):
             handed, finite = self._handed(linearization)
             length = self._reported.get("step_norm")  # known to a method that has the inner products at hand
             length = trees.norm(handed) if length is None else length
             finite &= tf.math.is_finite(length)
-            noted = list(self._noted)
+            noted, rejected = list(self._noted), self._rejected
 
             def take():
                 before = tf.identity(self.skipped_steps.value)
                 _assign(noted)
-                self._hand_to_keras(handed, overwriting)
+                if rejected is None:
+                    self._hand_to_keras(handed, overwriting)
+                else:
+                    tf.cond(rejected, self._count_step, lambda: self._hand_to_keras(handed, overwriting))
                 # of accumulated gradients a direction may have overflowed, and was skipped further down
                 return tf.cast(self.skipped_steps.value - before, tf.float32)
 
@@ -69,10 +72,12 @@ class Lifecycle(keras.optimizers.Optimizer):
                 return tf.constant(1.0)
 
             skipped = tf.cond(finite, take, skip)
+        if rejected is not None:
+            length = tf.where(rejected & finite, tf.zeros_like(length), length)
         self.report(step_norm=length, skipped_steps=skipped)
         wanted = {"skipped_steps", *self.reports}
         reported = {name: tf.cast(value, tf.float32) for name, value in self._reported.items() if name in wanted}
-        self._noted, self._reported = [], {}
+        self._noted, self._reported, self._rejected = [], {}, None
         return reported
 
     def _handed(self, linearization):
@@ -111,6 +116,9 @@ class Lifecycle(keras.optimizers.Optimizer):
             each_variable(distribution, pairs, learning_rate)
 
         tf.cond(trees.is_finite(directions), take, lambda: _nothing(self.skipped_steps.assign_add(1)))
+
+    def _count_step(self):
+        self.iterations.assign_add(1)
 
     def _hand_to_keras(self, gradients, overwriting):
         if self.loss_scale_factor is not None:  # Keras divides by it; the step has its true size already

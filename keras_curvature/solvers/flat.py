@@ -1,17 +1,17 @@
-"""Vectors in one piece on the host, for methods that keep many of them and work through a product at a time.
+"""Flat vectors on the host, for methods that keep many vectors and take one product at a time.
 
-A list of tensors becomes one NumPy array, in float64 where the list is and in float32 otherwise. The many vectors of a
-basis then fill the host's memory and not the accelerator's, their products are never rounded to TF32 or bfloat16, and
-nothing has to be traced. Only the vector that is multiplied travels.
+A list of tensors becomes one NumPy array, in float64 where the list has float64 and in float32 otherwise. A basis then
+fills the host's memory and not the accelerator's, inner products are never rounded to TF32 or bfloat16, and nothing is
+traced. Only the vector to multiply moves between devices.
 """
 
 import numpy as np
 import tensorflow as tf
 
-# Sums are taken over so many numbers in the vectors' dtype, and of these in float64. So few, and by `einsum` where
-# there is a matrix: the threads of a BLAS would go on waiting for work, on the cores that the next product needs.
+# Sums run over so many numbers in the vectors' dtype, then over these sums in float64. Chunks this small, and `einsum`
+# for matrices, avoid BLAS threads, which would spin on the cores that the next product needs.
 CHUNK = 2**13
-# What random vectors are for: those of one are independent of those of another from the same seed.
+# Purposes of random vectors: those of different purposes are independent, also from one seed.
 STREAMS = ("start", "density", "trace", "sketch")
 
 
@@ -20,15 +20,15 @@ class ProductNotFinite(ValueError):
 
 
 class Layout:
-    """How a list of tensors lies in one array.
+    """The layout of a list of tensors in one array.
 
     Args:
         like: A vector, for its shapes and dtypes.
 
     Attributes:
         size: Number of entries.
-        dtype: Of the array.
-        bytes: Of the array.
+        dtype: The array's dtype.
+        bytes: The array's size in bytes.
     """
 
     def __init__(self, like):
@@ -45,7 +45,7 @@ class Layout:
         return np.concatenate([a.numpy().astype(self.dtype, copy=False).ravel() for a in vector])
 
     def unpack(self, array):
-        """The list of tensors of an array, copies."""
+        """The list of tensors from an array, copies."""
         places = zip(self._starts, self._sizes, self._shapes, self._dtypes)
         tensors = [(array[start : start + size].reshape(shape), dtype) for start, size, shape, dtype in places]
         return [tf.cast(tf.constant(a), d) if a.dtype != d.as_numpy_dtype else tf.constant(a) for a, d in tensors]
@@ -54,7 +54,7 @@ class Layout:
         """`A v` of an array, an array.
 
         Raises:
-            ProductNotFinite: It is not.
+            ProductNotFinite: The product is not finite.
         """
         found = self.pack(operator @ self.unpack(array))
         if not np.isfinite(found).all():
@@ -65,12 +65,12 @@ class Layout:
         return found
 
     def dots(self, u, v):
-        """The inner products of each tensor with its partner, a float64 array of one number for each."""
+        """The inner products of matching tensors, a float64 array with one number per tensor."""
         pieces = [slice(start, start + size) for start, size in zip(self._starts, self._sizes)]
         return np.array([dot(u[piece], v[piece]) for piece in pieces])
 
     def normal(self, seed, stream, number=0):
-        """A random vector of standard normal numbers; another one for each stream and each number."""
+        """A random vector of standard normal numbers; it differs by stream and number."""
         return tf.random.stateless_normal([self.size], _seed(seed, stream, number), dtype=self.dtype).numpy()
 
     def signs(self, seed, stream, number=0):
@@ -114,7 +114,7 @@ def rotate(V, S):
 
 
 class Complement:
-    """What is orthogonal to some vectors `U`, which need not be orthogonal to each other.
+    """The orthogonal complement of vectors `U`, which need not be orthogonal to each other.
 
     Args:
         U: A matrix of rows.
@@ -131,7 +131,7 @@ class Complement:
 
 
 def check_memory(vectors, layout, limit, remedy):
-    """Refuse to keep so many vectors where they need more bytes than the limit."""
+    """Refuse to keep vectors that need more bytes than the limit."""
     needed = vectors * layout.bytes
     if needed > limit:
         weights = f"{layout.size:,}".replace(",", " ")

@@ -1,7 +1,7 @@
-"""One Lanczos process under way, and what comes out of it.
+"""A running Lanczos process, and its results.
 
-The recurrence, its residuals and the references are in `solvers/lanczos.py`, whose functions run such a process. It is
-on the host, in NumPy; the tridiagonal matrix and all that is made of it are in float64.
+`solvers/lanczos.py` has the recurrence, its residuals and the references, and runs the process. It runs on the host in
+NumPy; the tridiagonal matrix and everything derived from it are in float64.
 """
 
 import dataclasses
@@ -11,9 +11,9 @@ import numpy as np
 from keras_curvature import trees
 from keras_curvature.solvers import flat
 
-# A beta below this many roundings of the norm of T is zero: the rest is rounding.
+# A beta below this many roundings of the norm of T counts as zero.
 ROUNDINGS = 10
-# Share of a random vector in a warm start: from an exact eigenvector no other would ever be found.
+# Share of a random vector in a warm start: an exact eigenvector as start would never find another.
 FRESH = 1e-3
 # An eigenvalue smaller than this share of the largest |eigenvalue| is found to that share's tolerance.
 SMALL = 1e-2
@@ -21,28 +21,28 @@ SMALL = 1e-2
 
 @dataclasses.dataclass(frozen=True)
 class Eigenpairs:
-    """Eigenvalues and eigenvectors as far as they were found.
+    """The eigenvalues and eigenvectors found.
 
     Attributes:
-        values: float64 `(k,)`; largest first, or smallest first where these were asked for.
+        values: float64 `(k,)`; largest first, or smallest first where the smallest were asked for.
         vectors: `k` vectors of length 1, orthogonal to each other.
-        residuals: `|A x - theta x|` with the rounding that the products were seen to have, float64 `(k,)`: an
-            eigenvalue lies within it.
-        products: How many products it took.
-        converged: Whether each residual is within the tolerance, or as small as rounding allows, booleans `(k,)`.
-        exhausted: Whether the method ended because its vectors span an invariant subspace: the eigenvalues are exact,
-            and where they are fewer than asked for, no more can be found from this start.
+        residuals: `|A x - theta x|` including the observed rounding of the products, float64 `(k,)`: an eigenvalue lies
+            within it.
+        products: Number of products that it took.
+        converged: Whether each residual is within the tolerance, or as small as rounding allows; booleans `(k,)`.
+        exhausted: Whether the vectors span an invariant subspace. The eigenvalues are then exact; if they are fewer
+            than asked for, this start cannot find more.
     """
 
     values: np.ndarray
-    vectors: list = dataclasses.field(repr=False)  # print as long as a model
+    vectors: list = dataclasses.field(repr=False)  # as long as a model
     residuals: np.ndarray
     products: int
     converged: np.ndarray
     exhausted: bool = False
 
     def beside(self, other):
-        """These pairs and those after them, such as of the other end; both must be of one operator."""
+        """These pairs followed by others of the same operator, such as those of the other end."""
         arrays = (np.append(getattr(self, name), getattr(other, name)) for name in ("values", "residuals", "converged"))
         values, residuals, converged = arrays
         products, exhausted = self.products + other.products, self.exhausted or other.exhausted
@@ -55,15 +55,15 @@ class Tridiagonal:
 
     Attributes:
         alpha: The diagonal, float64 `(steps,)`; shorter where an invariant subspace was found.
-        beta: Below and beside it, float64 `(steps,)`; the last is the norm of what `V` does not hold of `A V`.
+        beta: The off-diagonal, float64 `(steps,)`; the last entry is the norm of the part of `A V` outside `V`.
         basis: The vectors `V`, one for each alpha, or `None`.
-        products: How many products it took.
+        products: Number of products that it took.
         exhausted: Whether `V` spans an invariant subspace: then its quadrature is exact.
     """
 
     alpha: np.ndarray
     beta: np.ndarray
-    basis: list | None = dataclasses.field(repr=False)  # prints as long as a model
+    basis: list | None = dataclasses.field(repr=False)  # as long as a model
     products: int
     exhausted: bool = False
 
@@ -76,7 +76,7 @@ class Tridiagonal:
         """`(nodes, weights)` with `v'f(A)v ~ sum_i weights_i f(nodes_i)`, `v` the first vector of `V`.
 
         Args:
-            steps: Of so many steps only, the others left out. Defaults to all.
+            steps: Use only the first so many steps. Defaults to all.
         """
         nodes, vectors = np.linalg.eigh(self.matrix[:steps, :steps])
         return nodes, vectors[:1].ravel() ** 2
@@ -93,19 +93,19 @@ class Ritz:
 
 
 class Process:
-    """A Lanczos process that is under way: the basis, `T`, and the next vector.
+    """A running Lanczos process: the basis, `T`, and the next vector.
 
     Attributes:
-        rows: How many vectors the basis has room for.
-        count: How many there are.
+        rows: Number of vectors that the basis has room for.
+        count: Number of vectors in the basis.
         T: `V'AV`, float64, tridiagonal; after a restart with one full row and column.
-        beta: The length of what the basis does not hold of its image.
-        exhausted: Whether that is zero.
-        products: How many there were.
+        beta: The length of the image's part outside the basis.
+        exhausted: Whether `beta` is zero.
+        products: Number of products.
 
     Args:
         rest: The `flat.Complement` to stay in. Optional.
-        size: Of the eigenvalues outside of it, for what is rounding.
+        size: The largest |eigenvalue| outside the complement, which sets the size of rounding.
     """
 
     def __init__(self, operator, like, rows, metric, rest=None, size=0.0):
@@ -114,14 +114,14 @@ class Process:
         self.rows, self.count, self.products = rows, 0, 0
         self.T, self._V = np.zeros((rows, rows)), np.zeros((rows, self.layout.size), self.layout.dtype)
         self.beta, self.exhausted = 0.0, False
-        self._errors = np.zeros(rows)  # length of what each product had along the basis, and should not
+        self._errors = np.zeros(rows)  # length of each product's spurious component along the basis
 
     def project(self, w):
-        """What `w` has in the complement, in place."""
+        """Project `w` onto the complement, in place."""
         return w if self._rest is None else self._rest.project(w)
 
     def first(self, start, seed):
-        """Where to begin: a random vector, or the one given with a little of that."""
+        """The first vector: random, or the given one with a small random part."""
         fresh = self.layout.normal(seed, "start")
         if start is None:
             return fresh
@@ -137,7 +137,7 @@ class Process:
         self._set_next(vector, *self._length(vector))
 
     def step(self):
-        """One product: one more vector in the basis, a row and a column of `T`, and the next vector."""
+        """Take one product: add a vector to the basis and a row and a column to `T`, and find the next vector."""
         j = self.count
         w = self._image()
         self._V[j] = self._v
@@ -152,12 +152,12 @@ class Process:
         self._advance(w)
 
     def fill(self):
-        """Steps until the basis is full, or exhausted."""
+        """Step until the basis is full or exhausted."""
         while self.count < self.rows and not self.exhausted:
             self.step()
 
     def run_without_basis(self, steps):
-        """`(alpha, beta)` of that many steps, or fewer, with two vectors."""
+        """`(alpha, beta)` of at most so many steps, keeping two vectors."""
         alphas, betas = [], []
         before = None
         while len(alphas) < steps and not self.exhausted:
@@ -172,7 +172,7 @@ class Process:
         return np.array(alphas), np.array(betas)
 
     def ritz(self, k, tolerance, most_negative):
-        """The `k` Ritz pairs at one end, or as many as there are, a `Ritz`."""
+        """The `k` Ritz pairs at one end, or all if there are fewer, a `Ritz`."""
         theta, S = np.linalg.eigh(self.T[: self.count, : self.count])
         order = np.arange(len(theta)) if most_negative else np.arange(len(theta))[::-1]
         order = order[:k]
@@ -183,7 +183,7 @@ class Process:
         return Ritz(values, S, left + rounded, left <= np.maximum(goal, rounded))
 
     def restart(self, ritz):
-        """Keep these Ritz vectors and the next vector, which is orthogonal to them, and nothing else."""
+        """Keep only these Ritz vectors and the next vector, which is orthogonal to them."""
         k = len(ritz.values)
         flat.rotate(self._V[: self.count], ritz.coefficients)
         self._errors[:k] = self._seen(ritz.coefficients)
@@ -207,7 +207,7 @@ class Process:
         return self.project(self.layout.product(self._operator, self._u))
 
     def _seen(self, S):
-        """The rounding that was seen in the products of the basis, in these combinations of it."""
+        """The observed rounding of the basis' products, in these combinations of the basis."""
         return np.sqrt(self._errors[: self.count] ** 2 @ S**2)
 
     def _dual(self, w):
@@ -215,7 +215,7 @@ class Process:
         return w if self._metric is None else self.layout.product(self._metric, w)
 
     def _subtract_known(self, w, j):
-        """Take from `w` what it has along the vectors before: one of them, or after a restart all."""
+        """Subtract from `w` its known components along earlier vectors: the last, or after a restart all."""
         along = self.T[:j, j]
         if np.any(along[:-1]):
             w -= flat.combination(self._V[:j], along)
@@ -223,7 +223,7 @@ class Process:
             w -= w.dtype.type(along[-1]) * self._V[j - 1]
 
     def _advance(self, w, size=None):
-        """Make what is left of an image the next vector, unless it is rounding."""
+        """Make the rest of an image the next vector, unless it is rounding."""
         size = np.abs(self.T[: self.count, : self.count]).sum(0).max() if size is None else size
         self.beta, u = self._length(w)
         full = self.count == self.layout.size

@@ -1,6 +1,7 @@
-"""How far to go: damping, line search, the minimum of a small quadratic. Pure: values in, values out."""
+"""How far to go: damping, checked steps, line search, the minimum of a small quadratic. Pure: values in, values out."""
 
 from keras_curvature.steps.damping import ConstantDamping, LevenbergMarquardt, as_damping
 from keras_curvature.steps.line_search import ArmijoLineSearch
+from keras_curvature.steps.trial import Trial
 
-__all__ = ["ArmijoLineSearch", "ConstantDamping", "LevenbergMarquardt", "as_damping"]
+__all__ = ["ArmijoLineSearch", "ConstantDamping", "LevenbergMarquardt", "Trial", "as_damping"]

@@ -33,11 +33,6 @@ def minimize(A, b):
     return tf.cast(tf.where(regular, tf.stack([first, second]), tf.stack([line, tf.zeros_like(line)])), dtype)
 
 
-def reduction_ratio(change, predicted):
-    """The change of the loss over the predicted one; 1 at the minimum, where there was none to predict."""
-    return tf.where(predicted == 0, tf.ones_like(change), change / predicted)
-
-
 def value(A, b, c):
     """`b'c + 1/2 c'Ac`, the change of the loss that the quadratic predicts, a scalar."""
     return tf.tensordot(b, c, 1) + 0.5 * tf.tensordot(c, tf.linalg.matvec(A, c), 1)

@@ -113,10 +113,10 @@ def squared_gradients(lin, seed=0, fisher="empirical"):
     with taps.dense() as noted:
 
         def local(pure, weights):
-            made = Pass(pure, weights, lin.loss_scale, noted=noted)
-            cotangents = sampling.of_examples(made) if fisher == "empirical" else made.cotangents(fisher, seed)
-            signed_sum = made.pull(signed(cotangents, pure.place, seed))
-            squares = _sums_of_squares(made, cotangents, lin.variables)
+            recorded = Pass(pure, weights, lin.loss_scale, noted=noted)
+            cotangents = sampling.of_examples(recorded) if fisher == "empirical" else recorded.cotangents(fisher, seed)
+            signed_sum = recorded.pull(signed(cotangents, pure.place, seed))
+            squares = _sums_of_squares(recorded, cotangents, lin.variables)
             exact.update(squares)
             return [tf.cast(squares.get(i, h), h.dtype) for i, h in enumerate(signed_sum)]
 
@@ -132,12 +132,12 @@ def signed(cotangents, place, seed):
     return [c * _along_batch(tf.cast(signs, c.dtype), c) for c in cotangents]
 
 
-def _sums_of_squares(made, cotangents, variables):
+def _sums_of_squares(recorded, cotangents, variables):
     """`sum_i g_i^2` over the examples of one `Pass`, `{index of a variable: tensor}` for those of `Dense` layers."""
     sums, position = {}, {id(v): i for i, v in enumerate(variables)}
-    found = _once_each(made.taps)
+    found = _once_each(recorded.taps)
     # float32 where a layer computes in half precision; all at once, for one walk down the layers
-    for tap, slope in zip(found, made.slopes_at([tap.pre_activation for tap in found], cotangents)):
+    for tap, slope in zip(found, recorded.slopes_at([tap.pre_activation for tap in found], cotangents)):
         if slope is None:
             continue
         kernel, bias = position.get(id(tap.layer.kernel)), position.get(id(tap.layer.bias))

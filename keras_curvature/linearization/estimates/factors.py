@@ -105,8 +105,8 @@ def kronecker_means(lin, blocks):
     """
     require(lin, "kronecker_means", "layers")
 
-    def local(made):
-        seen = Seen(made, blocks)
+    def local(recorded):
+        seen = Seen(recorded, blocks)
         slopes = seen.slopes()
         return [_means(block, seen, slopes(block)) for block in blocks]
 
@@ -114,11 +114,11 @@ def kronecker_means(lin, blocks):
 
 
 def _summed(lin, blocks, diagonal, fisher, seed, of_block):
-    def local(made):
-        seen = Seen(made, blocks)
-        labels = _labels(made, fisher, seed)
+    def local(recorded):
+        seen = Seen(recorded, blocks)
+        labels = _labels(recorded, fisher, seed)
         slopes = [seen.slopes(cotangents) for cotangents in labels]
-        signed = [_signed(made, cotangents, diagonal, seed) for cotangents in labels if diagonal]
+        signed = [_signed(recorded, cotangents, diagonal, seed) for cotangents in labels if diagonal]
         return [of_block(block, seen, [of(block) for of in slopes]) for block in blocks], signed
 
     found, signed = lin.passes.total(local)
@@ -126,15 +126,15 @@ def _summed(lin, blocks, diagonal, fisher, seed, of_block):
     return found, [tf.add_n([tf.square(s) for s in each]) for each in zip(*signed)]
 
 
-def _labels(made, fisher, seed):
+def _labels(recorded, fisher, seed):
     """`[cotangents]`, one for each label that there is; of drawn or true labels, one."""
-    cotangents = made.cotangents(fisher, seed)
+    cotangents = recorded.cotangents(fisher, seed)
     return cotangents if fisher == "exact" else [cotangents]
 
 
-def _signed(made, cotangents, diagonal, seed):
+def _signed(recorded, cotangents, diagonal, seed):
     """`sum_i s_i g_i` with random signs, for the weights that are in no block; one more backward pass."""
-    sums = made.pull(diagonals.signed(cotangents, made.pure.place, seed))
+    sums = recorded.pull(diagonals.signed(cotangents, recorded.pure.place, seed))
     return [sums[i] for i in diagonal]
 
 

@@ -12,7 +12,7 @@ def sampled_gradient(lin, seed=0):
     Raises:
         ValueError: The loss is not minus the logarithm of a known likelihood.
     """
-    return lin.passes.total(lambda made: made.pull(made.sampled_slope(seed)))
+    return lin.passes.total(lambda recorded: recorded.pull(recorded.sampled_slope(seed)))
 
 
 def fisher_diagonal(lin, seed=0):
@@ -28,4 +28,5 @@ def fisher_diagonal(lin, seed=0):
     Raises:
         ValueError: The loss is not minus the logarithm of a known likelihood.
     """
-    return [tf.square(s) for s in lin.passes.total(lambda made: made.pull(made.cotangents("sampled", seed)))]
+    sums = lin.passes.total(lambda recorded: recorded.pull(recorded.cotangents("sampled", seed)))
+    return [tf.square(s) for s in sums]

@@ -14,15 +14,15 @@ class Seen:
     """Inputs and slopes of the layers of some blocks, in one pass over a slice of the batch.
 
     Args:
-        made: A `Pass` whose layers were tapped.
+        recorded: A `Pass` whose layers were tapped.
         blocks: A list of `Block`.
     """
 
-    def __init__(self, made, blocks):
-        self._pass, self.place = made, made.pure.place
+    def __init__(self, recorded, blocks):
+        self._pass, self.place = recorded, recorded.pure.place
         wanted = {id(block.weights.layer) for block in blocks}
-        self._taps = [tap for tap in made.taps if id(tap.layer) in wanted]
-        _check_within_reach(self._taps, made)
+        self._taps = [tap for tap in recorded.taps if id(tap.layer) in wanted]
+        _check_within_reach(self._taps, recorded)
 
     def inputs(self, block):
         """The inputs of all calls, `[(groups, rows, positions, d_in [+ 1])]`; of an embedding, indices."""
@@ -118,10 +118,10 @@ def _shaped(slope, pre_activation):
     )
 
 
-def _check_within_reach(taps, made):
+def _check_within_reach(taps, recorded):
     """Refuse layers called in a loop or function of the model's own: there is no derivative in their outputs."""
     for tap in taps:
-        if not made.reaches(tap):
+        if not recorded.reaches(tap):
             raise ValueError(
                 f"The layer {tap.layer.name!r} is called inside a loop, a condition or a `tf.function` of the model, "
                 "where its inputs and slopes cannot be seen, so its weights have no Kronecker factors. Give it a class "

@@ -44,37 +44,37 @@ class Weighed:
     omega: tf.Tensor
 
 
-def cotangents(recording, fisher, seed):
+def cotangents(recorded, fisher, seed):
     """Cotangents of a `Pass`, as `Pass.cotangents` explains."""
     check(cotangents, "fisher", fisher, fisher in FISHER, '"sampled", "empirical" or "exact"')
-    recording.require_leaves()
+    recorded.require_leaves()
     if fisher == "empirical":
-        return _empirical(recording)
+        return _empirical(recorded)
     if fisher == "exact":
-        return [_on_leaves(recording, [(w, c)]) for w in weighed(recording) for c in _each_label(w)]
-    drawn = [(w, tf.sqrt(_no_less_than_zero(w.omega)) * slope) for w, slope in _drawn(recording, seed)]
-    return _on_leaves(recording, drawn)
+        return [_on_leaves(recorded, [(w, c)]) for w in weighed(recorded) for c in _each_label(w)]
+    drawn = [(w, tf.sqrt(_no_less_than_zero(w.omega)) * slope) for w, slope in _drawn(recorded, seed)]
+    return _on_leaves(recorded, drawn)
 
 
-def of_examples(recording):
+def of_examples(recorded):
     """`sqrt(N) dL/dz`, times the loss scale: of a mean over N examples, the slope of each over `sqrt(N)`."""
-    root = tf.sqrt(tf.cast(recording.pure.place.total, tf.float64))
-    return [tf.cast(root, slope.dtype) * slope for slope in recording.slope]
+    root = tf.sqrt(tf.cast(recorded.pure.place.total, tf.float64))
+    return [tf.cast(root, slope.dtype) * slope for slope in recorded.slope]
 
 
-def fisher_times(recording, fisher, tangents):
+def fisher_times(recorded, fisher, tangents):
     """`F u`, shaped as the leaves and times the loss scale, for the Fisher matrix `F` in the leaves.
 
     Args:
-        recording: A `Pass`.
+        recorded: A `Pass`.
         fisher: `"exact"` or `"empirical"`.
         tangents: `u`, shaped as the leaves.
     """
     if fisher == "exact":
-        return _on_leaves(recording, [(w, _information_times(w, tangents[w.leaf])) for w in weighed(recording)])
-    cotangents = _unscaled(recording, _empirical(recording))
+        return _on_leaves(recorded, [(w, _information_times(w, tangents[w.leaf])) for w in weighed(recorded)])
+    cotangents = _unscaled(recorded, _empirical(recorded))
     along = tf.add_n([_by_example(c * u) for c, u in zip(cotangents, tangents)])
-    scale = 1.0 if recording.loss_scale is None else recording.loss_scale
+    scale = 1.0 if recorded.loss_scale is None else recorded.loss_scale
     return [c * tf.reshape(along, [-1] + [1] * (c.shape.rank - 1)) * tf.cast(scale, c.dtype) for c in cotangents]
 
 
@@ -99,22 +99,22 @@ def _by_example(tensor):
     return tf.reduce_sum(tensor, list(range(1, tensor.shape.rank)))
 
 
-def _unscaled(recording, cotangents):
-    if recording.loss_scale is None:
+def _unscaled(recorded, cotangents):
+    if recorded.loss_scale is None:
         return cotangents
-    return [c / tf.cast(recording.loss_scale, c.dtype) for c in cotangents]
+    return [c / tf.cast(recorded.loss_scale, c.dtype) for c in cotangents]
 
 
-def slopes(recording, seed):
+def slopes(recorded, seed):
     """`dL/dz` with labels drawn from what the model says, one tensor per leaf, times the loss scale."""
-    recording.require_leaves()
-    return _on_leaves(recording, [(w, w.omega * slope) for w, slope in _drawn(recording, seed)])
+    recorded.require_leaves()
+    return _on_leaves(recorded, [(w, w.omega * slope) for w, slope in _drawn(recorded, seed)])
 
 
-def weighed(recording):
-    """What the compiled losses of a recording weigh, a list of `Weighed`."""
-    if type(recording.pure.model).compute_loss is not keras.Model.compute_loss:
-        raise likelihoods.no_likelihood(f"{type(recording.pure.model).__name__}.compute_loss")
+def weighed(recorded):
+    """What the compiled losses of a `Pass` weigh, a list of `Weighed`."""
+    if type(recorded.pure.model).compute_loss is not keras.Model.compute_loss:
+        raise likelihoods.no_likelihood(f"{type(recorded.pure.model).__name__}.compute_loss")
 
     def reference(likelihood, z):
         return tf.stop_gradient(likelihood.reference(z))  # numbers, not a function of `z`
@@ -122,18 +122,18 @@ def weighed(recording):
     return [
         Weighed(leaf, z, likelihood, _omega(likelihood, slope, likelihood.slope(z, reference(likelihood, z))))
         for leaf, z, likelihood, slope in _graded(
-            recording, lambda likelihood, z, y: likelihood.targets(reference(likelihood, z), z, y)
+            recorded, lambda likelihood, z, y: likelihood.targets(reference(likelihood, z), z, y)
         )
     ]
 
 
-def _graded(recording, targets):
+def _graded(recorded, targets):
     """`[(leaf, z, likelihood, dL/dz)]` of the compiled losses, with `targets(likelihood, z, y)` for the true `y`."""
-    pure, noted, tape = recording.pure, [], tf.GradientTape()
+    pure, noted, tape = recorded.pure, [], tf.GradientTape()
 
-    def probe(loss):
+    def noting(loss):
         def probed(y, outputs, sample_weight=None):
-            leaf, is_logits = _leaf_of(recording, outputs)
+            leaf, is_logits = _leaf_of(recorded, outputs)
             likelihood = likelihoods.likelihood(loss, is_logits)
             wide = _in_full_precision(outputs)
             z = keras_internals.logits_of(wide) if is_logits else wide
@@ -144,19 +144,19 @@ def _graded(recording, targets):
         return probed
 
     with tape:
-        loss = pure.compiled_loss(recording.evaluation.outputs, probe)
+        loss = pure.compiled_loss(recorded.evaluation.outputs, noting)
     found = tape.gradient(loss, [z for _, z, _ in noted], unconnected_gradients="zero")
     return [(*each, slope) for each, slope in zip(noted, found)]
 
 
-def _empirical(recording):
+def _empirical(recorded):
     """Cotangents of the true labels: the slope has `omega`, and a cotangent the root of it."""
-    if likelihoods.unknown(recording.pure.model) is not None:
-        return of_examples(recording)
-    true = _graded(recording, lambda likelihood, z, y: y)
-    roots = [(w, tf.sqrt(_no_less_than_zero(w.omega))) for w in weighed(recording)]
+    if likelihoods.unknown(recorded.pure.model) is not None:
+        return of_examples(recorded)
+    true = _graded(recorded, lambda likelihood, z, y: y)
+    roots = [(w, tf.sqrt(_no_less_than_zero(w.omega))) for w in weighed(recorded)]
     found = [(w, tf.math.divide_no_nan(slope, root)) for (w, root), (*_, slope) in zip(roots, true)]
-    return _on_leaves(recording, found)
+    return _on_leaves(recorded, found)
 
 
 def _omega(likelihood, slope, unit):
@@ -166,14 +166,14 @@ def _omega(likelihood, slope, unit):
     return tf.math.divide_no_nan(slope, unit)
 
 
-def _drawn(recording, seed):
+def _drawn(recorded, seed):
     """`[(Weighed, slope of -log p)]` with labels drawn from what the model says."""
     drawn = []
-    for i, w in enumerate(weighed(recording)):
+    for i, w in enumerate(weighed(recorded)):
 
         def uniform(shape, salt=i + 1, dtype=w.z.dtype):
             # not `categorical` and the like: uniform numbers are those of the whole batch, however it is cut
-            with slices.at(recording.pure.place):
+            with slices.at(recorded.pure.place):
                 return randomness.uniform(shape, [salt, seed], dtype)
 
         drawn.append((w, w.likelihood.slope(w.z, w.likelihood.sample(w.z, uniform))))
@@ -203,19 +203,19 @@ def _one_at(position, shape, dtype):
     return tf.scatter_nd([list(position)], tf.ones([1], dtype), shape) if position else tf.ones([], dtype)
 
 
-def _on_leaves(recording, found):
+def _on_leaves(recorded, found):
     """The sum of `[(Weighed, cotangent)]` for each leaf, in its dtype and times the loss scale."""
-    sums = [tf.zeros_like(leaf) for leaf in recording.leaves]
+    sums = [tf.zeros_like(leaf) for leaf in recorded.leaves]
     for w, cotangent in found:
-        scaled = cotangent if recording.loss_scale is None else cotangent * tf.cast(recording.loss_scale, w.z.dtype)
+        scaled = cotangent if recorded.loss_scale is None else cotangent * tf.cast(recorded.loss_scale, w.z.dtype)
         sums[w.leaf] += tf.cast(tf.ensure_shape(scaled, sums[w.leaf].shape), sums[w.leaf].dtype)
     return sums
 
 
-def _leaf_of(recording, outputs):
+def _leaf_of(recorded, outputs):
     """`(index of the leaf that a loss of these outputs reads, whether it is their logits)`."""
     logits = keras_internals.logits_of(outputs)
-    for i, leaf in enumerate(recording.leaves):
+    for i, leaf in enumerate(recorded.leaves):
         if leaf is outputs or leaf is logits:
             return i, leaf is logits
     raise ValueError("The loss reads nothing of the model's outputs that it could be differentiated in.")

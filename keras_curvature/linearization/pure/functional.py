@@ -46,29 +46,29 @@ class KeptPass:
     """What `make(pure)` gives (a `Pass`) of a replica's whole share of the batch, made once and kept for all questions.
 
     Attributes:
-        made: What was made.
+        recorded: What was recorded.
         evaluation: Its `Evaluation`.
     """
 
     def __init__(self, pure, make):
-        self._place, self.made = pure.place, make(pure)
+        self._place, self.recorded = pure.place, make(pure)
 
     @property
     def evaluation(self):
         """The `Evaluation` of the pass."""
-        return self.made.evaluation
+        return self.recorded.evaluation
 
     def prepare(self):
         """Have the gradient recorded, for Hessian products."""
-        self.made.prepare()
+        self.recorded.prepare()
 
     def sum(self, local, vectors=(), tangents=()):
-        """`local(made, *vectors, *tangents)`, a nest of tensors, added up over the slices."""
+        """`local(recorded, *vectors, *tangents)`, a nest of tensors, added up over the slices."""
         return self._place.counted(self.rows(local, vectors, tangents))
 
     def rows(self, local, vectors=(), tangents=()):
-        """`local(made, *vectors, *tangents)`, a nest of tensors, concatenated along the batch."""
-        return local(self.made, *vectors, *tangents)
+        """`local(recorded, *vectors, *tangents)`, a nest of tensors, concatenated along the batch."""
+        return local(self.recorded, *vectors, *tangents)
 
 
 class PureModel:

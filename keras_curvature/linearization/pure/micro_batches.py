@@ -133,18 +133,18 @@ class RepeatedPass:
         """The `Evaluation` of the whole; a forward pass, where none was made yet."""
         if self._evaluation is not None:
             return self._evaluation
-        return self._sweep(lambda made: ([], []), note=True)[2]
+        return self._sweep(lambda recorded: ([], []), note=True)[2]
 
     def prepare(self):
         """Nothing: each pass is made for one question."""
 
     def sum(self, local, vectors=(), tangents=()):
-        """`local(made, *vectors, *tangents)`, a nest of tensors, added up over the slices."""
-        return self._sweep(lambda made, *rows: (local(made, *vectors, *rows), []), *tangents)[0]
+        """`local(recorded, *vectors, *tangents)`, a nest of tensors, added up over the slices."""
+        return self._sweep(lambda recorded, *rows: (local(recorded, *vectors, *rows), []), *tangents)[0]
 
     def rows(self, local, vectors=(), tangents=()):
-        """`local(made, *vectors, *tangents)`, a nest of tensors, concatenated along the batch."""
-        return self._sweep(lambda made, *rows: ([], local(made, *vectors, *rows)), *tangents)[1]
+        """`local(recorded, *vectors, *tangents)`, a nest of tensors, concatenated along the batch."""
+        return self._sweep(lambda recorded, *rows: ([], local(recorded, *vectors, *rows)), *tangents)[1]
 
     def _sweep(self, local, *tangents, note=False):
         # a first pass inside a loop or condition is no use outside of it
@@ -152,10 +152,10 @@ class RepeatedPass:
         structure = []
 
         def on_slice(pure, *rows):
-            made = self._make(pure)
-            evaluation = made.evaluation
+            recorded = self._make(pure)
+            evaluation = recorded.evaluation
             _check_rows(pure, evaluation.outputs)
-            found = local(made, *rows)
+            found = local(recorded, *rows)
             if not (keep or note):
                 return [[part] for part in found]
             structure[:] = [evaluation.outputs]

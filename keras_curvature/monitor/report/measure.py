@@ -1,4 +1,4 @@
-"""The questions of a report, how much each may cost, and the answers as plain numbers."""
+"""The questions of a report, the cost of each, and the answers as plain numbers."""
 
 import dataclasses
 import math
@@ -15,17 +15,17 @@ from keras_curvature.monitor.spectra import traces
 from keras_curvature.monitor.stability import stability
 from keras_curvature.training.step import unwrap
 
-# Eigenvalues to find, and how many beyond the classes of a classifier, to see the gap behind the last of them.
+# Number of eigenvalues; for a classifier, classes - 1 and BEYOND more, to see the gap behind them.
 TOP, BEYOND, MOST_CLASSES = 10, 3, 20
-# Residuals relative to the eigenvalue; of the lower end, where eigenvalues lie close, less is asked for.
+# Relative residuals; the tolerance is looser at the lower end, where eigenvalues lie close.
 TOLERANCE, LOWER_TOLERANCE = 1e-3, 3e-2
-# Products at most for each end; the residual says what they came to.
+# Most products for each end; the residual tells the accuracy reached.
 MOST_PRODUCTS = 100
-# The density is that of the operator without the pairs found: few objective do, and steps resolve the bulk.
+# The density is estimated beside the pairs found: few random vectors suffice, and the steps resolve the bulk.
 DENSITY_VECTORS, DENSITY_STEPS = 3, 20
 TRACE_PRODUCTS = 20
-# A product by the block of a layer costs as much as one by the whole matrix: so many for all layers together, each
-# from where the sharpest direction is in it; of a model of many layers, for those with the largest shares.
+# A block product costs a full product, so this budget is shared by the layers with the largest shares. Each layer
+# starts from its part of the sharpest direction.
 BLOCK_PRODUCTS, FEWEST_STEPS, MOST_STEPS = 60, 5, 6
 POINTS = 41
 MICRO_BATCH, FEWEST_EXAMPLES = 8, 4  # for micro-batches of 8, batches of 32
@@ -39,8 +39,8 @@ def measure(measured, progress=False):
     """The dict of a `Report`.
 
     Args:
-        measured: A `Curvature` of all layers, as `keras_curvature.curvature` makes it.
-        progress: Whether to show a bar while it is made. Defaults to `False`.
+        measured: A `Curvature` of all layers.
+        progress: Whether to show a progress bar. Defaults to `False`.
     """
     asked, began = _Asked(measured), time.perf_counter()
     answers, bar = _header(measured), keras.utils.Progbar(len(QUESTIONS), verbose=int(progress), unit_name="part")
@@ -57,7 +57,7 @@ def measure(measured, progress=False):
 
 @dataclasses.dataclass
 class _Asked:
-    """What the questions share: each adds to `products`, and the later ones use what the earlier ones found."""
+    """What the questions share: each adds to `products`, and later questions use earlier results."""
 
     measured: object
     products: int = 0
@@ -102,7 +102,7 @@ def _dtypes(model):
 
 
 def _slope(asked):
-    """The loss, and the gradient's length with the standard error that the choice of examples gives it."""
+    """The loss; the gradient is kept for later questions."""
     asked.gradient = asked.measured.gradient
     return {"loss": float(asked.measured.loss)}
 
@@ -119,7 +119,7 @@ def _wanted(asked):
 
 
 def _outliers(model):
-    """Classes - 1 of a classifier with one output for each example; `None` where that says nothing."""
+    """Classes - 1 for a classifier with one output per example; else `None`."""
     shape = getattr(model, "output_shape", None)
     loss = getattr(model, "loss", None)
     if not isinstance(shape, tuple) or len(shape) != 2 or isinstance(loss, (list, dict)):
@@ -131,13 +131,13 @@ def _lower(asked):
     if asked.measured.psd:
         return {"most_negative": None}
     pairs = asked.pairs(1, LOWER_TOLERANCE, most_negative=True)
-    if pairs.values[0] < asked.top.values[-1]:  # of a small model all have been found
+    if pairs.values[0] < asked.top.values[-1]:  # in a small model it may be among the pairs found
         asked.known = asked.top.beside(pairs)
     return {"most_negative": _pair(pairs, 0)}
 
 
 def _stability(asked):
-    """How near the optimizer's limit is, and the sharpness that it is on."""
+    """The optimizer's limit, and the sharpness that it refers to."""
     optimizer = unwrap(getattr(asked.objective.model, "optimizer", None))[0]
     if optimizer is None:
         return {"stability": _no_limit(None, "The model has no optimizer, and so no limit for its sharpness.")}
@@ -160,7 +160,7 @@ def _no_limit(name, reason):
 
 
 def _density(asked):
-    """Quadrature beside the pairs found: nodes and weights of the whole spectrum, and how much of it is negative."""
+    """Nodes and weights of the whole spectrum, with the pairs found taken as known, and its negative share."""
     found = asked.measured.density(DENSITY_VECTORS, DENSITY_STEPS, asked.known)
     asked.products += found.products
     share = None if asked.measured.psd else _estimate(found.negative)
@@ -188,7 +188,7 @@ def _layer(asked, name, trace, whole):
 
 
 def _blocks(asked):
-    """The sharpness of the layers' blocks, each from where the sharpest direction of all is in it."""
+    """The sharpness of the layers' blocks, each started from its part of the sharpest direction."""
     steps = min(MOST_STEPS, max(FEWEST_STEPS, BLOCK_PRODUCTS // len(asked.layers)))
     ordered = sorted(asked.layers, key=lambda name: -abs(asked.layers[name]["share"]))
     for name in ordered[: BLOCK_PRODUCTS // steps]:
@@ -200,7 +200,7 @@ def _blocks(asked):
 
 
 def _noise(asked):
-    """The noise scale; and the gradient with the error that the choice of examples gives it."""
+    """The noise scale, and the gradient with its standard error from the choice of examples."""
     length = _norm(asked.gradient)
     cosine = abs(float(trees.dot(asked.gradient, asked.top.vectors[0]))) / length if length else 0.0
     gradient = {"norm": length, "stderr": None, "cosine": cosine}
@@ -235,31 +235,31 @@ QUESTIONS = {
 }  # fmt: skip
 
 
-# What the numbers do not say by themselves.
+# What a reader must know beside the numbers.
 
 
 def _caveats(measured, answers):
     yield (
-        "Sharpness is no property of the function: ReLU layers multiplied and divided by 10 compute the same and have "
-        "another one. Compare it with the learning rate, not with other models."
+        "Sharpness is not a property of the function: multiplying one ReLU layer by 10 and dividing the next by 10 "
+        "leaves the function and changes the sharpness. Compare it with the learning rate, not with other models."
     )
     objective, model = measured.objective, measured.objective.model
     if objective.training:
-        yield f"Train mode: the numbers belong to batches of {objective.batch_size}; other batches, other numbers."
+        yield f"Train mode: the numbers belong to batches of {objective.batch_size}; other batch sizes change them."
     elif mixes_examples(model):
         yield (
-            "Batch normalization uses its moving statistics here: how flat the function is that was found. What a step "
-            "of training meets, and the limit is on, is measured with `training=True`."
+            "Batch normalization uses its moving statistics here, so the numbers tell how flat the trained function "
+            "is. `training=True` measures what training steps see, which the limit refers to."
         )
     if objective.is_sum:
-        yield "The loss is a sum over the examples of a batch: all numbers grow with the batch."
+        yield "The loss is a sum over the examples of a batch, so all numbers grow with the batch."
     optimizer = unwrap(getattr(model, "optimizer", None))[0]
     if getattr(optimizer, "weight_decay", None):
-        yield f"The weight decay of {optimizer.weight_decay:g} is no part of the loss, and is not in these numbers."
+        yield f"The weight decay of {optimizer.weight_decay:g} is not part of the loss, nor of these numbers."
     stable = answers["stability"]
     yield from (sentence for sentence in (stable["reason"], stable["note"]) if sentence)
     if stable["limit"] is not None and objective.kind != "hessian":
-        yield f"The limit is on the Hessian; `kind={objective.kind!r}` stands in for it."
+        yield f"The limit refers to the Hessian; `kind={objective.kind!r}` stands in for it."
 
 
 # Plain numbers.

@@ -1,7 +1,7 @@
-"""The curvature of a model in one call: a table, a figure and the numbers.
+"""`report`: the curvature of a model in one call, as a table, a figure and numbers.
 
-`measure` asks a `Curvature` its questions and puts the answers into plain numbers, `table` and `figure` draw those and
-know nothing else, so that a report that was saved can be drawn again.
+`measure` turns a `Curvature` into plain numbers; `table` and `figure` use only these numbers, so a saved report can be
+drawn again.
 """
 
 import json
@@ -20,7 +20,7 @@ SUFFIXES = (".txt", ".json", ".png")
 
 
 class Report(dict):
-    """What `report` returns: plain numbers by name, nested by layer; as a string it is the table.
+    """The result of `report`: plain numbers by name, nested by layer; `str` gives the table.
 
     Every number has its error beside it: `residual` for eigenvalues, `stderr` for estimates. `layers` is
     `{layer name: {"weights", "trace", "share", "sharpness", "per_weight"}}`, with the share of the sum of the layers'
@@ -40,7 +40,7 @@ class Report(dict):
         return figure(self)
 
     def save(self, path):
-        """Write `path.txt`, `path.json` and `path.png`; the last one only where there is a matplotlib."""
+        """Write `path.txt`, `path.json` and, where matplotlib is installed, `path.png`."""
         path, image = _stem(path), png(self)
         if image is None:
             self["caveats"] = [*self["caveats"], f"There is no {path}.png: {MISSING}"]
@@ -60,31 +60,31 @@ class Report(dict):
 def report(model, data, path=None, kind="hessian", training=False, examples=1024, seed=0, *, batch_size=None):
     """Measure the curvature of a model's loss, print it as a table, and draw it.
 
-    Sharpness `lambda_1(B)` against what the optimizer can bear, the most negative eigenvalue, the trace, effective
-    directions `tr(B) / lambda_1`, the gradient, the noise scale, the top eigenvalues, and where in the layers the
-    curvature is. Each number comes with an error: of an eigenvalue the residual `|B u - lambda u|`, of estimates the
-    standard error. Nothing of the model or its optimizer is changed. In a terminal, a bar shows how far it is.
+    The report has the sharpness `lambda_1(B)` against the optimizer's limit, the most negative eigenvalue, the trace,
+    the effective directions `tr(B) / lambda_1`, the gradient, the noise scale, the top eigenvalues, and the share of
+    each layer. Each number comes with an error: the residual `|B u - lambda u|` for eigenvalues, the standard error for
+    estimates. Nothing of the model or its optimizer changes. In a terminal, a bar shows the progress.
 
-    Sharpness is no property of the function: two ReLU layers, multiplied and divided by 10, compute the same and have
-    another one. Compare it with the learning rate, not with other models.
+    Sharpness is not a property of the function: multiplying one ReLU layer by 10 and dividing the next by 10 leaves the
+    function and changes the sharpness. Compare it with the learning rate, not with other models.
 
     Args:
         model: A compiled `keras.Model`.
         data: As `keras_curvature.curvature` takes it: `(x, y)`, a `tf.data.Dataset` or a `PyDataset`.
         path: Where to write `path.png`, `path.json` and `path.txt`; the folder is created. Optional.
         kind: `"hessian"`, `"ggn"`, `"fisher"` or `"empirical_fisher"`. Defaults to `"hessian"`.
-        training: Whether layers behave as in training (batch statistics, dropout with fixed masks); the numbers then
-            belong to the `batch_size`. Defaults to `False`: how flat is the function that was found.
-        examples: How many examples of `data` to use; `None`: all. Few of them overestimate the sharpness, 1024 by
+        training: Whether layers run in training mode (batch statistics, dropout with fixed masks); the numbers then
+            belong to the `batch_size`. Defaults to `False`, which tells how flat the trained function is.
+        examples: Number of examples of `data` to use; `None` for all. Few examples overestimate the sharpness, 1024 by
             5-10 % in trained networks. Defaults to `1024`.
         seed: Of the objective and of fixed masks, an integer. Defaults to `0`.
-        batch_size: Of the batches; matters in training mode alone. Optional.
+        batch_size: Number of examples in a batch; matters only in training mode. Optional.
 
     Returns:
         A `Report`, a dict of plain numbers; `str(report)` is the table.
 
     Raises:
-        ValueError: `path` cannot be written (known before anything is computed), or one of `curvature`.
+        ValueError: `path` cannot be written (checked before anything is computed), or as `curvature`.
 
     Example: `kc.report(model, (x_train, y_train), path="curvature")`
     """
@@ -105,7 +105,7 @@ def _stem(path):
 
 
 def _checked(path):
-    """The stem of the files to write; refused where they cannot be written."""
+    """The stem of the files to write, after checking that they can be written."""
     expected = "the beginning of file names in a folder that can be written to"
     check(report, "path", path, isinstance(path, (str, os.PathLike)) and os.path.basename(_stem(path)), expected)
     folder = os.path.dirname(os.path.abspath(_stem(path)))

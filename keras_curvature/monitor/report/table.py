@@ -1,15 +1,16 @@
-"""The report as text: plain numbers in, one string out."""
+"""The report as text, from its numbers alone."""
 
 import math
 import textwrap
 
 from keras_curvature.monitor.objective.kinds import KINDS
+from keras_curvature.monitor.report.numbers import count, number, percent, with_error
 
-# Of a model of many layers, those with the largest shares; the rest is one line.
+# Of many layers, those with the largest shares are shown; the others are one line.
 SHOWN_LAYERS = 20
-BAR = 20  # signs for a share of 100 %
-WIDTH = 110  # of the sentences below the tables
-EDGE = 0.1  # how near to the limit is at it
+BAR = 20  # characters for a share of 100 %
+WIDTH = 110  # characters per line of the sentences below the tables
+EDGE = 0.1  # a gauge within this distance of 1 is at the edge
 
 
 def table(report):
@@ -21,56 +22,6 @@ def table(report):
 
 def _wrapped(sentence):
     return textwrap.fill(f"- {sentence}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-
-
-# Numbers as people write them.
-
-
-def count(n):
-    """`38282` as `38 282`."""
-    return f"{n:,}".replace(",", " ")
-
-
-def number(value, digits=4):
-    """A number with so many significant digits, without an exponent where that is short; `None` is not a number."""
-    value = math.nan if value is None else value
-    if not math.isfinite(value):
-        return str(value)
-    if value == 0:
-        return "0"
-    size = _size(value)
-    if -4 <= size < 6:
-        return f"{value:,.{max(0, digits - 1 - size)}f}".replace(",", " ")
-    return f"{value:.{digits - 1}e}"
-
-
-def with_error(value, error):
-    """`69.0 ± 5.0`: two digits of the error, and of the value as many decimals, but no more than four digits."""
-    value, error = (math.nan if a is None else a for a in (value, error))
-    if not (math.isfinite(value) and math.isfinite(error)):
-        return f"{number(value, 3)} ± {number(error, 2)}"
-    if value == error == 0:
-        return "0 ± 0"
-    size = max(_size(value), _size(error))
-    if not -4 <= size < 6:
-        return f"{value:.2e} ± {error:.0e}"
-    decimals = max(0, min(1 - _size(error) if error > 0 else 9, 3 - size))
-    small = error < 0.5 * 10.0**-decimals
-    said = f"{error:.0e}" if small and error > 0 else f"{error:,.{decimals}f}".replace(",", " ")
-    return f"{value:,.{decimals}f} ± {said}".replace(",", " ")
-
-
-def percent(share):
-    """A share as `13.7 %`."""
-    return f"{100 * share:.1f} %" if abs(share) < 1.1 else f"{100 * share:.0f} %"
-
-
-def _size(value):
-    """The exponent of ten of the first digit."""
-    return math.floor(math.log10(abs(value))) if value else -99
-
-
-# The blocks.
 
 
 def _header(report):
@@ -86,7 +37,7 @@ def _header(report):
 
 def _numbers(report):
     """Rows of name, number and remark."""
-    preconditioned = report["stability"]["sharpness"]  # in the optimizer's own metric, which its limit is on
+    preconditioned = report["stability"]["sharpness"]  # in the optimizer's metric, which its limit refers to
     said = stability(report["stability"])
     yield "sharpness", _pair(report["sharpness"]), said if preconditioned is None else ""
     if preconditioned is not None:
@@ -114,7 +65,7 @@ def _estimate(estimate):
 
 
 def stability(stability):
-    """A sentence: how near the optimizer's limit is."""
+    """A sentence on how near the optimizer's limit is."""
     if stability["limit"] is None:
         return "no limit is known, see below"
     gauge = stability["gauge"]
@@ -198,7 +149,7 @@ def _layer_row(name, layer):
 
 
 def shown_layers(layers):
-    """`[(name, layer)]` in the model's order; of many, those with the largest shares, and one for the others."""
+    """`[(name, layer)]` in the model's order; of many layers, those with the largest shares and one for the others."""
     if len(layers) <= SHOWN_LAYERS:
         return list(layers.items())
     ordered = sorted(layers, key=lambda name: -abs(layers[name]["share"]))
@@ -208,7 +159,7 @@ def shown_layers(layers):
 
 
 def _together(layers):
-    """One row of several layers; the errors, which may be of the same sign, add up."""
+    """One row for several layers; their errors add up, since they may have the same sign."""
     weights = sum(layer["weights"] for layer in layers)
     trace = {key: sum(layer["trace"][key] for layer in layers) for key in ("value", "stderr")}
     share = sum(layer["share"] for layer in layers)
