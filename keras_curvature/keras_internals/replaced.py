@@ -16,7 +16,7 @@
 | `TensorFlowTrainer.fit` | `epochs.FIT` | `callbacks/fits.py` | learns that a `fit` has failed |
 | `TFEpochIterator.__init__` | `epochs.NEW_ITERATOR` | `callbacks/fits.py` | the iterator of a `fit` |
 | `TFEpochIterator._enumerate_iterator` | `epochs.STEPS_OF_EPOCH` | `callbacks/fits.py` | leaves steps out |
-| `gradient_registry.lookup` | `LOOKUP` | `pure/differentiability.py` | missing derivatives |
+| `gradient_registry.lookup` | `LOOKUP`, `GRADIENT_REGISTRY` | `pure/differentiability.py` | missing derivatives |
 | `gen_functional_ops.symbolic_gradient` | `SYMBOLIC_GRADIENT` | `pure/differentiability.py` | fails only when it runs |
 | `interim.maybe_merge_call` | `MERGE_CALL` | `replicas.py` | Keras' step, from outside |
 | `TFOptimizer._all_reduce_sum_gradients` | `SUM_GRADIENTS` | `replicas.py` | gradients summed already |
