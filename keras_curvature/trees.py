@@ -80,8 +80,8 @@ def count(v):
 
 
 def values(variables):
-    """The current values of Keras or TensorFlow variables, as tensors that later assignments do not move."""
-    return [tf.identity(tf.convert_to_tensor(v)) for v in variables]
+    """The current values of Keras or TensorFlow variables, in float32 at least; later assignments do not move them."""
+    return [full_precision(tf.identity(tf.convert_to_tensor(v))) for v in variables]
 
 
 def exactly(scalar, dtype):
@@ -89,9 +89,20 @@ def exactly(scalar, dtype):
     return tf.constant(scalar, dtype) if isinstance(scalar, (int, float)) else tf.cast(scalar, dtype)
 
 
+def wide(dtype):
+    """The dtype that arithmetic on values of a dtype is done in: float32 for half precision, else the dtype itself."""
+    dtype = tf.as_dtype(dtype)
+    return tf.float32 if dtype.is_floating and dtype.size < 4 else dtype
+
+
 def full_precision(tensor):
-    """A floating tensor in float32, where it is in half precision."""
-    return tensor if tensor.dtype.size >= 4 else tf.cast(tensor, tf.float32)
+    """A tensor in float32, where it is in half precision."""
+    return tf.cast(tensor, wide(tensor.dtype))
+
+
+def shaped(tensor, shape):
+    """A tensor with the static shape that TensorFlow has lost on the way, as for gradients of some matrix products."""
+    return tensor if tensor.shape.is_fully_defined() else tf.ensure_shape(tensor, shape)
 
 
 def check(name, vector, variables):

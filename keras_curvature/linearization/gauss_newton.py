@@ -63,7 +63,7 @@ class GaussNewton(LinearOperator):
     def inner(self, left, right):
         """`u' G v` from two tangents, a scalar: no pass at all."""
         product = replicas.total(lambda u, c: products.inner(u, c, self.loss_scale), left.pushed, right.curved)
-        return product + self._l2_inner(left.vector, right.vector)
+        return self._with_l2(product, left, right)
 
     def gram(self, *tangents):
         """All `u_i' G u_j` of some tangents, a symmetric matrix: no pass, and one sum over the replicas."""
@@ -73,7 +73,7 @@ class GaussNewton(LinearOperator):
             return tf.stack([products.inner(pushed[i], curved[j], self.loss_scale) for i, j in pairs])
 
         found = replicas.total(products_of, [t.pushed for t in tangents], [t.curved for t in tangents])
-        entry = {pair: found[k] + self._l2_inner(*[tangents[i].vector for i in pair]) for k, pair in enumerate(pairs)}
+        entry = {pair: self._with_l2(found[k], *[tangents[i] for i in pair]) for k, pair in enumerate(pairs)}
         rows = range(len(tangents))
         return tf.stack([tf.stack([entry[min(i, j), max(i, j)] for j in rows]) for i in rows])
 
@@ -82,9 +82,11 @@ class GaussNewton(LinearOperator):
         left = self.push(u)
         return self.inner(left, left if v is u else self.push(v))
 
-    def _l2_inner(self, left, right):
-        weighted = [(c * u, v) for c, u, v in zip(self.l2, left, right) if c]
-        return trees.dot(*zip(*weighted)) if weighted else 0.0
+    def _with_l2(self, product, left, right):
+        # in the dtype of the weights' inner products: the outputs may have another one
+        product = tf.cast(product, trees.scalar_dtype(left.vector))
+        weighted = [(c * u, v) for c, u, v in zip(self.l2, left.vector, right.vector) if c]
+        return product + tf.cast(trees.dot(*zip(*weighted)), product.dtype) if weighted else product
 
     def _add_l2(self, product, vector):
         return [p + c * v if c else p for p, c, v in zip(product, self.l2, vector)]

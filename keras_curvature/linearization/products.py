@@ -29,8 +29,11 @@ from keras_curvature.linearization.pure.differentiable import without_control_ed
 
 
 def densely(gradients, like):
-    """Gradients as dense tensors: zeros where nothing depended, `IndexedSlices` (embeddings) scattered."""
-    return [tf.zeros_like(w) if g is None else tf.convert_to_tensor(g) for g, w in zip(gradients, like)]
+    """Gradients as dense tensors shaped as `like`: zeros where nothing depended, `IndexedSlices` scattered."""
+    return [
+        tf.zeros_like(w) if g is None else trees.shaped(tf.convert_to_tensor(g), w.shape)
+        for g, w in zip(gradients, like)
+    ]
 
 
 class Jacobian:
@@ -58,7 +61,8 @@ class Jacobian:
                 tape.watch(dummies)
                 with without_control_edges():
                     pulled = self._tape.gradient(self.leaves, self.weights, output_gradients=dummies)
-                pairs = [(tf.convert_to_tensor(g), v) for g, v in zip(pulled, vector) if g is not None]
+                found = [(tf.convert_to_tensor(g), v) for g, v in zip(pulled, vector) if g is not None]
+                pairs = [(g, tf.cast(v, g.dtype)) for g, v in found]
             functionals, weights = [g for g, _ in pairs], [v for _, v in pairs]
             tangents = tape.gradient(functionals, dummies, output_gradients=weights)
         return densely(tangents, self.leaves)
@@ -164,6 +168,7 @@ class Pass(Jacobian):
     def hessian_product(self, vector):
         """`H v`."""
         gradients, _ = self.prepare()
+        vector = [tf.cast(v, g.dtype) for v, g in zip(vector, gradients)]
         with strictly():
             products = self._outer.gradient(gradients, self.weights, output_gradients=vector)
         return _unscaled(densely(products, self.weights), self.loss_scale)

@@ -12,6 +12,8 @@ from keras_curvature.operators import axes
 class Blocks:
     """How a list of variables is cut up: small neighbouring axes merged first, then blocks along every axis.
 
+    A variable without an entry has no block.
+
     Args:
         variables: Shapes of the variables, a list of tuples.
         merge: Longest axis that is made of several, an integer.
@@ -44,14 +46,19 @@ class Blocks:
     def split(self, vector):
         """The blocks of a list of tensors, one list."""
         blocks = []
-        for tensor, shape in zip(vector, self._merged(), strict=True):
+        full = [tensor for tensor in vector if 0 not in tensor.shape]
+        for tensor, shape in zip(full, self._merged(), strict=True):
             blocks += axes.split(tf.reshape(tensor, shape), self.size or max(shape))
         return blocks
 
     def join(self, blocks):
         """The list of tensors that `split` has cut up."""
-        vector, blocks = [], list(blocks)
-        for whole, shape in zip(self.variables, self._merged()):
+        vector, blocks, merged = [], list(blocks), iter(self._merged())
+        for whole in self.variables:
+            if 0 in whole:
+                vector.append(tf.zeros(whole))
+                continue
+            shape = next(merged)
             parts = self._parts(shape)
             tensor, blocks = axes.join(blocks[:parts], shape, self.size or max(shape)), blocks[parts:]
             vector.append(tf.reshape(tensor, whole))
@@ -61,4 +68,4 @@ class Blocks:
         return math.prod(len(axes.cut(length, self.size or length)) for length in shape)
 
     def _merged(self):
-        return [axes.merged_shape(shape, self.merge) for shape in self.variables]
+        return [axes.merged_shape(shape, self.merge) for shape in self.variables if 0 not in shape]

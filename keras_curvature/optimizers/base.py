@@ -64,12 +64,13 @@ class CurvatureOptimizer(Lifecycle):
 
     def update_step(self, gradient, variable, learning_rate):
         """`variable += learning_rate * direction`: what Keras carries as the gradient is the direction here."""
-        # one pass over the memory; the operation subtracts
-        tf.raw_ops.ResourceApplyGradientDescent(
-            var=variable.handle,
-            alpha=-tf.cast(learning_rate, variable.dtype),
-            delta=tf.cast(gradient, variable.dtype),
-        )
+        dtype = trees.wide(variable.dtype)
+        rate, direction = tf.cast(learning_rate, dtype), tf.cast(gradient, dtype)
+        if dtype == variable.dtype:
+            # one pass over the memory; the operation subtracts
+            tf.raw_ops.ResourceApplyGradientDescent(var=variable.handle, alpha=-rate, delta=direction)
+        else:  # half precision: the sum is rounded once
+            variable.assign(tf.cast(tf.cast(variable, dtype) + rate * direction, variable.dtype))
 
     # To be called by a method.
 

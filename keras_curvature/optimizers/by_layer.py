@@ -5,19 +5,24 @@ import warnings
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
+from keras_curvature.linearization.layers.reasons import reasons
 from keras_curvature.solvers import direct
 
 DECAY = 0.95  # Martens and Grosse (2015), section 5
 
 
-def warn_of(optimizer, unsupported, instead):
-    """Name, once, the weights that no Kronecker factors are known for."""
-    if unsupported:
-        warnings.warn(
-            f"`{type(optimizer).__name__}` knows no Kronecker factors for {', '.join(unsupported)}: their steps are "
-            f"made with {instead}.",
-            stacklevel=2,
-        )
+def warn_of(optimizer, model, indices, instead):
+    """Warn once of the weights without Kronecker factors, with the reason for each and their share of all weights."""
+    if not indices:
+        return
+    named = [f"{path} ({reason})" for path, reason in reasons(model, indices)]
+    all_weights = model.trainable_variables
+    share = trees.count([all_weights[i] for i in indices]) / trees.count(all_weights)
+    warnings.warn(
+        f"`{type(optimizer).__name__}` knows no Kronecker factors for {', '.join(named)}: {share:.2g} of all weights. "
+        f"Their steps use {instead}.",
+        stacklevel=3,
+    )
 
 
 def create_factors(optimizer, blocks, name, kinds=("matrix", "diagonal")):

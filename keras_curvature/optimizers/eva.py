@@ -67,8 +67,8 @@ class Eva(CurvatureOptimizer):
 
     def create_state(self, variables):
         """The last step, and two vectors for each layer."""
-        self._blocks, self._others, unsupported = kronecker.blocks(self.trained_model())
-        warn_of(self, unsupported, "the gradient as it is")
+        self._blocks, self._others, _ = kronecker.blocks(self.trained_model())
+        warn_of(self, self.trained_model(), self._others, "the gradient as it is")
         self._velocity = self.add_optimizer_variables(variables, "velocity")
         self._vectors = [
             self.add_variable((*groups, d), initializer="zeros", dtype=variables[block.variables[0]].dtype,
@@ -95,7 +95,7 @@ class Eva(CurvatureOptimizer):
     def _operator(self, vectors):
         operators = [self._inverse(a, b) for a, b in pairs(vectors)]
         others = {i: self.trained[i] for i in self._others}
-        ones = {i: tf.ones(tuple(v.shape), v.dtype) for i, v in others.items()}
+        ones = {i: tf.ones(tuple(v.shape), trees.wide(v.dtype)) for i, v in others.items()}
         return BlockDiagonal(self._blocks, operators, ones)
 
     def _averaged(self, means):

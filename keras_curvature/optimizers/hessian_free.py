@@ -125,7 +125,9 @@ class HessianFree(CurvatureOptimizer):
         self.reject(tf.equal(length, 0.0))
         self.report(damping=damping, reduction_ratio=checked.ratio, cg_iterations=solution.steps, step_length=length)
         # a rejected step may be NaN, which is no fault of the batch's
-        return trees.where(length > 0, trees.scale(length, step), trees.zeros_like(step))
+        step = trees.where(length > 0, trees.scale(length, step), trees.zeros_like(step))
+        # a product that overflowed ends the iteration at once: the step is skipped, and no step of length zero
+        return trees.where(solution.finite, step, [a + float("nan") for a in step])
 
     def linear_step(self):
         """None: each step solves anew."""
@@ -141,7 +143,8 @@ class HessianFree(CurvatureOptimizer):
         squares = lin.squared_gradients(seed=tf.cast(self.iterations, tf.int32))
         entries = [s + tf.cast(damping, s.dtype) + l2 for s, l2 in zip(squares, lin.l2)]
         # an input that is always 0 and no damping: that weight has no gradient, and any entry will do
-        return Diagonal([tf.where(e > 0, tf.pow(e, -self.preconditioner), tf.ones_like(e)) for e in entries])
+        powers = [tf.where(e > 0, tf.pow(e, -self.preconditioner), tf.ones_like(e)) for e in entries]
+        return Diagonal([p + 0.0 * e for p, e in zip(powers, entries)])  # NaN, not 0, where a square overflowed
 
     def _backtrack(self, lin, solution):
         """`(step, loss)`: from the last stored iterate backwards, for as long as the loss gets better."""

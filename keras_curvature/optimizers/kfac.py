@@ -137,8 +137,8 @@ class KFAC(CurvatureOptimizer):
 
     def create_state(self, variables):
         """Factors and what is made of them, the last step, and the damping."""
-        self._blocks, self._diagonal, unsupported = kronecker.blocks(self.trained_model(), self.sharing)
-        by_layer.warn_of(self, unsupported, "the diagonal of the Fisher matrix")
+        self._blocks, self._diagonal, _ = kronecker.blocks(self.trained_model(), self.sharing)
+        by_layer.warn_of(self, self.trained_model(), self._diagonal, "the diagonal of the Fisher matrix")
         self._velocity = self.add_optimizer_variables(variables, "velocity")
         self._damping = self.add_scalar(self._rule.initial, "damping")
         self._factors = by_layer.create_factors(self, self._blocks, "factor")

@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras_curvature import component, keras_internals, replicas, trees
 from keras_curvature.linearization.gradients import Gradients
 from keras_curvature.linearization.linearization import Linearization
+from keras_curvature.optimizers import first_batch
 from keras_curvature.optimizers.state import StoredState, owner_name
 
 
@@ -54,7 +55,8 @@ class Lifecycle(keras.optimizers.Optimizer):
             handed, finite = self._handed(linearization)
             length = self._reported.get("step_norm")  # known to a method that has the inner products at hand
             length = trees.norm(handed) if length is None else length
-            finite &= tf.math.is_finite(length)
+            finite &= tf.math.is_finite(length) & self._no_refresh_overflowed(linearization)
+            begins = self._begins(linearization)
             noted, rejected = list(self._noted), self._rejected
 
             def take():
@@ -71,7 +73,10 @@ class Lifecycle(keras.optimizers.Optimizer):
                 self.skipped_steps.assign_add(1)
                 return tf.constant(1.0)
 
-            skipped = tf.cond(finite, take, skip)
+            def pass_over():
+                return tf.constant(0.0)
+
+            skipped = tf.cond(finite, lambda: tf.cond(begins, take, pass_over), skip)
         if rejected is not None:
             length = tf.where(rejected & finite, tf.zeros_like(length), length)
         self.report(step_norm=length, skipped_steps=skipped)
@@ -79,6 +84,21 @@ class Lifecycle(keras.optimizers.Optimizer):
         reported = {name: tf.cast(value, tf.float32) for name, value in self._reported.items() if name in wanted}
         self._noted, self._reported, self._rejected = [], {}, None
         return reported
+
+    def _no_refresh_overflowed(self, linearization):
+        """Whether all refreshes succeeded, where a dynamic loss scale may be to blame if not: then it is halved."""
+        scale, failed = getattr(linearization, "loss_scale", None), self._reported.get("failed_refreshes")
+        if self.needs.only_gradients or failed is None or not tf.is_tensor(scale):
+            return tf.constant(True)
+        return tf.equal(failed, 0) | (scale <= 1.0)
+
+    def _begins(self, linearization):
+        """Whether training has begun: not before a first batch with a gradient, which the state is made of."""
+        of_each_weight = self.needs.only_gradients and not self._preconditions  # `update_step`, as Keras' own
+        if of_each_weight or self.gradient_accumulation_steps or not _knows_gradient(linearization):
+            return tf.constant(True)
+        first = tf.equal(self.iterations, 0)
+        return tf.cond(first, lambda: first_batch.says_something(linearization), lambda: tf.constant(True))
 
     def _handed(self, linearization):
         """`(what Keras is handed: the gradient or the step, whether loss and gradient are finite)`."""
@@ -95,6 +115,16 @@ class Lifecycle(keras.optimizers.Optimizer):
         else:
             known = handed is not linearization.gradient
         return handed, finite & trees.is_finite(linearization.gradient) if known else finite
+
+    def _overwrite_model_variables_with_average_value(self, trainable_variables):
+        """Keras'; weights in half precision take their averages, which are kept in float32, rounded."""
+        if all(trees.wide(v.dtype) == v.dtype for v in trainable_variables):
+            super()._overwrite_model_variables_with_average_value(trainable_variables)
+            return
+        update = keras_internals.strategy_of(self).extended.update
+        averages = keras_internals.state(self, "model_variables_moving_average")
+        for variable, average in zip(trainable_variables, averages):
+            update(variable.value, lambda v, a: v.assign(tf.cast(a, v.dtype)), args=(average.value,))
 
     def _clip_gradients(self, grads):
         """Keras'; while it is handed a step made of clipped gradients, there is nothing left to clip."""
@@ -174,7 +204,7 @@ class Lifecycle(keras.optimizers.Optimizer):
                     f"`{type(self).__name__}.apply`: a gradient must have the shape of its variable. Received: a "
                     f"gradient of shape {tuple(g.shape)} for {_names([v])} of shape {tuple(v.shape)}"
                 )
-        return [tf.cast(g, v.dtype) for g, v in zip(values, variables)]
+        return [tf.cast(trees.shaped(g, v.shape), trees.wide(v.dtype)) for g, v in zip(values, variables)]
 
     def meet(self, model):
         """Remember the model, if the state is built from its layers."""
@@ -234,6 +264,11 @@ class Lifecycle(keras.optimizers.Optimizer):
     def _build_by_name(self, variables):
         with keras.name_scope(self.name, caller=self):
             self.build(variables)
+
+    def add_variable(self, shape, initializer="zeros", dtype=None, **kwargs):
+        """Keras'; state is kept in float32 at least, also that of weights in half precision."""
+        dtype = trees.wide(dtype or keras.config.floatx()).name if dtype != "int" else dtype
+        return super().add_variable(shape, initializer, dtype, **kwargs)
 
     def build(self, variables):
         """Create all state for `variables`; called by Keras, and without effect while a needed model is missing."""
@@ -309,6 +344,10 @@ class Lifecycle(keras.optimizers.Optimizer):
 def overwrites(variable):
     """Whether the gradient of a variable is its new value, as of the scales in float8 training."""
     return getattr(variable, "overwrite_with_gradient", False)
+
+
+def _knows_gradient(linearization):
+    return not isinstance(linearization, Linearization) or linearization.is_known("gradient")
 
 
 def _names(variables):

@@ -195,7 +195,7 @@ class Neumann(CurvatureOptimizer):
             self._displace(mu)
         # here and not in `create_state`: an assignment made while Keras traces its first step is lost
         for v, w in zip(self._v, self.trained):
-            v.assign(tf.where(first, tf.convert_to_tensor(w), v.value))
+            v.assign(tf.where(first, trees.full_precision(tf.convert_to_tensor(w)), v.value))
 
     def _scalars(self, t, eta, variables):
         """The numbers that all variables share in this step."""
@@ -218,29 +218,30 @@ class Neumann(CurvatureOptimizer):
     @staticmethod
     def _current(w, m, back):
         """The displaced weights, from the stored ones."""
-        return tf.convert_to_tensor(w) if back is None else w + tf.cast(back, w.dtype) * m
+        w = trees.full_precision(tf.convert_to_tensor(w))
+        return w if back is None else w + tf.cast(back, w.dtype) * m
 
     def update_step(self, gradient, variable, learning_rate):
         """Algorithm 2, lines 6-12, for one variable."""
         index = self.place_of(variable)
         m, v, mode = self._m[index].value, self._v[index].value, self._mode
-        mu, eta, keep = (tf.cast(mode[name], variable.dtype) for name in ("mu", "eta", "keep"))
-        gradient = tf.cast(gradient, variable.dtype)
         w = self._current(variable, m, mode["back"])
+        mu, eta, keep = (tf.cast(mode[name], w.dtype) for name in ("mu", "eta", "keep"))
+        gradient = tf.cast(gradient, w.dtype)
         if mode["seeding"]:
             m.assign(-eta * gradient)
             if self._stores_base:
-                variable.assign(w - mu * m)
+                variable.assign(tf.cast(w - mu * m, variable.dtype))
             return
         if mode["pull"] is not None:
             away = w - v if mode["away"] is None else mode["away"][index]
-            gradient += tf.cast(mode["pull"], variable.dtype) * away
-        if self._stores_base:
+            gradient += tf.cast(mode["pull"], w.dtype) * away
+        if self._stores_base or w.dtype != variable.dtype:
             step = eta * gradient
             new_m = mu * m - step
             new_w = w + mu * new_m - step
             m.assign(new_m)
-            variable.assign(new_w - mu * new_m)
+            variable.assign(tf.cast(new_w - mu * new_m if self._stores_base else new_w, variable.dtype))
         else:
             # lines 10 and 11 in one pass over the memory
             tf.raw_ops.ResourceApplyKerasMomentum(
@@ -254,7 +255,7 @@ class Neumann(CurvatureOptimizer):
     def _displace(self, mu):
         """Stored weights `w - mu m` become `w`."""
         for w, m in zip(self.trained, self._m):
-            w.assign(w + tf.cast(mu, w.dtype) * m)
+            w.assign(self._current(w, m, mu))  # Keras rounds to the weights' precision
 
     @property
     def is_displaced(self):

@@ -101,7 +101,7 @@ class PSGD(CurvatureOptimizer):
         dtype = trees.scalar_dtype(variables).name
         self._fitted = [
             self.add_variable(shape, initializer=initial, dtype=dtype, name=name, aggregation="none")
-            for name, shape, initial in self._geometry.specs([tuple(v.shape) for v in variables])
+            for name, shape, initial in self._geometry.specs(_shapes(variables))
         ]
 
     def precondition(self, gradients):
@@ -124,11 +124,11 @@ class PSGD(CurvatureOptimizer):
         """Refresh the preconditioner, and apply it."""
         state = trees.values(self._fitted)
         state = self.refresh(self._fitted, self.every, lambda: fit(state))
-        P = self._geometry.operator(state, [a.shape for a in m])
+        P = self._geometry.operator(state, _shapes(m))
         step = trees.negative(P @ self._cast(m))
-        if self._clip is None:
-            return step
-        return [a for group in self._geometry.groups(step) for a in _clipped(group, *self._clip)]
+        if self._clip is not None:
+            step = [a for group in self._geometry.groups(step) for a in _clipped(group, *self._clip)]
+        return _with_empty(step, m)
 
     def _averaged(self, gradients):
         """The next `m`; its decay grows from zero, so that the first steps average evenly."""
@@ -149,15 +149,16 @@ class PSGD(CurvatureOptimizer):
         return LinearStep(averaged(float(self._decay(last))), self._preconditioner, note)
 
     def _preconditioner(self):
-        P = self._geometry.operator(trees.values(self._fitted), [tuple(v.shape) for v in self.trained])
+        P = self._geometry.operator(trees.values(self._fitted), _shapes(self.trained))
 
         def product(vector):
-            return [tf.cast(a, v.dtype) for a, v in zip(P @ self._cast(vector), vector)]
+            return [tf.cast(a, v.dtype) for a, v in zip(_with_empty(P @ self._cast(vector), vector), vector)]
 
         return Function(product, psd=True)
 
     def _cast(self, vector):
-        return [tf.cast(a, self._fitted[0].dtype) for a in vector]
+        """A vector in the dtype of the fit, without tensors that have no entry."""
+        return [tf.cast(a, self._fitted[0].dtype) for a in vector if 0 not in a.shape]
 
 
 def _clipped(vector, mean, entry):
@@ -165,3 +166,14 @@ def _clipped(vector, mean, entry):
     size = trees.norm(vector) / trees.count(vector) ** 0.5
     scaled = trees.scale(tf.where(size > mean, mean / size, tf.ones_like(size)), vector)
     return [tf.clip_by_value(a, -entry, entry) for a in scaled]
+
+
+def _shapes(vector):
+    """The shapes of the tensors with an entry: an empty weight has nothing to fit."""
+    return [tuple(a.shape) for a in vector if 0 not in a.shape]
+
+
+def _with_empty(step, like):
+    """The tensors of `step`, and those of `like` that have no entry in their places."""
+    rest = iter(step)
+    return [a if 0 in a.shape else next(rest) for a in like]

@@ -20,6 +20,8 @@ class Solution:
         value: The approximate solution `x`, a vector.
         steps: Number of iterations, a scalar integer tensor.
         residual: `|b - A x| / |b|`, a scalar; NaN where the solver does not know it.
+        finite: Whether all products on the way were finite, a scalar boolean tensor. An iteration that ends at a
+            product that overflowed leaves an older, finite iterate in `value`. Defaults to `True`.
         count: Number of iterates that were stored on the way, a scalar integer tensor (0 where none are).
         iterate: Function from an index in `[0, count)` to that stored iterate, oldest first.
     """
@@ -27,6 +29,7 @@ class Solution:
     value: list
     steps: tf.Tensor
     residual: tf.Tensor
+    finite: tf.Tensor = True
     count: tf.Tensor = 0
     iterate: Callable | None = None
 

@@ -75,7 +75,8 @@ class ConjugateGradient(Solver):
         rz = trees.dot(r, z)
         goal = self.residual_tolerance**2 * trees.squared_norm(rhs)
         begin = _State(
-            rz > 0, tf.constant(0), x, r, z, rz, q, self._array(q, self.max_steps + 1).write(0, q),
+            rz > 0, tf.math.is_finite(rz), tf.constant(0), x, r, z, rz, q,
+            self._array(q, self.max_steps + 1).write(0, q),
             [self._array(a, len(self._stored_steps()) + 1) for a in x], tf.constant(0),
         )  # fmt: skip
         end = tf.while_loop(
@@ -97,7 +98,8 @@ class ConjugateGradient(Solver):
         # p'r = z'r along the iteration, so q(x + alpha p) needs no inner product of its own
         q = s.q - 0.5 * alpha * s.rz
         history = s.history.write(i, q)
-        live = curved & (i < self.max_steps) & (rz > 0) & tf.logical_not(self._no_progress(i, q, history))
+        finite = s.finite & tf.math.is_finite(curvature) & tf.math.is_finite(rz)
+        live = finite & curved & (i < self.max_steps) & (rz > 0) & tf.logical_not(self._no_progress(i, q, history))
         if self.residual_tolerance:
             live &= trees.squared_norm(r) > goal
         keep = live & tf.reduce_any(i == tf.constant(self._stored_steps(), tf.int32))
@@ -106,7 +108,7 @@ class ConjugateGradient(Solver):
             lambda: [array.write(s.count, a) for array, a in zip(s.stored, x)],
             lambda: list(s.stored),
         )
-        return _State(live, i, x, r, p, rz, q, history, stored, s.count + tf.cast(keep, tf.int32))
+        return _State(live, finite, i, x, r, p, rz, q, history, stored, s.count + tf.cast(keep, tf.int32))
 
     def _no_progress(self, i, q, history):
         if not self.progress_tolerance:
@@ -125,7 +127,7 @@ class ConjugateGradient(Solver):
             return [tf.ensure_shape(array.read(j), a.shape) for array, a in zip(stored, rhs)]
 
         residual = tf.math.divide_no_nan(trees.norm(end.r), trees.norm(rhs))
-        return Solution(end.x, end.i, residual, end.count + 1, iterate)
+        return Solution(end.x, end.i, residual, end.finite, end.count + 1, iterate)
 
     def _stored_steps(self):
         steps = [math.ceil(5 * 1.3**j) for j in range(100)]
@@ -140,6 +142,7 @@ class _State(NamedTuple):
     """The variables of the loop. `stored` holds references: storing an iterate copies nothing."""
 
     live: tf.Tensor
+    finite: tf.Tensor
     i: tf.Tensor
     x: list
     r: list

@@ -8,6 +8,8 @@ traced. Only the vector to multiply moves between devices.
 import numpy as np
 import tensorflow as tf
 
+from keras_curvature import trees
+
 # Sums run over so many numbers in the vectors' dtype, then over these sums in float64. Chunks this small, and `einsum`
 # for matrices, avoid BLAS threads, which would spin on the cores that the next product needs.
 CHUNK = 2**13
@@ -33,7 +35,7 @@ class Layout:
 
     def __init__(self, like):
         self._shapes = [tuple(a.shape) for a in like]
-        self._dtypes = [tf.as_dtype(a.dtype) for a in like]
+        self._dtypes = [trees.wide(a.dtype) for a in like]
         self._sizes = [int(np.prod(shape, dtype=np.int64)) for shape in self._shapes]
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int64)[:-1]
         self.size = sum(self._sizes)

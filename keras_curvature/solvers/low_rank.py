@@ -56,7 +56,7 @@ class LowRankGeometry(Geometry):
         ]  # fmt: skip
         return [("L", (3,), "zeros"), *matrices, *[(f"d_{i}", (n, 1), "ones") for i, n in enumerate(sizes)]]
 
-    def fit(self, state, v, h, draws):
+    def fitted(self, state, v, h, draws):
         """One step for `d`, and one for `U` or for `V`."""
         L, U, V, d = _parts(state)
         begins = tf.equal(L[0], 0)

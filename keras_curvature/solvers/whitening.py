@@ -57,7 +57,7 @@ class Draws:
 
 @dataclasses.dataclass(frozen=True)
 class Geometry(Component):
-    """Base of the geometries: the choices they share. A subclass writes `specs`, `fit`, `operator` and `groups`.
+    """Base of the geometries: the choices they share. A subclass writes `specs`, `fitted`, `operator` and `groups`.
 
     Args:
         rate: `mu`, the step of the fitting, in (0, 1). Defaults to `0.1` (the reference).
@@ -83,15 +83,20 @@ class Geometry(Component):
         raise NotImplementedError(f"`{type(self).__name__}` must implement `specs(shapes)`.")
 
     def fit(self, state, v, h, draws):
-        """The state after the pair `(v, h)`; `v` is `None` for the whitening type. What fails comes out as NaN.
+        """The state after the pair `(v, h)`; NaN where the fit fails. A pair with `h = 0` leaves the state unchanged.
 
         Args:
             state: A list of tensors, as in `specs`.
-            v: The probe, a vector of standard normal numbers, or `None`.
+            v: The probe, a vector of standard normal numbers; `None` for the whitening type.
             h: `H v`, or the gradient, a vector.
             draws: The random numbers of this update, a `Draws`.
         """
-        raise NotImplementedError(f"`{type(self).__name__}` must implement `fit(state, v, h, draws)`.")
+        nothing = tf.reduce_all([tf.reduce_all(tf.equal(a, 0)) for a in h])
+        return tf.cond(nothing, lambda: [tf.identity(a) for a in state], lambda: self.fitted(state, v, h, draws))
+
+    def fitted(self, state, v, h, draws):
+        """What `fit` does with an `h` that is not zero."""
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `fitted(state, v, h, draws)`.")
 
     def operator(self, state, shapes):
         """`P`, a `LinearOperator`."""
@@ -187,7 +192,7 @@ class KroneckerGeometry(Geometry):
         fits = self.max_size is None or length <= self.max_size
         return length > 1 and fits and length**2 <= self.max_skew * entries
 
-    def fit(self, state, v, h, draws):
+    def fitted(self, state, v, h, draws):
         """One step for every weight."""
         weights = _by_weight(state, [a.shape for a in h])
         begins = [tf.equal(L[0], 0) for L, *_ in weights]

@@ -18,7 +18,8 @@ def minimize(A, b):
     Where the directions are parallel or the second is zero (the first step: no last step yet) the matrix is
     singular; the answer is then the exact line search along the first direction, `c = (-b_0/A_00, 0)`, and zero
     where there is no curvature along it, or a negative one: there is no minimum then. The comparison is made at the
-    rounding of the inner products' dtype and the solution in float64.
+    rounding of the inner products' dtype and the solution in float64. Where a curvature is not finite, `c` is NaN: a
+    product overflowed, and the step must not pass for one of length zero.
     """
     tolerance = 16.0 * (2.2e-16 if A.dtype == tf.float64 else 1.2e-7)
     A, b, dtype = tf.cast(A, tf.float64), tf.cast(b, tf.float64), A.dtype
@@ -30,7 +31,9 @@ def minimize(A, b):
     second = -(A[0, 0] * b[1] - A[1, 0] * b[0]) / safe
     # no step where the curvature is negative; a NaN stays one
     line = -tf.where(A[0, 0] <= 0, tf.zeros_like(b[0]), b[0] / A[0, 0])
-    return tf.cast(tf.where(regular, tf.stack([first, second]), tf.stack([line, tf.zeros_like(line)])), dtype)
+    found = tf.where(regular, tf.stack([first, second]), tf.stack([line, tf.zeros_like(line)]))
+    overflowed = tf.logical_not(tf.reduce_all(tf.math.is_finite(A)))
+    return tf.cast(tf.where(overflowed, tf.constant(float("nan"), found.dtype), found), dtype)
 
 
 def value(A, b, c):

@@ -171,7 +171,7 @@ def _means(block, seen, slopes):
     inputs = seen.inputs(block)
     sums = frequencies(inputs, block) if block.has_indices else total(inputs)
     a, b = mean(sums, inputs, seen), total(slopes)
-    b = b * (tf.cast(seen.place.examples, b.dtype) / tf.cast(count(slopes), b.dtype))
+    b = b * (tf.cast(seen.place.examples, b.dtype) / tf.cast(count(inputs if block.has_indices else slopes), b.dtype))
     return tf.reshape(a, [*groups, d_in]), tf.reshape(b, [*groups, d_out])
 
 

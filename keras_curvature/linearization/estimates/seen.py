@@ -78,7 +78,9 @@ def mean(of_all, parts, seen):
 
 
 def count(parts):
-    """Rows times positions."""
+    """Rows times positions; of indices those that are there: -1 pads ragged inputs."""
+    if parts[0].dtype.is_integer:
+        return tf.add_n([tf.math.count_nonzero(x >= 0, dtype=tf.int32) for x in parts])
     return sum(product(x, [1, 2]) for x in parts)
 
 

@@ -21,6 +21,11 @@ def weights_of(layer):
     return []
 
 
+def known_class(layer):
+    """The class of a layer of a kind that is known here, of which `layer` is an instance; `None`: there is none."""
+    return next((known for known, _ in _KINDS if isinstance(layer, known)), None)
+
+
 def _is(layer, known):
     """Whether `layer` computes what the class `known` computes: itself, or a subclass that has not changed `call`."""
     same = isinstance(layer, known) and type(layer).call is known.call and "call" not in vars(layer)

@@ -33,9 +33,8 @@ approximate curvature for modern neural network architectures" (2023), sections 
 import dataclasses
 
 import keras
-import tensorflow as tf
 
-from keras_curvature import keras_internals
+from keras_curvature import keras_internals, trees
 from keras_curvature.component import check
 from keras_curvature.linearization.layers.kinds import weights_of
 from keras_curvature.linearization.layers.weights import DIAGONAL, Weights
@@ -78,8 +77,8 @@ class Block:
 
     @property
     def dtype(self):
-        """Of the weights and of what is computed for them."""
-        return tf.as_dtype(self.weights.variables[0].dtype)
+        """Of what is computed for the weights, float32 at least."""
+        return trees.wide(self.weights.variables[0].dtype)
 
     @property
     def has_indices(self):

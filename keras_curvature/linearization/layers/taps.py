@@ -114,9 +114,28 @@ def _call(original, layer, *args, **kwargs):
     _, inputs = (options.pop(name) for name in list(options)[:2])
     activation = getattr(layer, "activation", None)
     without = twin(layer) if activation is None else twin(layer, activation=None)
-    pre_activation = tf.identity(original(without, *args, **kwargs))
-    _note(layer, inputs, pre_activation, options)
+    pre_activation = original(without, *args, **kwargs)
+    if isinstance(pre_activation, tf.RaggedTensor):
+        return _ragged(layer, inputs, pre_activation, options)
+    pre_activation = tf.identity(pre_activation)
+    _note(layer, _densely(inputs, layer), pre_activation, options)
     return pre_activation if activation is None else activation(pre_activation)
+
+
+def _densely(inputs, layer):
+    """Sparse inputs of a layer as a dense tensor: the factor of its inputs is a dense matrix anyway."""
+    if not isinstance(inputs, tf.SparseTensor):
+        return inputs
+    dense = tf.sparse.to_dense(inputs, validate_indices=False)
+    axes = getattr(layer.input_spec, "axes", {})  # the static length of the last axis, which `to_dense` may lose
+    return tf.ensure_shape(dense, [*dense.shape[:-1], axes.get(-1, dense.shape[-1])])
+
+
+def _ragged(layer, inputs, said, options):
+    """Ragged outputs of a layer without activation (`Embedding`), noted padded: index -1, which stands for no row."""
+    padded = tf.identity(said.to_tensor())
+    _note(layer, inputs.to_tensor(-1), padded, options)
+    return tf.RaggedTensor.from_tensor(padded, said.nested_row_lengths(), ragged_rank=said.ragged_rank)
 
 
 def _inner_loop(original, layer, sequences, initial_state, mask=None, training=False):

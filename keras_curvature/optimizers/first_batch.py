@@ -1,0 +1,38 @@
+"""Whether a first batch says anything that state can be made of.
+
+A batch whose examples all have weight zero, or are masked, has a gradient of zero, or of the weight regularizers alone.
+Averages, diagonals and preconditioners that begin with it begin with zeros, and the steps after it explode: PSGD of
+Newton type went to a loss of 1e14. Until a batch says something, training does not begin.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+from keras_curvature import trees
+
+
+def says_something(linearization):
+    """Whether the gradient is more than that of the weight regularizers, a scalar boolean tensor."""
+    regular = _of_regularizers(linearization.variables, linearization.weights)
+    more = [
+        tf.reduce_any(tf.abs(g - r) > _rounding(v) * tf.abs(r))
+        for v, g, r in zip(linearization.variables, linearization.gradient, regular)
+    ]
+    return tf.reduce_any(tf.stack(more))
+
+
+def _of_regularizers(variables, weights):
+    """The gradient of the weight regularizers, a vector; zeros where there is none."""
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        pairs = [(getattr(v, "regularizer", None), w) for v, w in zip(variables, weights)]
+        terms = [tf.cast(regularizer(w), tf.float64) for regularizer, w in pairs if regularizer is not None]
+    if not terms:
+        return trees.zeros_like(weights)
+    return tape.gradient(terms, weights, unconnected_gradients="zero")
+
+
+def _rounding(variable):
+    """A few times the rounding of a variable's dtype."""
+    dtype = tf.as_dtype(variable.dtype)
+    return 0.1 if dtype.size < 4 else 16.0 * np.finfo(dtype.as_numpy_dtype).eps
