@@ -13,7 +13,10 @@ schedules, weight decay, clipping, averages of the weights, constraints, gradien
 
 Nothing is assigned while a direction is computed. `remember(variable, value)` notes what the state shall become,
 and the step takes all of it, or, where the loss or the direction is not finite, none of it: then weights and
-state stay bit-identical and `skipped_steps` counts one. (Of accumulated gradients Keras makes a step by itself: where
+state stay bit-identical and `skipped_steps` counts one. Under a dynamic loss scale a refresh that
+fails skips the step too, for the scale to be halved. Until a first batch has a gradient beyond that of the weight
+regularizers, nothing is taken: state made of a batch without weight would make the next steps explode. State is kept in
+float32 at least, also that of weights in half precision. (Of accumulated gradients Keras makes a step by itself: where
 that alone is not finite, its weight decay and its averages have gone on.)
 """
 

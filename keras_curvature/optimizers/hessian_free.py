@@ -33,7 +33,8 @@ class HessianFree(CurvatureOptimizer):
     optimization" (2013). Differences from the paper: (1) a step is taken per batch that `fit` hands over; for the
     full set, make that the batch; (2) the per-example squares are exact for `Dense` layers and an unbiased
     estimate for others; (3) structural damping measures squared distance of hidden states, not cross-entropy;
-    (4) a solution or loss that is not finite rejects the step and raises the damping; (5) the damping begins at 1,
+    (4) a loss that is not finite rejects the step and raises the damping; a curvature product that is not finite skips
+    the step, which `skipped_steps` counts and which halves a dynamic loss scale; (5) the damping begins at 1,
     not 45, which suits an autoencoder of his.
 
     Args:

@@ -46,7 +46,10 @@ class Neumann(CurvatureOptimizer):
     the defaults in steps are of this package, and so is the learning rate, which the paper tunes.
 
     Args:
-        learning_rate: `eta`; a float, schedule or callable. Defaults to `0.05`.
+        learning_rate: `eta`; a float, schedule or callable. The warm-up is plain SGD: with `eta` above 2 / sharpness it
+            diverges, in finite numbers at first, which no step is skipped for (a physics-informed network went from a
+            loss of 49 to 2e15). Choose `eta` that SGD bears; `keras_curvature.curvature(model, data).top(1)` measures
+            the sharpness. Defaults to `0.05`.
         alpha: Weight of the cubic regularizer `alpha/3 |w - v|^3`. Defaults to `1e-7` (Table 1).
         beta: Weight of the repulsion `beta n / |w - v|`, times the number of weights. Defaults to `1e-5` (Table 1). It
             keeps the weights `r*` away from `v` and so moving by `r* (1 - gamma)` per step for as long as the learning
@@ -54,7 +57,7 @@ class Neumann(CurvatureOptimizer):
         gamma: Decay of the moving average `v`, in [0, 1). Defaults to `0.99` (Table 1).
         mu_start: Momentum at `t = 1`, in [0, 1). Defaults to `0.5` (Table 1).
         mu_end: Most momentum, in [`mu_start`, 1). Defaults to `0.9` (Table 1).
-        warmup_steps: Steps of SGD at the beginning. Defaults to `1000`.
+        warmup_steps: Steps of SGD at the beginning, without a guard of their own. Defaults to `1000`.
         reset_every: `K`, steps until the second reset; `None`: no resets. Defaults to `None`.
         reset_growth: Factor on `K` after every reset, an integer. Defaults to `2`.
         **kwargs: See `CurvatureOptimizer`. Clipping breaks the displacement; the paper advises against it.

@@ -32,7 +32,8 @@ class PSGD(CurvatureOptimizer):
     preconditioners for SGD" (arXiv:2211.04422), "Stochastic Hessian fittings with Lie groups" (arXiv:2402.11858), and
     the author's psgd_torch: `KronWhiten, KronNewton, LRAWhiten, LRANewton`. Differences from that code: (1) the
     preconditioner is fitted every so many steps, not with a probability; (2) a fit that fails keeps the last one;
-    (3) those of `LowRankGeometry`.
+    (3) a pair with `h = 0`, of a batch without weight, is not fitted to: as a first pair it would make `P` as large as
+    `1 / damping`; (4) those of `LowRankGeometry`.
 
     Args:
         learning_rate: Defaults to `None`: `0.001` for the two whitening kinds, `0.01` for `"newton"` (the reference).
