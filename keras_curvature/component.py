@@ -1,8 +1,7 @@
 """Components: frozen records of choices (a solver, a damping, a line search) that Keras can save.
 
-An optimizer is put together from components as a sentence from words: `HessianFree(solver=ConjugateGradient(
-max_steps=50))`. A component holds numbers and other components, never a tensor, a variable or a model, so that
-`get_config` can be read off its fields.
+An optimizer takes components as arguments: `HessianFree(solver=ConjugateGradient(max_steps=50))`. A component holds
+numbers and other components, never a tensor, a variable or a model, so `get_config` can be read off its fields.
 """
 
 import dataclasses

@@ -1,24 +1,23 @@
-"""What Keras calls of every optimizer of the package: building, stepping, saving and loading.
+"""What Keras calls of every optimizer of the package to build it and to take a step.
 
-`Lifecycle` takes what a method computes (see `base.py`) to the weights, by Keras' own `apply`: all of a step, or, where
-the loss or the step is not finite, nothing of it.
+`Lifecycle` applies what a method computes (see `base.py`) to the weights, by Keras' own `apply`: the whole step, or
+nothing if the loss or the step is not finite.
 """
 
-import inspect
 import warnings
 import weakref
 
 import keras
 import tensorflow as tf
 
-from keras_curvature import component, keras_internals, replicas, trees
+from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.linearization.gradients import Gradients
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.optimizers import first_batch
-from keras_curvature.optimizers.state import StoredState, owner_name
+from keras_curvature.optimizers.state import SavedOptimizer
 
 
-class Lifecycle(keras.optimizers.Optimizer):
+class Lifecycle(SavedOptimizer):
     """The part of `CurvatureOptimizer` that Keras calls."""
 
     def __init__(self, learning_rate, needs=None, **kwargs):
@@ -33,8 +32,6 @@ class Lifecycle(keras.optimizers.Optimizer):
             )
         self._noted, self._reported, self._rejected = [], {}, None
         self._hands_a_step, self._model = False, lambda: None
-        self._waiting = StoredState()  # loaded before `build`
-        self._unbuilt_count = len(self.variables)  # iterations, and a learning rate that is no schedule
 
     # The step.
 
@@ -46,14 +43,14 @@ class Lifecycle(keras.optimizers.Optimizer):
             overwriting: The new values of the variables that their gradients overwrite, such as float8 scales.
 
         Returns:
-            The reported numbers, `{name: scalar}`, with `skipped_steps` 1 where the step was not taken.
+            The reported numbers, `{name: scalar}`, with `skipped_steps` 1 if the step was not taken.
         """
         self.meet(getattr(linearization, "model", None))
         self.require(linearization.variables)
         self._noted, self._reported, self._rejected = [], {}, None
         with tf.name_scope(self.name):
             handed, finite = self._handed(linearization)
-            length = self._reported.get("step_norm")  # known to a method that has the inner products at hand
+            length = self._reported.get("step_norm")  # a method that has the inner products reports it
             length = trees.norm(handed) if length is None else length
             finite &= tf.math.is_finite(length) & self._no_refresh_overflowed(linearization)
             begins = self._begins(linearization)
@@ -66,7 +63,7 @@ class Lifecycle(keras.optimizers.Optimizer):
                     self._hand_to_keras(handed, overwriting)
                 else:
                     tf.cond(rejected, self._count_step, lambda: self._hand_to_keras(handed, overwriting))
-                # of accumulated gradients a direction may have overflowed, and was skipped further down
+                # with accumulated gradients, the direction is computed in there and may be skipped in there
                 return tf.cast(self.skipped_steps.value - before, tf.float32)
 
             def skip():
@@ -101,7 +98,7 @@ class Lifecycle(keras.optimizers.Optimizer):
         return tf.cond(first, lambda: first_batch.says_something(linearization), lambda: tf.constant(True))
 
     def _handed(self, linearization):
-        """`(what Keras is handed: the gradient or the step, whether loss and gradient are finite)`."""
+        """`(the gradient or the step, which Keras is handed; whether loss and gradient are finite)`."""
         if not self.needs.only_gradients:
             handed = self.direction(linearization)
         elif self._preconditions and not self.gradient_accumulation_steps:
@@ -127,11 +124,11 @@ class Lifecycle(keras.optimizers.Optimizer):
             update(variable.value, lambda v, a: v.assign(tf.cast(a, v.dtype)), args=(average.value,))
 
     def _clip_gradients(self, grads):
-        """Keras'; while it is handed a step made of clipped gradients, there is nothing left to clip."""
+        """Keras' clipping, except for a step that was made from clipped gradients."""
         return grads if self._hands_a_step else super()._clip_gradients(grads)
 
     def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
-        """Keras calls it once for all variables, outside the replicas; accumulated gradients are stepped on here."""
+        """Keras calls it once for all variables, outside the replicas; here accumulated gradients become a step."""
         each_variable = super()._distributed_tf_update_step
         if not (self._preconditions and self.gradient_accumulation_steps):
             each_variable(distribution, grads_and_vars, learning_rate)
@@ -159,7 +156,7 @@ class Lifecycle(keras.optimizers.Optimizer):
         self._hands_a_step = False
 
     def apply(self, grads, trainable_variables=None):
-        """What Keras calls on a plain model: gradients of each replica, and nothing behind them."""
+        """Step on the gradients of each replica; what Keras calls on a plain model."""
         if trainable_variables is None and not self.built:
             raise ValueError(
                 "When passing `grads` without `variables`, the optimizer must already be built on a list of variables. "
@@ -219,7 +216,7 @@ class Lifecycle(keras.optimizers.Optimizer):
         return self._model()
 
     def require(self, variables):
-        """Build for these variables; refuse variables that are not those the state belongs to."""
+        """Build for these variables; refuse other variables than those that the state belongs to."""
         if not variables:
             raise ValueError(f"`{type(self).__name__}` has nothing to train: the model has no trainable weights.")
         if not self.built:
@@ -271,74 +268,14 @@ class Lifecycle(keras.optimizers.Optimizer):
         return super().add_variable(shape, initializer, dtype, **kwargs)
 
     def build(self, variables):
-        """Create all state for `variables`; called by Keras, and without effect while a needed model is missing."""
+        """Create all state for `variables`; called by Keras. Does nothing while a needed model is unknown."""
         if self.built or (self.needs.layers and self.trained_model() is None):
             return
         super().build(variables)
         self.skipped_steps = self.add_variable((), dtype="int", name="skipped_steps", aggregation="none")
         if variables:  # else `require` says what is wrong
             self.create_state([v for v in variables if not overwrites(v)])
-        waiting, self._waiting = self._waiting, StoredState()
-        with tf.init_scope():
-            self._take_over(waiting)
-
-    def load_own_variables(self, store):
-        """Load the state; an optimizer that is not built yet keeps the state until it is.
-
-        The state of another optimizer, or of one with other settings, is left out with Keras' warning, as a whole.
-        """
-        stored = StoredState.of(store)
-        foreign = stored.foreign_to(type(self))
-        if foreign is not None:
-            self._skip(foreign)
-        elif self.built:
-            self._take_over(stored)
-        else:
-            self._waiting = stored
-
-    def _take_over(self, stored):
-        """Assign a stored state to the variables: all of it, or nothing with a warning."""
-        if not stored.values:
-            return
-        variables = self.variables
-        if stored.owner is not None and len(stored.values) <= self._unbuilt_count:
-            variables = variables[: len(stored.values)]  # saved before the first step
-        problem = stored.mismatch(variables)
-        if problem is not None:
-            self._skip(problem)
-            return
-        for variable, value in zip(variables, stored.values):
-            variable.assign(value)
-
-    def _skip(self, problem):
-        warnings.warn(
-            f"Skipping variable loading for optimizer '{self.name}', because {problem}. `{type(self).__name__}` keeps "
-            "its own state; weights are not concerned. To continue a run, compile with the optimizer and the settings "
-            "that it was saved with.",
-            stacklevel=3,
-        )
-
-    def save_own_variables(self, store):
-        """Save the state, also a loaded state that still waits for `build`."""
-        if self._waiting.values:
-            self._waiting.write(store)
-        else:
-            StoredState(owner_name(type(self)), [variable.numpy() for variable in self.variables]).write(store)
-
-    def get_config(self):
-        """Keras' config and the arguments of `__init__`, as given; components in serialized form."""
-        config = super().get_config()
-        for name in inspect.signature(type(self).__init__).parameters:
-            if name not in ("self", "kwargs", "learning_rate"):
-                config[name] = component.serialize(getattr(self, name))
-        return config
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        """The optimizer that `get_config` described; its state is new."""
-        own = inspect.signature(cls.__init__).parameters
-        config = {k: component.deserialize(v) if k in own and k != "learning_rate" else v for k, v in config.items()}
-        return super().from_config(config, custom_objects)
+        self._load_waiting()
 
 
 def overwrites(variable):
@@ -361,4 +298,4 @@ def _assign(noted):
 
 
 def _nothing(_):
-    """What a branch of a `tf.cond` returns that is there for its effects."""
+    """What a branch of a `tf.cond` returns that is run for its effects."""

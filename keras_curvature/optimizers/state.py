@@ -1,7 +1,13 @@
-"""The state of an optimizer in a file: its variables in order, and the name of the class that they belong to."""
+"""How optimizers are saved and loaded: config, and the state in a file with the name of its class."""
+
+import inspect
+import warnings
 
 import keras
 import numpy as np
+import tensorflow as tf
+
+from keras_curvature import component
 
 # The entry that holds the name, as bytes; the variables are under their numbers, as in Keras' files.
 OWNER = "owner"
@@ -66,3 +72,76 @@ def owner_name(cls):
 
 def _is_integer(dtype):
     return "int" in str(dtype)
+
+
+class SavedOptimizer(keras.optimizers.Optimizer):
+    """The part of `CurvatureOptimizer` that Keras calls to save and load."""
+
+    def __init__(self, learning_rate, **kwargs):
+        super().__init__(learning_rate=learning_rate, **kwargs)
+        self._waiting = StoredState()  # loaded before `build`
+        self._unbuilt_count = len(self.variables)  # iterations, and a learning rate that is no schedule
+
+    def load_own_variables(self, store):
+        """Load the state; an optimizer that is not built yet keeps the state until it is.
+
+        The state of another optimizer, or of one with other settings, is left out with Keras' warning, as a whole.
+        """
+        stored = StoredState.of(store)
+        foreign = stored.foreign_to(type(self))
+        if foreign is not None:
+            self._skip(foreign)
+        elif self.built:
+            self._take_over(stored)
+        else:
+            self._waiting = stored
+
+    def _load_waiting(self):
+        """Load the state that has waited for `build`."""
+        waiting, self._waiting = self._waiting, StoredState()
+        with tf.init_scope():
+            self._take_over(waiting)
+
+    def _take_over(self, stored):
+        """Assign a stored state to the variables: all of it, or nothing with a warning."""
+        if not stored.values:
+            return
+        variables = self.variables
+        if stored.owner is not None and len(stored.values) <= self._unbuilt_count:
+            variables = variables[: len(stored.values)]  # saved before the first step
+        problem = stored.mismatch(variables)
+        if problem is not None:
+            self._skip(problem)
+            return
+        for variable, value in zip(variables, stored.values):
+            variable.assign(value)
+
+    def _skip(self, problem):
+        warnings.warn(
+            f"Skipping variable loading for optimizer '{self.name}', because {problem}. `{type(self).__name__}` keeps "
+            "its own state; weights are not concerned. To continue a run, compile with the optimizer and the settings "
+            "that it was saved with.",
+            stacklevel=3,
+        )
+
+    def save_own_variables(self, store):
+        """Save the state, also a loaded state that still waits for `build`."""
+        if self._waiting.values:
+            self._waiting.write(store)
+        else:
+            StoredState(owner_name(type(self)), [variable.numpy() for variable in self.variables]).write(store)
+
+    def get_config(self):
+        """Keras' config and the arguments of `__init__`, as given; components in serialized form."""
+        config = super().get_config()
+        for name in inspect.signature(type(self).__init__).parameters:
+            if name not in ("self", "kwargs", "learning_rate"):
+                config[name] = component.serialize(getattr(self, name))
+        return config
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The optimizer that `get_config` described; its state is new."""
+        own = inspect.signature(cls.__init__).parameters
+        config = {k: component.deserialize(v) if k in own and k != "learning_rate" else v for k, v in config.items()}
+        return super().from_config(config, custom_objects)

@@ -114,10 +114,10 @@ def curved(model, micro_batches=None):
     Args:
         model: A `keras.Model`: functional, sequential or subclassed.
         micro_batches: Number of slices that each replica's share of a batch is computed in, one after the other, for
-            batches larger than memory: gradients, products and losses are sums over the slices, and no more
-            activations are kept than one slice has. Costs no more passes where gradients suffice, and a forward pass
-            for every product. Batch normalization takes the statistics of each slice. Defaults to what the model has
-            already, else `1`.
+            batches larger than memory. Gradients, products and losses are sums over the slices, and only the
+            activations of one slice are in memory. Methods of gradients need no more passes; others need one more
+            forward pass for every product. Batch normalization takes the statistics of each slice. Defaults to the
+            model's present number, which is `1` for a model that is not curved yet.
 
     Returns:
         The same object; `model.micro_batches` can be set again.

@@ -1,1 +1,1 @@
-"""Callbacks that a training needs."""
+"""Callbacks for training: checkpoints, several processes, and the weights of `Neumann`."""

@@ -1,10 +1,10 @@
-"""One process of several writes."""
+"""Callbacks that one of several processes runs."""
 
 import keras
 
 
 def is_chief(strategy):
-    """Whether this process is the one that writes for all; true where there is only one."""
+    """Whether this process writes for all of them; true if there is only one."""
     resolver = getattr(strategy, "cluster_resolver", None)
     if resolver is None or resolver.task_type not in ("chief", "worker"):
         return True
@@ -14,10 +14,10 @@ def is_chief(strategy):
 
 
 class ChiefOnly(keras.callbacks.Callback):
-    """`callback` on the chief alone, where `fit` runs in several processes; anywhere else, `callback`.
+    """Runs `callback` on the chief only, if `fit` runs in several processes; in one process, it is `callback`.
 
-    For callbacks that write: of `MultiWorkerMirroredStrategy`'s processes, each would write the same file. Not for
-    `keras_curvature.callbacks.Checkpoint`, in which all of them have a part, nor for a callback that runs the model.
+    For callbacks that write files: each process of `MultiWorkerMirroredStrategy` would write the same file. Not for
+    `keras_curvature.callbacks.Checkpoint`, in which all processes take part, nor for a callback that runs the model.
 
     Args:
         callback: A `keras.callbacks.Callback`.
@@ -36,7 +36,7 @@ class ChiefOnly(keras.callbacks.Callback):
         self.callback, self._works = callback, True
 
     def set_model(self, model):
-        """Where the model is trained tells which process this is."""
+        """Find out from the model's strategy which process this is."""
         super().set_model(model)
         self._works = is_chief(model.distribute_strategy)
         if self._works:

@@ -1,12 +1,12 @@
-"""What every replica keeps for itself: batch statistics that are not synchronized."""
+"""Variables of which every replica keeps its own value: batch statistics that are not synchronized."""
 
 import tensorflow as tf
 
 
 class Shares:
-    """The variables of which each replica of `strategy` may have a value of its own; none where there is one replica.
+    """The variables of which each replica of `strategy` may have its own value; empty for one replica.
 
-    Laid end to end they are one row per replica, `(replicas, entries)`: one collective, traced once.
+    Concatenated they are one row per replica, `(replicas, entries)`, so that one collective reads all of them.
     """
 
     def __init__(self, model, strategy):
@@ -19,7 +19,7 @@ class Shares:
         self._gather, self._assign = tf.function(self._gather_rows), tf.function(self._assign_row)
 
     def read(self):
-        """What the replicas hold, (replicas, entries); every process must call this."""
+        """The values on all replicas, (replicas, entries); every process must call this."""
         with self.strategy.scope():
             return self._gather()
 

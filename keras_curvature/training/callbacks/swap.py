@@ -1,4 +1,4 @@
-"""Where the answer of `Neumann` is, for whoever looks at a plain model."""
+"""The answer of `Neumann` in the weights of a plain model, for validation and saving."""
 
 import keras
 
@@ -8,20 +8,20 @@ from keras_curvature.training.step import unwrap
 
 
 class SwapNeumannWeights(keras.callbacks.Callback):
-    """Puts the answer of `Neumann`, `w - mu m`, into a plain model's weights whenever somebody looks at them.
+    """Puts the answer of `Neumann`, `w - mu m`, into a plain model's weights for validation and saving.
 
-    While `fit` runs on a plain `keras.Model` the stored weights are the displaced ones. This callback swaps the answer
-    in before validation and takes it out again after it, bit for bit; and a `fit` that follows another begins at the
-    displaced weights, where the last one stopped. On a curved model (`keras_curvature.curved`) there is nothing to
-    swap and it does nothing.
+    While `fit` runs on a plain `keras.Model`, the stored weights are the displaced ones. This callback puts the answer
+    into the weights before validation, and the displaced weights back afterwards, bit for bit. Another `fit` begins at
+    the displaced weights, where the last one stopped. On a curved model (`keras_curvature.curved`) the stored weights
+    are the answer, and this callback does nothing.
 
     Args:
-        swap_on_epoch: Whether to have the answer in the weights at `on_epoch_end` too, for callbacks such as
-            `ModelCheckpoint` and `EarlyStopping(restore_best_weights=True)` that come after this one: without it they
-            keep displaced weights. Defaults to `False`.
+        swap_on_epoch: Whether to put the answer into the weights at `on_epoch_end` too, for later callbacks in the
+            list such as `ModelCheckpoint` and `EarlyStopping(restore_best_weights=True)`: without it they save
+            displaced weights. Defaults to `False`.
 
     Raises:
-        ValueError: At the start of `fit`, where the model's optimizer is not `Neumann`.
+        ValueError: At the start of `fit`, if the model's optimizer is not `Neumann`.
 
     Example:
 
@@ -50,7 +50,7 @@ class SwapNeumannWeights(keras.callbacks.Callback):
             self._displaced = None
 
     def on_train_begin(self, logs=None):
-        """Begin at the displaced weights."""
+        """Put the displaced weights into the model."""
         optimizer, _ = unwrap(self.model.optimizer)
         if not isinstance(optimizer, Neumann):
             raise ValueError(
@@ -61,22 +61,22 @@ class SwapNeumannWeights(keras.callbacks.Callback):
             optimizer.displace()
 
     def on_train_end(self, logs=None):
-        """Keras has finalized the weights by now."""
+        """Keep the answer: Keras has put it into the weights by now."""
         self._displaced = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Back to the displaced weights, where the epoch's end swapped them out."""
+        """Put the displaced weights back, if the end of the last epoch replaced them."""
         self._swap_out()
 
     def on_epoch_end(self, epoch, logs=None):
-        """The answer for the callbacks that come after this one."""
+        """Put the answer into the weights, for the callbacks that follow."""
         if self.swap_on_epoch:
             self._swap_in()
 
     def on_test_begin(self, logs=None):
-        """The answer for validation."""
+        """Put the answer into the weights."""
         self._swap_in()
 
     def on_test_end(self, logs=None):
-        """Back to training."""
+        """Put the displaced weights back."""
         self._swap_out()
