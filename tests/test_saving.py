@@ -291,6 +291,7 @@ def test_a_run_that_has_not_begun_brings_its_learning_rate_only_to_its_own_class
     path, weights = saved_by(kc.AdaHessian(0.5), tmp_path, fitted=False)
     model = make("adahessian", "curved")
     model.load_weights(path)
+    model.optimizer.build(model.trainable_variables)
     assert float(model.optimizer.learning_rate.numpy()) == 0.5
     other = make("sophia_h", "curved")
     with pytest.warns(UserWarning, match="Skipping variable loading"):
