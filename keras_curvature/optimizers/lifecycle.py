@@ -1,7 +1,6 @@
 """What Keras calls of every optimizer of the package to build it and to take a step.
 
-`Lifecycle` applies what a method computes (see `base.py`) to the weights, by Keras' own `apply`: the whole step, or
-nothing if the loss or the step is not finite.
+`Lifecycle` applies a method's step by Keras' own `apply`: all of it, or nothing if loss or step is not finite.
 """
 
 import warnings
