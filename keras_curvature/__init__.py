@@ -3,6 +3,7 @@
 # `backend` stands first: it refuses a Keras that does not run on TensorFlow, in words
 from keras_curvature import backend, callbacks, operators, optimizers, problems  # noqa: F401
 from keras_curvature.linearization import Linearization, Needs
+from keras_curvature.linearization.fisher import likelihoods
 from keras_curvature.monitor.operator import curvature
 from keras_curvature.monitor.report.landscape import landscape
 from keras_curvature.monitor.report.reporting import report
@@ -42,6 +43,7 @@ __all__ = [
     "curvature",
     "curved",
     "landscape",
+    "likelihoods",
     "operators",
     "problems",
     "report",

@@ -9,6 +9,7 @@ import tensorflow as tf
 from cases import BATCH, LOSSES, MODELS, Case, flat, float64, normal
 from keras import layers
 
+import keras_curvature
 from keras_curvature import Linearization
 from keras_curvature.linearization.fisher import likelihoods
 from keras_curvature.linearization.layers import kronecker
@@ -275,3 +276,22 @@ def test_labels_are_those_of_the_whole_batch_however_it_is_cut():
     for a, b in [*zip(whole.sampled_gradient(7), cut.sampled_gradient(7)), *zip(*true)]:
         np.testing.assert_allclose(a, b, rtol=1e-10)
         assert np.abs(a).max() > 1e-3
+
+
+def test_the_remedy_for_a_loss_of_ones_own():
+    def half_squares(y_true, y_pred):
+        return keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    x, y = np.ones((4, 3), "float32"), np.ones((4, 1), "float32")
+    model.compile("sgd", half_squares)
+    lin = keras_curvature.Linearization(model, x, y)
+    with pytest.raises(ValueError, match="`likelihood = keras_curvature.likelihoods.Gaussian`"):
+        lin.fisher() @ lin.gradient
+    half_squares.likelihood = keras_curvature.likelihoods.Gaussian
+    model.compile("sgd", half_squares)
+    found = keras_curvature.Linearization(model, x, y).fisher() @ lin.gradient
+    model.compile("sgd", "mse")
+    expected = keras_curvature.Linearization(model, x, y).fisher() @ lin.gradient
+    for a, b in zip(found, expected):
+        np.testing.assert_allclose(a, b, rtol=1e-5)

@@ -1,5 +1,6 @@
 """A batch in micro-batches against the whole batch, in float64; passes, memory in the graph, and refusals."""
 
+import contextlib
 import re
 
 import keras
@@ -10,6 +11,7 @@ from cases import BATCH, LOSSES, MODELS, float64, normal
 from keras import layers
 
 from keras_curvature import Linearization
+from keras_curvature.linearization.pure import slices
 
 CASES = {**MODELS, **{f"loss_{name}": build for name, build in LOSSES.items()}}
 # Normalized by the slice, or a mean over what a mask leaves of it: here the slices are the oracle.
@@ -415,3 +417,23 @@ def test_a_loss_past_the_outputs_has_a_gradient_and_no_gauss_newton_matrix():
     _close({"gradient": cut.gradient, "loss": cut.loss}, {"gradient": whole.gradient, "loss": whole.loss})
     with pytest.raises(ValueError, match="does not depend on the model's outputs"):
         cut.gauss_newton() @ cut.gradient
+
+
+def _mean_of_squares(y_true, y_pred):
+    return keras.ops.mean(keras.ops.square(y_true - y_pred))
+
+
+def test_a_loss_of_one_number_counts_by_the_share_of_the_slice():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 3)), rng.normal(size=(6, 2))
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    found = []
+    for loss in ("mse", _mean_of_squares):
+        model.compile("sgd", loss)
+        slices._warned.clear()
+        warned = pytest.warns(UserWarning, match="'_mean_of_squares'.*slices")
+        with warned if callable(loss) else contextlib.nullcontext():
+            lin = Linearization(model, x, y, micro_batches=4)  # of 1 and 2 examples
+            found.append([lin.loss, *lin.gradient, *(lin.gauss_newton() @ lin.gradient)])
+    for expected, got in zip(*found):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)

@@ -283,7 +283,7 @@ def no_likelihood(loss):
         f"Labels cannot be sampled for loss={loss}: it is not the negative log-likelihood of a known distribution. "
         "Those that are: mean_squared_error, mean_absolute_error, poisson, kl_divergence and the binary, categorical "
         "and sparse categorical crossentropies. Choose one of them; a loss of your own can name its likelihood, as "
-        "`likelihood = keras_curvature.curvature.likelihoods.Gaussian`. Or take the true labels, for which `KFAC`, "
+        "`likelihood = keras_curvature.likelihoods.Gaussian`. Or take the true labels, for which `KFAC`, "
         '`EKFAC` and `SquareRootFreeAdam` have `fisher="empirical"`, or the Hessian, with `SophiaH` for `SophiaG`.'
     )
 

@@ -104,6 +104,18 @@ def _scale(original, mean):
     return original(mean) if place is None else place.weigh(mean)
 
 
+def _reduce(original, values, sample_weight=None, reduction="sum_over_batch_size"):
+    """The reduction of a loss over the examples; a loss of one number for the whole slice counts by its share too."""
+    loss, place = original(values, sample_weight, reduction), _place()
+    if place is None or not place.weighs_means:
+        return loss
+    name = tf.get_current_name_scope().split("/")[-1]  # a loss runs in the scope of its name
+    is_one = values.shape.rank == 0 and reduction in ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+    if is_one or name == "circle":  # the one loss of Keras with a value for each example that depends on the others
+        slices.warn_of_coupled(name)
+    return place.weigh(loss) if is_one else loss  # Keras scales the others
+
+
 def _unscale(original, value):
     """The mean again, for the metric that shows it."""
     place = _uneven_place()
@@ -183,7 +195,7 @@ def _install():
     for name, substitute in (
         (replaced.MOMENTS, _moments), (replaced.SYNCHRONIZED_MOMENTS, _synchronized_moments),
         (replaced.MAX_POOL, _max_pool), (replaced.CUDNN_OK, _cudnn_ok),
-        (replaced.SCALE_LOSS, _scale), (replaced.UNSCALE_LOSS, _unscale),
+        (replaced.REDUCE_LOSS, _reduce), (replaced.SCALE_LOSS, _scale), (replaced.UNSCALE_LOSS, _unscale),
         *[(name, _by_rows) for name in replaced.GENERATORS], (replaced.TRUNCATED_NORMAL, _truncated_by_rows),
     ):  # fmt: skip
         keras_internals.guard(*name, substitute)

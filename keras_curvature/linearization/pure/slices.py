@@ -8,6 +8,9 @@ A `Place` says which rows of the whole batch a slice has. An evaluation runs `at
   the examples, and the sum is the mean of the slices' means: of a masked loss, over the steps that the mask leaves; and
   with `reduction="mean_with_sample_weight"`, over the weights. Where slices have the same number of steps, or sum of
   weights, for each example, these are the whole batch's too.
+  A loss that returns one number for a slice counts by the share too. If it couples examples (contrastive losses,
+  `Circle`, `Dice` and `Tversky` over the batch, the root of a mean), the mean of the slices' values is not the value of
+  the whole batch; `warn_of_coupled` says so.
 * What is drawn at random for each example (dropout masks, noise) is what the whole batch would draw for it; see
   `randomness.py`.
 """
@@ -15,6 +18,7 @@ A `Place` says which rows of the whole batch a slice has. An evaluation runs `at
 import contextlib
 import contextvars
 import dataclasses
+import warnings
 
 import keras
 import tensorflow as tf
@@ -91,6 +95,24 @@ def at(place):
         yield
     finally:
         _place.reset(token)
+
+
+_warned = set()
+
+
+def warn_of_coupled(loss):
+    """Say once for each name of a loss that its value on slices may not be that of the whole batch."""
+    if loss in _warned:
+        return
+    _warned.add(loss)
+    warnings.warn(
+        f"The loss {loss!r} does not return an independent value for each example, and the batch is cut into slices "
+        "(micro-batches, replicas or a curvature batch). The result is the mean of the slices' losses. It is the loss "
+        "of the whole batch if the loss is a mean over examples. If the loss couples examples (contrastive losses, "
+        "`Circle`, `Dice` over the batch, the root of a mean), use micro_batches=1 on one replica, or a loss that "
+        "returns one value for each example.",
+        stacklevel=2,
+    )
 
 
 def graph():
