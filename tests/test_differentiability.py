@@ -286,3 +286,38 @@ def test_the_gradient_of_a_refused_operation_trains():
     model.compile(optimizer=kc.Neumann(), loss="mse")
     losses = model.fit(x, y, epochs=3, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
+
+
+class Slope(keras.Model):
+    """The derivative of a network in its input, as a physics-informed model has it."""
+
+    def __init__(self):
+        super().__init__()
+        hidden = keras.layers.Dense(4, activation="tanh")
+        self.net = keras.Sequential([keras.Input((1,)), hidden, keras.layers.Dense(1, use_bias=False)])
+
+    def call(self, x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            u = self.net(x)
+        return tape.gradient(u, x)
+
+
+def test_a_tape_inside_call_trains():
+    keras.utils.set_random_seed(0)
+    x = np.linspace(0, 1, 16, dtype="float32")[:, np.newaxis]
+    model = kc.curved(Slope())
+    model.compile(optimizer=kc.CurveBall(), loss="mse")
+    losses = model.fit(x, np.cos(x), epochs=4, batch_size=16, verbose=0).history["loss"]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_the_loss_of_ctc_has_gradients_and_no_products():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 6, 3)).astype("float32"), rng.integers(1, 4, (2, 2))
+    model = keras.Sequential([keras.Input((6, 3)), keras.layers.Dense(4)])
+    model.compile("sgd", keras.losses.CTC())
+    lin = kc.Linearization(model, x, y)
+    assert all(np.isfinite(g).all() for g in lin.gradient)
+    with pytest.raises(NotDifferentiable, match="CTC loss has no second derivative.*`SOAP`"):
+        lin.hessian() @ lin.gradient

@@ -19,6 +19,7 @@
 | `TFEpochIterator._enumerate_iterator` | `epochs.STEPS_OF_EPOCH` | `callbacks/fits.py` | leaves steps out |
 | `gradient_registry.lookup` | `LOOKUP`, `GRADIENT_REGISTRY` | `pure/differentiability.py` | missing derivatives |
 | `gen_functional_ops.symbolic_gradient` | `SYMBOLIC_GRADIENT` | `pure/differentiability.py` | fails only when it runs |
+| `nn.ctc_loss` | `CTC_LOSS` | `pure/differentiable.py` | its second derivatives are NaN, or fail |
 | `interim.maybe_merge_call` | `MERGE_CALL` | `replicas.py` | Keras' step, from outside |
 | `TFOptimizer._all_reduce_sum_gradients` | `SUM_GRADIENTS` | `replicas.py` | gradients summed already |
 """
@@ -56,6 +57,7 @@ RECURRENT_LOOPS = tuple((cls, "inner_loop") for cls in (keras.layers.RNN, keras.
 GRADIENT_REGISTRY = ops.gradient_registry
 LOOKUP = (type(ops.gradient_registry), "lookup")
 SYMBOLIC_GRADIENT = (gen_functional_ops, "symbolic_gradient")
+CTC_LOSS = (nn, "ctc_loss")
 MERGE_CALL = (tf.__internal__.distribute.interim, "maybe_merge_call")
 SUM_GRADIENTS = (TFOptimizer, "_all_reduce_sum_gradients")
 

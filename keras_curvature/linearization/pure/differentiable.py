@@ -94,6 +94,23 @@ def _pool(inputs, size):
     return pool(inputs)
 
 
+def _ctc_loss(original, target, output, *args, **kwargs):
+    """The loss with its gradient, which says that it has no derivative: TensorFlow's is NaN, or fails when it runs."""
+    if not _mode.get().is_open:
+        return original(target, output, *args, **kwargs)
+
+    @tf.custom_gradient
+    def once(output):
+        with tf.GradientTape() as tape:
+            tape.watch(output)
+            loss = original(target, output, *args, **kwargs)
+        slope = tape.gradient(loss, output)  # of the sum: each example has its own loss
+        slope = tf.raw_ops.PreventGradient(input=slope, message="the CTC loss has no second derivative")
+        return loss, lambda g: slope * tf.cast(tf.reshape(g, [-1, 1, 1]), slope.dtype)
+
+    return once(tf.convert_to_tensor(output))
+
+
 def _cudnn_ok(original, *args, **kwargs):
     return False if _mode.get().products else original(*args, **kwargs)
 
@@ -194,7 +211,7 @@ def _install():
     """Replace what is to be computed otherwise, once for all threads."""
     for name, substitute in (
         (replaced.MOMENTS, _moments), (replaced.SYNCHRONIZED_MOMENTS, _synchronized_moments),
-        (replaced.MAX_POOL, _max_pool), (replaced.CUDNN_OK, _cudnn_ok),
+        (replaced.MAX_POOL, _max_pool), (replaced.CTC_LOSS, _ctc_loss), (replaced.CUDNN_OK, _cudnn_ok),
         (replaced.REDUCE_LOSS, _reduce), (replaced.SCALE_LOSS, _scale), (replaced.UNSCALE_LOSS, _unscale),
         *[(name, _by_rows) for name in replaced.GENERATORS], (replaced.TRUNCATED_NORMAL, _truncated_by_rows),
     ):  # fmt: skip

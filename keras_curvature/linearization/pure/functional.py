@@ -236,5 +236,6 @@ def build_for(model, x, y, sample_weight):
     if keras_internals.is_built(model):
         return
     batch = replicas.one_of(model.distribute_strategy, (x, y, sample_weight))
-    with tf.init_scope():
+    # `init_scope` pauses gradient tapes, and then a model with a tape in its `call` gets no derivatives
+    with contextlib.nullcontext() if tf.executing_eagerly() else tf.init_scope():
         keras_internals.build(model, batch)
