@@ -174,50 +174,6 @@ def add_up(values):
     return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
-def deal(fn, items, costs=None):
-    """`[fn(item) for item in items]`, each item computed on one replica and handed to all by one sum.
-
-    For what is dear and the same everywhere, such as inverses and roots of matrices.
-
-    Args:
-        fn: A function of one item, a tensor or nest of tensors, that gives a nest of tensors of static shapes.
-        items: The same on all replicas, a list.
-        costs: A number for each item; the replicas get shares of about the same cost. Defaults to equal costs.
-    """
-    if count() == 1 or not items:
-        return [fn(item) for item in items]
-    owners = _owners(costs or [1] * len(items))
-
-    def share(items):
-        return [_on_one(owner, fn, item) for owner, item in zip(owners, items)]
-
-    return total(share, list(items))
-
-
-def _owners(costs):
-    """A replica for each item: the dearest first, to whoever has least."""
-    loads, owners = [0] * count(), [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[i] = loads.index(min(loads))
-        loads[owners[i]] += costs[i]
-    return owners
-
-
-def _on_one(owner, fn, item):
-    """`fn(item)` on replica `owner`, zeros on the others; call it inside `each`."""
-    spec = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), item)
-    like = tf.function(fn, autograph=False).get_concrete_function(spec).structured_outputs
-
-    def idle():
-        return tf.nest.map_structure(lambda t: tf.zeros(t.shape, t.dtype), like)
-
-    own = number()
-    static = own if isinstance(own, int) else tf.get_static_value(own)
-    if static is None:  # a TPU runs one program on all its replicas
-        return tf.cond(tf.equal(own, owner), lambda: fn(item), idle)
-    return fn(item) if int(static) == owner else idle()
-
-
 @tf.custom_gradient
 def add_up_inside(value):
     """The sum over the replicas of a tensor in the middle of what all of them compute, such as a mean of the batch.

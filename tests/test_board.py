@@ -507,7 +507,7 @@ class Once(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self.batch = None
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_epoch_begin(self, epoch, logs=None):
         if self.batch is None:
             first_batch.watch(self.model, self.take)
 

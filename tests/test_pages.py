@@ -68,7 +68,6 @@ def test_names_are_collected_and_found(name):
     ]  # fmt: skip
 
 
-@pytest.mark.xfail(reason="the remedy for unknown likelihoods names no public module yet", strict=False)
 def test_every_name_that_a_message_or_docstring_says_can_be_imported():
     wrong = {(str(path.relative_to(HOME)), name) for path in SOURCES for name in names(strings(path))}
     wrong = sorted((path, name) for path, name in wrong if not resolves(name))

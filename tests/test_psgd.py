@@ -15,8 +15,9 @@ from keras_curvature import Linearization, curved
 from keras_curvature.operators.base import Function, dense
 from keras_curvature.optimizers import psgd
 from keras_curvature.optimizers.psgd import PSGD
+from keras_curvature.solvers.kronecker_geometry import KroneckerGeometry
 from keras_curvature.solvers.low_rank import LowRankGeometry
-from keras_curvature.solvers.whitening import Draws, KroneckerGeometry
+from keras_curvature.solvers.whitening import Draws
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 # the settings of each file; see its README

@@ -16,7 +16,7 @@
 | `call` of a class of layers | `method_of(layer, name)` | `layers/taps.py` | notes the pre-activations |
 | `TensorFlowTrainer.fit` | `epochs.FIT` | `callbacks/fits.py` | learns that a `fit` has failed |
 | `TFEpochIterator.__init__` | `epochs.NEW_ITERATOR` | `callbacks/fits.py` | the iterator of a `fit` |
-| `TFEpochIterator._enumerate_iterator` | `epochs.STEPS_OF_EPOCH` | `callbacks/fits.py` | leaves steps out |
+| `TFEpochIterator._enumerate_iterator` | `epochs.STEPS_OF_EPOCH` | `callbacks/fits.py` | changes the steps |
 | `gradient_registry.lookup` | `LOOKUP`, `GRADIENT_REGISTRY` | `pure/differentiability.py` | missing derivatives |
 | `gen_functional_ops.symbolic_gradient` | `SYMBOLIC_GRADIENT` | `pure/differentiability.py` | fails only when it runs |
 | `nn.ctc_loss` | `CTC_LOSS` | `pure/differentiable.py` | its second derivatives are NaN, or fail |

@@ -3,15 +3,12 @@
 This file has no mathematics of its own: an `Objective` makes the products, and the solvers and `spectra` use them.
 """
 
-import contextlib
-
-import keras
-
 from keras_curvature import trees
 from keras_curvature.component import check, check_count
 from keras_curvature.monitor.noise.noise import noise
-from keras_curvature.monitor.objective.layers import chosen, layers_of
+from keras_curvature.monitor.objective.layers import check_layers, chosen, layers_of
 from keras_curvature.monitor.objective.objective import Objective
+from keras_curvature.monitor.progress import advancing
 from keras_curvature.monitor.solving import solve
 from keras_curvature.monitor.spectra import density, exact, traces
 from keras_curvature.monitor.spectra.label_traces import estimates_by_labels
@@ -75,15 +72,9 @@ def curvature(
     """
     check(curvature, "progress", progress, isinstance(progress, bool), "True or False")
     if layers is not None:
-        _check_layers(layers)
+        check_layers(curvature, layers)
     objective = Objective(model, data, kind, examples, batch_size, training, seed, asked_by=curvature)
     return Curvature(objective, layers, progress)
-
-
-def _check_layers(layers):
-    names = [layers] if isinstance(layers, str) else layers
-    valid = isinstance(names, (list, tuple)) and len(names) > 0 and all(isinstance(name, str) for name in names)
-    check(curvature, "layers", layers, valid, "one or more names of layers, or regular expressions, or None")
 
 
 class Curvature(LinearOperator):
@@ -180,11 +171,11 @@ class Curvature(LinearOperator):
         Raises:
             ValueError: The vectors do not fit into memory; the message has the bytes that they need.
         """
-        with self._shown() as operator:
-            return lanczos.eigenpairs(
-                operator, self._like, k, tolerance=tolerance, most_negative=most_negative, seed=self.objective.seed,
-                max_products=max_products, metric=metric,
-            )  # fmt: skip
+        operator = self._shown()
+        return lanczos.eigenpairs(
+            operator, self._like, k, tolerance=tolerance, most_negative=most_negative, seed=self.objective.seed,
+            max_products=max_products, metric=metric,
+        )  # fmt: skip
 
     def sharpness(self, start=None, steps=10):
         """The largest eigenvalue with its eigenvector, `Eigenpairs` of one.
@@ -198,8 +189,8 @@ class Curvature(LinearOperator):
 
     def extremes(self, start=None, steps=10, metric=None):
         """The largest and the smallest eigenvalue of one run, two `Eigenpairs` of one; see `sharpness` and `top`."""
-        with self._shown(steps) as operator:
-            return lanczos.extremes(operator, self._like, steps, start=start, seed=self.objective.seed, metric=metric)
+        operator = self._shown(steps)
+        return lanczos.extremes(operator, self._like, steps, start=start, seed=self.objective.seed, metric=metric)
 
     def trace(self, products=30, by_layer=False, pairs=None, labels=False):
         """The sum of the eigenvalues, an `Estimate`; or that of each layer's block, `{name: Estimate}`.
@@ -230,8 +221,8 @@ class Curvature(LinearOperator):
             found = estimates_by_labels(self.objective, products, parts, asked_by=Curvature.trace)
             return found if by_layer else found[""]
         parts = self.layers if by_layer else None
-        with self._shown(min(products, self.size)) as operator:
-            found = traces.trace(operator, self._like, products, self.objective.seed, pairs, parts)
+        operator = self._shown(min(products, self.size))
+        found = traces.trace(operator, self._like, products, self.objective.seed, pairs, parts)
         return found[1] if by_layer else found[0]
 
     def diagonal(self, products=100, stderr=False):
@@ -240,11 +231,11 @@ class Curvature(LinearOperator):
         It is exact where there are no more weights than `products`, and else an estimate.
         """
         check_count(Curvature.diagonal, "products", products, low=2)
-        with self._shown(min(products, self.size)) as operator:
-            if self.size <= products:
-                found = exact.diagonal(operator, self._like)
-            else:
-                found = traces.diagonal(operator, self._like, products, self.objective.seed)
+        operator = self._shown(min(products, self.size))
+        if self.size <= products:
+            found = exact.diagonal(operator, self._like)
+        else:
+            found = traces.diagonal(operator, self._like, products, self.objective.seed)
         return found if stderr else found[0]
 
     def density(self, vectors=4, steps=60, pairs=None):
@@ -253,10 +244,10 @@ class Curvature(LinearOperator):
         It is exact where there are no more weights than `steps`: as many products as weights, and their matrix.
         `pairs`, `Eigenpairs` of `top`, are taken as known; the products are then for the rest of the spectrum.
         """
-        with self._shown(vectors * steps) as operator:
-            if self.size <= steps:
-                return exact.density(operator, self._like)
-            return density.density(operator, self._like, vectors, steps, self.objective.seed, pairs=pairs)
+        operator = self._shown(vectors * steps)
+        if self.size <= steps:
+            return exact.density(operator, self._like)
+        return density.density(operator, self._like, vectors, steps, self.objective.seed, pairs=pairs)
 
     def noise(self, micro_batch=8, parts=16):
         """The noise scale of the gradient, a `Noise`; see `noise/noise.py`.
@@ -294,24 +285,13 @@ class Curvature(LinearOperator):
                 eigenvalue.
         """
         trees.check("vector", vector, self.variables)
-        with self._shown() as operator:
-            return solve(self, operator, vector, damping, tolerance, max_products, asked_by=Curvature.solve)
+        operator = self._shown()
+        return solve(self, operator, vector, damping, tolerance, max_products, asked_by=Curvature.solve)
 
     @property
     def _like(self):
         return trees.values(self.variables)
 
-    @contextlib.contextmanager
     def _shown(self, products=None):
         """This operator; with `progress`, one that advances a progress bar with every product."""
-        if not self._progress:
-            yield self
-            return
-        bar = keras.utils.Progbar(products, unit_name="product")
-
-        def product(vector):
-            found = self @ vector
-            bar.add(1)
-            return found
-
-        yield Function(product, self.psd)
+        return advancing(self, products) if self._progress else self

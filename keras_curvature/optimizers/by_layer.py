@@ -4,9 +4,9 @@ import warnings
 
 import tensorflow as tf
 
-from keras_curvature import replicas, trees
+from keras_curvature import trees
 from keras_curvature.linearization.layers.reasons import reasons
-from keras_curvature.solvers import direct
+from keras_curvature.solvers import dealing, direct
 
 DECAY = 0.95  # Martens and Grosse (2015), section 5
 
@@ -78,7 +78,7 @@ def deal(function, blocks, items):
     places = matrices(blocks)
     chosen = [items[i] for i in places]
     costs = [_cubes(item[0] if isinstance(item, tuple) else item) for item in chosen]
-    return dict(zip(places, replicas.deal(function, chosen, costs)))
+    return dict(zip(places, dealing.deal(function, chosen, costs)))
 
 
 def inverses(blocks, factors, dampings):

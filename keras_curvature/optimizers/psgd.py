@@ -8,8 +8,9 @@ from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Function
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import LinearStep, averaged, steps_taken
+from keras_curvature.solvers.kronecker_geometry import KroneckerGeometry
 from keras_curvature.solvers.low_rank import LowRankGeometry
-from keras_curvature.solvers.whitening import Draws, KroneckerGeometry
+from keras_curvature.solvers.whitening import Draws
 
 GEOMETRIES = {"kronecker": KroneckerGeometry, "low_rank": LowRankGeometry}
 # The reference's learning rate, and its bounds on the mean and on the largest entry of a step.

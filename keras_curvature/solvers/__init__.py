@@ -2,10 +2,10 @@
 
 from keras_curvature.solvers.base import Solution, Solver
 from keras_curvature.solvers.conjugate_gradient import ConjugateGradient
+from keras_curvature.solvers.kronecker_geometry import KroneckerGeometry
 from keras_curvature.solvers.low_rank import LowRankGeometry
 from keras_curvature.solvers.neumann import NeumannSeries
 from keras_curvature.solvers.roots import CoupledNewton, EigenRoot
-from keras_curvature.solvers.whitening import KroneckerGeometry
 
 __all__ = [
     "ConjugateGradient",

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_curvature import replicas
 from keras_curvature.component import Component, check, check_count, check_number, register
+from keras_curvature.solvers import dealing
 
 # An iteration that ends further from the identity than this has failed (the reference's limit of its own error check).
 FAILED = 0.1
@@ -148,7 +149,7 @@ def in_stacks(fn, items):
         by_size.setdefault(int(tf.nest.flatten(item)[0].shape[-1]), []).append(position)
     shares = [(n, part) for n, positions in by_size.items() for part in _parts(positions, replicas.count())]
     stacks = [tf.nest.map_structure(lambda *each: tf.stack(each), *[items[i] for i in part]) for _, part in shares]
-    results = replicas.deal(fn, stacks, [len(part) * n**3 for n, part in shares])
+    results = dealing.deal(fn, stacks, [len(part) * n**3 for n, part in shares])
     found = {i: result for (_, part), stack in zip(shares, results) for i, result in zip(part, tf.unstack(stack))}
     return [found[i] for i in range(len(items))]
 

@@ -120,16 +120,16 @@ class CurvatureBoard(keras.callbacks.Callback):
         self._live.epoch()
         self._before = self._after = None
         self._in_epoch = True
+        if self._measures and self._batch is None:
+            first_batch.watch(self.model, lambda batch: self._measuring(lambda: self._keep(batch)))
 
     def on_train_batch_begin(self, batch, logs=None):
         """Look at the step before this one."""
-        if self._measures and self._batch is None:
-            first_batch.watch(self.model, lambda batch: self._measuring(lambda: self._keep(batch)))
         if self._measures:
             self._failures.guard("the update of the weights", self._write_updates)
         if batch and self._lively and self._alone and self._budget.allows("live", self._costs.expected("live", 0)):
             self._show_live()
-        if self._measures and self._batch is not None:
+        if self._measures and self._batch is not None and self._calls:
             expected = sum(self._costs.expected(piece.name, piece.products) for piece in self._due())
             if self._panels is None or self._budget.allows("measurements", expected):
                 self._measuring(self._measure)

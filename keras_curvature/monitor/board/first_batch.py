@@ -1,36 +1,37 @@
 """Look at the first batch that `fit` trains on.
 
-Keras shows no batches to callbacks: `fit` passes an iterator to the train function, which reads it inside a graph. So
-    the
-train function is replaced for one call. The replacement reads the batches of this call, and passes the train function
-an iterator that yields the same batches again. The train function sees no difference and is not traced again.
+Keras shows no batches to callbacks: `fit` passes an iterator to the train function, which reads it inside a graph. The
+batches of one call of the train function are therefore read before it, and an iterator that yields them once more takes
+the place of the original one. The train function sees no difference and is not traced again.
 """
 
 import tensorflow as tf
 
 from keras_curvature import replicas
+from keras_curvature.training.callbacks.fits import Fit
 
 
 def watch(model, take):
-    """Call `take(batch)` with the first batch of the next call of the model's train function.
+    """Call `take(batch)` with the first batch of the next epoch, before its first step. Only `fit` has epochs.
 
     Args:
-        model: A compiled `keras.Model` in `fit`, with its train function built.
+        model: A compiled `keras.Model`.
         take: A function of the batch as the iterator yields it: a nest of tensors, or of per-replica values.
     """
-    # a `fit` that failed before its first batch left a replacement behind
-    original = getattr(model.train_function, "watched", model.train_function)
+    fit = Fit.of(model)
+    if fit is not None:
+        fit.change_next_epoch(lambda steps: _watched(steps, take))
 
-    def once(iterator):
-        model.train_function = original
-        batches = _draw(iterator, model.steps_per_execution) if replicas.is_iterator(iterator) else []
-        if not batches:
-            return original(iterator)
-        take(batches[0])
-        return original(_once_more(iterator, batches))
 
-    once.watched = original
-    model.train_function = once
+def _watched(steps, take):
+    """The same steps; the first one is handed an iterator over batches that are read already."""
+    for first, last, iterator in steps:
+        batches = _draw(iterator, last - first + 1) if replicas.is_iterator(iterator) else []
+        if batches:
+            take(batches[0])
+        yield first, last, _once_more(iterator, batches) if batches else iterator
+        break
+    yield from steps
 
 
 def _draw(iterator, steps):

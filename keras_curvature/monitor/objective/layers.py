@@ -6,6 +6,8 @@ import re
 
 import keras
 
+from keras_curvature.component import check
+
 
 def layers_of(model):
     """`{name: [indices]}`: the places of each layer's weights among the trainable variables.
@@ -27,6 +29,13 @@ def layers_of(model):
     found.sort(key=lambda item: item[1])
     names = [path[-1] if often[path[-1]] == 1 else "/".join(path) for path, _ in found]
     return dict(zip(_numbered(names), [own for _, own in found], strict=True))
+
+
+def check_layers(owner, layers):
+    """Raise a `ValueError` in the name of `owner` unless `layers` are one or more names or regular expressions."""
+    names = [layers] if isinstance(layers, str) else layers
+    valid = isinstance(names, (list, tuple)) and len(names) > 0 and all(isinstance(name, str) for name in names)
+    check(owner, "layers", layers, valid, "one or more names of layers, or regular expressions, or None")
 
 
 def chosen(layers, known, argument="layers"):

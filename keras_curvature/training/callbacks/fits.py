@@ -1,9 +1,9 @@
-"""A call of `fit` that is under way: what is undone however it ends, and the steps that an epoch leaves out.
+"""A call of `fit` that is under way: what to undo when it ends, and changes of the steps of its next epoch.
 
-Keras' `fit` begins at an epoch, and tells no callback that it has failed. Two of its functions are therefore replaced
-for good (see `keras_internals.guards`), as this file is imported: a call of `fit` that is under way is known to be so,
-and its own iterator over the steps can leave the first ones out. For every other iterator, in `evaluate` or in another
-`fit`, they are the originals.
+Keras' `fit` begins at the start of an epoch, shows callbacks no batches, and tells no callback that it has failed. The
+import of this file therefore replaces three of its functions for good (see `keras_internals.guards`). `Fit.of(model)`
+is the call of `fit` that is under way, and its iterator over the steps can be changed for one epoch. Every other
+iterator, in `evaluate` or in another `fit`, is left as it is.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ class Fit:
 
     def __init__(self, model, ends):
         self._model, self._ends = model, ends
-        self._iterator, self._change = None, None
+        self._iterator, self._position, self._changes = None, None, []
 
     @staticmethod
     def of(model):
@@ -36,16 +36,29 @@ class Fit:
 
         With `draw`, the batches of the steps left out are drawn and dropped.
         """
-        if self._change is not None:
+        if self._position is not None:
             raise ValueError("`Checkpoint`: one `fit` continues one checkpoint. Received: two of these callbacks.")
-        self._change = (step, draw, ready)
+        self._position = (step, draw, ready)
 
-    def _steps(self, steps_of, epoch_iterator):
+    def change_next_epoch(self, change):
+        """Let the next epoch have the steps `change(steps)`; `steps` yields `(first step, last step, iterator)`."""
+        self._changes.append(change)
+
+    def _steps(self, steps, epoch_iterator):
+        """The steps of an epoch, with the changes that were asked for."""
+        if self._position is not None:
+            steps = self._from_position(steps, epoch_iterator)
+        changes, self._changes = self._changes, []
+        for change in changes:
+            steps = change(steps)
+        return steps
+
+    def _from_position(self, steps, epoch_iterator):
         """The steps of an epoch, without those left out."""
-        (step, draw, ready), self._change = self._change, None
+        (step, draw, ready), self._position = self._position, None
         ready(epoch_iterator)
         reached = False
-        for begin, end, iterator in steps_of(epoch_iterator):
+        for begin, end, iterator in steps:
             if begin >= step:
                 reached = True
                 yield begin, end, iterator
@@ -79,9 +92,9 @@ def _new_iterator(original, epoch_iterator, *args, **kwargs):
 
 def _steps_of_epoch(original, epoch_iterator):
     fit = _under_way.get()
-    if fit is None or fit._iterator is not epoch_iterator or fit._change is None:
+    if fit is None or fit._iterator is not epoch_iterator:
         return original(epoch_iterator)
-    return fit._steps(original, epoch_iterator)
+    return fit._steps(original(epoch_iterator), epoch_iterator)
 
 
 keras_internals.guard(*keras_internals.FIT, _fit)
