@@ -1,4 +1,4 @@
-"""The generalized Gauss-Newton matrix as an operator whose factors stay within reach."""
+"""The generalized Gauss-Newton matrix as an operator with access to its factors."""
 
 import dataclasses
 
@@ -22,9 +22,9 @@ class Tangent:
 
 @dataclasses.dataclass(frozen=True)
 class GaussNewton(LinearOperator):
-    """`v -> J' H_L J v`, with its factors within reach. Made by `Linearization.gauss_newton`.
+    """`v -> J' H_L J v`, with access to its factors. Made by `Linearization.gauss_newton`.
 
-    A quadratic form `u'Gv = (Ju)' H_L (Jv)` needs no backward pass, and `G v + g` needs one and not two.
+    A quadratic form `u'Gv = (Ju)' H_L (Jv)` needs no backward pass, and `G v + g` needs one instead of two.
     """
 
     variables: list

@@ -37,12 +37,12 @@ class Linearization:
     lists of tensors in the order and with the shapes of `model.trainable_variables`; losses are scalars, the
     compiled loss with everything that belongs to it (sample weights, masks, regularizers, added losses).
 
-    Results do not depend on how the batch is cut (into slices of replicas, `micro_batches`), except with batch
-    normalization and two kinds of losses, which are means of per-slice means: masked losses, and those with
+    Results do not depend on how the batch is cut (replicas, `micro_batches`), except with batch normalization and two
+    kinds of losses. These losses become means of per-slice means: masked losses, and those with
     `reduction="mean_with_sample_weight"`; see `pure/slices.py`.
 
     Works eagerly, in a `tf.function`, compiled by XLA, and under a distribution strategy. Computes only what is asked
-    for, and one forward pass for all products. With `micro_batches` each question has one of its own.
+    for, with one forward pass for all products. With `micro_batches` each result takes its own forward pass.
 
     Args:
         model: A compiled `keras.Model`.
@@ -125,7 +125,7 @@ class Linearization:
 
     @property
     def reached(self):
-        """Whether the loss depends on each of `variables` at all, a tuple of bools; Keras skips the others."""
+        """Whether the loss depends on each of `variables`, a tuple of bools; Keras skips the others."""
         if self._reached is None:
             _ = self.gradient
         return self._reached
@@ -217,8 +217,9 @@ class Linearization:
             size: A share of the batch in (0, 1], or a number of examples in the whole batch.
             index: Integer number or tensor; the batch is cut into as many whole pieces as it has.
 
-        A piece is every second, third, ... example of the slice, so equal replicas take what one would take. A mean
-        over examples (Keras' default loss) becomes the mean over the piece. A batch of fewer than `size` is used whole.
+        A piece is every second, third, ... example of the slice, so replicas with equal slices together take the piece
+        that one replica would take. A mean over examples (Keras' default loss) becomes the mean over the piece. A batch
+        of fewer than `size` is used whole.
         """
         return Linearization(
             self.model, *self._batch, needs=self.needs, loss_scale=self.loss_scale, part=(size, index), **self._how
@@ -249,13 +250,13 @@ class Linearization:
         return Passes(on_replicas.here, lambda pure: make(pure, on_replicas.weights()), around)
 
     def kernels(self):
-        """The context in which Keras computes what the needs can differentiate."""
-        # recurrent layers that are tapped have no kernel of cuDNN's
+        """The context in which Keras uses kernels that the `needs` can differentiate."""
+        # tapped recurrent layers do not use cuDNN
         in_steps, needs = any(isinstance(layer, keras.layers.RNN) for layer in self._tapped()), self.needs
         return differentiable_keras(twice=needs.hessian, products=needs.hessian or needs.products or in_steps)
 
     def with_gradient(self, question):
-        """The sum of `question(pass)`, in the pass that gives the `gradient` too, where that is not known yet."""
+        """The sum of `question(pass)`, in the same pass as the `gradient` if that is not known yet."""
         if self.is_known("gradient"):
             return self.passes.total(question)
         gradient, found = self._gradient_and(question)
@@ -265,7 +266,7 @@ class Linearization:
     def _gradient_and(self, question=lambda recorded: ()):
         def both(recorded):
             gradient = recorded.gradient()
-            # of any slice: eagerly, a model may take another way on each of them
+            # on any slice: run eagerly, a model may branch differently on each
             self._reached = tuple(map(max, self._reached or recorded.reached, recorded.reached))
             return gradient, question(recorded)
 
@@ -293,6 +294,6 @@ class Linearization:
         if name in self._known:
             return self._known[name]
         value = compute()
-        if slices.graph() is self._graph:  # what is made inside a loop or condition is no use outside of it
+        if slices.graph() is self._graph:  # a tensor made inside a loop or condition cannot be used outside
             self._known[name] = value
         return value

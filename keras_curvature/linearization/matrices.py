@@ -15,8 +15,8 @@ from keras_curvature.operators import Function
 def hessian(lin):
     """The Hessian `H` of the loss, a `LinearOperator`; not positive semi-definite in general.
 
-    One product costs about as much as a gradient. The forward and the backward pass behind it are those of the loss and
-    the gradient.
+    One product costs about as much as a gradient. It shares the forward and the backward pass of the loss and the
+    gradient.
 
     Raises:
         ValueError: The `needs` of the linearization have no `hessian`.
@@ -30,10 +30,10 @@ def hessian(lin):
 def gauss_newton(lin):
     """The generalized Gauss-Newton matrix `J' H_L J`, a `GaussNewton` operator.
 
-    `J` is the Jacobian of the model's outputs (of its logits, where the loss reads those) and `H_L` the second
-    derivative of the loss in them. L2 weight regularizers enter exactly; other added losses are treated as linear in
-    the activations and contribute no curvature. Positive semi-definite where the compiled loss is convex in the
-    outputs; see `fisher/convexity.py`.
+    `J` is the Jacobian of the model's outputs (of its logits, if the loss reads them) and `H_L` the second derivative
+    of the loss in them. L2 weight regularizers enter exactly; other added losses are treated as linear in the
+    activations and contribute no curvature. Positive semi-definite where the compiled loss is convex in the outputs;
+    see `fisher/convexity.py`.
 
     Raises:
         ValueError: The `needs` of the linearization have no `products`.
@@ -44,22 +44,22 @@ def gauss_newton(lin):
 
 
 def fisher(lin, kind="exact"):
-    """A Fisher matrix of the loss, a `LinearOperator`; positive semi-definite always.
+    """A Fisher matrix of the loss, a `LinearOperator`; always positive semi-definite.
 
-        "exact"      F = sum_n J_n' E_y[s_n s_n'] J_n,    labels y drawn from what the model says
+        "exact"      F = sum_n J_n' E_y[s_n s_n'] J_n,    labels y drawn from the model
         "empirical"  F = sum_n J_n' s_n s_n' J_n,         the true labels
 
     with `s_n` the slope of `-log p(y | z_n)` in the outputs, times the root of the weight that the compiled loss gives
     it (1/N of a mean, sample weights; see `fisher/sampling.py`). For a mean over examples with one label each, the
-    empirical matrix is the mean of the outer products of per-example gradients. Regularizers and added losses are no
-    likelihood, and have no part in it. One product costs one forward-mode and one backward pass.
+    empirical matrix is the mean of the outer products of per-example gradients. Regularizers and added losses are not
+    likelihoods and do not contribute. One product costs one forward-mode and one backward pass.
 
     Args:
         kind: `"exact"` or `"empirical"`. Defaults to `"exact"`.
 
     Raises:
-        ValueError: `kind` is none of these; the `needs` of the linearization have no `products`; in a product, the loss
-            is not minus the logarithm of a known likelihood, and `kind` is `"exact"`.
+        ValueError: `kind` is invalid; the `needs` of the linearization lack `products`; with `"exact"`, at a product:
+            the loss is not the negative logarithm of a known likelihood.
     """
     check(fisher, "kind", kind, kind in ("exact", "empirical"), '"exact" or "empirical"')
     require(lin, "fisher", "products")
@@ -69,9 +69,9 @@ def fisher(lin, kind="exact"):
 def hidden_gauss_newton(lin):
     """`J_h' J_h / N`, for `h` the hidden states of the recurrent layers and `N` the number of examples.
 
-    The Gauss-Newton matrix of `1/2 |h(w) - h(w_0)|^2`, summed over units and time, mean over the examples. With it
-    structural damping (Martens and Sutskever, 2011) keeps a step from changing what a recurrent network remembers. Its
-    forward pass is one of its own.
+    The Gauss-Newton matrix of `1/2 |h(w) - h(w_0)|^2`, summed over units and time, mean over the examples. Structural
+    damping (Martens and Sutskever, 2011) uses it to keep a step from changing the memory of a recurrent network. It
+    takes a forward pass of its own.
 
     Raises:
         ValueError: The model has no recurrent layer; the `needs` of the linearization have no `products`.

@@ -1,4 +1,4 @@
-"""The `Pass` of every replica: sums over micro-batches and replicas in one word."""
+"""The `Pass` of every replica, with sums over micro-batches and replicas."""
 
 import tensorflow as tf
 
@@ -7,11 +7,12 @@ from keras_curvature.linearization.pure.differentiability import NotDifferentiab
 
 
 class Passes:
-    """One forward pass over the whole batch, recorded on every replica; with micro-batches, anew for every question.
+    """One forward pass over the whole batch, recorded on every replica; micro-batches record it again for every
+    question.
 
     Args:
         pure: A function of no arguments that gives the replica's `PureModel` or `MicroBatches`.
-        make: A function of a `PureModel` that gives a `Pass`, or what else is recorded of a forward pass.
+        make: A function of a `PureModel` that gives a `Pass`, or another record of a forward pass.
         around: A function that gives the context to record in, opened around the replicas.
     """
 
@@ -26,7 +27,7 @@ class Passes:
             replicas.each(record)
 
     def here(self):
-        """That of the replica of the caller, a `KeptPass` or `RepeatedPass`."""
+        """The pass of the caller's replica, a `KeptPass` or `RepeatedPass`."""
         return self._on_replica[replicas.identity()]
 
     def prepare(self):
@@ -35,7 +36,7 @@ class Passes:
             replicas.each(lambda: self.here().prepare())
 
     def evaluated(self):
-        """`(loss, outputs)`: the sum over the replicas, and what stays on them."""
+        """`(loss, outputs)`: the loss summed over the replicas, and the outputs of each replica."""
 
         def evaluated():
             return self.here().evaluation.loss, self.here().evaluation.outputs
@@ -60,7 +61,7 @@ class Passes:
             try:
                 return getattr(self.here(), how)(question, vectors, tangents)
             except NotDifferentiable:
-                if tf.executing_eagerly():  # names of layers are known in a graph alone, where this raises
+                if tf.executing_eagerly():  # only a graph knows the names of layers; this raises there
                     tf.function(lambda: getattr(self._record(), how)(question, vectors, tangents), autograph=False)()
                 raise
 

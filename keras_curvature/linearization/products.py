@@ -8,13 +8,12 @@ With `z(w)` the leaves of the model (its outputs or logits) and `L(z)` the loss:
     G v        J' H_L J v    a Gauss-Newton product: one forward-mode and one backward pass
     H v                      a Hessian product
 
-Forward mode is had by transposing reverse mode twice: `J' c` is linear in `c`, and the derivative of
-`<J' c, v>` with respect to `c` is `J v`. In a graph nothing of the inner pass depends on the value of `c`, so
-it is pruned, and what remains is exactly the forward-mode computation. Against `tf.autodiff.ForwardAccumulator`
-in graph mode on two cores this took 1.74 and not 2.24 gradients for a Hessian product of an MLP, 1.41 and not
-1.63 for a Gauss-Newton product, and it has none of the accumulator's holes: loops of recurrent layers, sparse
-gradients of embeddings, XLA. And since the passes are recorded once, outside, a loop over products (conjugate
-gradients) pays for the products alone and not for the forward pass again.
+Forward mode transposes reverse mode twice: `J' c` is linear in `c`, and the derivative of `<J' c, v>` with respect to
+`c` is `J v`. In a graph nothing of the inner pass depends on the value of `c`, so TensorFlow prunes it and the
+forward-mode computation remains. In graph mode on two cores a Hessian product of an MLP took the time of 1.74
+gradients, and 2.24 with `tf.autodiff.ForwardAccumulator`. A Gauss-Newton product took 1.41, against 1.63. Unlike the
+accumulator, it handles loops of recurrent layers, sparse gradients of embeddings, and XLA. The passes are recorded
+once, outside, so a loop over products (conjugate gradients) does not repeat the forward pass.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ from keras_curvature.linearization.pure.differentiable import without_control_ed
 
 
 def densely(gradients, like):
-    """Gradients as dense tensors shaped as `like`: zeros where nothing depended, `IndexedSlices` scattered."""
+    """Gradients as dense tensors shaped as `like`: `None` becomes zeros, `IndexedSlices` are scattered."""
     return [
         tf.zeros_like(w) if g is None else trees.shaped(tf.convert_to_tensor(g), w.shape)
         for g, w in zip(gradients, like)
@@ -69,7 +68,7 @@ class Jacobian:
 
 
 class Pass(Jacobian):
-    """One forward pass over one slice of the batch, recorded; every derivative at the weights is a question to it.
+    """One recorded forward pass over one slice of the batch, with all derivatives at the weights.
 
     Args:
         pure: A `PureModel`.
@@ -77,11 +76,11 @@ class Pass(Jacobian):
         loss_scale: `None`, or the scalar that multiplies the loss before differentiation (`mixed_float16`: small
             cotangents would underflow). Every derivative that leaves this object is divided by it again.
         hessian: Whether the gradient is recorded too, for `hessian_product`. Defaults to `False`.
-        noted: `{replica: [Tap]}`, where taps that are open note what layers see and say. Optional.
+        noted: `{replica: [Tap]}`, where open taps note the inputs and pre-activations of layers. Optional.
 
     Attributes:
         evaluation: The `Evaluation` at the point.
-        leaves: The leaves that the loss really depends on.
+        leaves: The leaves that the loss depends on.
         slope: `dL/dz`, one tensor per leaf, times the loss scale.
         taps: The calls of tapped layers, a list of `Tap`.
         reached: Whether the loss depends on each weight, a tuple of bools; `None` before the gradient is asked for.
@@ -96,7 +95,7 @@ class Pass(Jacobian):
                 watching.watch(weights)
             evaluation = pure.evaluate(weights, loss_tape)
             self._loss = _scaled(evaluation.loss, loss_scale)
-        with loss_tape:  # entered again: what the slope is made of is recorded too, for `H_L u`
+        with loss_tape:  # entered again, to record the computation of the slope for `H_L u`
             slopes = tape.gradient(self._loss, evaluation.leaves)
         used = [(leaf, slope) for leaf, slope in zip(evaluation.leaves, slopes) if slope is not None]
         super().__init__(tape, weights, [leaf for leaf, _ in used], evaluation)
@@ -105,7 +104,7 @@ class Pass(Jacobian):
         self.taps = [] if noted is None else noted.pop(replicas.identity(), [])
         self._loss_tape, self._outer, self._graph, self._backward = loss_tape, outer, slices.graph(), None
         if hessian and not tf.executing_eagerly():
-            self.prepare()  # inside a loop or condition the outer tape cannot be entered; what nobody uses is pruned
+            self.prepare()  # inside a loop or condition the outer tape cannot be entered; unused results are pruned
 
     def require_leaves(self):
         """Refuse a loss that does not pass through the model's outputs: it has no Gauss-Newton matrix."""
@@ -142,20 +141,21 @@ class Pass(Jacobian):
         self.reached = tuple(g is not None for g in found[: len(self.weights)])
         rest = iter(found[len(self.weights) :])
         backward = gradients, [next(rest) if self.reaches(tap) else None for tap in self.taps]
-        if slices.graph() is self._graph:  # what is made inside a loop or condition is no use outside of it
+        if slices.graph() is self._graph:  # a tensor made inside a loop or condition cannot be used outside
             self._backward = backward
         return backward
 
     def reaches(self, tap):
-        """Whether the loss can be differentiated in a pre-activation: not inside a loop or function of the model's."""
+        """Whether the loss can be differentiated in a pre-activation: not if it is inside a loop or function of the
+        model."""
         return tf.executing_eagerly() or tap.pre_activation.graph is self._graph
 
     def slopes_at(self, tensors, cotangents):
-        """Derivatives of `<c, leaves>` in intermediate tensors of the model; `None`: none."""
+        """Derivatives of `<c, leaves>` in intermediate tensors of the model; `None` for independent ones."""
         return self._widely(self._tape.gradient(self.leaves, tensors, output_gradients=cotangents))
 
     def _widely(self, slopes):
-        # unscaled in half precision, what the loss scale has saved would be lost again
+        # unscaling in half precision would underflow again
         wide = [None if s is None else trees.full_precision(s) for s in slopes]
         return [None if s is None else _unscaled([s], self.loss_scale)[0] for s in wide]
 
@@ -197,22 +197,20 @@ class Pass(Jacobian):
     # With other labels.
 
     def cotangents(self, fisher, seed=0):
-        """Cotangents `c`, shaped as the leaves and times the loss scale, whose `J' c` make up a Fisher matrix.
+        """Cotangents `c` of a Fisher matrix, shaped as the leaves and times the loss scale; see `fisher/sampling.py`.
 
         Args:
-            fisher: `"sampled"`: labels drawn from what the model says; `"empirical"`: the true labels; `"exact"`: the
-                result is a list of cotangents, one for each label (or entry of the outputs) that there is. See
-                `fisher/sampling.py`.
+            fisher: `"sampled"`: labels drawn from the model; `"empirical"`: the true labels; `"exact"`: a list of
+                cotangents, one for each possible label (or entry of the outputs).
             seed: Integer tensor or number that the labels are a function of, besides the example's row in the batch.
 
         Raises:
-            ValueError: There is no likelihood known for the loss, and labels are not the true ones; `fisher` is none
-                of these.
+            ValueError: `fisher` is invalid; or labels are drawn, and no likelihood of the loss is known.
         """
         return sampling.cotangents(self, fisher, seed)
 
     def sampled_slope(self, seed=0):
-        """`dL/dz`, as `slope`, with labels drawn from what the model says instead of the true ones."""
+        """`dL/dz`, as `slope`, with labels drawn from the model instead of the true ones."""
         return sampling.slopes(self, seed)
 
 

@@ -21,7 +21,7 @@ class KFAC(CurvatureOptimizer):
     """K-FAC: the gradient of each layer, divided by a Kronecker product close to its block of the Fisher matrix.
 
         A = E[a a'],  G = E[s s']                 a: inputs of the layer and a 1, s: slopes in its outputs, for labels
-                                                  drawn from what the model says
+                                                  drawn from the model
         A <- eps A_old + (1 - eps) A,  likewise G,               eps = min(1 - 1/t, 0.95) at the t-th time
         d = (A + pi sqrt(lambda) I)^-1  dL/dW  (G + sqrt(lambda)/pi I)^-1,    pi^2 = (tr A / dim A) / (tr G / dim G)
 
@@ -56,7 +56,7 @@ class KFAC(CurvatureOptimizer):
             length of the new direction. Defaults to `0.9`.
         factors_every: Steps between two looks at the factors. Defaults to `10`.
         inverses_every: Steps between two inversions; the replicas share the work. Defaults to `100`.
-        fisher: `"sampled"`: labels drawn from what the model says; `"exact"`: all labels there are, weighed (one
+        fisher: `"sampled"`: labels drawn from the model; `"exact"`: all labels there are, weighed (one
             backward pass for each class); `"empirical"`: the true ones. Defaults to `"sampled"`.
         sharing: `"expand"` or `"reduce"`: whether positions at which a layer uses the same weights (pixels, tokens)
             count as examples, or are summed first; see `layers/kronecker.py`. Defaults to `"expand"`.

@@ -110,7 +110,7 @@ class SophiaG(Sophia):
         m <- beta_1 m + (1 - beta_1) g
         w <- w - learning_rate * clip(m / max(gamma h, epsilon), 1)
 
-    with `g^` the gradient of the loss with labels drawn from what the model says, instead of the true ones. Costs one
+    with `g^` the gradient of the loss with labels drawn from the model, instead of the true ones. Costs one
     backward pass now and then, and two copies of the weights.
 
     Reference: Liu, Li, Hall, Liang and Ma, "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model

@@ -19,8 +19,7 @@ class SquareRootFreeAdam(DiagonalOptimizer):
         w <- w - learning_rate * m / (v / (1 - beta_2^t) + epsilon)
 
     where `m` is free of its bias like `v`. With `fisher="empirical"`, `g^` is the gradient itself: Adam but for the
-    exponent 1 of `v`, on any model, curved or not. With `"sampled"` it is the gradient with labels drawn from what the
-    model says, which makes `v` an estimate of the Fisher matrix proper, for one more backward pass. What is `epsilon`
+    exponent 1 of `v`, on any model, curved or not. With `"sampled"` it is the gradient with labels drawn from the model, which makes `v` an estimate of the Fisher matrix proper, for one more backward pass. What is `epsilon`
     in Adam is a damping here: the step grows with its inverse. Keeps two copies of the weights.
 
     Reference: Frans, "Second-order optimization" in "Notes on deep learning" (the sections "Adagrad and Adam" and

@@ -1,1 +1,1 @@
-"""Estimates of the curvature that are no products: diagonals, Kronecker factors, means."""
+"""Estimates of the curvature: diagonals, Kronecker factors, means."""

@@ -4,12 +4,12 @@
 
     E[z * (H z)] = diag(H)
 
-`squared_gradients`: the mean over the examples of the elementwise square of each example's own gradient, the
-diagonal of the empirical Fisher matrix, with which Hessian-free optimization preconditions; or, with labels drawn from
-what the model says, of the Fisher matrix. For a `Dense` layer `y = x W` the gradient of example `i` is `x_i d_i'` and
-the sum of squares is `(x^2)' (d^2)`: one backward pass for the whole batch, exact. Other weights (convolutions,
-recurrent cells, embeddings, layers used twice) get an unbiased estimate from one more backward pass: with a random sign
-`s_i` per example, `E[(sum_i s_i g_i)^2] = sum_i g_i^2`, elementwise.
+`squared_gradients`: the mean over the examples of the elementwise square of the per-example gradient. With the true
+labels this is the diagonal of the empirical Fisher matrix, which preconditions Hessian-free optimization. With labels
+drawn from the model it estimates the diagonal of the Fisher matrix. For a `Dense` layer `y = x W` the gradient of
+example `i` is `x_i d_i'` and the sum of squares is `(x^2)' (d^2)`: one backward pass for the whole batch, exact. Other
+weights (convolutions, recurrent cells, embeddings, layers used twice) get an unbiased estimate from one more backward
+pass: with a random sign `s_i` per example, `E[(sum_i s_i g_i)^2] = sum_i g_i^2`, elementwise.
 """
 
 import tensorflow as tf
@@ -22,20 +22,20 @@ from keras_curvature.linearization.products import Pass
 from keras_curvature.linearization.pure import randomness, slices
 
 PROBES = ("rademacher", "gaussian", "exact")
-_BITS = [1, 2, 4, 8, 16, 32, 64, -128]  # of a byte, each alone
+_BITS = [1, 2, 4, 8, 16, 32, 64, -128]  # the bits of a byte
 
 
 def hessian_diagonal(lin, seed=0, probe="rademacher", probes=1):
     """An unbiased estimate of the diagonal of the Hessian, a vector: the mean of `z * (H z)` over some `probes`.
 
     Args:
-        seed: Integer tensor or number that the random vectors `z` are a function of, the same on all replicas.
+        seed: Integer tensor or number that determines the random vectors `z`, the same on all replicas.
         probe: `"rademacher"`: `z` of random signs, with the smallest variance; `"gaussian"`; `"exact"`: the diagonal
             itself, by one product for each weight. Defaults to `"rademacher"`.
         probes: Number of random vectors, an integer. Defaults to `1`.
 
     Raises:
-        ValueError: An argument is none of these; the `needs` of the linearization have no `hessian`.
+        ValueError: An argument is invalid; the `needs` of the linearization lack `hessian`.
     """
     expected = ", ".join(f'"{choice}"' for choice in PROBES)
     check(hessian_diagonal, "probe", probe, probe in PROBES, f"one of {expected}")
@@ -52,22 +52,22 @@ def hessian_diagonal(lin, seed=0, probe="rademacher", probes=1):
 
 
 def draw(like, seed, probe="rademacher"):
-    """A random vector with entries of mean 0 and variance 1, the same wherever the seed is."""
+    """A random vector with entries of mean 0 and variance 1, determined by the seed."""
     kind = _signs if probe == "rademacher" else randomness.normal
     return [kind(w.shape, [i, seed], w.dtype) for i, w in enumerate(like)]
 
 
 def average_kernels(vector):
-    """The mean over the spatial axes of convolution kernels, which stay as axes of length 1; other tensors as they are.
+    """Means over the spatial axes of convolution kernels, kept as axes of length 1; other tensors unchanged.
 
-    A kernel is what has four axes or more, the spatial ones first. Those of one-dimensional convolutions cannot be told
-    from the projections of attention by their shapes, and are left as they are.
+    A tensor with four axes or more counts as a kernel, the spatial axes first. Kernels of one-dimensional convolutions
+    have the shapes of attention projections, so they are left unchanged.
     """
     return [tf.reduce_mean(t, list(range(t.shape.rank - 2)), keepdims=True) if t.shape.rank >= 4 else t for t in vector]
 
 
 def _signs(shape, seed, dtype):
-    """-1 and 1, one random bit each: a random word for each of them would cost as much as a matrix product."""
+    """-1 and 1, from one random bit each: a random word for each sign would cost as much as a matrix product."""
     size = shape.num_elements()
     words = tf.random.stateless_uniform([-(-size // 32)], seed, None, None, tf.int32)
     octets = tf.reshape(tf.bitcast(words, tf.int8), [1, -1])
@@ -100,13 +100,12 @@ def squared_gradients(lin, seed=0, fisher="empirical"):
     backward passes.
 
     Args:
-        seed: Integer tensor or number: the random signs are a function of it and of the example's row in the batch.
+        seed: Integer tensor or number: it determines the random signs, together with the example's row in the batch.
         fisher: `"empirical"`: with the true labels; `"sampled"`: an estimate of the diagonal of the Fisher matrix, with
-            labels drawn from what the model says. Defaults to `"empirical"`.
+            labels drawn from the model. Defaults to `"empirical"`.
 
     Raises:
-        ValueError: `fisher` is none of these; with `"sampled"`, the loss is not minus the logarithm of a known
-            likelihood.
+        ValueError: `fisher` is invalid; with `"sampled"`, the loss is not the negative logarithm of a known likelihood.
     """
     check(squared_gradients, "fisher", fisher, fisher in ("empirical", "sampled"), '"empirical" or "sampled"')
     exact = set()
@@ -121,7 +120,7 @@ def squared_gradients(lin, seed=0, fisher="empirical"):
             return [tf.cast(squares.get(i, h), h.dtype) for i, h in enumerate(signed_sum)]
 
         sums = lin.total(local)
-    # squared here, when the slices of all replicas are in: the estimate does not depend on how the batch is cut
+    # squared after the sum over slices and replicas: the estimate does not depend on how the batch is cut
     return [s if i in exact else tf.square(s) for i, s in enumerate(sums)]
 
 

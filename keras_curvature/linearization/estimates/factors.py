@@ -1,15 +1,15 @@
-"""Kronecker factors, and what else is summed over the examples of a batch for the blocks of `kronecker.py`.
+"""Kronecker factors and other sums over the examples of a batch, for the blocks of `kronecker.py`.
 
     factors          A, G                                        K-FAC
     second_moments   sum_n (U_A' (sum_t a_nt d_nt') U_G)^2       EKFAC: the diagonal of the Fisher matrix in the
                                                                  eigenbases U of the factors, exact per example
     means            mean_nt a_nt, mean_nt d_nt                  Eva
 
-All are sums over slices: what a function of a `Seen` gives is a share, and those of all slices add up.
+All are sums over slices: a function of a `Seen` returns the share of one slice.
 
-References: those of `kronecker.py`; George, Laurent, Bouthillier, Ballas and Vincent, "Fast approximate natural
-gradient descent in a Kronecker-factored eigenbasis" (2018), Algorithm 1; Zhang, Shi and Li, "Eva: practical
-second-order optimization with Kronecker-vectorized approximation" (2023), section 3.1.
+References: see `kronecker.py`; George, Laurent, Bouthillier, Ballas and Vincent, "Fast approximate natural gradient
+descent in a Kronecker-factored eigenbasis" (2018), Algorithm 1; Zhang, Shi and Li, "Eva: practical second-order
+optimization with Kronecker-vectorized approximation" (2023), section 3.1.
 """
 
 import math
@@ -31,23 +31,22 @@ from keras_curvature.linearization.estimates.seen import (
 from keras_curvature.linearization.layers.weights import product
 from keras_curvature.linearization.needs import require
 
-# Entries of the gradients of single examples that are kept at a time, where examples have several positions.
+# Most entries of per-example gradients kept at a time, for examples with several positions.
 AT_A_TIME = 2**23
 
 
 def kronecker_factors(lin, blocks, diagonal=(), fisher="sampled", seed=0):
     """Kronecker factors of blocks of the Fisher matrix of the loss; see `layers/kronecker.py`.
 
-    `A (x) G` approximates the block of each layer; L2 regularizers (`l2`) are not in it. One backward pass, to the
-    activations and not to the weights; another one where there is a `diagonal`; with `fisher="exact"` as many for each
-    label.
+    `A (x) G` approximates the block of each layer; L2 regularizers (`l2`) are not included. Costs one backward pass to
+    the activations, and another one with a `diagonal`; with `fisher="exact"`, this cost for each label.
 
     Args:
         blocks: Of `kronecker.blocks(model)`.
-        diagonal: Indices of weights to give the diagonal of their blocks for: a random one, with it as expectation.
-        fisher: `"sampled"`: with labels drawn from what the model says; `"exact"`: with every label there is;
-            `"empirical"`: with the true ones. Defaults to `"sampled"`.
-        seed: Integer tensor or number that what is drawn is a function of.
+        diagonal: Indices of weights to estimate the diagonal of the Fisher matrix for, without bias.
+        fisher: `"sampled"`: with labels drawn from the model; `"exact"`: with every possible label; `"empirical"`: with
+            the true labels. Defaults to `"sampled"`.
+        seed: Integer tensor or number that determines the draws.
 
     Returns:
         `([(A, G)], [tensor])`: a pair for each block, with the shapes of its `factor_shapes`, and a tensor shaped as
@@ -55,7 +54,7 @@ def kronecker_factors(lin, blocks, diagonal=(), fisher="sampled", seed=0):
 
     Raises:
         ValueError: The `needs` of the linearization have no `layers`; a layer of `blocks` is called inside a loop of
-            the model's; labels are not the true ones, and the loss is not minus the logarithm of a known likelihood.
+            the model; labels are drawn, and the loss is not the negative logarithm of a known likelihood.
     """
     require(lin, "kronecker_factors", "layers")
     return _summed(lin, blocks, diagonal, fisher, seed, _factors)
@@ -64,8 +63,8 @@ def kronecker_factors(lin, blocks, diagonal=(), fisher="sampled", seed=0):
 def kronecker_second_moments(lin, blocks, bases, diagonal=(), fisher="sampled", seed=0):
     """The diagonal of the Fisher matrix in the eigenbases of Kronecker factors; see `estimates/factors.py`.
 
-    Exact for each example: a sum over the examples of `(U_A' g U_G)^2`, with `g` the gradient of one. Costs one
-    backward pass, as the factors do; with the same `seed`, of the same labels.
+    The exact sum over the examples of `(U_A' g U_G)^2`, with `g` the per-example gradient. Costs one backward pass, as
+    the factors do. With the same `seed` it uses the same labels.
 
     Args:
         blocks: Of `kronecker.blocks(model)`.
@@ -90,8 +89,8 @@ def kronecker_second_moments(lin, blocks, bases, diagonal=(), fisher="sampled", 
 def kronecker_means(lin, blocks):
     """The mean input of the layers of some blocks, and the loss' mean slope in their outputs.
 
-    Of true labels, in the pass that gives the `gradient`. For a loss that is a mean over the examples the slopes are
-    those of single examples, and their mean is over examples and positions.
+    Uses the true labels, in the pass that gives the `gradient`. For a loss that is a mean over the examples, the slopes
+    are per-example slopes, averaged over examples and positions.
 
     Args:
         blocks: Of `kronecker.blocks(model)`.
@@ -122,18 +121,18 @@ def _summed(lin, blocks, diagonal, fisher, seed, of_block):
         return [of_block(block, seen, [of(block) for of in slopes]) for block in blocks], signed
 
     found, signed = lin.passes.total(local)
-    # squared when the slices of all replicas are in; see `diagonals.py`
+    # squared after the sum over slices and replicas; see `diagonals.py`
     return found, [tf.add_n([tf.square(s) for s in each]) for each in zip(*signed)]
 
 
 def _labels(recorded, fisher, seed):
-    """`[cotangents]`, one for each label that there is; of drawn or true labels, one."""
+    """`[cotangents]`: one entry for each possible label; a single entry for drawn or true labels."""
     cotangents = recorded.cotangents(fisher, seed)
     return cotangents if fisher == "exact" else [cotangents]
 
 
 def _signed(recorded, cotangents, diagonal, seed):
-    """`sum_i s_i g_i` with random signs, for the weights that are in no block; one more backward pass."""
+    """`sum_i s_i g_i` with random signs, for the weights outside all blocks; one more backward pass."""
     sums = recorded.pull(diagonals.signed(cotangents, recorded.pure.place, seed))
     return [sums[i] for i in diagonal]
 

@@ -1,10 +1,10 @@
-"""Estimates from labels drawn from what the model says. Each function is a method of `Linearization`."""
+"""Estimates from labels drawn from the model. Each function is a method of `Linearization`."""
 
 import tensorflow as tf
 
 
 def sampled_gradient(lin, seed=0):
-    """The gradient that the loss has with labels drawn from what the model says, a vector; one backward pass.
+    """The gradient of the loss with labels drawn from the model, a vector; one backward pass.
 
     Args:
         seed: Integer tensor or number that the labels are a function of.
@@ -16,9 +16,9 @@ def sampled_gradient(lin, seed=0):
 
 
 def fisher_diagonal(lin, seed=0):
-    """An unbiased estimate of the diagonal of the Fisher matrix, a vector without a negative entry.
+    """An unbiased, non-negative estimate of the diagonal of the Fisher matrix, a vector.
 
-    The square of `sum_i J_i' c_i`, with the cotangents `c` of labels drawn from what the model says; see
+    The square of `sum_i J_i' c_i`, with the cotangents `c` of labels drawn from the model; see
     `fisher/sampling.py`. For a loss that is a mean over N examples it is N times the squared `sampled_gradient`; one
     backward pass.
 

@@ -1,7 +1,7 @@
-"""Inputs and slopes of layers in one forward pass, read off their taps; sums and means over them.
+"""Inputs and slopes of layers in one forward pass, read off their taps, with sums and means.
 
-The calls of a layer are a list of `(groups, rows, positions, d)`, of inputs or of slopes; rows are examples, or several
-for each of them, or shared by all.
+The calls of a layer are a list of tensors `(groups, rows, positions, d)`, of inputs or of slopes. Each example has one
+row or several, or all examples share the rows.
 """
 
 import tensorflow as tf
@@ -34,7 +34,7 @@ class Seen:
     def slopes(self, cotangents=None):
         """A function of a block that gives the slopes of all calls, `[(groups, rows, positions, d_out)]`.
 
-        Of the loss, or, where cotangents are given, of `<c, leaves>`.
+        Slopes of the loss, or of `<c, leaves>` if cotangents are given.
         """
         if cotangents is None:
             of_loss = {id(tap): slope for tap, slope in zip(self._pass.taps, self._pass.slopes())}
@@ -55,7 +55,7 @@ def sum_square(parts):
 
 
 def gram(x, y):
-    """`x'y` in each group; of one group a plain matrix product, which is the faster kernel."""
+    """`x'y` in each group; a single group uses a plain matrix product, the faster kernel."""
     if x.shape[0] == 1:
         return tf.matmul(x[0], y[0], transpose_a=True)[tf.newaxis]
     return tf.matmul(x, y, transpose_a=True)
@@ -78,7 +78,7 @@ def mean(of_all, parts, seen):
 
 
 def count(parts):
-    """Rows times positions; of indices those that are there: -1 pads ragged inputs."""
+    """Rows times positions; indices of -1, which pad ragged inputs, are not counted."""
     if parts[0].dtype.is_integer:
         return tf.add_n([tf.math.count_nonzero(x >= 0, dtype=tf.int32) for x in parts])
     return sum(product(x, [1, 2]) for x in parts)
@@ -95,7 +95,7 @@ def joined(parts, seen):
 
 
 def _by_example(x, examples):
-    """Rows that are several for each example, as positions. Rows that all examples share count as one example."""
+    """Moves several rows per example to the positions. Rows that all examples share count as one example."""
     groups, rows, positions, width = sizes(x)
     if isinstance(rows, int) and isinstance(examples, int):
         kept = examples if examples and rows % examples == 0 else 1
@@ -107,12 +107,12 @@ def _by_example(x, examples):
 
 
 def sizes(x):
-    """The shape, with tensors where it is not known."""
+    """The shape, with tensors for unknown lengths."""
     return [product(x, [axis]) for axis in range(x.shape.rank)]
 
 
 def _shaped(slope, pre_activation):
-    """A slope with the shape that some gradients (of einsums) have lost; zeros where the loss depends on nothing."""
+    """A slope with its static shape, which gradients of einsums lose; zeros if the loss does not depend on it."""
     return (
         trees.full_precision(tf.zeros_like(pre_activation))
         if slope is None

@@ -1,1 +1,1 @@
-"""Losses as likelihoods: what is convex, and labels drawn from what the model says."""
+"""Losses as likelihoods: which are convex, and labels drawn from the model."""

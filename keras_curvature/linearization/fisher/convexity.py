@@ -1,9 +1,9 @@
 """Which losses are convex as functions of the model's outputs.
 
-The Gauss-Newton matrix `J' H J` is positive semi-definite exactly when the loss is convex in what the model
-says (`H >= 0`). Keras' cross-entropies are convex in the logits, and of a model that ends in a softmax or
-sigmoid they read the logits; its other losses are convex in the outputs but for those listed here. A loss of
-one's own is taken to be convex unless it says otherwise with an attribute `convex_in_outputs = False`.
+The Gauss-Newton matrix `J' H J` is positive semi-definite exactly when the loss is convex in the model's outputs (`H >=
+0`). Keras' cross-entropies are convex in the logits, which they read if the model ends in a softmax or sigmoid. Keras'
+other losses are convex in the outputs, except those listed here. A custom loss counts as convex unless it has an
+attribute `convex_in_outputs = False`.
 """
 
 import keras
@@ -30,7 +30,7 @@ def is_convex(loss):
 def not_convex(model):
     """Names of the compiled losses of `model` that are not convex in its outputs, a list."""
     if type(model).compute_loss is not keras.Model.compute_loss:
-        return []  # a model's own `compute_loss` is a loss of one's own
+        return []  # a model's own `compute_loss` counts as a custom loss
     losses = [loss for loss in keras.tree.flatten(getattr(model, "loss", None)) if loss is not None]
     return [name_of(loss) for loss in losses if not is_convex(loss)]
 

@@ -1,8 +1,8 @@
-"""Of which distribution of the targets a Keras loss is the negative logarithm.
+"""The distributions of the targets whose negative logarithms are Keras losses.
 
-A loss that is `-log p(y | z)` has a Fisher matrix: the expectation of the squared slope when the labels are drawn from
-what the model says. The classes say for each such distribution how to draw and what the slope is; what weight an entry
-of the batch has in the compiled loss is found out by `sampling.py`.
+A loss `-log p(y | z)` has a Fisher matrix: the expectation of the squared slope when the labels are drawn from the
+model. Each class draws the labels of one distribution and computes their slopes. `sampling.py` finds the weight of each
+entry of the batch in the compiled loss.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from keras_curvature.linearization.fisher.convexity import name_of
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """A distribution `p(y | z)` of the targets, of which a Keras loss is minus the logarithm.
+    """A distribution `p(y | z)` of the targets; a Keras loss is its negative logarithm.
 
-    `z` is the leaf that the loss reads: logits or, where there are none, the model's output; in float32 or float64.
+    `z` is the leaf that the loss reads, in float32 or float64: the logits, or the model's output if it has no logits.
 
     Attributes:
         options: The arguments of the Keras loss, a dict.
         logits: Whether `z` are logits.
-        by_rows: Whether one row (the last axis) of `z` has one label, and not each entry its own.
+        by_rows: Whether each row (the last axis) of `z` has one label, rather than each entry.
     """
 
     options: dict
@@ -35,7 +35,7 @@ class Likelihood:
         raise NotImplementedError
 
     def reference(self, z):
-        """Labels whose slope is far from zero, and not cut off by Keras."""
+        """Labels whose slope is far from zero and not clipped by Keras."""
         raise NotImplementedError
 
     def slope(self, z, labels):
@@ -96,7 +96,7 @@ class Poisson(Likelihood):
     """`-log p = z - y log z`, for a rate `z`."""
 
     def sample(self, z, uniform):
-        """By the inverse of the distribution function; rounded from the normal one where the rate is beyond 64."""
+        """By the inverse of the distribution function; for rates above 64, rounded from the normal distribution."""
         u = uniform(tf.shape(z))
         rate, wide = tf.cast(tf.minimum(z, 64.0), tf.float64), tf.cast(u, tf.float64)
 
@@ -134,17 +134,17 @@ class Bernoulli(Likelihood):
         return tf.cast(uniform(tf.shape(z)) < self._p(z), z.dtype)
 
     def reference(self, z):
-        """Of logits the improbable label, of probabilities the probable one: Keras cuts the others off near 0."""
+        """With logits the improbable label, with probabilities the probable one: Keras clips the other one near 0."""
         probable = tf.cast(self._p(z) >= 0.5, z.dtype)
         return 1.0 - probable if self.logits else probable
 
     def slope(self, z, labels):
-        """`p - y`, and of probabilities divided by `p (1 - p)`."""
+        """`p - y`; with probabilities, divided by `p (1 - p)`."""
         p = self._p(z)
         return p - labels if self.logits else (p - labels) / (p * (1.0 - p))
 
     def information(self, z):
-        """`p (1 - p)`, of probabilities its inverse."""
+        """`p (1 - p)`; with probabilities, its inverse."""
         p = self._p(z)
         return p * (1.0 - p) if self.logits else 1.0 / (p * (1.0 - p))
 
@@ -159,7 +159,7 @@ class Bernoulli(Likelihood):
 
 
 class Categorical(Likelihood):
-    """`-log p = -log p_y`, with `p` the softmax of `z`, or `z` itself over its sum. Labels are the indices."""
+    """`-log p = -log p_y`, with `p` the softmax of `z`, or `z` itself over its sum. Labels are class indices."""
 
     by_rows = True
 
@@ -170,23 +170,24 @@ class Categorical(Likelihood):
         return tf.minimum(tf.reduce_sum(tf.cast(up_to <= u, tf.int32), -1), tf.shape(z)[-1] - 1)
 
     def reference(self, z):
-        """Of logits the least probable label, of probabilities the most: Keras cuts the others off near 0."""
+        """With logits the least probable label, with probabilities the most probable one: Keras clips the others near
+        0."""
         p = self._p(z)
         return tf.argmin(p, -1, tf.int32) if self.logits else tf.argmax(p, -1, tf.int32)
 
     def slope(self, z, labels):
-        """`p - e_y`; of probabilities `1 - e_y / p_y`, and without the 1 where the loss does not normalize them."""
+        """`p - e_y`; with probabilities `1 - e_y / p_y`, without the 1 if the loss does not normalize them."""
         one_hot = tf.one_hot(labels, z.shape[-1], dtype=z.dtype)
         if self.logits:
             return tf.nn.softmax(z) - one_hot
         return self._of_the_sum(z) - tf.math.divide_no_nan(one_hot, z)
 
     def information(self, z):
-        """The probabilities: those of the labels, whose slopes make up the information of a row."""
+        """The probabilities of the labels, which weigh the labels' slopes in the information of a row."""
         return self._p(z)
 
     def targets(self, labels, z, y):
-        """One-hot, with the smoothing taken back that Keras will do."""
+        """One-hot, with Keras' later label smoothing undone."""
         smoothing = self.options.get("label_smoothing", 0.0)
         one_hot = tf.one_hot(labels, z.shape[-1], dtype=z.dtype)
         return (one_hot - smoothing / z.shape[-1]) / (1.0 - smoothing)
@@ -195,7 +196,7 @@ class Categorical(Likelihood):
         return tf.nn.softmax(z) if self.logits else tf.math.divide_no_nan(z, tf.reduce_sum(z, -1, keepdims=True))
 
     def _of_the_sum(self, z):
-        """What the slope has of `log sum(z)`."""
+        """The part of the slope that comes from `log sum(z)`."""
         return tf.math.reciprocal_no_nan(tf.reduce_sum(z, -1, keepdims=True))
 
 
@@ -207,10 +208,10 @@ class Divergence(Categorical):
 
 
 class SparseCategorical(Categorical):
-    """`Categorical` for a loss that takes indices, of which it may leave one out."""
+    """`Categorical` for a loss that takes indices and may ignore one class."""
 
     def reference(self, z):
-        """As of `Categorical`, but not the class that is left out."""
+        """As in `Categorical`, but never the ignored class."""
         left_out = self.options.get("ignore_class")
         p, away = self._p(z), 2.0 if self.logits else -2.0
         if left_out is not None:
@@ -218,7 +219,7 @@ class SparseCategorical(Categorical):
         return (tf.argmin if self.logits else tf.argmax)(p, -1, tf.int32)
 
     def targets(self, labels, z, y):
-        """Indices; what the true ones leave out stays so."""
+        """Indices; entries whose true label is the ignored class keep that label."""
         left_out = self.options.get("ignore_class")
         if left_out is None:
             return labels
@@ -237,15 +238,16 @@ _OF_LOSSES = {
 
 
 def likelihood(loss, logits):
-    """The `Likelihood` whose negative logarithm a `keras.losses.Loss` is.
+    """The `Likelihood` whose negative logarithm is a `keras.losses.Loss`.
 
     Args:
-        loss: A loss as Keras has compiled it. One of one's own may have an attribute, such as `likelihood = Gaussian`,
-            if it is minus the logarithm of that, but for the weight of each entry (or row) and a term without `z`.
-        logits: Whether it reads the logits that the model's output carries.
+        loss: A loss as Keras has compiled it. A custom loss can name its likelihood in an attribute, such as
+            `likelihood = Gaussian`. The loss must be the negative logarithm of that likelihood, up to the weight of
+            each entry (or row) and a term without `z`.
+        logits: Whether the loss reads the logits that the model's output carries.
 
     Raises:
-        ValueError: There is none that is known.
+        ValueError: No likelihood of this loss is known.
     """
     error = objection(loss)
     if error is not None:
@@ -255,7 +257,7 @@ def likelihood(loss, logits):
 
 
 def objection(loss):
-    """Why there is no `likelihood` of a loss, a `ValueError`; `None`: there is one."""
+    """The reason why a loss has no `likelihood`, a `ValueError`; `None` if it has one."""
     options = keras_internals.options_of(loss)
     if _found(loss) is None:
         return no_likelihood(name_of(getattr(loss, "fn", loss)))
@@ -270,7 +272,7 @@ def objection(loss):
 
 
 def unknown(model):
-    """The name of the first loss of a compiled and built model that has no `likelihood`; `None`: all have one."""
+    """The name of the first loss of a compiled and built model that has no `likelihood`; `None` if all have one."""
     if type(model).compute_loss is not keras.Model.compute_loss:
         return "compute_loss"
     losses = keras_internals.losses_of(model)
@@ -278,7 +280,7 @@ def unknown(model):
 
 
 def no_likelihood(loss):
-    """The error for a loss that is not `-log p(y | z)` of anything known."""
+    """The error for a loss that is not `-log p(y | z)` of a known distribution."""
     return ValueError(
         f"Labels cannot be sampled for loss={loss}: it is not the negative log-likelihood of a known distribution. "
         "Those that are: mean_squared_error, mean_absolute_error, poisson, kl_divergence and the binary, categorical "
@@ -295,5 +297,5 @@ def _found(loss):
 
 
 def _symmetric(uniform):
-    """From [0, 1) to within (-1, 1)."""
+    """Maps [0, 1) into (-1, 1)."""
     return (2.0 * uniform - 1.0) * (1.0 - 1e-6)

@@ -1,23 +1,23 @@
 """Cotangents whose outer products make up a Fisher matrix.
 
-For example `i` of the batch, with `J_i` the Jacobian of what the model says, a cotangent `c_i` is such that
+For example `i` of the batch, with `J_i` the Jacobian of the model's outputs, cotangents `c_i` are chosen so that
 
-    sum_i (J_i' c_i) (J_i' c_i)'    has the expectation, or is, the Fisher matrix of the batch loss
+    sum_i (J_i' c_i) (J_i' c_i)'    equals, or has as its expectation, the Fisher matrix of the loss
 
-with everything in it once that the compiled loss weighs by: the 1/N of its mean, sample weights and class weights,
+The matrix contains every weight of the compiled loss once: the 1/N of its mean, sample weights and class weights,
 masks, loss weights, means over outputs and positions. With `omega` the weight of one entry (or one row, where one label
 is drawn for a row) and `s` the slope of `-log p(y | z)`,
 
-    "sampled"      c = sqrt(omega) s, labels y drawn from what the model says
-    "empirical"    c = sqrt(omega) s, the true labels, which are those of a draw if what the model says is right
-    "exact"        one c for each label that there is: the outer products add up, with no expectation to be taken
+    "sampled"      c = sqrt(omega) s, labels y drawn from the model
+    "empirical"    c = sqrt(omega) s, the true labels; equal in distribution to a draw if the model is right
+    "exact"        one c for each possible label; the outer products sum to the matrix
 
-Where no likelihood of the loss is known, "empirical" takes each of the N examples for one draw of weight 1/N: `c` is
-`sqrt(N) dL/dz`, and the mean of the squares of each example's own gradient is made up (`of_examples`). Of a mean over
-examples that have one label each that is the same thing; of a sum, or a mean over outputs or positions, it is not.
+If no likelihood of the loss is known, "empirical" treats each of the N examples as one draw of weight 1/N. Then `c` is
+`sqrt(N) dL/dz`, and the result is the mean of the squared per-example gradients (`of_examples`). The two definitions
+agree for a mean over examples with one label each. They differ for a sum, or a mean over outputs or positions.
 
-The weights are not Keras' to tell. They are found by computing the compiled loss once more, of the same outputs, with
-labels whose slope is known: what its derivative has more than that is `omega`.
+Keras does not expose these weights. We recover them by re-evaluating the compiled loss on the same outputs with labels
+of known slope: `omega` is the ratio of the two slopes.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def cotangents(recorded, fisher, seed):
 
 
 def of_examples(recorded):
-    """`sqrt(N) dL/dz`, times the loss scale: of a mean over N examples, the slope of each over `sqrt(N)`."""
+    """`sqrt(N) dL/dz`, times the loss scale; for a mean over N examples, each example's slope over `sqrt(N)`."""
     root = tf.sqrt(tf.cast(recorded.pure.place.total, tf.float64))
     return [tf.cast(root, slope.dtype) * slope for slope in recorded.slope]
 
@@ -106,13 +106,13 @@ def _unscaled(recorded, cotangents):
 
 
 def slopes(recorded, seed):
-    """`dL/dz` with labels drawn from what the model says, one tensor per leaf, times the loss scale."""
+    """`dL/dz` with labels drawn from the model, one tensor per leaf, times the loss scale."""
     recorded.require_leaves()
     return _on_leaves(recorded, [(w, w.omega * slope) for w, slope in _drawn(recorded, seed)])
 
 
 def weighed(recorded):
-    """What the compiled losses of a `Pass` weigh, a list of `Weighed`."""
+    """The compiled losses of a `Pass` with their weights, a list of `Weighed`."""
     if type(recorded.pure.model).compute_loss is not keras.Model.compute_loss:
         raise likelihoods.no_likelihood(f"{type(recorded.pure.model).__name__}.compute_loss")
 
@@ -150,7 +150,7 @@ def _graded(recorded, targets):
 
 
 def _empirical(recorded):
-    """Cotangents of the true labels: the slope has `omega`, and a cotangent the root of it."""
+    """Cotangents of the true labels: the slope contains `omega`, the cotangent its square root."""
     if likelihoods.unknown(recorded.pure.model) is not None:
         return of_examples(recorded)
     true = _graded(recorded, lambda likelihood, z, y: y)
@@ -160,19 +160,19 @@ def _empirical(recorded):
 
 
 def _omega(likelihood, slope, unit):
-    """The weight of each entry, or of each row: what `slope` has more than `unit`."""
+    """The weight of each entry, or of each row: the ratio of `slope` to `unit`."""
     if likelihood.by_rows:
         slope, unit = tf.reduce_sum(slope * unit, -1, keepdims=True), tf.reduce_sum(unit * unit, -1, keepdims=True)
     return tf.math.divide_no_nan(slope, unit)
 
 
 def _drawn(recorded, seed):
-    """`[(Weighed, slope of -log p)]` with labels drawn from what the model says."""
+    """`[(Weighed, slope of -log p)]` with labels drawn from the model."""
     drawn = []
     for i, w in enumerate(weighed(recorded)):
 
         def uniform(shape, salt=i + 1, dtype=w.z.dtype):
-            # not `categorical` and the like: uniform numbers are those of the whole batch, however it is cut
+            # uniform numbers, not `categorical`: they are the same however the batch is cut
             with slices.at(recorded.pure.place):
                 return randomness.uniform(shape, [salt, seed], dtype)
 
@@ -181,7 +181,7 @@ def _drawn(recorded, seed):
 
 
 def _each_label(w):
-    """Cotangents in the leaf of a `Weighed`, whose outer products add up to its Fisher information."""
+    """Cotangents in the leaf of a `Weighed`; their outer products sum to its Fisher information."""
     shape = w.z.shape[1:]
     if not shape.is_fully_defined():
         raise ValueError(
@@ -222,7 +222,7 @@ def _leaf_of(recorded, outputs):
 
 
 def _in_full_precision(outputs):
-    """The outputs anew, with what they carry for Keras' losses, in float32 or float64."""
+    """A copy of the outputs and the logits or masks they carry, in float32 or float64."""
     dtype = outputs.dtype if outputs.dtype.size >= 4 else tf.float32
     wide, found = tf.identity(tf.cast(outputs, dtype)), keras_internals.carried(outputs)
     if keras_internals.LOGITS in found:
@@ -231,5 +231,5 @@ def _in_full_precision(outputs):
 
 
 def _no_less_than_zero(omega):
-    """A NaN stays."""
+    """`omega`, at least 0; NaN stays NaN."""
     return tf.where(omega < 0, tf.zeros_like(omega), omega)
