@@ -146,8 +146,7 @@ class Pass(Jacobian):
         return backward
 
     def reaches(self, tap):
-        """Whether the loss can be differentiated in a pre-activation: not if it is inside a loop or function of the
-        model."""
+        """Whether the loss can be differentiated in a pre-activation; no inside a loop or function of the model."""
         return tf.executing_eagerly() or tap.pre_activation.graph is self._graph
 
     def slopes_at(self, tensors, cotangents):

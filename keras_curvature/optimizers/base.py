@@ -1,23 +1,22 @@
-"""What every optimizer of the package shares: from a direction to Keras, safely.
+"""The base class of every optimizer: it hands a method's direction to Keras, safely.
 
 A subclass writes exactly one of
 
-* `direction(linearization)`: the step, before the learning rate, from a `Linearization` of the batch. Runs on a
-  curved model (`keras_curvature.curved`), or on any model where the gradient is all it asks for.
-* `precondition(gradients)`: the same from the gradient alone, which Keras has clipped and accumulated; or Keras' own
-  `update_step(gradient, variable, learning_rate)`, where each variable is a matter of its own. Either runs on any
-  model, and says `needs = Needs(only_gradients=True)`.
+* `direction(linearization)`: the step, before the learning rate, from a `Linearization` of the batch. Runs on a curved
+  model (`keras_curvature.curved`), or on any model if it uses only the gradient.
+* `precondition(gradients)`: the step from the gradient alone, which Keras has clipped and accumulated; or Keras' own
+  `update_step(gradient, variable, learning_rate)`, for methods that treat each variable separately. Both run on any
+  model and declare `needs = Needs(only_gradients=True)`.
 
-and `create_state(variables)` for what it remembers. Keras keeps everything that Keras does: learning-rate
-schedules, weight decay, clipping, averages of the weights, constraints, gradient accumulation, checkpoints.
+and `create_state(variables)` for its state. Keras still handles learning-rate schedules, weight decay, clipping,
+averages of the weights, constraints, gradient accumulation, checkpoints.
 
-Nothing is assigned while a direction is computed. `remember(variable, value)` notes what the state shall become,
-and the step takes all of it, or, where the loss or the direction is not finite, none of it: then weights and
-state stay bit-identical and `skipped_steps` counts one. Under a dynamic loss scale a refresh that
-fails skips the step too, for the scale to be halved. Until a first batch has a gradient beyond that of the weight
-regularizers, nothing is taken: state made of a batch without weight would make the next steps explode. State is kept in
-float32 at least, also that of weights in half precision. (Of accumulated gradients Keras makes a step by itself: where
-that alone is not finite, its weight decay and its averages have gone on.)
+Nothing is assigned while a direction is computed. `remember(variable, value)` notes the next state, and the step
+assigns all notes or none. If the loss or the direction is not finite, weights and state stay bit-identical and
+`skipped_steps` counts one. Under a dynamic loss scale a failed refresh also skips the step, so that the scale is
+halved. No step is taken until a first batch has a gradient beyond that of the weight regularizers: state from a batch
+without weight would make the next steps explode. State is kept in float32 at least, also for weights in half precision.
+With gradient accumulation Keras takes the step, so weight decay and EMA apply even when it is not finite.
 """
 
 import tensorflow as tf
@@ -38,18 +37,17 @@ class CurvatureOptimizer(Lifecycle):
             `direction` clipping applies to the step.
 
     Attributes:
-        reports: `{name: "mean" | "last" | "sum"}`: the numbers that a curved model shows in its logs, and how an
-            epoch sums them up.
-        needs: What the method asks of a train step, a `Needs`; an instance may be given one of its own, as an argument
-            of this constructor. Defaults to products and Hessian.
-        idle_steps: How many steps at the beginning fill the state and do not move the weights.
+        reports: `{name: "mean" | "last" | "sum"}`: the numbers that a curved model logs, and how an epoch reduces them.
+        needs: The `Needs` of the method from a train step; the constructor's argument `needs` sets them for one
+            instance. Defaults to products and Hessian.
+        idle_steps: The number of first steps that fill the state and do not move the weights.
     """
 
     reports = {"skipped_steps": "sum"}
     needs = Needs(products=True, hessian=True)
     idle_steps = 0
 
-    # To be written by a method.
+    # A method implements these.
 
     def create_state(self, variables):
         """Create the optimizer's variables; called once, by `build`."""
@@ -66,7 +64,7 @@ class CurvatureOptimizer(Lifecycle):
         raise NotImplementedError(f"`{type(self).__name__}` must implement `precondition(gradients)`.")
 
     def update_step(self, gradient, variable, learning_rate):
-        """`variable += learning_rate * direction`: what Keras carries as the gradient is the direction here."""
+        """`variable += learning_rate * direction`; Keras passes the direction as `gradient`."""
         dtype = trees.wide(variable.dtype)
         rate, direction = tf.cast(learning_rate, dtype), tf.cast(gradient, dtype)
         if dtype == variable.dtype:
@@ -75,31 +73,31 @@ class CurvatureOptimizer(Lifecycle):
         else:  # half precision: the sum is rounded once
             variable.assign(tf.cast(tf.cast(variable, dtype) + rate * direction, variable.dtype))
 
-    # To be called by a method.
+    # A method calls these.
 
     def remember(self, variable, value):
-        """Note that `variable` (or each of a list of variables) shall become `value`, if the step is taken."""
+        """Note the next value of `variable`, or of each of a list of variables; assigned if the step is taken."""
         if isinstance(variable, list):
             self._noted.extend(zip(variable, value))
         else:
             self._noted.append((variable, value))
 
     def report(self, **numbers):
-        """Report scalars by the names in `reports`; a NaN means that there is nothing to report this time."""
+        """Report scalars by the names in `reports`; NaN means no report in this step."""
         self._reported.update(numbers)
 
     def reject(self, rejected):
-        """Do not take this step, where the scalar says so: weights stay bit-identical, and what is noted is stored.
+        """Leave the weights bit-identical if the scalar `rejected` is true; noted state is stored.
 
-        Keras counts the step; its weight decay and averages pass it over. The report `step_norm` is 0.
+        Keras counts the step but applies no weight decay or averaging. The report `step_norm` is 0.
         """
         self._rejected = rejected
 
     def refresh(self, variables, every, compute, phase=0):
-        """What each of a list of variables becomes: `compute()` at steps `phase`, `phase + every`, ..., else itself.
+        """The next values of a list of variables: `compute()` at steps `phase`, `phase + every`, ..., else unchanged.
 
-        Of what is computed, a tensor that is not finite is dropped for the one that was there; the report
-        `failed_refreshes` counts them. The values are remembered.
+        A non-finite result is discarded and the old value kept; the report `failed_refreshes` counts these. The values
+        are remembered.
         """
         if not variables:
             return []
@@ -112,7 +110,7 @@ class CurvatureOptimizer(Lifecycle):
             def choose():
                 return [tf.where(fine, a, b) for fine, a, b in zip(tf.unstack(good), new, kept)]
 
-            # a choice is a copy, and hardly ever there is one to make
+            # `where` copies, so skip it in the usual all-finite case
             values = tf.cond(tf.reduce_all(good), lambda: new, choose)
             return values, tf.reduce_sum(tf.cast(tf.logical_not(good), tf.float32))
 
@@ -126,11 +124,11 @@ class CurvatureOptimizer(Lifecycle):
         return values
 
     def linear_step(self):
-        """What `stability` asks: a `LinearStep` of `limits.py`, or a `NotLinear` where there is none."""
+        """The description of the step for `stability`: a `LinearStep` or a `NotLinear` of `limits.py`."""
         return NotLinear(f"Of `{type(self).__name__}` no limit on the curvature is known.")
 
     def shift(self):
-        """Where to linearize, a vector from the stored weights; asked where `needs.shifted`."""
+        """The point to linearize at, a vector relative to the stored weights; called if `needs.shifted`."""
         raise NotImplementedError(f"`{type(self).__name__}` has `needs.shifted`, and must implement `shift()`.")
 
     @property
@@ -140,7 +138,7 @@ class CurvatureOptimizer(Lifecycle):
     def add_scalar(self, value, name):
         """A scalar variable of the optimizer's state, with its initial value."""
 
-        def initial(shape, dtype):  # Keras' `Constant` rounds to float32 on the way
+        def initial(shape, dtype):  # Keras' `Constant` would round to float32
             return tf.constant(value, dtype)
 
         return self.add_variable((), initializer=initial, name=name, aggregation="none")

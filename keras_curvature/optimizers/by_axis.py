@@ -1,8 +1,8 @@
-"""What Shampoo, SOAP and KL-Shampoo share: variables in blocks, and a matrix for each axis of a block.
+"""Shared code of Shampoo, SOAP and KL-Shampoo: variables in blocks, and a matrix for each axis of a block.
 
-A block is a variable, its small neighbouring axes merged and its long ones cut. State is kept block by block: a
-moment has the block's shape, a factor is `(n, n)` for an axis of length `n`. Lists of factors are flat, in the order of
-`_places`, which names the block and the axis of each.
+A block is a variable with small neighbouring axes merged and long axes cut. State is kept per block: a moment has the
+block's shape, a factor is `(n, n)` for an axis of length `n`. Lists of factors are flat, in the order of `_places`,
+which holds the block and the axis of each factor.
 """
 
 import math
@@ -26,13 +26,13 @@ class ByAxis(CurvatureOptimizer):
     def create_blocks(self, variables, merge, size=None, longest=None, vectors=True):
         """Choose blocks and places.
 
-        An axis longer than `longest`, before it is cut, gets no matrix, nor does that of a vector perhaps.
+        Axes longer than `longest` (before the cut) get no matrix; vectors get one only if `vectors`.
         """
         self._blocks = Blocks([tuple(v.shape) for v in variables], merge, size)
         self._shapes = self._blocks.shapes
-        # not `iterations`: Keras counts a step too whose direction was not finite, and which the state has not seen
+        # not `iterations`: Keras also counts steps with a non-finite direction, which do not enter the state
         self._taken = self.add_variable((), dtype="int", name="taken", aggregation="none")
-        # eigendecompositions know no half precision
+        # eigendecompositions do not support half precision
         wide = any(keras.backend.standardize_dtype(v.dtype) == "float64" for v in variables)
         self._dtype = "float64" if wide else "float32"
         self._places = [
@@ -41,7 +41,7 @@ class ByAxis(CurvatureOptimizer):
         ]  # fmt: skip
 
     def add_moments(self, name, blocks=None):
-        """A variable of zeros for each block, or each of some."""
+        """A variable of zeros for each block, or for the given blocks."""
         blocks = range(len(self._shapes)) if blocks is None else blocks
         return [self.add_variable(self._shapes[i], dtype=self._dtype, name=f"{name}_{i}") for i in blocks]
 
@@ -53,7 +53,7 @@ class ByAxis(CurvatureOptimizer):
         ]
 
     def taken(self):
-        """The number of gradients that the state is made of, as a tensor; noted to be one more after this step."""
+        """The number of gradients in the state, a tensor; it is noted to increase by one with this step."""
         taken = tf.identity(tf.convert_to_tensor(self._taken))
         self.remember(self._taken, taken + 1)
         return taken
@@ -68,7 +68,7 @@ class ByAxis(CurvatureOptimizer):
         return [tf.cast(block, self._dtype) for block in self._blocks.split(gradients)]
 
     def join(self, blocks, like):
-        """The vector that is made of the blocks, in the precisions of `like`."""
+        """The vector made of the blocks, in the dtypes of `like`."""
         return [tf.cast(tensor, other.dtype) for tensor, other in zip(self._blocks.join(blocks), like)]
 
     def operator(self, product):
@@ -76,7 +76,7 @@ class ByAxis(CurvatureOptimizer):
         return Function(lambda vector: self.join(product(self.split(vector)), vector), psd=True)
 
     def by_block(self, flat):
-        """Of a flat list, what belongs to each block: a list for its axes, with `None` where there is nothing."""
+        """A flat list grouped by block: a list over the block's axes, with `None` for axes without a value."""
         found = [[None] * len(shape) for shape in self._shapes]
         for (i, k), value in zip(self._places, flat):
             found[i][k] = value
@@ -89,17 +89,17 @@ class ByAxis(CurvatureOptimizer):
         return -tf.math.expm1(tf.cast(steps, self._dtype) * math.log(beta))  # no digits lost where beta is close to 1
 
     def average(self, old, new, beta, begun=None):
-        """`beta old + (1 - beta) new`, or their sum where `beta` is 1; `new` counts for nothing where not `begun`."""
+        """`beta old + (1 - beta) new`, or their sum if `beta` is 1; without `begun`, `new` is left out."""
         share = 1.0 if beta == 1 else 1.0 - beta
         if begun is not None:
             share *= tf.cast(begun, self._dtype)
         return [beta * m + share * n for m, n in zip(old, new)]
 
     def adam(self, m, v, steps):
-        """Adam's step from its two moments after so many of them, in the form that Keras and PyTorch have."""
+        """Adam's step from its two moments after `steps` gradients, in the form of Keras and PyTorch."""
         rate = -tf.sqrt(self.correction(self.beta_2, steps)) / self.correction(self.beta_1, steps)
         return [rate * m_ / (tf.sqrt(v_) + self.epsilon) for m_, v_ in zip(m, v)]
 
     def adam_scales(self, v):
-        """What the last of Adam's steps multiplied the entries of its gradients by, but for the sign."""
+        """The factors on the entries of the gradient in Adam's last step, without the sign."""
         return trees.negative(self.adam([tf.ones_like(a) for a in v], v, tf.identity(self._taken.value) - 1))

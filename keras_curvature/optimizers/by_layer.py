@@ -1,4 +1,4 @@
-"""What the methods of Kronecker factors share: a list of blocks, and a pair of factors for each."""
+"""Shared code of the Kronecker-factored methods: a list of blocks, with a pair of factors for each."""
 
 import warnings
 
@@ -12,7 +12,7 @@ DECAY = 0.95  # Martens and Grosse (2015), section 5
 
 
 def warn_of(optimizer, model, indices, instead):
-    """Warn once of the weights without Kronecker factors, with the reason for each and their share of all weights."""
+    """Warn once about weights without Kronecker factors, with the reasons and the share of all weights."""
     if not indices:
         return
     named = [f"{path} ({reason})" for path, reason in reasons(model, indices)]
@@ -26,7 +26,7 @@ def warn_of(optimizer, model, indices, instead):
 
 
 def create_factors(optimizer, blocks, name, kinds=("matrix", "diagonal")):
-    """`[A, G, A, G, ...]`, those of some kinds: variables that are the identity so far."""
+    """`[A, G, A, G, ...]` of the given kinds: variables that start at the identity."""
 
     def identity(shape, dtype):
         return tf.eye(shape[-1], batch_shape=shape[:-2], dtype=dtype)
@@ -40,7 +40,7 @@ def create_factors(optimizer, blocks, name, kinds=("matrix", "diagonal")):
 
 
 def ones(optimizer, like, name):
-    """A variable for what is shaped like a block or a variable, 1 so far."""
+    """A variable shaped like a block or a variable, initially 1."""
     return _create(optimizer, like.shape, like.dtype, name, "ones")
 
 
@@ -55,13 +55,13 @@ def pairs(values):
 
 
 def matrices(blocks):
-    """Which of `[A, G, A, G, ...]` are matrices and not diagonals."""
+    """The indices of the matrices among `[A, G, A, G, ...]`; the others are diagonals."""
     kinds = [kind for block in blocks for kind in block.kinds]
     return [i for i, kind in enumerate(kinds) if kind == "matrix"]
 
 
 def averaged(old, new, counts):
-    """`(running averages, which of them are finite)` of lists of tensors, old averages of `counts` looks each."""
+    """`(running averages, which of them are finite)` of lists of tensors; `counts` estimates are in `old`."""
     kept = tf.minimum(1.0 - 1.0 / (tf.cast(counts, tf.float64) + 1.0), DECAY)
     averages = [
         tf.cast(k, n.dtype) * tf.cast(o, n.dtype) + tf.cast(1.0 - k, n.dtype) * n
@@ -82,7 +82,7 @@ def deal(function, blocks, items):
 
 
 def inverses(blocks, factors, dampings):
-    """Of `[A, G, A, G, ...]`, inverses with the damping of each block parted among the two."""
+    """Inverses of `[A, G, A, G, ...]`, with the damping of each block split between its two factors."""
     split = []
     for block, both, damping in zip(blocks, pairs(factors), dampings):
         means = [_mean_eigenvalue(factor, kind) for factor, kind in zip(both, block.kinds)]
@@ -93,7 +93,7 @@ def inverses(blocks, factors, dampings):
 
 
 def _cubes(matrix):
-    """What it costs to invert or decompose some matrices `(..., d, d)`."""
+    """The cost of inverting or decomposing matrices `(..., d, d)`."""
     return matrix.shape.num_elements() * matrix.shape[-1]
 
 

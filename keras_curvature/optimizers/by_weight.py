@@ -1,4 +1,4 @@
-"""What the methods of a diagonal share: momentum over a running average of squares or curvatures."""
+"""Shared code of the diagonal methods: momentum over a running average of squares or curvatures."""
 
 import tensorflow as tf
 
@@ -13,12 +13,12 @@ class DiagonalOptimizer(CurvatureOptimizer):
         m <- beta_1 m + (1 - beta_1) g                 in every step
         D <- beta_2 D + (1 - beta_2) estimate          in step 0, every, 2 every, ...
 
-    An estimate that is not finite is left out, each variable's for itself, and counted by `failed_refreshes`. A
-    subclass has attributes `beta_1, beta_2, every`; with `beta_2=None` the average is the mean of all estimates.
+    A non-finite estimate is left out, separately for each variable, and counted in `failed_refreshes`. A subclass has
+    attributes `beta_1, beta_2, every`; with `beta_2=None` the average is the mean of all estimates.
     """
 
     def create_state(self, variables):
-        """`m` (unless `beta_1` is 0), `D`, and how many estimates are in the average of each variable."""
+        """`m` (unless `beta_1` is 0), `D`, and the number of estimates in the average of each variable."""
         self._m = self.add_optimizer_variables(variables, "m") if self.beta_1 else []
         self._D = [
             self.add_variable(shape, dtype=v.dtype, name=f"{v.path.replace('/', '_')}_D", aggregation="none")
@@ -32,12 +32,12 @@ class DiagonalOptimizer(CurvatureOptimizer):
 
     @property
     def seed(self):
-        """For random numbers that every replica shall draw alike: the number of the step."""
+        """The number of the step, a seed that is the same on every replica."""
         return tf.cast(self.iterations, tf.int32)
 
     def product(self, lin, probe):
-        """A function that gives `(z, H z)` of a random vector; the gradient's passes are then those of the Hessian."""
-        # here, outside of the condition on the step: inside, it would need passes of its own
+        """A function that returns `(z, H z)` for a random vector `z`; the Hessian shares the gradient's passes."""
+        # outside the condition on the step: inside, it would need its own passes
         H, weights = lin.hessian(), lin.weights
 
         def product():
@@ -47,13 +47,13 @@ class DiagonalOptimizer(CurvatureOptimizer):
         return product
 
     def follow(self, gradient, estimate):
-        """`(m, D, counts)` after this step: averages, and the numbers of estimates in those of `D`.
+        """`(m, D, counts)` after this step: the averages, and the numbers of estimates in `D`.
 
         Args:
             gradient: A function of no arguments that gives the gradient.
-            estimate: A function that gives an estimate of the diagonal; called where one is due.
+            estimate: A function that returns an estimate of the diagonal; called when one is due.
         """
-        if self.every > 1:  # what the estimate can make use of shall be there, outside of the condition
+        if self.every > 1:  # computed outside the condition, so that the estimate can reuse its passes
             gradient()
         D, counts = self._average(estimate)
         return self._momentum(gradient()), D, counts
@@ -70,7 +70,7 @@ class DiagonalOptimizer(CurvatureOptimizer):
 
         def average():
             averages = [self._next(*each) for each in zip(estimate(), trees.values(self._D), tf.unstack(counted))]
-            # `refresh` keeps the old average where this one is not finite: then nothing was taken in
+            # `refresh` keeps the old average if the new one is not finite; its count then stays
             fine = tf.stack([trees.sums_up(average) for average in averages])
             return [*averages, counted + tf.cast(fine, counted.dtype)]
 
@@ -86,5 +86,5 @@ class DiagonalOptimizer(CurvatureOptimizer):
         return average * self.beta_2 + estimate * (1.0 - self.beta_2)
 
     def share(self, beta, count, dtype):
-        """`1 - beta^count`: what an average that began at zero has taken in, and is divided by."""
+        """`1 - beta^count`, the bias correction of an average that began at zero."""
         return 1.0 - tf.pow(tf.constant(beta, dtype), tf.cast(count, dtype))

@@ -1,15 +1,15 @@
-"""How large a curvature a step bears: closed forms, for methods whose step is a linear map of the gradient.
+"""The largest curvature at which a step is stable: closed forms for steps that are linear in the gradient.
 
 With the state held fixed, a step of such a method on a quadratic of Hessian `H` is, with `M` positive definite,
 
     m <- b m + (1 - b) H w
     w <- (1 - d) w - learning_rate M (p m + q H w)                      the new m; d = learning_rate * weight_decay
 
-In the eigenvectors of `M H` these are two numbers each, and what shrinks there is decided by the roots of
+Along each eigenvector of `M H` the state has two numbers. They shrink if these roots are inside the unit circle:
 
     z^2 - (1 - d + b - a (p (1 - b) + q)) z + b (1 - d - a q) = 0,      a = learning_rate * eigenvalue
 
-The first root to leave the unit circle as `a` grows does so at -1: the weights swing from side to side. There
+As `a` grows, the first root leaves the unit circle at -1: the weights oscillate. There
 
     a = (2 - d) (1 + b) / (p (1 - b) + q (1 + b))                       the limit
 
@@ -31,24 +31,24 @@ class Rule:
 
     Args:
         factor: `(1 + b) / (p (1 - b) + q (1 + b))`, a number.
-        text: The same in words, such as `"(1+0.9)/(1-0.9)"`; nothing where it is 1.
+        text: The factor as a formula, such as `"(1+0.9)/(1-0.9)"`; empty if it is 1.
     """
 
     factor: float = 1.0
     text: str = ""
 
     def limit(self, rate, decay):
-        """On `rate` times the largest eigenvalue of `M H`; `decay` is the decoupled weight decay."""
+        """The limit on `rate` times the largest eigenvalue of `M H`; `decay` is the decoupled weight decay."""
         return (2.0 - rate * decay) * self.factor
 
     def formula(self, rate, decay):
-        """The limit over `rate`, which is the largest eigenvalue that is borne, with its numbers."""
+        """The limit over `rate`, the largest stable eigenvalue, as a formula with numbers."""
         two = f"(2-{number(rate)}·{number(decay)})" if decay else "2"
         return f"{two}{self.text}/{number(rate)}"
 
 
 def heavy_ball(b):
-    """`m <- b m - learning_rate g,  w <- w + m`; gradient descent where `b` is 0."""
+    """`m <- b m - learning_rate g,  w <- w + m`; gradient descent if `b` is 0."""
     return Rule(1.0 + b, f"(1+{number(b)})" if b else "")
 
 
@@ -70,9 +70,9 @@ def combined(b, p, q):
 
 @dataclasses.dataclass(frozen=True)
 class OnTheQuadratic:
-    """`z <- rho z - beta ((H + damping I) z + g),  w <- w + learning_rate z`: momentum that knows the curvature itself.
+    """`z <- rho z - beta ((H + damping I) z + g),  w <- w + learning_rate z`: momentum with curvature in its recursion.
 
-    The largest eigenvalue that is borne is `2 (1 + rho - beta damping) / (beta (2 + learning_rate))`.
+    The largest stable eigenvalue is `2 (1 + rho - beta damping) / (beta (2 + learning_rate))`.
     """
 
     rho: float
@@ -94,13 +94,13 @@ class OnTheQuadratic:
 
 @dataclasses.dataclass(frozen=True)
 class LinearStep:
-    """What a method says of its step, where that is a linear map of the gradient while the state is held fixed.
+    """The description of a step that is a linear map of the gradient while the state is held fixed.
 
     Args:
-        rule: A `Rule`, or whatever has its two methods.
-        preconditioner: A function that gives `M` at the present state, a positive definite `LinearOperator`; asked
-            after the first step only. `None`: the identity.
-        note: A sentence on when the limit is another than that, or `None`.
+        rule: A `Rule`, or another object with its two methods.
+        preconditioner: A function that returns `M` at the current state, a positive definite `LinearOperator`; called
+            only after the first step. `None`: the identity.
+        note: A sentence on when the limit does not hold, or `None`.
     """
 
     rule: Rule
@@ -110,7 +110,7 @@ class LinearStep:
 
 @dataclasses.dataclass(frozen=True)
 class NotLinear:
-    """What a method says whose step is no such map.
+    """The description of a step that is not linear in the gradient.
 
     Args:
         reason: A sentence for the user.
@@ -120,11 +120,11 @@ class NotLinear:
 
 
 def steps_taken(optimizer):
-    """What `iterations + 1` was in the last step, a Python integer: Keras counts all batches of accumulated ones."""
+    """`iterations + 1` of the last step, a Python integer; with gradient accumulation Keras counts every batch."""
     batches = replicas.read(optimizer.iterations)
     return batches - batches % (optimizer.gradient_accumulation_steps or 1)
 
 
 def number(value):
-    """A number as one would write it: six digits, no more zeros than needed."""
+    """A number with six significant digits and no trailing zeros."""
     return f"{value:.6g}"

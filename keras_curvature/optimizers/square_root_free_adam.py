@@ -18,9 +18,10 @@ class SquareRootFreeAdam(DiagonalOptimizer):
         v <- beta_2 v + (1 - beta_2) g^ * g^
         w <- w - learning_rate * m / (v / (1 - beta_2^t) + epsilon)
 
-    where `m` is free of its bias like `v`. With `fisher="empirical"`, `g^` is the gradient itself: Adam but for the
-    exponent 1 of `v`, on any model, curved or not. With `"sampled"` it is the gradient with labels drawn from the model, which makes `v` an estimate of the Fisher matrix proper, for one more backward pass. What is `epsilon`
-    in Adam is a damping here: the step grows with its inverse. Keeps two copies of the weights.
+    where `m` is corrected for bias like `v`. With `fisher="empirical"`, `g^` is the gradient itself: Adam with the
+    exponent 1 of `v`, on any model, curved or not. With `"sampled"` it is the gradient with labels drawn from the
+    model. Then `v` estimates the Fisher matrix itself, for one more backward pass. `epsilon` acts as a damping: the
+    step grows with its inverse. Keeps two copies of the weights.
 
     Reference: Frans, "Second-order optimization" in "Notes on deep learning" (the sections "Adagrad and Adam" and
     "Fisher vs. empirical Fisher"), after Hwang, "FAdam" (2024). Differences: (1) momentum, which the notes' code leaves

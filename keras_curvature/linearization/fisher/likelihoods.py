@@ -170,8 +170,7 @@ class Categorical(Likelihood):
         return tf.minimum(tf.reduce_sum(tf.cast(up_to <= u, tf.int32), -1), tf.shape(z)[-1] - 1)
 
     def reference(self, z):
-        """With logits the least probable label, with probabilities the most probable one: Keras clips the others near
-        0."""
+        """With logits the least probable label, with probabilities the most: Keras clips the others near 0."""
         p = self._p(z)
         return tf.argmin(p, -1, tf.int32) if self.logits else tf.argmax(p, -1, tf.int32)
 

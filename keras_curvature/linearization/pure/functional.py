@@ -1,14 +1,13 @@
 """The model as a pure function of its weights.
 
 A Keras model has state: batch statistics move with every call in training mode, a dropout layer draws a new
-mask, compiled losses count what they saw. A curvature product needs the opposite, a function that gives the
-same value at the same weights however often it is called. `PureModel` is that function on one slice of a batch: it
-reads the state once, evaluates under a `keras.StatelessScope`, and hands back what the state would have become, for
-the train step to commit once.
+mask, compiled losses count examples. A curvature product needs a function that returns the same value at the same
+weights in every call. `PureModel` is this function on one slice of a batch: it reads the state once, evaluates under a
+`keras.StatelessScope`, and returns the next state, which the train step commits once.
 
-A model that ends in a softmax or sigmoid carries its logits along, as an attribute of its output, and Keras'
-cross-entropies (3.15) read those. So the loss may leave the model through the logits and not through the output;
-both are kept as *leaves*, and the derivative tells which of them the loss really used.
+A model that ends in a softmax or sigmoid carries its logits as an attribute of its output, and Keras' cross-entropies
+(3.15) read them. So the loss may depend on the logits instead of the output. Both are kept as *leaves*, and the
+derivative tells which of them the loss used.
 """
 
 import contextlib
@@ -24,15 +23,15 @@ from keras_curvature.linearization.pure import slices
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What one forward pass gives.
+    """The result of one forward pass.
 
     Attributes:
         outputs: The model's outputs, in its own structure.
         leaves: The tensors through which the loss depends on the model: its floating outputs and their logits.
-        loss: Scalar: the compiled loss with sample weights, masks, regularizers and added losses; of a slice of
-            the batch, its share of it, so that the slices sum up to the whole.
-        state: Next values of the model's non-trainable variables, `None` for those that the pass did not touch.
-        counters: Next values of the variables of the model's metrics, of which the loss itself moves some; `None` else.
+        loss: Scalar: the compiled loss with sample weights, masks, regularizers and added losses. On a slice of the
+            batch it is the slice's share, so the shares sum to the loss of the batch.
+        state: Next values of the model's non-trainable variables, `None` for variables that the pass did not change.
+        counters: Next values of the variables of the model's metrics, some of which the loss updates; else `None`.
     """
 
     outputs: object
@@ -43,10 +42,10 @@ class Evaluation:
 
 
 class KeptPass:
-    """What `make(pure)` gives (a `Pass`) of a replica's whole share of the batch, made once and kept for all questions.
+    """The result of `make(pure)` (a `Pass`) on a replica's whole share of the batch, made once and kept.
 
     Attributes:
-        recorded: What was recorded.
+        recorded: The result of `make`.
         evaluation: Its `Evaluation`.
     """
 
@@ -78,16 +77,15 @@ class PureModel:
         model: A built and compiled `keras.Model`.
         batch: `(x, y, sample_weight)`, as Keras' `train_step` unpacks it.
         place: The `Place` of these examples in the whole batch.
-        state: Values to begin with of `stateful`, and of `counting` if it holds as many. Defaults to those now.
-        training: Whether layers do as in training, or as in inference. Defaults to `True`.
-        seeds: Values to begin with of the seeds of the model's layers, a tensor `(seeds, 2)`, in place of those now.
-            Optional.
+        state: Initial values of `stateful`, optionally followed by those of `counting`. Defaults to the current values.
+        training: Whether layers run in training mode or in inference mode. Defaults to `True`.
+        seeds: Initial values of the seeds of the model's layers, a tensor `(seeds, 2)`. Defaults to the current values.
 
     Attributes:
         evaluation: The last `Evaluation`, `None` before the first.
         stateful: The model's non-trainable variables.
         counting: The variables of its metrics.
-        state: The values to begin with.
+        state: The initial values.
     """
 
     def __init__(self, model, batch, place, state=None, training=True, seeds=None):
@@ -95,7 +93,7 @@ class PureModel:
         self.x, self.y, self.sample_weight = batch
         self._arguments = {"training": training} if keras_internals.takes_training(model) else {}
         self.stateful, self.counting = model.non_trainable_variables, model.metrics_variables
-        # read once: the seeds and batch statistics of every later evaluation are those of this moment
+        # read once: every evaluation begins with the same seeds and batch statistics
         self.state = _now(self.stateful, seeds) if state is None else state
 
     def evaluate(self, weights, loss_tape=None):
@@ -134,11 +132,11 @@ class PureModel:
         return PureModel(self.model, batch, place, self.state if state is None else state, self.training)
 
     def compiled_loss(self, outputs, change):
-        """The compiled loss of outputs that an evaluation has given, without regularizers; moves nothing.
+        """The compiled loss of the outputs of an evaluation, without regularizers; changes no state.
 
         Args:
             outputs: The model's outputs, in its own structure.
-            change: A function of each `keras.losses.Loss` to what is called in its place.
+            change: A function that maps each `keras.losses.Loss` to the function called in its place.
         """
         loss = keras_internals.changed_losses(self.model, change)
         with keras.StatelessScope(), slices.at(dataclasses.replace(self.place, weighs_means=True)):
@@ -150,15 +148,15 @@ class PureModel:
             loss = keras_internals.compute_loss(self.model, self.x, self.y, outputs, self.sample_weight, self.training)
         if not own or self.place.is_even:
             return loss
-        # a loss of one's own is taken for a mean over the examples that leaves the replicas to Keras
+        # a custom loss counts as a mean over the examples that leaves the replicas to Keras
         return self.place.weigh(loss * replicas.count())
 
     def _next(self, new, old):
-        """The next value of a variable; without an example, statistics stay and seeds move on all the same."""
+        """The next value of a variable; on a slice without examples statistics stay and seeds still advance."""
         new = tf.convert_to_tensor(new)
         return self.place.unless_empty(new, old) if new.dtype.is_floating and old is not None else new
 
-    # What `MicroBatches` does on many slices is done here on one.
+    # The methods of `MicroBatches`, for a single slice.
 
     def sum(self, local):
         """`local(pure)`, a nest of tensors, added up over the slices."""
@@ -177,13 +175,13 @@ class PureModel:
 
 
 def _now(stateful, given):
-    """The values of variables, but of seeds, in their order, those that are given."""
+    """The values of the variables; for seeds, the given values in order."""
     own = {} if given is None else {id(v): value for v, value in zip(seeds(stateful), tf.unstack(given))}
     return [own[id(v)] if id(v) in own else tf.identity(v.value) for v in stateful]
 
 
 def _check_not_assigned(scope, variables, given):
-    """Refuse a model that sets its own trainable weights in a forward pass: it is no function of its weights."""
+    """Refuse a model that assigns its trainable weights in a forward pass: it is not a function of its weights."""
     for variable, value in zip(variables, given):
         if scope.get_current_value(variable) is not value:
             raise ValueError(
@@ -195,7 +193,7 @@ def _check_not_assigned(scope, variables, given):
 
 
 def _cut(outputs):
-    """Outputs whose floating tensors are fresh, and the list of these tensors and of the logits they carry."""
+    """A copy of the outputs with new floating tensors, and the list of these tensors and their logits."""
     leaves = []
 
     def fresh(y):
@@ -203,7 +201,7 @@ def _cut(outputs):
             return y
         found = keras_internals.carried(y)
         logits = found.get(keras_internals.LOGITS)
-        # Keras' losses would cast half precision to float32, and lose the logits by that
+        # Keras' losses cast half precision to float32, and the cast would drop the logits
         cut = tf.cast(y, tf.float32) if logits is not None and y.dtype.size < 4 else tf.identity(y)
         leaves.append(cut)
         if logits is not None:
@@ -215,12 +213,12 @@ def _cut(outputs):
 
 
 def seeds(variables):
-    """Those of a model's variables that are the states of random generators, a list."""
+    """The states of random generators among a model's variables, a list."""
     return [v for v in variables if v.name == "seed_generator_state"]
 
 
 def check_model(owner, model):
-    """Refuse what is no Keras model, or has no loss; `owner` is the class or function whose argument it is."""
+    """Refuse a `model` that is not a Keras model or has no loss; `owner` is the class or function that got it."""
     check(owner, "model", model, isinstance(model, keras.Model), "a `keras.Model`")
     if not model.compiled:
         raise ValueError(
@@ -229,9 +227,9 @@ def check_model(owner, model):
 
 
 def build_for(model, x, y, sample_weight):
-    """Create whatever of the model, its loss, metrics and optimizer waits to see a first batch.
+    """Build the parts of the model, loss, metrics and optimizer that wait for a first batch.
 
-    Keras does so when its train step is traced; under a `StatelessScope` it would be too late for variables.
+    Keras builds them when it traces its train step; a `StatelessScope` cannot create variables.
     """
     if keras_internals.is_built(model):
         return

@@ -2,13 +2,13 @@
 
     f(w) = sum_i f_i(w),      H v = sum_i H_i v,      G v = sum_i J_i' H_L J_i v
 
-with `f_i` the loss of slice `i`, times its share of the batch. Each slice is evaluated anew in every pass, in a loop
-that keeps sums (vectors) and rows (outputs and their tangents) but no activation, so the memory is that of one slice.
-The price is a forward pass for each product, which those of a whole batch share.
+with `f_i` the loss of slice `i`, times its share of the batch. Every pass evaluates each slice again, in a loop that
+keeps sums (vectors) and rows (outputs and their tangents) but no activations. So the memory is that of one slice. Each
+product costs its own forward pass, which the products of a whole batch would share.
 
-The slices see what they would see as parts of the batch: dropout masks are its rows, and seeds move on as in one
-pass. `BatchNormalization` alone normalizes each slice by itself, and its moving statistics take in one after another.
-Every output of the model must have the batch as its first axis, for the slices' to be put together again.
+The slices behave as parts of the batch: dropout masks are the rows of the batch's mask, and seeds advance as in one
+pass. Only `BatchNormalization` normalizes each slice by itself, and its moving statistics take in the slices one after
+another. Every output of the model must have the batch as its first axis, so that the slices can be concatenated.
 """
 
 import weakref
@@ -22,7 +22,7 @@ from keras_curvature.linearization.pure.functional import Evaluation
 
 
 class MicroBatches:
-    """A `PureModel` on slices of a batch; with fewer examples than slices, as many as examples.
+    """A `PureModel` on slices of a batch; at most as many slices as examples.
 
     Args:
         pure: A `PureModel` of the whole share of the replica.
@@ -59,8 +59,8 @@ class MicroBatches:
             *tangents: Nests of tensors with a row for each example.
 
         Returns:
-            `(sums, rows, state)`: nests of sums over the slices and of rows of all of them, and what the last of them
-            left of the model's state and counters, `None` where none has moved it.
+            `(sums, rows, state)`: nests of sums over the slices and of concatenated rows, and the model's state and
+            counters after the last slice, `None` for unchanged variables.
         """
         touched = []
 
@@ -83,7 +83,7 @@ class MicroBatches:
         return start, (i + 1) * self._pure.place.examples // self._count - start
 
     def _part(self, start, length, state):
-        # statistics pass from slice to slice, but seeds begin again: the slices are parts of one draw
+        # statistics pass from slice to slice; seeds start again, because the slices are parts of one draw
         own = len(self._pure.stateful)
         begin = [now if now.dtype.is_floating else first for now, first in zip(state[:own], self._state)]
         return self._pure.part(start, length, [*begin, *state[own:]])
@@ -97,7 +97,7 @@ class MicroBatches:
         return total, tf.nest.map_structure(lambda *rows: tf.concat(rows, 0), *parts), state
 
     def _looped(self, on_slice):
-        # traced here, to know what a slice gives, and called by the loop
+        # traced first, for the structure and shapes of the results, and called by the loop
         traced = tf.function(on_slice, autograph=False).get_concrete_function(tf.constant(0), self._state)
         sums, rows, _ = traced.structured_outputs
         zeros = [tf.zeros(s.shape, s.dtype) for s in tf.nest.flatten(sums)]
@@ -147,7 +147,7 @@ class RepeatedPass:
         return self._sweep(lambda recorded, *rows: ([], local(recorded, *vectors, *rows)), *tangents)[1]
 
     def _sweep(self, local, *tangents, note=False):
-        # a first pass inside a loop or condition is no use outside of it
+        # the tensors of a first pass inside a loop or condition cannot be used outside
         keep = self._evaluation is None and slices.graph() is self._graph
         structure = []
 
@@ -176,7 +176,7 @@ def _state_after(evaluation):
 
 
 def _taken_apart(outputs):
-    """`(tensors, what they carry)` of the outputs of a model."""
+    """`(tensors, attributes they carry)` of the outputs of a model."""
     flat = keras.tree.flatten(outputs)
     return flat, [keras_internals.carried(y) for y in flat]
 
@@ -194,12 +194,12 @@ def _joined(stacked):
     return tf.ensure_shape(tf.reshape(stacked, shape), [None, *rest])
 
 
-# By graph and replica, the name of the last loop's end: not the tensor, which would hold on to the graph.
+# By graph and replica, the name of the last loop's end; the tensor itself would keep the graph alive.
 _loops = weakref.WeakKeyDictionary()
 
 
 def _after_other_loops():
-    """0, when the loops before this one have ended: two at a time would need the memory of two slices."""
+    """0, after the earlier loops have ended: two loops at a time would need the memory of two slices."""
     graph = slices.graph()
     last = _loops.setdefault(graph, {}).get(replicas.identity())
     with tf.control_dependencies([graph.get_operation_by_name(last)] if last else []):
@@ -217,7 +217,7 @@ def _check_layers(model):
 
 
 def _check_rows(pure, outputs):
-    """Refuse outputs whose first axis is known not to be the examples of the slice."""
+    """Refuse outputs whose first axis is certainly not the examples of the slice."""
     flat = keras.tree.flatten(outputs)
     names = getattr(pure.model, "output_names", None) or []
     for i, y in enumerate(flat):
@@ -232,7 +232,7 @@ def _check_rows(pure, outputs):
 
 
 def _has_other_rows(shape, examples):
-    # a slice of unknown size gives no length that is known
+    # a slice of unknown size has no known length to compare with
     return shape.rank == 0 or (shape[0] is not None and not (isinstance(examples, int) and shape[0] == examples))
 
 

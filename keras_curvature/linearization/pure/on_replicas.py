@@ -10,11 +10,11 @@ class OnReplicas:
     """The `PureModel` of every replica, or with micro-batches its `MicroBatches`.
 
     Args:
-        model, batch: As of `PureModel`; under a strategy, the batch of all replicas.
+        model, batch: See `PureModel`; under a strategy, the batch of all replicas.
         shift: A vector: evaluate at the weights plus `shift`. Optional.
         part: `(size, index)` of a piece of the batch to use. Optional.
         micro_batches: Number of slices that each replica's share is cut into. Defaults to `1`.
-        training, seeds: As of `PureModel`.
+        training, seeds: See `PureModel`.
 
     Attributes:
         examples: Number of examples of all replicas, an integer or tensor.

@@ -1,18 +1,17 @@
-"""A batch is cut in three ways, and none of them may show in what is computed.
+"""A batch is cut in three ways, and the results do not depend on the cut.
 
-Into the slices of replicas, into micro-batches (`micro_batches.py`), and, where a method asks for less, into pieces.
-A `Place` says which rows of the whole batch a slice has. An evaluation runs `at` its place, and two things follow:
+It is cut into the slices of replicas, into micro-batches (`micro_batches.py`), and, for methods that use a part of the
+batch, into pieces. A `Place` holds the rows of the whole batch that a slice has. An evaluation runs `at` its place,
+with two effects:
 
-* A loss that is a mean over the examples counts by the slice's share of them: the sum over slices is the mean over
-  the batch, also where slices are uneven. Keras gives every replica the same share. Two kinds of means are not over
-  the examples, and the sum is the mean of the slices' means: of a masked loss, over the steps that the mask leaves; and
-  with `reduction="mean_with_sample_weight"`, over the weights. Where slices have the same number of steps, or sum of
-  weights, for each example, these are the whole batch's too.
-  A loss that returns one number for a slice counts by the share too. If it couples examples (contrastive losses,
-  `Circle`, `Dice` and `Tversky` over the batch, the root of a mean), the mean of the slices' values is not the value of
-  the whole batch; `warn_of_coupled` says so.
-* What is drawn at random for each example (dropout masks, noise) is what the whole batch would draw for it; see
-  `randomness.py`.
+* A loss that is a mean over the examples is weighted by the slice's share of the examples. So the sum over slices is
+  the mean over the batch, even for uneven slices; Keras gives every replica the same share. Two losses are means over
+  other numbers: masked losses over the unmasked steps, and `reduction="mean_with_sample_weight"` over the weights. For
+  these the result is the mean of per-slice means. It equals the mean over the batch if slices have the same number of
+  steps, or the same sum of weights, per example. A loss that returns one number for a slice is weighted by the share
+  too. Some losses couple examples: contrastive losses, `Circle`, `Dice` and `Tversky` over the batch, the root of a
+  mean. For these the mean of the slices' values is not the value of the whole batch, and `warn_of_coupled` warns.
+* Random draws for each example (dropout masks, noise) are the rows of the whole batch's draw; see `randomness.py`.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ import tensorflow as tf
 
 from keras_curvature import replicas
 
-# per thread, and so per replica: those of a `MirroredStrategy` take turns within an evaluation
+# per thread, and so per replica: replicas of a `MirroredStrategy` take turns within an evaluation
 _place = contextvars.ContextVar("place", default=None)
 
 
@@ -33,7 +32,7 @@ _place = contextvars.ContextVar("place", default=None)
 class Place:
     """Rows `start .. start + examples` of a batch of `total`; each an integer or an int32 tensor.
 
-    `weighs_means`: whether Keras' means over the examples shall count by the share of the slice.
+    `weighs_means`: whether Keras' means over the examples are weighted by the share of the slice.
     """
 
     start: object
@@ -48,7 +47,7 @@ class Place:
 
     @property
     def is_even(self):
-        """Whether this is known to be the share of the batch that Keras takes it for: one of equal replicas."""
+        """Whether this is known to be the share that Keras assumes: the share of one of equal replicas."""
         return self.examples is self.total or self._is_share(replicas.count())
 
     def _is_share(self, parts):
@@ -56,7 +55,7 @@ class Place:
 
     @property
     def may_be_empty(self):
-        """Whether there may be no example here (a replica that the last batch of an epoch left without)."""
+        """Whether the slice may have no examples, as on a replica at the last batch of an epoch."""
         return not self.is_whole and (not isinstance(self.examples, int) or self.examples == 0)
 
     def part(self, start, examples):
@@ -70,26 +69,26 @@ class Place:
         return tf.cast(self.examples, dtype) / tf.cast(self.total, dtype)
 
     def weigh(self, mean):
-        """`mean` times the share; of no examples, 0 and not NaN."""
+        """`mean` times the share; 0 instead of NaN without examples."""
         return self.unless_empty(mean * self.share(mean.dtype), tf.zeros_like(mean))
 
     def unless_empty(self, value, otherwise):
-        """`value`; where there is no example, `otherwise`."""
+        """`value`, or `otherwise` if the slice has no examples."""
         return tf.where(self.examples > 0, value, otherwise) if self.may_be_empty else value
 
     def counted(self, sums):
-        """A nest of sums over the examples here; of none 0, also where a layer has made a NaN of their mean."""
+        """A nest of sums over the slice's examples; 0 without examples, even if a layer's mean is NaN."""
         return tf.nest.map_structure(lambda s: self.unless_empty(s, tf.zeros_like(s)), sums)
 
 
 def here():
-    """The `Place` of the evaluation that runs on this thread; `None` where it is the whole batch."""
+    """The `Place` of the evaluation that runs on this thread; `None` for the whole batch."""
     return _place.get()
 
 
 @contextlib.contextmanager
 def at(place):
-    """While open, what this thread evaluates is at `place`."""
+    """While open, this thread evaluates at `place`."""
     token = _place.set(None if place.is_whole else place)
     try:
         yield
@@ -101,7 +100,7 @@ _warned = set()
 
 
 def warn_of_coupled(loss):
-    """Say once for each name of a loss that its value on slices may not be that of the whole batch."""
+    """Warn once per name of a loss that its value on slices may differ from its value on the whole batch."""
     if loss in _warned:
         return
     _warned.add(loss)
@@ -121,9 +120,9 @@ def graph():
 
 
 def examples(batch):
-    """Number of examples of a nest of arrays: an integer where the shape says so, else a tensor."""
+    """Number of examples of a nest of arrays: an integer if the shape is known, else a tensor."""
     first = next(a for a in keras.tree.flatten(batch) if a is not None)
-    # not made dense: ragged and sparse ones have a shape too, of int64
+    # ragged and sparse tensors stay as they are; their shape is int64
     return tf.cast(tf.shape(first)[0], tf.int32) if first.shape[0] is None else first.shape[0]
 
 
@@ -141,7 +140,7 @@ def rows(batch, start, length):
 def piece(batch, size, index):
     """The `index`-th piece of a replica's slice of the batch; see `Linearization.chunk`."""
     available = examples(batch)
-    if isinstance(available, int):  # and all the lengths are numbers too: XLA wants to know the shape of a slice
+    if isinstance(available, int):  # then all lengths are numbers: XLA needs static shapes of slices
         share = size * available if isinstance(size, float) else size / replicas.count()
         length = max(1, min(round(share), available))
         pieces = max(1, available // length)
@@ -149,7 +148,7 @@ def piece(batch, size, index):
         share = size * tf.cast(available, tf.float32) if isinstance(size, float) else size / replicas.count()
         length = tf.clip_by_value(tf.cast(tf.math.round(share), tf.int32), 1, tf.maximum(available, 1))
         pieces = tf.maximum(available // length, 1)
-    # every so many rows and not those in a row: then the pieces of the replicas' slices make up those of the batch
+    # strided rows, not consecutive ones: the pieces of the replicas' slices then make up the pieces of the batch
     first = tf.cast(index, tf.int32) % pieces
 
     def cut(a):
