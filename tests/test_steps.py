@@ -92,8 +92,9 @@ class Told:
 
             return ask
 
-        value = tf.constant(damping, tf.float64)
-        checked = trial.check(tf.constant(iterations), value, **{name: functions(name) for name in self.told})
+        value, before = tf.constant(damping, tf.float64), functions("before")()
+        told = {name: functions(name) for name in ("after", "predicted")}
+        checked = trial.check(tf.constant(iterations), value, before=before, **told)
         return float(checked.value), float(checked.ratio), bool(checked.accepted)
 
 

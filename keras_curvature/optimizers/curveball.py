@@ -90,7 +90,7 @@ class CurveBall(CurvatureOptimizer):
 
         rate = tf.cast(self.learning_rate, A.dtype)
         checked = self._trial.check(
-            self.iterations, damping, before=lambda: lin.loss, after=lambda: lin.loss_at(trees.scale(rate, z)),
+            self.iterations, damping, before=lin.loss, after=lambda: lin.loss_at(trees.scale(rate, z)),
             predicted=lambda: quadratic.value(A, b, rate * c),
         )  # fmt: skip
         self.remember(self._damping, checked.value)

@@ -116,7 +116,7 @@ class HessianFree(CurvatureOptimizer):
         step, loss = self._backtrack(lin, solution)
 
         checked = self._trial.check(
-            self.iterations, damping, before=lambda: batch.loss,
+            self.iterations, damping, before=batch.loss,
             after=lambda: loss if batch is lin else batch.loss_at(step),
             predicted=lambda: trees.dot(lin.gradient, step) + 0.5 * B.quadratic_form(step, step),
         )  # fmt: skip

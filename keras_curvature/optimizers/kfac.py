@@ -195,7 +195,7 @@ class KFAC(CurvatureOptimizer):
             return step
         rate = tf.convert_to_tensor(self.learning_rate)
         checked = self._trial.check(
-            self.iterations, damping, before=lambda: lin.loss, after=lambda: lin.loss_at(trees.scale(rate, step)),
+            self.iterations, damping, before=lin.loss, after=lambda: lin.loss_at(trees.scale(rate, step)),
             predicted=predict,
         )  # fmt: skip
         rejected = tf.logical_not(checked.accepted)

@@ -54,7 +54,7 @@ class Trial:
 
     ```python
     trial = Trial(LevenbergMarquardt.martens())
-    checked = trial.check(iterations, damping, before=lambda: lin.loss, after=lambda: lin.loss_at(step),
+    checked = trial.check(iterations, damping, before=lin.loss, after=lambda: lin.loss_at(step),
                           predicted=lambda: slope + 0.5 * curvature)
     ```
     """
@@ -79,13 +79,13 @@ class Trial:
         Args:
             iterations: Number of steps before this one, an integer tensor.
             value: The damping (or radius), a scalar tensor.
-            before: Function that gives `f(w)`, a scalar tensor.
-            after: Function that gives `f(w + s)`. Called where the step is looked at, as the other functions are.
+            before: `f(w)`, a scalar tensor; computed outside of the condition, where other parts of the step find it.
+            after: Function that gives `f(w + s)`. Called where the step is looked at, as `predicted` is.
             predicted: Function that gives `q(s)`.
         """
 
         def look():
-            old, new = before(), after()
+            old, new = before, after()
             ratio = reduction_ratio(new - old, tf.cast(predicted(), old.dtype))
             return tf.cast(ratio, tf.float64), self._accepts(old, new)
 
