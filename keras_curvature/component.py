@@ -1,7 +1,7 @@
-"""Components: frozen records of choices (a solver, a damping, a line search) that Keras can save.
+"""Components: frozen records of options (a solver, a damping, a line search) that Keras can save.
 
 An optimizer takes components as arguments: `HessianFree(solver=ConjugateGradient(max_steps=50))`. A component holds
-numbers and other components, never a tensor, a variable or a model, so `get_config` can be read off its fields.
+numbers and other components, never a tensor, a variable or a model, so its fields are its `get_config`.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def deserialize(value):
 
 
 def check(owner, name, value, valid, expected):
-    """Raise a `ValueError` in Keras' words unless `valid`; `owner` is the object, class or function it belongs to."""
+    """Raise a `ValueError` in Keras' form unless `valid`; `owner` is the object, class or function it belongs to."""
     if not valid:
         owner = getattr(owner, "__name__", type(owner).__name__)
         raise ValueError(f"`{owner}`: `{name}` must be {expected}. Received: {name}={value!r}")
@@ -59,7 +59,7 @@ def is_number(value):
 
 
 def check_number(owner, name, value, low=None, high=None, open_low=False, open_high=False):
-    """Check that the argument is a number in the given interval; the message spells the interval out."""
+    """Check that the argument is a number in the given interval; the message contains the interval."""
     left, right = "(" if open_low or low is None else "[", ")" if open_high or high is None else "]"
     bounds = f"{left}{'-inf' if low is None else low}, {'inf' if high is None else high}{right}"
     valid = is_number(value)
@@ -75,7 +75,7 @@ def check_count(owner, name, value, low=1):
 
 
 def check_part(owner, name, value):
-    """Check that the argument says which part of a batch to use."""
+    """Check that the argument is a part of a batch: a share, a number of examples, or `None`."""
     if isinstance(value, float):
         check_number(owner, name, value, low=0, high=1, open_low=True)
     elif value is not None:
@@ -83,6 +83,6 @@ def check_part(owner, name, value):
 
 
 def check_component(owner, name, value, method, examples):
-    """Check that the argument is a component with `method`; a class or a string gets told how to write it."""
+    """Check that the argument is a component with `method`; the message shows how to write one."""
     valid = isinstance(value, Component) and hasattr(value, method)
     check(owner, name, value, valid, f"a component such as `{examples}`, already constructed")

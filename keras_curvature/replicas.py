@@ -1,17 +1,17 @@
-"""Sums over replicas: the one file of the package that says `tf.distribute`. No mathematics.
+"""Sums over replicas: the only file of the package that uses `tf.distribute`. No mathematics.
 
-A batch under a distribution strategy is cut into one slice per replica. Everything of the slice (activations,
-outputs, tapes) stays on its replica; what a method computes with (gradients, curvature products, inner
-products) is the sum over the replicas. Three verbs say so:
+Under a distribution strategy a batch is cut into one slice per replica. Activations, outputs and tapes of a slice stay
+on its replica. A method works with sums over the replicas: gradients, curvature products, inner products. It uses three
+functions:
 
     `cross(fn, *args)`   leave the replicas: run `fn` once for all of them
-    `each(fn, *args)`    run `fn` on every replica; what it returns stays there
-    `total(fn, *args)`   run `fn` on every replica and sum what it returns
+    `each(fn, *args)`    run `fn` on every replica; the results stay there
+    `total(fn, *args)`   run `fn` on every replica and sum the results
 
-A strategy that synchronizes by merge calls (`MirroredStrategy` on CPUs, `MultiWorkerMirroredStrategy`) refuses
-a collective inside a `tf.while_loop` or `tf.cond` of a replica, but allows a loop *around* the replicas; this
-is why `cross` comes first and the loops of conjugate gradients stand outside. Where a strategy has no merge
-calls (TPUs, and the default strategy) `cross` stays where it is, and `total` is an `all_reduce`.
+Some strategies synchronize by merge calls (`MirroredStrategy` on CPUs, `MultiWorkerMirroredStrategy`). They refuse a
+collective inside a `tf.while_loop` or `tf.cond` of a replica, but allow a loop *around* the replicas. So `cross` comes
+first, and the loops of conjugate gradients run outside. On strategies without merge calls (TPUs, and the default
+strategy) `cross` does not leave the replica, and `total` is an `all_reduce`.
 """
 
 import concurrent.futures
@@ -25,7 +25,7 @@ from keras_curvature.keras_internals import replaced
 
 
 def uses_merge_calls():
-    """Whether the strategy synchronizes by merge calls, so that loops and conditions have to stand outside."""
+    """Whether the strategy synchronizes by merge calls, so that loops and conditions must run outside the replicas."""
     return keras_internals.uses_merge_calls()
 
 
@@ -36,24 +36,24 @@ def of_several_workers(strategy):
 
 
 def is_iterator(data):
-    """Whether `data` hands out batches of a data set, for one replica or for several."""
+    """Whether `data` is an iterator over the batches of a data set, for one replica or for several."""
     return isinstance(data, (tf.data.Iterator, tf.distribute.DistributedIterator))
 
 
 def one_of(strategy, values):
-    """Of a nest of per-replica values, what one replica of this worker has."""
+    """The values of one replica of this worker, from a nest of per-replica values."""
     return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], values)
 
 
 def read(variable):
-    """What a variable of one number holds, a Python number; also one that replicas have, which is none by itself."""
+    """The value of a scalar variable, a Python number; also for a variable of replicas, such as a mirrored one."""
     return tf.convert_to_tensor(variable).numpy().item()
 
 
 def whole(strategy, values):
     """Of a nest of per-replica values, the rows of all replicas of this worker, one replica after the other.
 
-    Where a batch has nothing at a place (Keras hands out an empty `tf.experimental.Optional` there), so has the result.
+    Missing parts of a batch, for which Keras passes an empty `tf.experimental.Optional`, are `None`.
     """
 
     def rows(value):
@@ -64,7 +64,7 @@ def whole(strategy, values):
 
 
 def strangers(strategy, variables):
-    """Those of the Keras variables that were not created under `strategy`, which cannot train them."""
+    """The Keras variables that were not created under `strategy`, which cannot train them."""
     return [v for v in variables if not strategy.extended.variable_created_in_scope(v.value)]
 
 
@@ -74,15 +74,15 @@ def count():
 
 
 def here():
-    """Number of replicas in sync where the caller is one of them, else 1."""
+    """Number of replicas in sync if the caller is one of them, else 1."""
     return 1 if tf.distribute.get_replica_context() is None else count()
 
 
 def cross(fn, *args):
-    """Run `fn(*args)` once for all replicas. `args` are what this replica has; `fn` sees the values of all.
+    """Run `fn(*args)` once for all replicas. `args` are this replica's values; `fn` gets the values of all.
 
-    `merge_call` takes a tensor that is one Python object on all replicas for one value and not for a value of each, and
-    a sum over the replicas would count it once. So each replica hands over tensors of its own.
+    If a tensor is the same Python object on all replicas, `merge_call` treats it as a single value, and a sum over the
+    replicas would count it once. So each replica passes its own copies.
     """
     context = tf.distribute.get_replica_context()
     if context is None or not uses_merge_calls():
@@ -97,10 +97,10 @@ _outside = contextvars.ContextVar("outside", default=False)
 
 @contextlib.contextmanager
 def keras_outside():
-    """While open, Keras' optimizers work where `cross` leads, on gradients that are summed already.
+    """While open, Keras' optimizers work outside the replicas, on summed gradients.
 
-    Keras leaves the replicas by one merge call for each thing that an optimizer does, and in the middle of a `tf.cond`
-    (accumulated gradients, averages of the weights) that is refused. Outside already, there is nothing to leave.
+    Keras leaves the replicas by one merge call for each action of an optimizer. Strategies refuse a merge call inside a
+    `tf.cond` (accumulated gradients, averages of the weights). Outside the replicas none is needed.
     """
     keras_internals.guard(*replaced.MERGE_CALL, _maybe_merge_call)
     keras_internals.guard(*replaced.SUM_GRADIENTS, _sum_gradients)
@@ -122,10 +122,10 @@ def _sum_gradients(original, optimizer, grads_and_vars):
 
 
 def each(fn, *args):
-    """Run `fn(*args)` on every replica; the result stays there, fit to be an argument of `each` or `total`.
+    """Run `fn(*args)` on every replica; the result stays there and can be an argument of `each` or `total`.
 
-    What the caller has set in context variables holds on the replicas too, although a strategy may run each of them in
-    a thread of its own. What a replica sets stays on that replica.
+    The replicas see the caller's context variables, although a strategy may run each replica in its own thread. Context
+    variables set on a replica stay on that replica.
     """
     if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
         return tf.distribute.get_strategy().run(_in_this_context(fn), args=args)
@@ -143,11 +143,11 @@ def _in_this_context(fn):
 
 
 def outside_of_graphs(fn, *args):
-    """`fn(*args)`, run eagerly even while a graph is being traced, where no strategy is in the way.
+    """`fn(*args)`, run eagerly even while a graph is being traced, unless a strategy is active.
 
     A variable that is created during the trace of a `tf.function` costs a condition for its first value, and makes
-    TensorFlow trace the whole function again. `tf.init_scope` does not change that: the function still sees the
-    variable. Another thread is in no trace.
+    TensorFlow trace the whole function again. `tf.init_scope` does not change this: the function still sees the
+    variable. Another thread is outside the trace.
     """
     if tf.executing_eagerly() or tf.distribute.has_strategy():
         return fn(*args)
@@ -166,8 +166,8 @@ def add_up(values):
         return values
     strategy, context = tf.distribute.get_strategy(), tf.distribute.get_replica_context()
     if context is None:
-        # all at once, for the strategy to pack them; and to where they are: a sum that is wanted on one device alone
-        # would be gathered there, past the collectives
+        # all at once, so that the strategy packs them; the destination is their own devices, because a sum for a single
+        # device would be gathered there without collectives
         parts = [(value, value) for value in tf.nest.flatten(values)]
         sums = strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, parts)
         return one_of(strategy, tf.nest.pack_sequence_as(values, sums))
@@ -176,20 +176,20 @@ def add_up(values):
 
 @tf.custom_gradient
 def add_up_inside(value):
-    """The sum over the replicas of a tensor in the middle of what all of them compute, such as a mean of the batch.
+    """The sum over the replicas of an intermediate tensor that all of them compute, such as a mean of the batch.
 
-    Its derivative is such a sum again, of any order. TensorFlow's own remembers the call of `each` that it was recorded
-    in, and refuses to be differentiated in another.
+    Its derivatives of any order are sums over the replicas too. TensorFlow's own sum can only be differentiated in the
+    call of `each` that recorded it.
     """
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value), add_up_inside
 
 
 def place(fn, *args):
-    """Where the examples of each replica stand in the whole batch: `(start, total)`.
+    """The place of each replica's examples in the whole batch: `(start, total)`.
 
-    `fn(*args)` runs on every replica and gives the number of its examples. `start`, how many come before them, stays
-    on the replica, fit to be an argument of `each`; `total` is the number of all. Where shapes say that all replicas
-    have the same, nothing is communicated; else one integer for each replica is.
+    `fn(*args)` runs on every replica and returns the number of its examples. `start` is the number of examples before
+    them; it stays on the replica and can be an argument of `each`. `total` is the number of all examples. If static
+    shapes show equal numbers on all replicas, nothing is communicated; otherwise one integer per replica is.
     """
     noted = {}
 
@@ -200,7 +200,7 @@ def place(fn, *args):
     if count() == 1:
         return 0, fn(*args)
     lengths, (static, *others) = each(note, *args), noted.values()
-    # in a graph, a shape that is known here is that of every worker's graph
+    # in a graph, a known shape here is the same in every worker's graph
     all_known = isinstance(static, int) and (len(noted) == count() or not tf.executing_eagerly())
     if all_known and all(other == static for other in others):
         return each(lambda: number() * static), count() * static
@@ -209,7 +209,7 @@ def place(fn, *args):
 
 
 def number():
-    """Which of the replicas in sync the caller is, an integer or tensor; call it inside `each`."""
+    """The caller's number among the replicas in sync, an integer or tensor; call it inside `each`."""
     context = tf.distribute.get_replica_context()
     return 0 if context is None else context.replica_id_in_sync_group
 
@@ -222,7 +222,7 @@ def identity():
 
 
 def strategy_of(model):
-    """The strategy that a Keras model was made under; the default one, where it was made under none.
+    """The strategy that a Keras model was made under, or the default strategy.
 
     Raises:
         ValueError: It trains in several processes.
@@ -240,8 +240,8 @@ def strategy_of(model):
 def scatter(strategy, arrays):
     """A list of tensors with a row for each example, cut into one slice for each replica of `strategy`.
 
-    What comes back is fit to be an argument of `each` and `total`, called in the scope of the strategy. The first
-    replicas have one row more, where there is a rest.
+    The result can be an argument of `each` and `total`, called in the scope of the strategy. If the rows do not divide
+    evenly, the first replicas have one more.
     """
     parts = strategy.num_replicas_in_sync
     if parts == 1:

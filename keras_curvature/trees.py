@@ -1,21 +1,21 @@
 """Vectors in weight space: lists of tensors, one per trainable variable, in the model's order.
 
-No flattening, no class: a vector is what `tape.gradient` returns, and these few functions are all the
-arithmetic that the rest of the package does on it.
+A vector is a list as `tape.gradient` returns it, not flattened and without a class. These functions are the package's
+arithmetic on vectors.
 """
 
 import tensorflow as tf
 
 
 def scalar_dtype(vector):
-    """The dtype of inner products: float64 where the vector is, float32 otherwise (never bfloat16 or float16)."""
+    """The dtype of inner products: float64 for float64 vectors, else float32 (never bfloat16 or float16)."""
     return tf.float64 if any(a.dtype == tf.float64 for a in vector) else tf.float32
 
 
 def dot(u, v):
     """Inner product `<u, v>`, a scalar of `scalar_dtype(u)`.
 
-    A sum of products and not a matrix product: on a GPU or a TPU the latter is rounded to TF32 or bfloat16.
+    A sum of products, because a matrix product on a GPU or a TPU is rounded to TF32 or bfloat16.
     """
     dtype = scalar_dtype(u)
     return tf.add_n([tf.reduce_sum(tf.cast(a, dtype) * tf.cast(b, dtype)) for a, b in zip(u, v)])
@@ -60,7 +60,7 @@ def zeros_like(v):
 
 
 def where(condition, u, v):
-    """`u` where the scalar `condition` holds, else `v`; a NaN in the vector not chosen does no harm."""
+    """`u` if the scalar `condition` holds, else `v`; a NaN in the other vector has no effect."""
     return [tf.where(condition, a, b) for a, b in zip(u, v)]
 
 
@@ -85,23 +85,23 @@ def values(variables):
 
 
 def exactly(scalar, dtype):
-    """A number or scalar tensor in `dtype`; `tf.cast` would round a Python number to float32 on the way."""
+    """A number or scalar tensor in `dtype`; `tf.cast` would round a Python number to float32 first."""
     return tf.constant(scalar, dtype) if isinstance(scalar, (int, float)) else tf.cast(scalar, dtype)
 
 
 def wide(dtype):
-    """The dtype that arithmetic on values of a dtype is done in: float32 for half precision, else the dtype itself."""
+    """The dtype for arithmetic on values of `dtype`: float32 for half precision, else `dtype` itself."""
     dtype = tf.as_dtype(dtype)
     return tf.float32 if dtype.is_floating and dtype.size < 4 else dtype
 
 
 def full_precision(tensor):
-    """A tensor in float32, where it is in half precision."""
+    """The tensor, cast to float32 if it is in half precision."""
     return tf.cast(tensor, wide(tensor.dtype))
 
 
 def shaped(tensor, shape):
-    """A tensor with the static shape that TensorFlow has lost on the way, as for gradients of some matrix products."""
+    """The tensor with its static shape, which TensorFlow loses for gradients of some matrix products."""
     return tensor if tensor.shape.is_fully_defined() else tf.ensure_shape(tensor, shape)
 
 

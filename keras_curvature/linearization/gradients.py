@@ -1,11 +1,11 @@
-"""What an optimizer gets in place of a `Linearization` where there is none."""
+"""The substitute for a `Linearization` on a plain `keras.Model`."""
 
 from keras_curvature import trees
 from keras_curvature.linearization.linearization import Linearization
 
 
 class Gradients:
-    """What a plain `keras.Model` hands its optimizer: the gradient, already summed over the replicas.
+    """The gradient that a plain `keras.Model` passes to its optimizer, summed over the replicas.
 
     Args:
         asked_by: Name of the optimizer, for the message.

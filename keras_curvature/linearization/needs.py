@@ -5,11 +5,11 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a method asks of a train step, for the step to compute that and nothing else.
+    """The quantities that a method needs from a train step, so that the step computes nothing else.
 
-    An optimizer has one as its attribute `needs`. The train step hands it to the `Linearization` of the batch, which
-    chooses by it what it records in its forward pass. So what is asked, and in which order, changes neither the numbers
-    nor the number of passes.
+    An optimizer has one as its attribute `needs`. The train step passes it to the `Linearization` of the batch, which
+    records its forward pass accordingly. So the order of the questions changes neither the numbers nor the number of
+    passes.
 
     Args:
         only_gradients: The method has a `precondition` or an `update_step`, and no `direction`: gradients suffice. It
@@ -18,8 +18,8 @@ class Needs:
             gradients are computed by Keras' own kernels, which may be faster (cuDNN's recurrent layers, max pooling).
             Defaults to `False`.
         hessian: It asks for products with the Hessian. Defaults to `False`.
-        layers: It looks at the layers of the model: when it creates its state, and for what they see and say in a
-            forward pass (Kronecker factors, second moments, means). Defaults to `False`.
+        layers: It uses the layers of the model: to create its state, and for their inputs and slopes (Kronecker
+            factors, second moments, means). Defaults to `False`.
         shifted: It is linearized away from the weights, at `weights + optimizer.shift()`: a look-ahead, or weight
             noise. Defaults to `False`.
 
@@ -56,7 +56,7 @@ EVERYTHING = Needs(products=True, hessian=True, layers=True)
 
 
 def require(lin, question, need):
-    """Refuse a question to a `Linearization` for which its pass was not recorded."""
+    """Refuse a question that the recorded pass of a `Linearization` cannot answer."""
     if not getattr(lin.needs, need):
         raise ValueError(
             f"`Linearization.{question}` is not among the needs of this linearization. Received: needs={lin.needs}. "

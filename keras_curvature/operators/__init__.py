@@ -1,4 +1,4 @@
-"""Linear maps on weight space: they multiply, they never solve."""
+"""Linear maps on weight space. Operators multiply; solvers solve."""
 
 from keras_curvature.operators.base import Function, Identity, LinearOperator, Scaled, Sum, dense
 from keras_curvature.operators.diagonal import Diagonal

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 
 def multiply(tensor, matrices, batch=0):
-    """`matrices[k]` times `tensor` along axis `k`, for every `k`; `None` leaves its axis as it is.
+    """`matrices[k]` times `tensor` along axis `k`, for every `k`; `None` leaves the axis unchanged.
 
         out[i, j, ...] = sum_kl  matrices[0][i, k] matrices[1][j, l] ... tensor[k, l, ...]
 
@@ -24,7 +24,7 @@ def multiply(tensor, matrices, batch=0):
 
 
 def multiply_transposed(tensor, matrices, batch=0):
-    """The same with the transpose of each matrix, such as from a basis of eigenvectors in columns into it."""
+    """The same with the transpose of each matrix, for example into a basis of eigenvectors in columns."""
     for axis, matrix in enumerate(matrices):
         if matrix is not None:
             tensor = _multiply_axis(tensor, matrix, axis, batch, transposed=True)
@@ -50,7 +50,7 @@ def _multiply_axis(tensor, matrix, axis, batch, transposed=False):
 def second_moment(tensor, axis, batch=0, other=None):
     """`T T'` of the tensor unfolded along an axis: `sum over all others tensor[i, ...] other[j, ...]`, a matrix.
 
-    `other` is the tensor itself, where it is not given.
+    `other` defaults to the tensor itself.
     """
     rows = unfold(tensor, axis, batch)
     return tf.matmul(rows, rows if other is None else unfold(other, axis, batch), transpose_b=True)

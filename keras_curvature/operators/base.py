@@ -4,8 +4,8 @@
     A + B        the sum of two operators
     s * A        the multiple by a number or a scalar tensor
 
-`psd` says whether the map is symmetric positive semi-definite. Whoever builds an operator says so; nothing
-computes it. A solver that needs it (conjugate gradients) refuses an operator without it. A damped curvature is
+`psd` states whether the map is symmetric positive semi-definite. The creator of an operator sets it; nothing computes
+it. A solver that needs it (conjugate gradients) refuses other operators. A damped curvature is
 `linearization.gauss_newton() + damping * Identity()`.
 """
 
@@ -38,7 +38,7 @@ class LinearOperator:
     psd = False
 
     def multiply(self, vector):
-        """`A v`, for `vector` a list of tensors; the same shapes come back."""
+        """`A v` for a list of tensors, with the same shapes."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `multiply(vector)`.")
 
     def __matmul__(self, vector):
@@ -56,7 +56,7 @@ class LinearOperator:
         return Scaled(scalar, self)
 
     __mul__ = __rmul__
-    __array_ufunc__ = None  # `np.float32(2) * A` is ours, and no array of operators
+    __array_ufunc__ = None  # makes `np.float32(2) * A` an operator, not an array of operators
 
     def quadratic_form(self, u, v):
         """`u' A v`, a scalar."""
@@ -103,8 +103,8 @@ class Sum(LinearOperator):
 class Scaled(LinearOperator):
     """`v -> s A v`, made by `s * A`.
 
-    It is `psd` where `A` is and `s` is known not to be negative. The value of a number or an eager tensor is known;
-    that of a tensor in a graph is not. There, build `Scaled(s, A, nonnegative=True)` to say so.
+    It is `psd` if `A` is and `s` is known to be non-negative. The value of a number or an eager tensor is known; the
+    value of a graph tensor is not, so pass `nonnegative=True` there.
 
     Args:
         scalar: `s`, a number or a scalar tensor.

@@ -1,4 +1,4 @@
-"""Variables as blocks: tensors of few axes, none of them too long for a matrix of its own."""
+"""Variables as blocks: tensors with few axes, each short enough for a matrix."""
 
 import dataclasses
 import math
@@ -52,7 +52,7 @@ class Blocks:
         return blocks
 
     def join(self, blocks):
-        """The list of tensors that `split` has cut up."""
+        """The list of tensors from their blocks, the inverse of `split`."""
         vector, blocks, merged = [], list(blocks), iter(self._merged())
         for whole in self.variables:
             if 0 in whole:

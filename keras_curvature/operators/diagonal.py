@@ -1,4 +1,4 @@
-"""Operators that scale each weight by a number of its own."""
+"""Operators that scale each weight separately."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from keras_curvature.operators.base import LinearOperator
 
 @dataclasses.dataclass(frozen=True)
 class Diagonal(LinearOperator):
-    """`v -> d * v`, elementwise, for a vector `d` of entries that are not negative.
+    """`v -> d * v`, elementwise, for a vector `d` of non-negative entries.
 
     Args:
         entries: The diagonal, a list of tensors.

@@ -5,7 +5,7 @@ The weights of a layer are a matrix `W` `(d_in, d_out)`, and with the rows of `W
     (A (x) G) vec(W) = vec(A W G)
 
 so a product costs `d_in^2 d_out + d_in d_out^2` and the `(d_in d_out)^2` entries are never formed. A factor is a
-symmetric matrix, or a vector where it is diagonal; a leading axis of all three is of groups, with a product each.
+symmetric matrix, or a vector if it is diagonal. A leading axis of all three holds groups, with one product each.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class KroneckerProduct(LinearOperator):
     """`[W] -> [A W G]`, for one matrix `W`, or one for each group.
 
     Args:
-        A: Factor of the inputs, `(d_in, d_in)`, or `(d_in,)` where it is diagonal.
+        A: Factor of the inputs, `(d_in, d_in)`, or `(d_in,)` if it is diagonal.
         G: Factor of the slopes, `(d_out, d_out)` or `(d_out,)`.
         psd: Whether both are positive semi-definite. Defaults to `True`.
     """
@@ -39,8 +39,8 @@ class InEigenbasis(LinearOperator):
     """`[W] -> [U_A (s * (U_A' W U_G)) U_G']`: diagonal in the eigenbases of the factors of a Kronecker product.
 
     Args:
-        U_A: Orthonormal eigenvectors of `A` as columns; `None` where `A` is diagonal.
-        U_G: Those of `G`; `None` likewise.
+        U_A: Orthonormal eigenvectors of `A` as columns; `None` if `A` is diagonal.
+        U_G: Orthonormal eigenvectors of `G`; `None` if `G` is diagonal.
         values: `s`, shaped as `W`.
         psd: Whether no value is negative. Defaults to `True`.
     """
@@ -60,11 +60,11 @@ class BlockDiagonal(LinearOperator):
     """Operators on the matrices of some layers side by side, and a diagonal for the other weights.
 
     Args:
-        blocks: What says which weights are a matrix, and how: `matrix(vector)` gathers it, and
-            `scatter(matrix, vector)` puts its entries into their places of a list (see `layers/kronecker.py`).
+        blocks: The blocks (see `layers/kronecker.py`): `matrix(vector)` gathers the weights of a block as a matrix, and
+            `scatter(matrix, vector)` writes a matrix back into a list.
         operators: For each block, an operator on `[matrix]`.
-        diagonal: `{index: entries}` for the tensors of a vector that no block has. Where a weight is in neither, the
-            product is zero.
+        diagonal: `{index: entries}` for the tensors of a vector outside all blocks. The product is zero for weights in
+            neither.
     """
 
     blocks: list
@@ -93,7 +93,7 @@ def times(W, G):
 
 
 def into_basis(W, U_A, U_G):
-    """`U_A' W U_G`; a basis that is `None` is the one that there is."""
+    """`U_A' W U_G`; a basis of `None` is the identity."""
     W = W if U_A is None else tf.matmul(U_A, W, transpose_a=True)
     return W if U_G is None else tf.matmul(W, U_G)
 

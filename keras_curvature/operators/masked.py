@@ -1,4 +1,4 @@
-"""An operator on some of the weights, the others held still."""
+"""An operator on some of the weights, with the others fixed."""
 
 import dataclasses
 
@@ -11,12 +11,12 @@ from keras_curvature.operators.base import LinearOperator
 class Masked(LinearOperator):
     """`v -> S' A S v`, with `S v` the vector `v` at some places of a longer one and zeros elsewhere.
 
-    A block on the diagonal of `A`, such as that of one layer. Its largest eigenvalue is at most that of `A`.
+    A diagonal block of `A`, such as the block of one layer. Its largest eigenvalue is at most the largest of `A`.
 
     Args:
         operator: `A`.
-        indices: Which tensors of the vectors of `A` the short vectors are, in their order, a list of integers.
-        like: What the vectors of `A` are shaped as, a list of tensors or variables.
+        indices: The places of the short vectors' tensors in the vectors of `A`, a list of integers.
+        like: Tensors or variables with the shapes of the vectors of `A`, a list.
     """
 
     operator: LinearOperator

@@ -1,4 +1,4 @@
-"""EKFAC: K-FAC with the second moments that it really has in the basis of its factors."""
+"""EKFAC: K-FAC with measured second moments in the eigenbasis of its factors."""
 
 import tensorflow as tf
 
@@ -18,24 +18,24 @@ class EKFAC(KFAC):
         S = E[(U_A' g U_G)^2]                                              g: the gradient of one example
         d = U_A ((U_A' dL/dW U_G) / (S + lambda)) U_G'
 
-    and from there on as `KFAC`. Of all matrices with these eigenvectors that of `S` is nearest to the Fisher matrix;
-    K-FAC's has the products of the eigenvalues instead. It is also fresher: `S` is looked at as often as the factors.
-    A step takes four products with small matrices for each layer, where K-FAC takes two.
+    then as `KFAC`. Among all matrices with these eigenvectors, the one with eigenvalues `S` is nearest to the Fisher
+    matrix; K-FAC uses the products of the factors' eigenvalues. `S` is also newer: it is updated as often as the
+    factors. A step takes four products with small matrices for each layer, where K-FAC takes two.
 
     Reference: George, Laurent, Bouthillier, Ballas and Vincent, "Fast approximate natural gradient descent in a
     Kronecker-factored eigenbasis" (2018), Algorithm 1 with running averages (EKFAC-ra). Differences from the paper:
-    (1) those of `KFAC`; (2) the average of `S`, `eps = min(1 - 1/t, 0.95)`, begins again with every new basis, for the
-    old numbers belong to the old one; a layer whose factors cannot be decomposed, or whose `S` in the new basis is not
-    finite, keeps its old basis and goes on with the average in it.
+    (1) the differences of `KFAC`; (2) the average of `S`, `eps = min(1 - 1/t, 0.95)`, restarts with every new basis,
+    because the old numbers belong to the old basis; (3) a layer keeps its old basis and average if its factors cannot
+    be decomposed, or if its new `S` is not finite.
 
     Args:
         learning_rate: Multiple of `v` that is taken. Defaults to `0.01`; for `momentum=None`, 1 is the minimum.
         damping: `lambda`, a number, or a component. Defaults to `0.03`, for losses about the size of 1.
-        momentum: As of `KFAC`. Defaults to `0.9`.
-        factors_every: Steps between two looks at the factors, and at `S`. Defaults to `10`.
-        inverses_every: Steps between two eigendecompositions, a multiple of `factors_every`; if it equals that, `S` is
-            of the last look alone. Defaults to `100`.
-        fisher, sharing, kl_clip, curvature_batch: As of `KFAC`.
+        momentum: See `KFAC`. Defaults to `0.9`.
+        factors_every: Steps between two updates of the factors and of `S`. Defaults to `10`.
+        inverses_every: Steps between two eigendecompositions, a multiple of `factors_every`; if they are equal, `S` is
+            the last estimate alone. Defaults to `100`.
+        fisher, sharing, kl_clip, curvature_batch: See `KFAC`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: as `KFAC`.

@@ -1,4 +1,4 @@
-"""Eva: K-FAC with vectors in the place of matrices."""
+"""Eva: K-FAC with vectors instead of matrices."""
 
 import tensorflow as tf
 
@@ -23,21 +23,21 @@ class Eva(CurvatureOptimizer):
         d = (ab' (ab')' + lambda I)^-1 dL/dW = (dL/dW - (a' dL/dW b) / (lambda + |a|^2 |b|^2) ab') / lambda
         v <- momentum v - min(1, sqrt(kl_clip / (learning_rate^2 d'g))) d,    w <- w + learning_rate v
 
-    by Sherman and Morrison: no matrix is kept, and none is inverted. Costs little more than the gradient. Weights in no
-    layer that is known, named by a warning, get `d = g` and are left out of `d'g` and of the clipping, as in the
-    authors' code: without curvature, a length in its metric means nothing, and their steps are those of SGD.
+    by Sherman and Morrison: no matrix is kept, and none is inverted. Costs little more than the gradient. Weights
+    without Kronecker factors get `d = g`, the step of SGD, and a warning names them. They do not enter `d'g` and are
+    not clipped, as in the authors' code: without curvature a length in its metric has no meaning.
 
     Reference: Zhang, Shi and Li, "Eva: practical second-order optimization with Kronecker-vectorized approximation"
-    (2023), section 3, and the authors' code. Differences from the code: (1) the slopes in `b` are those of the loss of
-    each example, as in the paper, and not of their mean, where `b` is as many times smaller as there are examples;
-    (2) the means are of the whole batch of all replicas, and not of the first 16 examples of each.
+    (2023), section 3, and the authors' code. Differences from the code: (1) `b` averages the slopes of per-example
+    losses, as in the paper; in the code they are slopes of the mean loss, so `b` is N times smaller for N examples; (2)
+    the means are over the whole batch of all replicas, not over the first 16 examples of each.
 
     Args:
         learning_rate: Multiple of `v` that is taken. Defaults to `0.01` (the authors, with their `b`: 0.1).
         damping: `lambda`, positive. Defaults to `0.1` (the authors: 0.03).
-        momentum: Share of the last step that is kept. Defaults to `0.9`.
-        beta: Share of the last vectors that is kept, in [0, 1). Defaults to `0.05`.
-        kl_clip: Most of `learning_rate^2 d'g`, or `None`. It acts only where `d'g > kl_clip / learning_rate^2`, 10 by
+        momentum: Factor on the last step. Defaults to `0.9`.
+        beta: Decay of the averages of the vectors, in [0, 1). Defaults to `0.05`.
+        kl_clip: Largest `learning_rate^2 d'g`, or `None`. It acts only if `d'g > kl_clip / learning_rate^2`, 10 by
             default. Defaults to `1e-3`.
         **kwargs: See `CurvatureOptimizer`.
 

@@ -1,8 +1,8 @@
-"""Whether a first batch says anything that state can be made of.
+"""Whether the first batch has a gradient from which state can be made.
 
 A batch whose examples all have weight zero, or are masked, has a gradient of zero, or of the weight regularizers alone.
-Averages, diagonals and preconditioners that begin with it begin with zeros, and the steps after it explode: PSGD of
-Newton type went to a loss of 1e14. Until a batch says something, training does not begin.
+Averages, diagonals and preconditioners that begin with it begin with zeros, and the steps after it explode: with PSGD
+of Newton type the loss went to 1e14. Training begins with the first batch that has such a gradient.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from keras_curvature import trees
 
 
 def says_something(linearization):
-    """Whether the gradient is more than that of the weight regularizers, a scalar boolean tensor."""
+    """Whether the gradient differs from the gradient of the weight regularizers, a scalar boolean tensor."""
     regular = _of_regularizers(linearization.variables, linearization.weights)
     more = [
         tf.reduce_any(tf.abs(g - r) > _rounding(v) * tf.abs(r))
@@ -22,7 +22,7 @@ def says_something(linearization):
 
 
 def _of_regularizers(variables, weights):
-    """The gradient of the weight regularizers, a vector; zeros where there is none."""
+    """The gradient of the weight regularizers, a vector; zeros without regularizers."""
     with tf.GradientTape() as tape:
         tape.watch(weights)
         pairs = [(getattr(v, "regularizer", None), w) for v, w in zip(variables, weights)]

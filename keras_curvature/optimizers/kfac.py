@@ -25,7 +25,7 @@ class KFAC(CurvatureOptimizer):
         A <- eps A_old + (1 - eps) A,  likewise G,               eps = min(1 - 1/t, 0.95) at the t-th time
         d = (A + pi sqrt(lambda) I)^-1  dL/dW  (G + sqrt(lambda)/pi I)^-1,    pi^2 = (tr A / dim A) / (tr G / dim G)
 
-    and then either, for stochastic training, at most `kl_clip` far, with momentum,
+    then, for stochastic training, a step with momentum, limited by `kl_clip`,
 
         v <- momentum v - min(1, sqrt(kl_clip / (learning_rate^2 d'g))) d,    w <- w + learning_rate v
 
@@ -34,39 +34,39 @@ class KFAC(CurvatureOptimizer):
 
         v <- -alpha d + mu v,     (alpha, mu) = argmin of g'v + 1/2 v'(F + lambda I) v,     w <- w + learning_rate v
 
-    `KFAC.adaptive()` is the latter, with the damping of Martens. Weights in no layer that is known get
-    `d = g / (diag(F) + lambda)`, and a warning that names them.
+    `KFAC.adaptive()` is the latter, with the damping of Martens. Weights without Kronecker factors get
+    `d = g / (diag(F) + lambda)`, and a warning names them.
 
     Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015),
     Algorithm 2; Grosse and Martens (2016) for convolutions; Ba, Grosse and Martens (2017) for the stochastic form.
-    Differences from the paper: (1) the damping of the factors is not a second number `gamma` that is searched for, but
-    `sqrt(lambda)` with the L2 regularizer in it (as in kfac-jax); (2) `pi` is of the traces; (3) factors are kept and
-    inverses computed every so many steps only, `t` counts the former; (4) the reduction ratio is taken in steps
-    `every`, `2 * every`, ..., and leaves the damping out of what was promised (as in kfac-jax); (5) with
-    `momentum=None` a step that is found then to make the loss of its batch worse is not taken, and the next `v` is made
-    of the last one that was (as in kfac-jax); (6) where, besides, products are of a part of the batch, this is looked
-    at in every step, by one more forward pass, and each such step makes the damping grow: in the null space of the part
-    `lambda` alone holds the step; (7) a factor or inverse that is not finite is dropped for the last one, and not
-    counted in `t`; (8) no averaging over the iterates: `use_ema=True` is Keras' word for it.
+    Differences from the paper: (1) the damping of the factors is `sqrt(lambda)`, including the L2 regularizer (as in
+    kfac-jax), not a second number `gamma` that is searched for; (2) `pi` uses the traces; (3) factors and inverses are
+    updated every so many steps, and `t` counts the updates of the factors; (4) the reduction ratio is computed in steps
+    `every`, `2 * every`, ..., and its prediction leaves out the damping (as in kfac-jax); (5) with `momentum=None`
+    these steps are rejected if they increase the loss of their batch, and the next `v` uses the last accepted step (as
+    in kfac-jax); (6) if products also use a part of the batch, every step is checked, by one more forward pass, and
+    each rejection increases the damping: only `lambda` limits the step in the null space of the part; (7) a non-finite
+    factor or inverse is discarded, the old value kept, and not counted in `t`; (8) iterates are not averaged: use
+    Keras' `use_ema=True`.
 
     Args:
         learning_rate: Multiple of `v` that is taken. Defaults to `0.01`; for `momentum=None`, 1 is the minimum.
         damping: `lambda`, a number, or a component. Defaults to `0.03`, for losses about the size of 1.
-        momentum: Share of the last step that is kept; `None`: at the minimum of the quadratic model, as well as the
-            length of the new direction. Defaults to `0.9`.
-        factors_every: Steps between two looks at the factors. Defaults to `10`.
+        momentum: Factor on the last step; with `None` the quadratic model chooses it and the length of the new
+            direction. Defaults to `0.9`.
+        factors_every: Steps between two updates of the factors. Defaults to `10`.
         inverses_every: Steps between two inversions; the replicas share the work. Defaults to `100`.
-        fisher: `"sampled"`: labels drawn from the model; `"exact"`: all labels there are, weighed (one
-            backward pass for each class); `"empirical"`: the true ones. Defaults to `"sampled"`.
+        fisher: `"sampled"`: labels drawn from the model; `"exact"`: all possible labels, weighted (one backward pass
+            for each class); `"empirical"`: the true labels. Defaults to `"sampled"`.
         sharing: `"expand"` or `"reduce"`: whether positions at which a layer uses the same weights (pixels, tokens)
             count as examples, or are summed first; see `layers/kronecker.py`. Defaults to `"expand"`.
-        kl_clip: Most of `learning_rate^2 d'g`, or `None`; weights in no layer that is known count. It acts only where
-            `d'g > kl_clip / learning_rate^2`, 10 by default. Without effect where `momentum=None`. Defaults to `1e-3`
-            (Ba et al.).
-        curvature_batch: Part of the batch that factors and products use, the next one each step: a share in (0, 1], a
-            number of examples, or `None` for all. With `momentum=None`, sensible are parts with several times more
-            outputs (examples times classes) than there are weights; of smaller ones, give the damping a higher begin.
-            Defaults to `None` (Martens and Grosse: 1/8 and 1/4).
+        kl_clip: Largest `learning_rate^2 d'g`, or `None`; weights without Kronecker factors count too. It acts only if
+            `d'g > kl_clip / learning_rate^2`, 10 by default. No effect with `momentum=None`. Defaults to `1e-3` (Ba et
+            al.).
+        curvature_batch: Part of the batch that factors and products use, another part in each step: a share in (0, 1],
+            a number of examples, or `None` for all. With `momentum=None`, choose parts with several times more outputs
+            (examples times classes) than weights; with smaller parts, start with more damping. Defaults to `None`
+            (Martens and Grosse: 1/8 and 1/4).
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `failed_refreshes` (factors and inverses that were not finite), `step_norm`, `skipped_steps`;
@@ -92,7 +92,7 @@ class KFAC(CurvatureOptimizer):
         sharing="expand", kl_clip=1e-3, curvature_batch=None, name="kfac", **kwargs,
     ):  # fmt: skip
         rule, free = as_damping(self, damping), momentum is None
-        # in the null space of a part of the batch the damping alone holds the step: to be looked at each time
+        # only the damping limits the step in the null space of a part of the batch, so every step is checked
         watches = free and curvature_batch is not None
         trial = Trial(rule, accepts="lower" if free else "any", at="last", always=watches)
         there = {"kl_clip": not free and kl_clip is not None, "alpha": free, "mu": free, "reduction_ratio": trial.looks}

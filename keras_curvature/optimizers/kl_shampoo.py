@@ -12,7 +12,7 @@ from keras_curvature.optimizers.limits import LinearStep, averaged
 from keras_curvature.solvers import eigenbases
 from keras_curvature.solvers.roots import in_stacks
 
-# Of a direction, in the beginning and wherever the gradient vanishes (the authors' `max_clamp_value`).
+# Largest weight of a direction, at the start and where the gradient vanishes (the authors' `max_clamp_value`).
 LARGEST_WEIGHT = 4000
 
 
@@ -23,19 +23,19 @@ class KLShampoo(ByAxis):
         L <- beta_2 L + (1 - beta_2) G R^-1 G' / d_R,    R <- beta_2 R + (1 - beta_2) G' L^-1 G / d_L
         M <- beta_1 M + (1 - beta_1) G,    w <- w - learning_rate L^(-1/2) M R^(-1/2)
 
-    Where they converge, `L x R` is the nearest to the gradient's second moment in the Kullback-Leibler divergence of
-    normal distributions. `L = Q diag(l) Q'`: the basis `Q` is brought up to date in each `every`-th step by one power
-    iteration and a QR decomposition, the eigenvalues in every step, by the average of the same second moments in that
-    basis. The first step fills the factors, and moves nothing. Vectors, such as biases, are left to Adam.
+    At convergence, `L x R` is nearest to the gradient's second moment in the Kullback-Leibler divergence of normal
+    distributions. With `L = Q diag(l) Q'`, one power iteration and a QR decomposition update the basis `Q` in each
+    `every`-th step. The eigenvalues are updated in every step, by the average of the same second moments in that basis.
+    The first step fills the factors and does not move the weights. Adam steps the vectors, such as biases.
 
     Reference: Lin, Lowe, Dangel, Eschenhagen, Xu and Grosse, "Understanding and improving Shampoo and SOAP via
     Kullback-Leibler minimization" (2025, arXiv 2509.03378), and the authors' code, `KLOpt` of
     github.com/yorkerlin/KL-Methods. Differences from that code: (1) neighbouring axes are merged to at most `merge`,
     from the front, never down to one; (2) vectors are left to Adam with the same decays (there: to another
     optimizer), and an axis longer than `max_dimension` has no factor; (3) any number of axes, all from the same old
-    eigenvalues: the code takes three at most, and these one after the other; (4) `learning_rate`: there 1e-4, for
-    language models; (5) weight decay is Keras': before the step, in the first one too; (6) a matrix that is not finite
-    leaves the last basis in place; (7) in the precision of the weights, float32 at least (there bfloat16).
+    eigenvalues: the code takes at most three, one after the other; (4) `learning_rate`: there 1e-4, for language
+    models; (5) weight decay is Keras': before the step, in the first one too; (6) a non-finite matrix leaves the old
+    basis in place; (7) in the precision of the weights, float32 at least (there bfloat16).
 
     Args:
         learning_rate: Defaults to `3e-3`; the first hundred steps or so are shorter, until `initial` is forgotten.
@@ -43,13 +43,12 @@ class KLShampoo(ByAxis):
         beta_2: Decay of the factors. Defaults to `0.98` (the authors).
         epsilon: Added to `sqrt(l_i r_j)`. Defaults to `1e-8` (the authors).
         every: Steps from one basis to the next. Defaults to `10` (the authors).
-        initial: All eigenvalues in the beginning; larger ones make the first steps shorter. Defaults to `0.1` (the
-            authors).
-        max_dimension: Longest axis that has a factor. Defaults to `1000`; see `SOAP`.
-        merge: Longest axis that is made of several. Defaults to `1000`.
+        initial: Initial eigenvalues; larger ones make the first steps shorter. Defaults to `0.1` (the authors).
+        max_dimension: Longest axis with a factor. Defaults to `1000`; see `SOAP`.
+        merge: Longest axis after merging. Defaults to `1000`.
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `failed_refreshes` (bases that came out wrong, the old ones kept), `step_norm`, `skipped_steps`.
+    Reports: `failed_refreshes` (failed bases; the old ones are kept), `step_norm`, `skipped_steps`.
 
     Example:
 
@@ -92,7 +91,7 @@ class KLShampoo(ByAxis):
         ]  # fmt: skip
 
     def precondition(self, gradients):
-        """Minus the whitened momentum."""
+        """The negative whitened momentum."""
         G, taken = self.split(gradients), self.taken()
         begun = taken > 0
         m = self.average(self._m, G, self.beta_1, begun)
@@ -112,7 +111,7 @@ class KLShampoo(ByAxis):
         return self.join(direction, gradients)
 
     def linear_step(self):
-        """An average of gradients, whitened by the present factors; of the vectors, Adam's."""
+        """An average of gradients, whitened by the current factors; for vectors, Adam's step."""
         return LinearStep(averaged(self.beta_1), self._preconditioner)
 
     def _preconditioner(self):
@@ -159,7 +158,7 @@ class KLShampoo(ByAxis):
 
 
 def _moments(G, axis, Q, weights):
-    """Of the gradient whitened along all other axes: `T T'` of an axis, and its diagonal in the axis' own basis."""
+    """For the gradient whitened along all other axes: `T T'` of an axis, and its diagonal in the axis' own basis."""
     others = [None if k == axis else q for k, q in enumerate(Q)]
     scale = math.prod(_along(w, k, G) for k, w in enumerate(weights) if k != axis and w is not None)
     T = axes.multiply_transposed(G, others) * scale
@@ -170,5 +169,5 @@ def _moments(G, axis, Q, weights):
 
 
 def _along(vector, axis, tensor):
-    """The vector as a tensor that is multiplied with another along an axis of that."""
+    """The vector reshaped to multiply `tensor` along an axis."""
     return tf.reshape(vector, [-1 if k == axis else 1 for k in range(tensor.shape.rank)])

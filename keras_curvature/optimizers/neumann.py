@@ -17,8 +17,8 @@ from keras_curvature.optimizers.limits import LinearStep, nesterov
 class Neumann(CurvatureOptimizer):
     """The Neumann optimizer: the Neumann series of the inverse Hessian, one term per step, by gradients alone.
 
-    The product `H m` in the series `m <- m - (g + eta H m)` is had from one gradient at weights displaced by `m`.
-    After `warmup_steps` of plain SGD, at step `t` with gradient `G` at the stored (displaced) weights `w`:
+    One gradient at weights displaced by `m` gives the product `H m` in the series `m <- m - (g + eta H m)`. After
+    `warmup_steps` of plain SGD, at step `t` with gradient `G` at the stored (displaced) weights `w`:
 
         t a reset:   m <- -eta G                                           w and v stay
         else:        d = G + (alpha r^2 - beta n / r^2) (w - v) / r,       r = |w - v| over all weights
@@ -31,32 +31,32 @@ class Neumann(CurvatureOptimizer):
     `mu_start = mu_end` and no reset it is SGD with Nesterov momentum.
 
     Where the answer is: on a plain `keras.Model` the stored weights are the displaced ones while `fit` runs; at its
-    end `finalize_variable_values` leaves `w - mu m`. `keras_curvature.callbacks.SwapNeumannWeights` does so for
-    validation and checkpoints too, and takes a further `fit` up exactly where the last one was (without it the
-    first gradient of the further `fit` is the one at `w - mu m`). On a curved model (`keras_curvature.curved`)
-    the stored weights are the answer at all times and nothing need be done.
+    end `finalize_variable_values` leaves `w - mu m`. `keras_curvature.callbacks.SwapNeumannWeights` also does this for
+    validation and checkpoints. With it a further `fit` continues exactly; without it the first gradient of a further
+    `fit` is at `w - mu m`. On a curved model (`keras_curvature.curved`) the stored weights are always the answer.
 
     Reference: Krishnan, Xiao and Saurous, "Neumann Optimizer: A Practical Optimization Algorithm for Deep Neural
     Networks" (ICLR 2018), Algorithm 2 and Table 1. Differences from the paper: (1) the repulsion `beta n / r^2` is
-    infinite at `r = 0`; below a tenth of the radius `r* = (eta beta n / ((1 - mu_end) (1 - gamma)))^(1/3)` at which
-    it is in balance, it falls linearly to zero; (2) the unit of `t` in `mu(t)` is not stated: steps since the
-    warm-up; (3) resets are at `t = 1`, `1 + K`, `1 + 3 K`, `1 + 7 K`, ... for `K = reset_every` and growth 2, and
-    with `reset_every=None` there is none at all, not even at `t = 1`: `m` begins there as the last step of the
-    warm-up left it, `-eta G`; (4) the paper counts warm-up and resets in epochs (5 and 10), which `from_epochs` does;
-    the defaults in steps are of this package, and so is the learning rate, which the paper tunes.
+    infinite at `r = 0`; here it falls linearly to zero below a tenth of its equilibrium radius
+    `r* = (eta beta n / ((1 - mu_end) (1 - gamma)))^(1/3)`; (2) the paper does not state the unit of `t` in `mu(t)`;
+    here it is steps since the warm-up; (3) resets are at `t = 1`, `1 + K`, `1 + 3 K`, `1 + 7 K`, ... for
+    `K = reset_every` and growth 2, and with `reset_every=None` there is no reset, not even at `t = 1`, where `m` is the
+    last step of the warm-up, `-eta G`; (4) the paper counts warm-up and resets in epochs (5 and 10), as `from_epochs`
+    does; the defaults in steps and of the learning rate, which the paper tunes, are this package's.
 
     Args:
         learning_rate: `eta`; a float, schedule or callable. The warm-up is plain SGD: with `eta` above 2 / sharpness it
-            diverges, in finite numbers at first, which no step is skipped for (a physics-informed network went from a
-            loss of 49 to 2e15). Choose `eta` that SGD bears; `keras_curvature.curvature(model, data).top(1)` measures
-            the sharpness. Defaults to `0.05`.
+            diverges. Its numbers are finite at first, so no step is skipped (the loss of a physics-informed network
+            went from 49 to 2e15). Choose an `eta` at which SGD is stable;
+            `keras_curvature.curvature(model, data).top(1)` measures the sharpness. Defaults to `0.05`.
         alpha: Weight of the cubic regularizer `alpha/3 |w - v|^3`. Defaults to `1e-7` (Table 1).
         beta: Weight of the repulsion `beta n / |w - v|`, times the number of weights. Defaults to `1e-5` (Table 1). It
-            keeps the weights `r*` away from `v` and so moving by `r* (1 - gamma)` per step for as long as the learning
-            rate stays: a floor under the training loss of small networks. Let the rate decay, or lower `beta`.
+            keeps the weights `r*` away from `v`, so they move by `r* (1 - gamma)` per step while the learning rate
+            stays constant. This bounds the training loss of small networks from below. Let the learning rate decay, or
+            lower `beta`.
         gamma: Decay of the moving average `v`, in [0, 1). Defaults to `0.99` (Table 1).
         mu_start: Momentum at `t = 1`, in [0, 1). Defaults to `0.5` (Table 1).
-        mu_end: Most momentum, in [`mu_start`, 1). Defaults to `0.9` (Table 1).
+        mu_end: Largest momentum, in [`mu_start`, 1). Defaults to `0.9` (Table 1).
         warmup_steps: Steps of SGD at the beginning, without a guard of their own. Defaults to `1000`.
         reset_every: `K`, steps until the second reset; `None`: no resets. Defaults to `None`.
         reset_growth: Factor on `K` after every reset, an integer. Defaults to `2`.

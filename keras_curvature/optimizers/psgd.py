@@ -1,4 +1,4 @@
-"""PSGD: a preconditioner that is fitted, step by step, to what it shall do."""
+"""PSGD: a preconditioner fitted by stochastic descent, one step per update."""
 
 import tensorflow as tf
 
@@ -19,40 +19,39 @@ KINDS = {"whitening": (0.001, (2.0, 10.0)), "momentum": (0.001, (2.0, 10.0)), "n
 
 @register
 class PSGD(CurvatureOptimizer):
-    """PSGD: the gradient times a matrix `P` that is itself found by stochastic descent.
+    """PSGD: the gradient times a matrix `P`, which stochastic descent fits.
 
         P = Q'Q  minimizes  E[h'P h + v'P^-1 v],   v ~ N(0, I)            one relative step per update
         w  <- w - learning_rate * clip(P m)                               m: the gradient's moving average
 
     With `h = g` (`kind="whitening"`) `P` tends to `(E g g')^-1/2`, from gradients alone, on any model. With `h = H v`
     (`kind="newton"`) it tends to `|H|^-1`, also where `H` is indefinite, for one Hessian product per refresh; this
-    takes a curved model. `geometry` says which `Q` are tried: a factor for each axis of each weight, or a diagonal
-    and a few outer products over all weights. No matrix larger than the rank is inverted.
+    takes a curved model. `geometry` chooses the family of `Q`: a factor for each axis of each weight, or a diagonal and
+    a few outer products over all weights. No matrix larger than the rank is inverted.
 
     Reference: Li, "Preconditioned stochastic gradient descent" (arXiv:1512.04202), "Black box Lie group
     preconditioners for SGD" (arXiv:2211.04422), "Stochastic Hessian fittings with Lie groups" (arXiv:2402.11858), and
     the author's psgd_torch: `KronWhiten, KronNewton, LRAWhiten, LRANewton`. Differences from that code: (1) the
     preconditioner is fitted every so many steps, not with a probability; (2) a fit that fails keeps the last one;
-    (3) a pair with `h = 0`, of a batch without weight, is not fitted to: as a first pair it would make `P` as large as
-    `1 / damping`; (4) those of `LowRankGeometry`.
+    (3) a pair with `h = 0`, from a batch without weight, is skipped: as a first pair it would make `P` as large as
+    `1 / damping`; (4) the differences of `LowRankGeometry`.
 
     Args:
         learning_rate: Defaults to `None`: `0.001` for the two whitening kinds, `0.01` for `"newton"` (the reference).
-        geometry: `"kronecker"`, `"low_rank"`, or a component with the choices of the fitting, such as
+        geometry: `"kronecker"`, `"low_rank"`, or a component with the options of the fit, such as
             `KroneckerGeometry(rate=0.05)`, `LowRankGeometry(rank=20)`. Defaults to `"kronecker"`.
-        kind: `"whitening"` (of the gradient), `"momentum"` (whitening of its moving average, for sparse gradients; the
-            learning rate is to be divided by `sqrt((1 + momentum) / (1 - momentum))`), `"newton"`. Defaults to
-            `"whitening"`.
+        kind: `"whitening"` (of the gradient), `"momentum"` (whitening of its moving average, for sparse gradients;
+            divide the learning rate by `sqrt((1 + momentum) / (1 - momentum))`), `"newton"`. Defaults to `"whitening"`.
         momentum: Decay of the moving average, in [0, 1); the first steps average evenly. Defaults to `0.0` (the
             reference).
         every: Steps from one fit of the preconditioner to the next. Defaults to `1`.
-        clip: `(mean, entry)`: the preconditioned gradient is scaled down to this root of its mean square, of each
-            weight or, with low rank, of all, and each entry is clipped to that size; `None`: neither; `"auto"`:
-            `(2.0, 10.0)` for the whitening kinds, where a step of 1 is the rule, and `None` for `"newton"` (the
-            reference), for which there is Keras' `global_clipnorm`. Defaults to `"auto"`.
+        clip: `(mean, entry)`, two bounds on the preconditioned gradient: its root mean square is scaled down to `mean`,
+            per weight or, with low rank, over all weights, and each entry is clipped to `entry`. `None`: no bounds.
+            `"auto"`: `(2.0, 10.0)` for the whitening kinds, whose steps are about 1, and `None` for `"newton"` (the
+            reference), which can use Keras' `global_clipnorm`. Defaults to `"auto"`.
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `failed_refreshes` (tensors of the state that a fit could not renew), `step_norm`, `skipped_steps`.
+    Reports: `failed_refreshes` (tensors of the state whose fit failed), `step_norm`, `skipped_steps`.
 
     Example:
 

@@ -1,8 +1,8 @@
-"""Least-squares problems whose minimum and solution are known, each an honest Keras model.
+"""Least-squares problems with known minimum and solution, as Keras models.
 
-The loss is `SumSquares` of the residuals `phi(w)`, so that the Gauss-Newton matrix `2 J' J` is what the
-literature means by it. `quadratic` and `rosenbrock` give the residuals themselves, against targets of zero;
-their input is one number that multiplies a residual, and a batch holds as many independent draws of the loss.
+The loss is `SumSquares` of the residuals `phi(w)`, so that its Gauss-Newton matrix is `2 J' J`, as in the literature.
+`quadratic` and `rosenbrock` give the residuals themselves, against targets of zero; their input is one number that
+multiplies a residual, and a batch holds as many independent draws of the loss.
 """
 
 import keras
@@ -24,7 +24,7 @@ def quadratic(dimension=20, condition=1e3, seed=0):
     Args:
         dimension: number of weights.
         condition: largest eigenvalue over smallest.
-        seed: of the eigenvectors `Q` and the solution `w*`; the start is drawn by `model(seed)`.
+        seed: determines the eigenvectors `Q` and the solution `w*`; `model(seed)` draws the start.
     """
     if dimension < 1:
         raise ValueError(f"dimension must be at least 1. Received: dimension={dimension}")
@@ -58,8 +58,8 @@ def rosenbrock(noise=0.0):
     `f(u, v) = (1 - u)^2 + 100 eps^2 (v - u^2)^2`, residuals `phi = [10 eps (v - u^2), 1 - u]`. The input of
     the model is `eps`, (samples, 1), drawn from `noise * U[0, 1)`, or 1 where `noise` is 0. Targets are zeros
     (samples, 2). The table takes `noise` 0, 1 and 3, one draw for each iteration: batch size 1 and as many
-    rows as iterations. Its text prints `eps` where its code squares it; this is the code
-    (albanie/mcnToyOptim). `model(seed)` starts at `rosenbrock_start(seed)`.
+    rows as iterations. Its text has `eps` where its code has `eps^2`; this is the code's (albanie/mcnToyOptim).
+    `model(seed)` starts at `rosenbrock_start(seed)`.
 
     Args:
         noise: upper end of the uniform noise; 0 is the plain function.
@@ -88,16 +88,16 @@ def rosenbrock(noise=0.0):
 
 
 def rahimi_recht(seed=0):
-    """A linear network with a needless layer: fit `W2 W1 x` to `A x`, x in R^6, everything else in R^10.
+    """A linear network with a superfluous layer: fit `W2 W1 x` to `A x`, x in R^6, everything else in R^10.
 
     `f(W1, W2) = mean_i |W2 W1 x_i - A x_i|^2` over 1000 samples `x_i ~ N(0, I)`, full batch. The rows of `A`,
     uniform in [0, 1), are scaled by `linspace(1, 1e-5, 10)`; the start is `W1 ~ N(0, (2/16)^2)` and
-    `W2 ~ N(0, (1/10)^2)`. Of the 160 weights 100 are superfluous, `(M W1, W2 M^-1)` being as good as
-    `(W1, W2)`, so the Hessian is singular at every solution. From Rahimi and Recht's 2017 talk, with the
-    numbers of albanie/mcnToyOptim. The 1e-5 scales rows, linearly: the condition number of `A` is near 20.
+    `W2 ~ N(0, (1/10)^2)`. 100 of the 160 weights are superfluous: `(M W1, W2 M^-1)` has the loss of `(W1, W2)`. So the
+    Hessian is singular at every solution. From Rahimi and Recht's 2017 talk, with the numbers of albanie/mcnToyOptim.
+    The 1e-5 scales rows, linearly: the condition number of `A` is near 20.
 
     Args:
-        seed: of `A` and of the samples; the start is drawn by `model(seed)`.
+        seed: determines `A` and the samples; `model(seed)` draws the start.
     """
 
     @seeded

@@ -1,9 +1,8 @@
-"""What a problem is, and how its model is made reproducible.
+"""The class `Problem`, and reproducible models.
 
-Three things make a run: the weights it starts from, the samples it sees, and the loss. A `Problem` holds one
-recipe for each, so nothing is computed, read or allocated before it is asked for, and Keras' default float
-type is looked up when a recipe runs: after `keras.config.set_floatx("float64")` the same problem is a float64
-problem.
+A run is determined by its initial weights, its samples and its loss. A `Problem` holds one recipe for each, and nothing
+is computed, read or allocated before a recipe runs. Recipes use Keras' current default float type: after
+`keras.config.set_floatx("float64")` the same problem is a float64 problem.
 """
 
 import contextlib
@@ -28,11 +27,10 @@ class Problem:
             test set.
         batch_size: the batch size of the source, or a sensible one.
         metrics: what to pass to `compile`.
-        minimum: the least value of the loss, where it is known.
-        solution: `solution()` gives weights of that loss, float64 arrays in the order of
-            `model.trainable_variables`.
-        hessian: `hessian()` gives the Hessian of the loss where it is constant, float64, (weights, weights).
-        stand_in: `stand_in(samples, seed)` gives `(x, y)` of the shapes of `data()` with no file behind them.
+        minimum: the minimum of the loss, if it is known.
+        solution: `solution()` gives weights with that loss, float64 arrays in the order of `model.trainable_variables`.
+        hessian: `hessian()` gives the Hessian of the loss if it is constant, float64, (weights, weights).
+        stand_in: `stand_in(samples, seed)` gives synthetic `(x, y)` with the shapes of `data()`.
     """
 
     name: str
@@ -78,11 +76,10 @@ def seeded(build):
 
 @contextlib.contextmanager
 def _seed_of_layers(seed):
-    """Where a layer is given no seed, Keras draws one from Python's `random`: there, and nowhere else.
+    """For a layer without a seed, Keras draws one from Python's `random`, and from nowhere else.
 
-    Seeding that generator leaves the networks free of seed arguments, and works where an integer seed would
-    not: the query, key and value kernels of `MultiHeadAttention` copy their initializer, seed included, and
-    would come out equal.
+    With that generator seeded, the networks need no seed arguments. Integer seeds would also fail for
+    `MultiHeadAttention`: its query, key and value kernels copy the initializer with its seed and would be equal.
     """
     state = random.getstate()
     random.seed(seed)
@@ -96,7 +93,7 @@ def _seed_of_layers(seed):
 def _dtype_of_floatx():
     """Makes `set_floatx` count: Keras derives its default policy from `floatx()` once, at the first layer.
 
-    A policy that mixes types was chosen on purpose and stays.
+    A mixed-precision policy was chosen on purpose and stays.
     """
     policy = keras.config.dtype_policy()
     mixed = policy.compute_dtype != policy.variable_dtype

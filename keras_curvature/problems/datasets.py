@@ -1,8 +1,7 @@
-"""Data by name, and data of the same shapes with no file behind it.
+"""Data by name, and synthetic data of the same shapes.
 
-`data("mnist")` reads a dataset; `synthetic("images")` makes one up: a fixed random teacher labels random
-inputs, so there is something to learn, nothing to download, and the same seed gives the same arrays on every
-machine.
+`data("mnist")` reads a dataset; `synthetic("images")` generates one without a download: a fixed random teacher labels
+random inputs, so the labels can be learned. The same seed gives the same arrays on every machine.
 """
 
 import os
@@ -37,11 +36,10 @@ def synthetic(kind, samples=2048, seed=0, shape=(28, 28, 1), classes=10):
     """Make `samples` rows `(x, y)` of `kind` "images", "tokens" or "adding", int32 labels (samples,).
 
     * `"images"`: (samples, *shape) in [0, 1]. Sixteen latent numbers `z ~ N(0, I)` mix sixteen coarse
-      patterns and some noise into an image, as few directions carry most of the variance of real images; a
-      random tanh network of `z` says which of `classes` it is. `shape` is (height, width, channels), both
-      sides multiples of 4.
+      patterns and some noise into an image, as few directions carry most of the variance of real images; a random tanh
+      network of `z` chooses one of `classes`. `shape` is (height, width, channels), both sides multiples of 4.
     * `"tokens"`: (samples, 32) int32 in [0, 64). The first token is the query of a random attention head over
-      the others; what the head reads out says which of four classes it is.
+      the others; its output determines one of four classes.
     * `"adding"`: (samples, 16, 2), after the adding problem of Hochreiter and Schmidhuber (1997), as a yes or
       no. One channel holds numbers in [0, 1), the other marks two of them; the class is whether the marked
       ones sum to more than 1.

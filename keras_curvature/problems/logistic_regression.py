@@ -1,4 +1,4 @@
-"""The published test of the Neumann optimizer that runs on a laptop: a badly conditioned classifier."""
+"""The laptop-sized published test of the Neumann optimizer: an ill-conditioned classifier."""
 
 import functools
 
@@ -19,12 +19,12 @@ def logistic(samples=20_000, seed=0):
     The paper gives the condition number, the penalty, batch sizes 10 and 200 with learning rates 0.05 and
     0.5, and 10000 steps. The scale 7 and the number of samples are ours, chosen to put SGD near the published
     curve. Batch 200, losses at steps 500, 1000, 2000, 4000 and 10000: 0.091, 0.074, 0.059, 0.048, 0.035 here,
-    0.112, 0.089, 0.069, 0.054, 0.040 read off the paper's figure. `w*` matters: over the seeds 0 to 4 the
-    last of them goes from 0.031 to 0.042, so compare optimizers with one another, on one seed.
+    0.112, 0.089, 0.069, 0.054, 0.040 read off the paper's figure. `w*` matters: over the seeds 0 to 4 the loss at step
+    10000 ranges from 0.031 to 0.042, so compare optimizers on one seed.
 
     Args:
         samples: number of samples.
-        seed: of the inputs and the labels; the start is zero whatever the seed.
+        seed: determines the inputs and the labels; the start is always zero.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1. Received: samples={samples}")

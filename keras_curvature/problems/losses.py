@@ -1,4 +1,4 @@
-"""The squared norm of the residuals: a loss, and the error that autoencoders are reported in."""
+"""The squared norm of the residuals: a loss, and the usual error of autoencoders."""
 
 import keras
 from keras import ops
@@ -10,9 +10,8 @@ from keras_curvature.linearization.fisher.likelihoods import Gaussian
 class SumSquares(keras.losses.Loss):
     """Squared norm of the residual of each sample: `sum_j (y_pred_j - y_true_j)^2`, averaged over the batch.
 
-    `keras.losses.MeanSquaredError` divides by the number of outputs, which hides a factor from every damping,
-    learning rate and published number that belongs to a sum of squares. The Hessian in the outputs of a
-    sample is `2 I`.
+    `keras.losses.MeanSquaredError` divides by the number of outputs. So dampings, learning rates and published numbers
+    for a sum of squares differ by that factor. The Hessian in the outputs of a sample is `2 I`.
 
     Args:
         name: name of the loss.

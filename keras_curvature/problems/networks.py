@@ -22,7 +22,7 @@ def autoencoder(widths=(784, 1000, 500, 250, 30), name="autoencoder"):
 
     Given `widths` and their mirror image, logistic units, a linear code layer in the middle, `SparseNormal`
     weights, zero biases. The outputs are logits: train them with `BinaryCrossentropy(from_logits=True)`,
-    which averages over the pixels where the papers sum.
+    which averages over the pixels; the papers sum.
     """
     if len(widths) < 2:
         raise ValueError(f"widths go from the inputs to the code, two at least. Received: widths={widths}")
@@ -48,12 +48,12 @@ def curveball_cnn(batch_normalization=False, name="curveball_cnn"):
     """The "basic" network of the CurveBall paper (arXiv 1805.08095): (batch, 32, 32, 3) -> (batch, 10).
 
     Convolutions 5x5 to 32, 32 and 64 channels, each followed by 3x3 pooling with stride 2, then 4x4 to 64 and
-    1x1 to 10; weights from `N(0, 0.01^2)` in the first layer and `N(0, 0.05^2)` elsewhere. Pooling is max,
-    average, average as in the authors' code, where the paper says max throughout, over a border of zeros on
-    every side, which TensorFlow's "same" would put on one side only.
+    1x1 to 10; weights from `N(0, 0.01^2)` in the first layer and `N(0, 0.05^2)` elsewhere. Pooling is max, average,
+    average as in the authors' code; the paper has max throughout. It pads zeros on every side; TensorFlow's "same"
+    would pad one side only.
 
-    Images come in [0, 1]; the model standardizes their channels, as the authors' PyTorch port does. The
-    Matlab code whitens them instead, and both crop and flip at random: neither is done here.
+    Images come in [0, 1]; the model standardizes their channels, as the authors' PyTorch port does. The Matlab code
+    whitens them instead. Both crop and flip at random, which is left out here.
     """
 
     def convolution(filters, size, stddev=0.05, padding="same"):
@@ -126,13 +126,13 @@ class TokenAndPosition(layers.Layer):
 class SparseNormal(keras.initializers.Initializer):
     """Sparse initialization: every unit gets `incoming` weights from `N(0, stddev^2)`, the others are zero.
 
-    A unit's input then has the same size however wide the layer below is, and no two units look alike. From
-    Martens, "Deep learning via Hessian-free optimization" (2010). The last axis of a kernel counts the units.
+    The size of a unit's input then does not depend on the width of the layer below, and units differ from each other.
+    From Martens, "Deep learning via Hessian-free optimization" (2010). The last axis of a kernel counts the units.
 
     Args:
-        incoming: non-zero weights of each unit; all of them where there are fewer.
+        incoming: non-zero weights of each unit, at most all.
         stddev: their standard deviation.
-        seed: an integer makes every call the same; None draws one as Keras does.
+        seed: with an integer every call is the same; `None` draws one as Keras does.
 
     Example:
 

@@ -1,10 +1,9 @@
 """The protocol of Table 1 of the CurveBall paper (arXiv 1805.08095), from the code behind it.
 
-100 runs of at most 5000 iterations (Rosenbrock) or 1000 (Rahimi-Recht), each from its own start. The number
-reported for a run is the 1-based index of the first iteration whose loss, taken before that iteration's
-update and with that iteration's noise, is below 1e-4. Runs that never get there are left out of the mean. The
-numbers of CurveBall there need a step size of 0.5 and a fixed damping of 0.1 on Rosenbrock, 1 and 1 on
-Rahimi-Recht.
+100 runs of at most 5000 iterations (Rosenbrock) or 1000 (Rahimi-Recht), each from its own start. The number of a run is
+the 1-based index of the first iteration with a loss below 1e-4. The loss is taken before the iteration's update and
+with its noise. Runs that never reach 1e-4 are left out of the mean. CurveBall's numbers in the table need a step size
+of 0.5 and a fixed damping of 0.1 on Rosenbrock, 1 and 1 on Rahimi-Recht.
 """
 
 import numpy as np

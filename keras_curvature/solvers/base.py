@@ -1,4 +1,4 @@
-"""Solvers of `A x = b`: they know operators, and never a loss, a batch or a variable.
+"""Solvers of `A x = b`. They work on operators, never on a loss, a batch or a variable.
 
 A solver is a frozen record of its choices and pure: `solve(operator, rhs, start, preconditioner)` returns a
 `Solution`. Vectors are lists of tensors. `preconditioner` is an operator close to the inverse of `A`.
@@ -14,15 +14,15 @@ from keras_curvature.component import Component
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """What a solver returns.
+    """The result of a solver.
 
     Attributes:
         value: The approximate solution `x`, a vector.
         steps: Number of iterations, a scalar integer tensor.
-        residual: `|b - A x| / |b|`, a scalar; NaN where the solver does not know it.
+        residual: `|b - A x| / |b|`, a scalar; NaN if the solver does not compute it.
         finite: Whether all products on the way were finite, a scalar boolean tensor. An iteration that ends at a
             product that overflowed leaves an older, finite iterate in `value`. Defaults to `True`.
-        count: Number of iterates that were stored on the way, a scalar integer tensor (0 where none are).
+        count: Number of stored iterates, a scalar integer tensor.
         iterate: Function from an index in `[0, count)` to that stored iterate, oldest first.
     """
 
@@ -43,6 +43,6 @@ class Solver(Component):
 
 
 def require_psd(operator, asked_by, remedy):
-    """Refuse an operator that is not positive semi-definite, with the remedy."""
+    """Refuse an operator that is not positive semi-definite, with a remedy."""
     if not operator.psd:
         raise ValueError(f"`{asked_by}` needs a positive semi-definite operator. {remedy}")

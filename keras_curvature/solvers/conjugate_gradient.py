@@ -1,8 +1,7 @@
 """Conjugate gradients with Martens' stopping rule and stored iterates.
 
-The loop is a `tf.while_loop`: it ends when the rule says so and not when a graph was unrolled far enough. What
-the method computes with stands outside the replicas of a strategy (see `replicas.py`), so it ends early there
-too.
+The loop is a `tf.while_loop`, so the stopping rule can end it early. It runs outside the replicas of a strategy (see
+`replicas.py`), so it ends early there too.
 """
 
 import dataclasses
@@ -30,9 +29,9 @@ class ConjugateGradient(Solver):
     (`p'Ap <= 0`). Iterates `ceil(5 * 1.3^j)` (5, 7, 9, 11, 15, ...) and the last one are stored, for
     Hessian-free's backtracking.
 
-    Reference: Martens (2010), section 4.4, and his code. Difference from the paper: (1) the code tests the sign of
-    `q_{i-k}` and the paper that of `q_i`; both are negative once the iteration has passed its start, except
-    from a warm start that is worse than zero. This is the code's.
+    Reference: Martens (2010), section 4.4, and his code. Difference from the paper: (1) the sign of `q_{i-k}` is
+    tested, as in his code; the paper tests the sign of `q_i`. Both are negative after the first iterations, except from
+    a warm start that is worse than zero.
 
     Args:
         max_steps: Most iterations. Defaults to `250` (Martens).
@@ -42,7 +41,7 @@ class ConjugateGradient(Solver):
             first direction of negative curvature, with the iterate reached by then. Defaults to `False`.
 
     Raises:
-        ValueError: In `solve`, where the operator is not `psd` and `truncate` is false.
+        ValueError: In `solve`, if the operator is not `psd` and `truncate` is false.
 
     Example: `HessianFree(solver=ConjugateGradient(max_steps=50))`
     """
@@ -119,8 +118,8 @@ class ConjugateGradient(Solver):
         return (i > gap) & (before < 0) & slow
 
     def _solution(self, end, rhs):
-        # the last iterate is stored always, also when the loop ended between two stored ones; `identity` because
-        # TensorFlow complains of a written array that is never read, and nobody has to ask for the iterates
+        # the last iterate is always stored, also if the loop ended between two stored ones; `identity` because
+        # TensorFlow warns of a written array that is never read, and the caller need not read the iterates
         stored = [array.write(end.count, a).identity() for array, a in zip(end.stored, end.x)]
 
         def iterate(j):

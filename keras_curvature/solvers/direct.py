@@ -1,20 +1,20 @@
 """Damped inverses of small matrices, by structure. Pure functions of tensors.
 
-A curvature block is kept as a matrix, as its diagonal, or as two factors whose Kronecker product it is, and is inverted
-as what it is:
+A curvature block is kept as a matrix, as a diagonal, or as the two factors of a Kronecker product. Each form has its
+own inverse:
 
     (M + lambda I)^-1                    Cholesky, d^3
-    1 / (m + lambda)                     a diagonal, where M is given as one
+    1 / (m + lambda)                     M a diagonal
     (A (x) G + lambda I)^-1              by factors: (A + pi sqrt(lambda) I)^-1 (x) (G + sqrt(lambda)/pi I)^-1
     (aa' (x) bb' + lambda I)^-1          exactly, by Sherman and Morrison
 
-A Kronecker product plus a multiple of the identity is no Kronecker product; the damping is split over the factors
-instead, in proportion to their mean eigenvalues (`pi`), so that it does not matter which factor holds the scale.
+A Kronecker product plus a multiple of the identity is not a Kronecker product. So the damping is split over the factors
+in proportion to their mean eigenvalues (`pi`). The result does not depend on which factor holds the scale.
 
 Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015),
 section 6.3, with the trace norm.
 
-What cannot be inverted comes back as NaN, and never raises: whoever asked has an older inverse to go on with.
+A failed inverse is NaN and never raises: the caller keeps its last inverse.
 """
 
 import tensorflow as tf
@@ -32,13 +32,13 @@ def inverse(matrix, damping):
     damping = trees.exactly(damping, matrix.dtype)
     unit = tf.eye(matrix.shape[-1], dtype=matrix.dtype)
     lower = tf.linalg.cholesky(symmetric(matrix) + damping[..., tf.newaxis, tf.newaxis] * unit)
-    # of the triangle's inverse, and not by `cholesky_solve`: the product is symmetric to the last bit
+    # from the triangle's inverse, not `cholesky_solve`: this product is symmetric to the last bit
     half = tf.linalg.triangular_solve(lower, tf.broadcast_to(unit, matrix.shape))
     return tf.matmul(half, half, transpose_a=True)
 
 
 def inverse_of_diagonal(entries, damping):
-    """`1 / (m + damping)`, of a diagonal `(..., d)`; NaN where that is not positive, as Cholesky has it."""
+    """`1 / (m + damping)` of a diagonal `(..., d)`; NaN where `m + damping` is not positive, as with Cholesky."""
     damped = entries + trees.exactly(damping, entries.dtype)[..., tf.newaxis]
     return tf.where(damped > 0, 1.0 / damped, tf.constant(float("nan"), damped.dtype))
 
@@ -47,7 +47,7 @@ def split_damping(of_A, of_G, damping):
     """`(damping of A, damping of G)`, two numbers (or one for each group) whose product is `damping`.
 
     The first is `pi sqrt(damping)` and the second `sqrt(damping) / pi`, where `pi^2` is the mean eigenvalue of `A` over
-    that of `G`; 1 where one of the two is zero.
+    the mean eigenvalue of `G`, or 1 if one of the two is zero.
 
     Args:
         of_A: `mean_eigenvalue(A)`.
@@ -79,7 +79,7 @@ def solve_rank_one(a, b, damping, W):
 
 
 def symmetric(matrix):
-    """The symmetric part: sums of products are symmetric up to rounding only."""
+    """The symmetric part: sums of products are symmetric only up to rounding."""
     if matrix.shape[-1] == 1:  # inside a `tf.cond`, TensorFlow's graph optimizer makes an empty tensor of this sum
         return matrix
     return 0.5 * (matrix + tf.linalg.matrix_transpose(matrix))

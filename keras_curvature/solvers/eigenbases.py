@@ -1,6 +1,6 @@
-"""Orthonormal bases of eigenvectors, in columns, and how one that has grown old is brought nearer to a new matrix.
+"""Orthonormal bases of eigenvectors, in columns, and the update of an old basis to a new matrix.
 
-All take stacks `(..., n, n)`. As with roots, one that fails is NaN.
+All functions take stacks `(..., n, n)`. A failed basis is NaN, as with roots.
 """
 
 import tensorflow as tf
@@ -9,7 +9,7 @@ from keras_curvature.solvers.roots import failed_as_nan, in_units, without_failu
 
 
 def decompose(matrices):
-    """The eigenvectors, that of the largest eigenvalue first."""
+    """The eigenvectors, sorted from the largest eigenvalue to the smallest."""
     finite, matrices = without_failures(matrices)
     _, vectors = tf.linalg.eigh(in_units(matrices)[1])
     return failed_as_nan(finite, tf.reverse(vectors, [-1]))
@@ -18,8 +18,8 @@ def decompose(matrices):
 def refine(matrices, bases, sort=True):
     """One step of orthogonal iteration: `Q` of the QR decomposition of `matrices @ bases`.
 
-    With `sort` the decomposition takes the columns in the order of the eigenvalues that they stand for, `q'Aq`, the
-    largest first. Columns come back in the order they had: what belongs to them elsewhere stays where it is.
+    With `sort` the decomposition takes the columns in the order of their Rayleigh quotients `q'Aq`, the largest first.
+    Columns keep their places in the result, so that other state stored per column stays valid.
     """
     finite, matrices = without_failures(matrices)
     products = tf.matmul(in_units(matrices)[1], bases)

@@ -20,14 +20,14 @@ class KroneckerGeometry(Geometry):
         Q_k <- Q_k - mu/L_k (T_k - S_k) Q_k               and a small rotation towards a symmetric Q_k
 
     with `n` the entries of the weight and `n_k` those of the axis. No matrix is inverted or factorized. An axis that is
-    long for its weight gets a diagonal factor; axes of length one get none.
+    too long (`max_size`, `max_skew`) gets a diagonal factor; axes of length one get none.
 
     Reference: Li, "Stochastic Hessian fittings with Lie groups" (arXiv:2402.11858), and `psgd.py` of the author's
     psgd_torch, `dQ = "Q0.5EQ1.5"`.
 
     Args:
         rate, beta, damping, initial: See `Geometry`.
-        max_size: Longest axis with a full factor, an integer; `None`: any. Defaults to `None` (the reference).
+        max_size: Longest axis with a full factor, an integer; `None`: no limit. Defaults to `None` (the reference).
         max_skew: Most entries of a full factor, in entries of the weight. Defaults to `1.0` (the reference): no factor
             has more entries than the weight.
 
@@ -44,7 +44,7 @@ class KroneckerGeometry(Geometry):
         check_number(self, "max_skew", self.max_skew, low=0)
 
     def specs(self, shapes):
-        """For each weight `L`, an entry for each axis, and the factors."""
+        """For each weight, `L` with an entry for each axis, and the factors."""
         return [spec for i, shape in enumerate(shapes) for spec in self._specs(i, lengths(shape))]
 
     def _specs(self, i, own):
@@ -91,7 +91,7 @@ class KroneckerGeometry(Geometry):
             bounds.append(self._bound(L[k], size))
             q = q - self.rate / bounds[-1] * change
             factors.append(q if q.shape.rank == 1 else rotate(q, draws))
-        # now and then: only the product of the scales of the factors is determined
+        # at random, one step in 100: only the product of the factors' scales is determined
         return [tf.stack(bounds), *_balance(factors, draws.uniform(h.dtype) < 0.01)]
 
     def operator(self, state, shapes):
@@ -110,7 +110,7 @@ class KroneckerGeometry(Geometry):
 
 
 def lengths(shape):
-    """The lengths of the axes that get a factor: all but those of length one, and at least one."""
+    """The lengths of the axes that get a factor: all axes longer than one, and at least one axis."""
     return [n for n in shape if n != 1] or [1]
 
 
@@ -142,7 +142,7 @@ def _times(T, q):
 
 
 def _norm(T, draws):
-    """The largest entry of a diagonal; of a matrix `T >= 0` a lower bound of the largest eigenvalue."""
+    """The largest entry of a diagonal; for a matrix `T >= 0` a lower bound of the largest eigenvalue."""
     if T.shape.rank == 1:
         return tf.reduce_max(T)
     return norm_bound(T, tf.reduce_max(tf.linalg.diag_part(T)), draws)
@@ -151,7 +151,7 @@ def _norm(T, draws):
 def norm_bound(A, largest, draws, width=32):
     """A lower bound of the spectral norm of a symmetric or antisymmetric matrix: four products with a few rows.
 
-    The rows begin as noise that is turned towards the longest row of `A`. `largest` is an entry's size, for scaling.
+    The rows begin as noise around the longest row of `A`. `largest` is the size of an entry, for scaling.
     """
     tiny = np.finfo(A.dtype.as_numpy_dtype).tiny
     largest = largest + tiny
@@ -168,8 +168,8 @@ def norm_bound(A, largest, draws, width=32):
 def rotate(Q, draws, longest=1 / 8):
     """`Q` turned a little towards a symmetric matrix: a step of the orthogonal Procrustes problem `min |U Q - I|`.
 
-    `U = I + a R + (a R)^2 / 2` with `R = Q' - Q` of norm one, which is a rotation up to `a^4 / 4`; `a` is at the
-    minimum of `|U Q - I|`, and at most `longest`. `Q'Q` stays what it is.
+    `U = I + a R + (a R)^2 / 2` with `R = Q' - Q` scaled to norm one, a rotation up to `a^4 / 4`. `a` minimizes
+    `|U Q - I|` and is at most `longest`. `Q'Q` does not change.
     """
     R = tf.transpose(Q) - Q
     R = R / (norm_bound(R, tf.reduce_max(tf.abs(R)), draws) + np.finfo(R.dtype.as_numpy_dtype).tiny)
@@ -181,7 +181,7 @@ def rotate(Q, draws, longest=1 / 8):
 
 
 def _balance(Q, now):
-    """Factors whose largest entries are equally large, where it is time."""
+    """If `now`, factors rescaled to equal largest entries."""
     if len(Q) == 1:
         return Q
     sizes = tf.stack([tf.reduce_max(tf.abs(q)) for q in Q])

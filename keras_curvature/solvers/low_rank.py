@@ -22,11 +22,11 @@ class LowRankGeometry(Geometry):
         d <- d - mu/L_d (h P h - v P^-1 v) d                             elementwise
         U <- U - mu/L_U (a a' - b b') V (I + V'U)      or      V <- V - mu/L_V (I + V U') (a a' - b b') U
 
-    `U` and `V` take turns by chance. The inverse is that of `I + V'U`, a matrix `(rank, rank)`.
+    `U` and `V` take turns at random. Only `I + V'U`, a matrix `(rank, rank)`, is inverted.
 
     Reference: Li, "Black box Lie group preconditioners for SGD" (arXiv:2211.04422), and `psgd.py` of the author's
-    psgd_torch. Differences from the latter: (1) `U` and `V` begin at the expected norm of `0.1^1/2`, not exactly
-    there; (2) a `rank` of at most the number of weights is used.
+    psgd_torch. Differences from that code: (1) `U` and `V` begin at the expected norm of `0.1^1/2`, not exactly there;
+    (2) `rank` is capped at the number of weights.
 
     Args:
         rate, beta, damping, initial: See `Geometry`.
@@ -64,7 +64,7 @@ class LowRankGeometry(Geometry):
         d = trees.scale(tf.where(begins, scale, tf.ones_like(scale)), d)
         noise = columns(draws.normal_like(h))
         h = self._noisy(columns(h), noise)
-        v = noise if v is None else columns(v)  # of the whitening type, and noise enough
+        v = noise if v is None else columns(v)  # the whitening type, where this noise suffices
         U, V = _balance(U, V)
 
         P = LowRankSquare(U, V, d)
@@ -122,7 +122,7 @@ def _parts(state):
 
 
 def _balance(U, V):
-    """`U A` and `V A^-1`, about, with `A` such that `U'U` and `V'V` come closer: only their product is determined."""
+    """Roughly `U A` and `V A^-1`, where `A` brings `U'U` and `V'V` closer; the product `U V'` does not change."""
     UU, VV = gram(U, U), gram(V, V)
     left, right = tf.linalg.trace(UU), tf.linalg.trace(VV)
     scale = (left / right) ** (1 / 4)
@@ -134,7 +134,7 @@ def _balance(U, V):
 
 def _inverse(U, V, d, inner, v):
     """`Q^-T v` and `P^-1 v = Q^-1 Q^-T v`, by the inverse of `inner = I + V'U`."""
-    # never singular, as long as it is finite; TensorFlow's solver raises where a matrix is not
+    # a finite matrix is never singular; for others TensorFlow's solver would raise
     finite = tf.reduce_all(tf.math.is_finite(inner))
     inner = tf.where(finite, inner, tf.eye(inner.shape[0], dtype=inner.dtype))
     b = [a / q for a, q in zip(v, d)]

@@ -17,7 +17,7 @@ class NeumannSeries(Solver):
         x = rate * sum_{i=0..K} (I - rate A)^i b,      that is   x_0 = rate b,   x_k = x_{k-1} + rate (b - A x_{k-1})
 
     converges to `A^-1 b` where `rate * lambda_max < 2`, by the factor `1 - rate * lambda_min` per step; a negative
-    eigenvalue makes it grow. From a `start` of its own the same iteration is run from there.
+    eigenvalue makes it grow. With a `start` the same iteration begins there.
 
     Reference: Krishnan, Xiao and Saurous (2018), equations 4-6.
 

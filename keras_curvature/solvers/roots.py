@@ -1,7 +1,7 @@
-"""Inverse roots of symmetric matrices: `A^(-1/p)`, and how many of them are computed at once.
+"""Inverse roots of symmetric matrices, `A^(-1/p)`, computed in stacks.
 
-A root that fails (the matrix is not finite, the iteration does not converge) comes out as NaN, for the caller to keep
-the last good one. Nothing here raises on numbers: an eigendecomposition of a NaN would stop the program.
+A failed root (the matrix is not finite, or the iteration does not converge) is NaN, and the caller keeps the last good
+one. Nothing here raises on numbers; TensorFlow's eigendecomposition of a NaN would stop the program.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ from keras_curvature import replicas
 from keras_curvature.component import Component, check, check_count, check_number, register
 from keras_curvature.solvers import dealing
 
-# An iteration that ends further from the identity than this has failed (the reference's limit of its own error check).
+# An iteration that ends farther from the identity than this has failed (the limit of the reference's check).
 FAILED = 0.1
-# An error that grows by this factor, or is this small and does not shrink, is at its best (the same source). It is the
-# norm that is asked: in exact arithmetic it shrinks, which the largest entry need not.
+# The iteration stops when the error grows by this factor, or is this small and does not shrink (the same source). The
+# error is a norm, because in exact arithmetic the norm shrinks and the largest entry need not.
 WORSE, NEAR = 1.2, 1e-3
 
 
@@ -25,14 +25,15 @@ WORSE, NEAR = 1.2, 1e-3
 class EigenRoot(Component):
     """`A^(-1/p) = Q diag(l)^(-1/p) Q'` with the eigenvalues and -vectors of `A + epsilon I`.
 
-    Where the smallest eigenvalue comes out lower, by rounding, all are moved up until it is `epsilon`, or what the
-    precision can tell from zero beside the largest.
+    If rounding makes the smallest eigenvalue lower, all are shifted up. The smallest is then `epsilon`, or the smallest
+    number that the precision distinguishes from zero next to the largest.
 
-    Reference: the eigendecomposition of github.com/facebookresearch/optimizers, `matrix_functions.py`, which knows
-    `epsilon` alone.
+    Reference: the eigendecomposition of github.com/facebookresearch/optimizers, `matrix_functions.py`, which uses only
+    `epsilon`.
 
     Args:
-        exponent: Of the inverse root; `None` lets the method choose, `1 / (2 axes)` in Shampoo. Defaults to `None`.
+        exponent: The exponent of the inverse root; with `None` the method chooses, `1 / (2 axes)` in Shampoo. Defaults
+            to `None`.
     """
 
     exponent: float | None = None
@@ -59,18 +60,18 @@ class CoupledNewton(Component):
 
         N = (1 + 1/p) I - M/p,    X <- X N,    M <- N^p M
 
-    from `X = z^(1/p) I` and `M = z A`, `z = (p + 1) / (2 |A|_F)`, until `|M - I| <= tolerance` in the largest entry. A
-    matrix of the stack stops by itself: when it converged, or at its best when the error grows again.
+    from `X = z^(1/p) I` and `M = z A`, `z = (p + 1) / (2 |A|_F)`, until `|M - I| <= tolerance` in the largest entry.
+    Each matrix of the stack stops separately: at convergence, or at its smallest error when the error grows again.
 
-    Reference: Guo and Higham, "A Schur-Newton method for the matrix pth root and its inverse" (2006), as used by Anil
-    et al., "Scalable second order optimization for deep learning" (2020), and github.com/facebookresearch/optimizers.
+    Reference: Guo and Higham, "A Schur-Newton method for the matrix pth root and its inverse" (2006). Anil et al.,
+    "Scalable second order optimization for deep learning" (2020), and github.com/facebookresearch/optimizers use it.
 
     Args:
-        exponent: Of the inverse root, `1 / p`; `None` lets the method choose. Defaults to `None`.
-        relative_epsilon: Multiple of `|A|_F` that is added to the diagonal, where it is more than the method's own
-            epsilon: the iteration needs a condition number that the precision can hold. Defaults to `1e-6` (Anil et
-            al., of the largest eigenvalue).
-        tolerance: Error at which it has converged. Defaults to `1e-6` (the reference).
+        exponent: The exponent of the inverse root, `1 / p`; with `None` the method chooses. Defaults to `None`.
+        relative_epsilon: Multiple of `|A|_F` added to the diagonal if it exceeds the method's own epsilon: the
+            iteration needs a condition number within the precision. Defaults to `1e-6` (Anil et al., of the largest
+            eigenvalue).
+        tolerance: The error of a converged root. Defaults to `1e-6` (the reference).
         max_steps: Iterations at most. Defaults to `100` (the reference).
     """
 
@@ -126,14 +127,14 @@ def without_failures(matrices):
 
 
 def in_units(matrices):
-    """`(unit, matrices / unit)` with the largest entry for a unit: squares of what is left do not overflow."""
+    """`(unit, matrices / unit)` with the largest entry as the unit, so that squares do not overflow."""
     unit = _largest(matrices)
     unit = tf.where(unit > 0, unit, tf.ones_like(unit))
     return unit, matrices / unit
 
 
 def failed_as_nan(good, matrices):
-    """The stack with NaN for those that are not good."""
+    """The stack, with NaN for the failed matrices."""
     return tf.where(good, matrices, tf.constant(float("nan"), matrices.dtype))
 
 
@@ -141,7 +142,7 @@ def in_stacks(fn, items):
     """`[fn(item) for item in items]`, matrices of one size stacked into one call, and the stacks dealt to the replicas.
 
     Args:
-        fn: A function of a stack `(count, n, n)`, or of several in a tuple, that gives such a stack.
+        fn: A function of a stack `(count, n, n)`, or of a tuple of stacks, that returns a stack.
         items: Matrices, or tuples of matrices of one size; the same on all replicas.
     """
     by_size = {}

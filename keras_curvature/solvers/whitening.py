@@ -2,15 +2,15 @@
 
     minimize over P > 0 in a family      c(P) = E[h'P h + v'P^-1 v],      v ~ N(0, I)
 
-For `h = H v` (Newton type) the minimum over all matrices is `P = (H H)^-1/2 = |H|^-1`; for `h = g`, drawn without
-regard to `v` (whitening type), it is `P = (E g g')^-1/2`. Written as `P = Q'Q` with `Q` in a matrix group, `c` is
-descended by relative steps `Q <- Q - mu/L (...) Q`: `Q` stays invertible and no inverse of its size is taken. The step
-`mu` is measured in units of `1/L`, for `L` a running bound of the change's size:
+For `h = H v` (Newton type) the minimum over all matrices is `P = (H H)^-1/2 = |H|^-1`; for `h = g`, independent of `v`
+(whitening type), it is `P = (E g g')^-1/2`. With `P = Q'Q` and `Q` in a matrix group, relative steps
+`Q <- Q - mu/L (...) Q` descend `c`. `Q` stays invertible, and no matrix of its size is inverted. The step `mu` is in
+units of `1/L`, with `L` a running bound on the size of the change:
 
     l = |P h h'P| + |v v'|      L <- max(beta L + (1 - beta) l, l)
 
-A geometry is a frozen record of such a family and of the choices in its fitting. It is pure: state in, state out, as a
-list of tensors. It is a solver in that it makes an inverse root of a matrix out of products with that matrix alone.
+A geometry is a frozen record of a family and of the options of its fit. It is pure: state in, state out, as a list of
+tensors. It is a solver: it computes an inverse root of a matrix from products with the matrix.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from keras_curvature.component import Component, check_number
 
 
 class Draws:
-    """Random numbers of one update, the same on all replicas, as a graph, compiled and eagerly.
+    """Random numbers of one update, the same on all replicas, in a graph, compiled and eagerly.
 
-    They are made of random bits here, because XLA makes other floating-point numbers of the same bits.
+    They are made from random bits here, because XLA turns the same bits into other floating-point numbers.
 
     Args:
-        seed: Integer number or tensor; the numbers are a function of it and of how many were drawn before.
+        seed: Integer number or tensor; it determines the numbers, together with the number of earlier draws.
     """
 
     def __init__(self, seed):
@@ -55,11 +55,13 @@ class Draws:
 
 @dataclasses.dataclass(frozen=True)
 class Geometry(Component):
-    """Base of the geometries: the choices they share. A subclass writes `specs`, `fitted`, `operator` and `groups`.
+    """Base of the geometries, with their common options. A subclass implements `specs`, `fitted`, `operator` and
+    `groups`.
 
     Args:
         rate: `mu`, the step of the fitting, in (0, 1). Defaults to `0.1` (the reference).
-        beta: Of the running bound `L`, in [0, 1); more for sparse gradients. Defaults to `0.9` (the reference).
+        beta: Decay of the running bound `L`, in [0, 1); choose more for sparse gradients. Defaults to `0.9` (the
+            reference).
         damping: Size of the noise added to `h`, which bounds `P` by `1 / damping`. Defaults to `1e-9` (the reference).
         initial: Scale of `Q` at the start; `None`: from the first pair, `(E v^2)^1/4 (E h^4)^-1/8`. Defaults to `None`.
     """
@@ -93,7 +95,7 @@ class Geometry(Component):
         return tf.cond(nothing, lambda: [tf.identity(a) for a in state], lambda: self.fitted(state, v, h, draws))
 
     def fitted(self, state, v, h, draws):
-        """What `fit` does with an `h` that is not zero."""
+        """`fit` for an `h` that is not zero."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `fitted(state, v, h, draws)`.")
 
     def operator(self, state, shapes):
@@ -107,18 +109,18 @@ class Geometry(Component):
     # Shared by the subclasses.
 
     def _noisy(self, h, noise):
-        """`h` and noise of the size of `damping` and of its rounding."""
+        """`h` plus noise of the size of `damping` and of the rounding of `h`."""
         return [a + (self.damping + np.finfo(a.dtype.as_numpy_dtype).eps * tf.abs(a)) * b for a, b in zip(h, noise)]
 
     def _scale(self, begins, v, h):
-        """The scale of `Q` that the first pair suggests, a scalar; one where nothing begins."""
+        """The scale of `Q` from the first pair, a scalar; 1 after the first pair."""
         dtype = h[0].dtype
         if self.initial is not None:
             return tf.constant(self.initial, dtype)
 
         def scale():
             largest = tf.reduce_max([tf.reduce_max(tf.abs(a)) for a in h])
-            # in units of it, because fourth powers leave the range of float32
+            # in units of the largest entry, because fourth powers leave the range of float32
             largest = tf.maximum(largest, max(self.damping, np.finfo(dtype.as_numpy_dtype).tiny))
             fourth = self._fourth_moment([a / largest for a in h]) + (self.damping / largest) ** 4
             scale = fourth ** (-1 / 8) / tf.sqrt(largest)
@@ -136,6 +138,6 @@ class Geometry(Component):
 
 
 def all_or_none(tensors):
-    """The tensors, or nothing but NaN where one of them is not finite: a state is kept or replaced as a whole."""
+    """The tensors, or all NaN if one of them is not finite: a state is kept or replaced as a whole."""
     finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(a)) for a in tensors])
     return [tf.where(finite, a, tf.constant(float("nan"), a.dtype)) for a in tensors]

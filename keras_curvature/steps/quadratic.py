@@ -15,11 +15,11 @@ def minimize(A, b):
         A: Symmetric matrix of curvatures, shape `(2, 2)`.
         b: Slopes `g'd_i`, shape `(2,)`.
 
-    Where the directions are parallel or the second is zero (the first step: no last step yet) the matrix is
-    singular; the answer is then the exact line search along the first direction, `c = (-b_0/A_00, 0)`, and zero
-    where there is no curvature along it, or a negative one: there is no minimum then. The comparison is made at the
-    rounding of the inner products' dtype and the solution in float64. Where a curvature is not finite, `c` is NaN: a
-    product overflowed, and the step must not pass for one of length zero.
+    If the directions are parallel or the second is zero (in the first step), the matrix is singular. The result is then
+    the exact line search along the first direction, `c = (-b_0/A_00, 0)`. It is zero if the curvature along that
+    direction is not positive, because there is no minimum. The comparison uses the rounding of the inner products'
+    dtype, the solution float64. If a curvature is not finite, `c` is NaN: a product overflowed, and a step of zero
+    would hide it.
     """
     tolerance = 16.0 * (2.2e-16 if A.dtype == tf.float64 else 1.2e-7)
     A, b, dtype = tf.cast(A, tf.float64), tf.cast(b, tf.float64), A.dtype

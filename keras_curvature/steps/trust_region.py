@@ -1,7 +1,7 @@
-"""A direction cut to the length that its own metric allows.
+"""A direction scaled down to a largest length in its own metric.
 
-A natural-gradient step `-lr d`, `d = F^-1 g`, changes what the model says by about `1/2 lr^2 d'Fd = 1/2 lr^2 d'g` nats
-(Kullback-Leibler). Near the weights the quadratic behind it holds; far away it promises anything.
+A natural-gradient step `-lr d`, `d = F^-1 g`, changes the model's predictive distribution by about
+`1/2 lr^2 d'Fd = 1/2 lr^2 d'g` nats (Kullback-Leibler). The underlying quadratic is accurate only near the weights.
 """
 
 import tensorflow as tf
@@ -11,7 +11,7 @@ def kl_clip(bound, learning_rate, slope):
     """The multiple `min(1, sqrt(bound / (learning_rate^2 d'g)))` of a direction `d` to take, a scalar.
 
     Args:
-        bound: Most of `learning_rate^2 d'g`, a number.
+        bound: Largest `learning_rate^2 d'g`, a number.
         learning_rate: Multiple of `d` that would be taken.
         slope: `d'g`, a scalar; where it is not positive, nothing is cut.
 

@@ -1,4 +1,4 @@
-"""Curved models: Keras models whose train step hands a second-order optimizer what it needs. No mathematics."""
+"""Curved models: Keras models with a train step for second-order optimizers. No mathematics."""
 
 import abc
 import functools
@@ -40,10 +40,10 @@ def _unpickled(file, micro_batches):
 
 @register
 class CurvatureModel(CurvedMixin, keras.Model, metaclass=abc.ABCMeta):
-    """A `keras.Model` born curved: everything a `keras.Model` is, with the train step of second-order optimizers.
+    """A `keras.Model` with the train step of second-order optimizers.
 
-    Made from inputs and outputs or by subclassing, saved and loaded as itself. A model that exists already is
-    curved by `curved(model)`, and is an instance of this class then.
+    Made from inputs and outputs or by subclassing, and saved and loaded as this class. `curved(model)` turns an
+    existing model into an instance of this class.
 
     Attributes:
         micro_batches: Number of slices that each replica's share of a batch is computed in; see `curved`. An argument
@@ -104,12 +104,12 @@ def curved(model, micro_batches=None):
     of `CurvatureModel` too. Its file is one that plain Keras loads. After loading, curve the model again before `fit`;
     copies by `pickle` and `copy.deepcopy` are curved already. With a Keras optimizer a curved model trains as before.
 
-    Keras does not restore the optimizer of a model whose class has a `compile` of its own, such as KerasHub's tasks; it
-    says so in a warning while loading. Compile such a model again after `load_model`, or it trains with the optimizer
-    that its class chooses.
+    Keras does not restore the optimizer of a model whose class has its own `compile`, such as KerasHub's tasks, and
+    warns about it while loading. Compile such a model again after `load_model`, or it trains with the optimizer that
+    its class chooses.
 
     Under a distribution strategy build and compile the model inside `strategy.scope()`. A batch is split among the
-    replicas, and `n` of them train as one does. This holds for Keras' own optimizers too.
+    replicas, and `n` replicas train as one does. This holds for Keras' own optimizers too.
 
     Args:
         model: A `keras.Model`: functional, sequential or subclassed.
@@ -123,8 +123,8 @@ def curved(model, micro_batches=None):
         The same object; `model.micro_batches` can be set again.
 
     Raises:
-        ValueError: `model` is not a `keras.Model`, or has a `train_step` of its own; `micro_batches` is not an
-            integer of at least 1.
+        ValueError: `model` is not a `keras.Model`, or has its own `train_step`; `micro_batches` is not an integer of at
+            least 1.
 
     Example:
 

@@ -1,1 +1,1 @@
-"""Layers as matrices: inputs and slopes of single layers, and which weights they belong to."""
+"""Layers as matrices: the inputs and slopes of single layers, and their weights."""

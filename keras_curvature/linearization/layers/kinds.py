@@ -1,4 +1,4 @@
-"""The kinds of layers that are known, and how the weights of each kind form a matrix; see `weights.py`."""
+"""The supported kinds of layers, with their weights as matrices; see `weights.py`."""
 
 import dataclasses
 import math
@@ -22,12 +22,12 @@ def weights_of(layer):
 
 
 def known_class(layer):
-    """The class of a layer of a kind that is known here, of which `layer` is an instance; `None`: there is none."""
+    """The supported class of which `layer` is an instance, or `None`."""
     return next((known for known, _ in _KINDS if isinstance(layer, known)), None)
 
 
 def _is(layer, known):
-    """Whether `layer` computes what the class `known` computes: itself, or a subclass that has not changed `call`."""
+    """Whether `layer` computes the same as class `known`: an instance, or a subclass with the same `call`."""
     same = isinstance(layer, known) and type(layer).call is known.call and "call" not in vars(layer)
     plain = not getattr(layer, "lora_enabled", False) and getattr(layer, "quantization_mode", None) is None
     return same and plain

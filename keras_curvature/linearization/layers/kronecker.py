@@ -1,11 +1,11 @@
-"""Which weights of a model have Kronecker factors: blocks of the Fisher matrix, a layer each.
+"""The weights of a model with Kronecker factors: blocks of the Fisher matrix, one per layer.
 
 A layer multiplies by its weights `W` (`weights.py`) at positions `t` of the examples `n`: `s_nt = W' a_nt`. With the
-slopes `d_nt` of the loss, for labels of the model's own, the block of the Fisher matrix that belongs to `W` is
+slopes `d_nt` of the loss, for labels drawn from the model, the block of the Fisher matrix for `W` is
 
     F = sum_n (sum_t a_nt (x) d_nt) (sum_t a_nt (x) d_nt)'   ~   A (x) G
 
-where the slopes carry the `1/N` of a mean over the examples as `1/sqrt(N)` (`sampling.py`). Two ways to part it:
+where the slopes carry the `1/N` of a mean over the examples as `1/sqrt(N)` (`sampling.py`). Two ways to split the sum:
 
     "expand"    A = mean_nt a_nt a_nt'       G = sum_nt d_nt d_nt'      positions count as examples
     "reduce"    A = mean_n a_n a_n'          G = sum_n d_n d_n'         a_n = mean_t a_nt,  d_n = sum_t d_nt
@@ -16,13 +16,14 @@ Layers that have a block: `Dense`, `Conv1D`, `Conv2D`, `Conv3D` (with groups: a 
 `DepthwiseConv2D` (a block for each channel), `EinsumDense` and with it the projections of `MultiHeadAttention` and
 `GroupQueryAttention`; `Embedding` (diagonal `A`, the frequencies; always "expand"); `BatchNormalization`,
 `LayerNormalization`, `GroupNormalization`, `RMSNormalization` (the exact 2x2 block of the scale and shift of each
-channel, as `A`); `SimpleRNN`, `LSTM`, `GRU` (a block for the inputs, one for the state; steps are positions). Wherever
-they stand: in nested models, in layers of one's own, in `Bidirectional` and `TimeDistributed`, used several times.
+channel, as `A`); `SimpleRNN`, `LSTM`, `GRU` (a block for the inputs, one for the state; steps are positions). They may
+be in nested models, in custom layers, in `Bidirectional` and `TimeDistributed`, and be used several times.
 
-What has none: layers of other classes, and subclasses with a `call` of their own; LoRA and quantized layers; weights
+These have no block: layers of other classes, and subclasses with their own `call`; LoRA and quantized layers; weights
 that two layers share; normalization that is synchronized or has `renorm`; `LSTM` and `GRU` with `implementation=1` (as
-`recurrent_dropout` sets it), recurrent layers with `zero_output_for_mask`; of `GRU(reset_after=False)` the recurrent
-kernel; of `EinsumDense` a bias along other axes than the outputs of the kernel, and one that sums over an axis alone.
+`recurrent_dropout` sets it), recurrent layers with `zero_output_for_mask`; the recurrent kernel of
+`GRU(reset_after=False)`; an `EinsumDense` whose bias has other axes than the outputs of the kernel, or whose equation
+only sums over an axis.
 
 References: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015),
 section 3; Grosse and Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers" (2016), section 3
@@ -48,7 +49,7 @@ class Block:
 
     Attributes:
         name: The path of the kernel.
-        variables: Which of `model.trainable_variables` they are: of the kernel and the bias.
+        variables: The indices of kernel and bias in `model.trainable_variables`.
         weights: The `Weights`, which know the layer.
         sharing: `"expand"` or `"reduce"`.
     """
@@ -77,7 +78,7 @@ class Block:
 
     @property
     def dtype(self):
-        """Of what is computed for the weights, float32 at least."""
+        """The dtype of the factors, at least float32."""
         return trees.wide(self.weights.variables[0].dtype)
 
     @property
@@ -100,21 +101,21 @@ class Block:
 
 
 def blocks(model, sharing="expand"):
-    """What of a model has Kronecker factors.
+    """The blocks of a model with Kronecker factors, and the other weights.
 
     Args:
         model: A built `keras.Model`.
         sharing: `"expand"` or `"reduce"`: how positions at which a layer uses the same weights count.
 
     Returns:
-        `(blocks, diagonal, unsupported)`: a list of `Block`; the indices of the variables that are in none of them; and
-        the paths of these.
+        `(blocks, diagonal, unsupported)`: a list of `Block`; the indices of the variables outside all blocks; and their
+        paths.
     """
     check(blocks, "sharing", sharing, sharing in SHARING, '"expand" or "reduce"')
     position = {id(v): i for i, v in enumerate(model.trainable_variables)}
     found = [_trainable(w, position) for w in _candidates(model) if w.kernel is None or id(w.kernel) in position]
     owners = _owners(model, found)
-    # of frozen normalization without a scale nothing is left
+    # frozen normalization without a scale has no weights left
     alone = [w for w in found if w.variables and all(len(owners[id(v)]) == 1 for v in w.variables)]
     made = [
         Block(w.variables[0].path, tuple(position[id(v)] for v in w.variables), w, w.sharing or sharing) for w in alone
@@ -140,7 +141,7 @@ def _candidates(model):
 
 
 def _owners(model, found):
-    """By the id of a variable, the ids of the layers that compute with it: of tied weights, more than one."""
+    """By the id of a variable, the ids of the layers that use it; tied weights have more than one."""
     owners, cells = {}, {id(w.layer.cell): w.layer for w in found if isinstance(w.layer, keras.layers.RNN)}
     users = [(w.layer, w.variables) for w in found]
     users += [

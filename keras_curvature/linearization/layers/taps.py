@@ -1,9 +1,9 @@
 """Taps: the inputs and the pre-activations of single layers during a forward pass.
 
-Open a tap around a whole evaluation, on all replicas at once; it notes under the key of each replica. The tapped layers
-compute what they always compute. A tap is a context variable, at which a substitute for the `call` of the layer's class
-looks; see `keras_internals/guards.py`. The layers themselves are left alone: the substitute runs a twin of the layer
-that has no activation.
+Open a tap around a whole evaluation, on all replicas at once; it notes under the key of each replica. The results of
+the tapped layers do not change. A tap is a context variable, which a substitute for the `call` of the layer's class
+reads; see `keras_internals/guards.py`. The layers are not modified: the substitute runs a twin of the layer without
+activation.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ class Tap:
     Attributes:
         layer: The layer.
         inputs: The inputs of the call; of a recurrent layer `(inputs, last states)`, for every step.
-        pre_activation: The output before the activation; of a recurrent layer a zero that was added to it.
+        pre_activation: The output before the activation; of a recurrent layer, a zero added to it.
         options: The other arguments of the call, by name.
     """
 
@@ -39,7 +39,7 @@ class Tap:
 
 @dataclasses.dataclass(frozen=True)
 class _Open:
-    """A tap that is open: `wants(layer)` says whether the layer is tapped, `noted` is `{replica: [Tap]}`."""
+    """An open tap: `wants(layer)` is whether the layer is tapped, `noted` is `{replica: [Tap]}`."""
 
     wants: object
     noted: dict
@@ -123,7 +123,7 @@ def _call(original, layer, *args, **kwargs):
 
 
 def _densely(inputs, layer):
-    """Sparse inputs of a layer as a dense tensor: the factor of its inputs is a dense matrix anyway."""
+    """Sparse inputs of a layer as a dense tensor, because the factor of its inputs is a dense matrix."""
     if not isinstance(inputs, tf.SparseTensor):
         return inputs
     dense = tf.sparse.to_dense(inputs, validate_indices=False)
@@ -139,7 +139,7 @@ def _ragged(layer, inputs, said, options):
 
 
 def _inner_loop(original, layer, sequences, initial_state, mask=None, training=False):
-    """The loop of a recurrent layer, with what open taps note of it."""
+    """The loop of a recurrent layer, noted by the open taps."""
     if _taps_of(layer):
         last, sequence, states = _noted_loop(original, layer, sequences, initial_state, mask, training)
     elif _sequences.get() is not None:

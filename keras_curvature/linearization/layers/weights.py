@@ -4,9 +4,9 @@ Wherever a layer multiplies by its kernel, once or at many positions `t` (pixels
 
     s_t = W' a_t,      a_t (d_in [+ 1 for the bias]),      s_t (d_out),      dL/dW = sum_t a_t (dL/ds_t)'
 
-A `Weights` knows, for one kind of layer, the matrix `W` of the kernel and bias, and how to read the `a_t` and the
-slopes `dL/ds_t` off a tap (`taps.py`). All come in one form, `(groups, rows, positions, d)`: groups of channels that do
-not mix have a matrix each (a depthwise convolution, the heads of an einsum); most layers have one group.
+For one kind of layer, a `Weights` arranges kernel and bias as the matrix `W`, and reads the `a_t` and the slopes
+`dL/ds_t` off a tap (`taps.py`). All have the form `(groups, rows, positions, d)`. Groups of channels that do not mix
+have a matrix each (a depthwise convolution, the heads of an einsum); most layers have one group.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ class Weights:
 
     Attributes:
         layer: The layer that is tapped.
-        kernel: Its variable; `None` for a layer with a bias alone.
+        kernel: Its variable; `None` for a layer with only a bias.
         bias: Its variable, or `None`: the last row of the matrix.
         size: `(d_in, d_out)`, without the bias.
-        groups: Number of groups; `None`, and no leading axis, where the layer has none.
+        groups: Number of groups; `None`, without a leading axis, if the layer has no groups.
         split: Shape to give the kernel before its axes are put in `order`.
-        order: The kernel's axes: those of groups, of inputs, of outputs.
+        order: The kernel's axes: first groups, then inputs, then outputs.
         bias_row: The row of the bias that belongs to this kernel, for a bias of several rows; else `None`.
         kinds: Of the factors of inputs and of slopes, `"matrix"` or `"diagonal"`.
-        sharing: How positions count, where this kind of layer leaves no choice (see `kronecker.py`); else `None`.
+        sharing: How positions count, if this kind of layer fixes it (see `kronecker.py`); else `None`.
     """
 
     layer: keras.layers.Layer
@@ -48,7 +48,7 @@ class Weights:
 
     @property
     def variables(self):
-        """Kernel and bias, those that there are."""
+        """The kernel and the bias, without `None`."""
         return [v for v in (self.kernel, self.bias) if v is not None]
 
     @property
@@ -112,6 +112,6 @@ def arranged(x, groups=(), features=(), positions=None):
 
 
 def product(x, axes):
-    """Number of entries along some axes: an integer where the shape says so, else a tensor."""
+    """Number of entries along some axes: an integer if the shape is known, else a tensor."""
     sizes = [x.shape[axis] for axis in axes]
     return math.prod(sizes) if None not in sizes else tf.reduce_prod(tf.gather(tf.shape(x), axes))

@@ -3,15 +3,15 @@
 `tape.gradient` gives `None` for two reasons. Either the result does not depend on the tensor: the derivative is zero.
 Or the path to the tensor leads through an operation that TensorFlow registers as not differentiable: the derivative is
 zero for some of these operations (`StopGradient`, comparisons, sampled counts) and missing for the others. TensorFlow
-2.21 registers 195 of 609 operations so. Others are not in the registry at all; their derivative is a `LookupError`.
-Under `strictly()` every operation of both kinds is one of
+2.21 registers 195 of 609 operations this way. Other operations are not in the registry; their derivative is a
+`LookupError`. Under `strictly()` every operation of both kinds is one of
 
     zero        the derivative is zero (almost) everywhere: `ZERO`, and operations without floating inputs or outputs
     right       `second_derivatives.py` has the derivative
     refused     any other: `NotDifferentiable`, while tracing
 
-TensorFlow asks for an operation's gradient in one place, `lookup` of its registry, and only when the derivative of a
-result in something that is watched passes through that operation. So this is where the three are told apart.
+TensorFlow looks up an operation's gradient in one place, `lookup` of its registry. It does so only if the path from a
+result to a watched tensor leads through the operation. So `lookup` is where we distinguish the three.
 """
 
 import contextlib
@@ -37,12 +37,12 @@ _strict = contextvars.ContextVar("strict", default=False)
 
 
 class NotDifferentiable(ValueError):
-    """A derivative is needed that TensorFlow does not have."""
+    """TensorFlow lacks a derivative that is needed."""
 
 
 @contextlib.contextmanager
 def strictly():
-    """While open on this thread, a derivative that TensorFlow does not have is a `NotDifferentiable` and not zero."""
+    """While open on this thread, a derivative that TensorFlow lacks raises `NotDifferentiable`, and is not zero."""
     token = _strict.set(True)
     try:
         yield

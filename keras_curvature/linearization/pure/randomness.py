@@ -1,23 +1,22 @@
 """Randomness that does not depend on how the batch is cut.
 
-TensorFlow's stateless generators count: number `j` of a tensor is made from a key and `counter + j // n` alone, where
-one step of the counter makes `n` numbers (Philox: 128 bits). So the rows of a slice are drawn as the whole batch would
-draw them, without drawing the others: the counter is moved on, and the first few numbers are dropped where the slice
-begins amid a step. On the CPU, on a GPU and compiled by XLA for them, masks are bit for bit those of the whole batch.
+TensorFlow's stateless generators count: number `j` of a tensor depends only on a key and `counter + j // n`, where one
+step of the counter makes `n` numbers (Philox: 128 bits). So a slice can draw its rows of the whole batch's draw without
+the others: the counter is advanced, and the first few numbers are dropped if the slice begins inside a step. On the
+CPU, on a GPU and with XLA on both, masks equal the whole batch's masks bit for bit.
 
-`by_rows` stands in for the generators while a model is linearized; see `differentiable.py`.
+`by_rows` replaces the generators while a model is linearized; see `differentiable.py`.
 
-This goes for tensors with a row, or as many rows, for each example, drawn by `tf.random.stateless_uniform` and
-`stateless_normal`, and so by `keras.random.uniform`, `normal`, `randint`, `dropout` and by Keras' layers; and, but for
-XLA, by `truncated_normal`. Tensors of other lengths are shared by the slices. The length of the first axis is all that
-tells the two apart: a tensor that is meant to be shared, but is as long as the slice or a multiple of that, is drawn by
-rows too. On a slice with a single example this is every tensor with an axis, and in a graph that does not know the
-length, every one of an unknown length.
+This holds for tensors with one row, or an equal number of rows, per example. They are drawn by
+`tf.random.stateless_uniform` and `stateless_normal`, and so by `keras.random.uniform`, `normal`, `randint`, `dropout`
+and by Keras' layers; without XLA also by `truncated_normal`. Slices share tensors of other lengths. Only the length of
+the first axis distinguishes the two: a shared tensor whose length is a multiple of the slice's is drawn by rows too. On
+a slice with a single example this applies to every tensor with an axis. In a graph that does not know the length, it
+applies to every tensor of unknown length.
 
-Two slices never get the same numbers, and it does not matter how the batch is cut into them; but they are not those of
-the whole batch (1) on a TPU, which has another generator of its own; (2) under XLA, for normal numbers, which it
-makes in an order that depends on the shape. What `gamma`, `beta`, `binomial` and
-`categorical` draw depends on the seed alone, as in Keras.
+Two slices never get the same numbers, however the batch is cut. But the numbers differ from the whole batch's (1) on a
+TPU, which has another generator; (2) under XLA for normal numbers, whose order depends on the shape. Draws of `gamma`,
+`beta`, `binomial` and `categorical` depend only on the seed, as in Keras.
 """
 
 import math
@@ -27,7 +26,7 @@ import tensorflow as tf
 from keras_curvature import keras_internals
 
 PHILOX = 1
-# Digits of the uniform numbers that are made of integers; all of a float32.
+# Binary digits of the uniform numbers made from integers: all digits of a float32.
 DIGITS = 24
 # Steps of the counter that TensorFlow leaves for one number of the truncated normal distribution, which may take many
 # tries. Of the others one step makes a group of numbers.
@@ -35,7 +34,7 @@ TRIES = 64
 
 
 def uniform(shape, seed, dtype):
-    """Uniform numbers in [0, 1), made of integers: those are the same under XLA, and its other numbers are not."""
+    """Uniform numbers in [0, 1), made from integers, which are the same under XLA; XLA's floats are not."""
     integers = tf.random.stateless_uniform(shape, seed, 0, 2**DIGITS, tf.int32)
     return tf.cast(integers, dtype) * 2.0**-DIGITS
 
@@ -44,7 +43,7 @@ def normal(shape, seed, dtype):
     """Normal numbers, two of each two words of random bits (Box and Muller); the same under XLA."""
     size = tf.TensorShape(shape).num_elements()
     length, angle = tf.unstack(tf.random.stateless_uniform([2, -(-size // 2)], seed, None, None, tf.int32))
-    # in the middle of its step, and so never 0; an angle may be any
+    # in the middle of its step, and so never 0; an angle can have any value
     inside = (tf.cast(tf.bitwise.bitwise_and(length, 2**DIGITS - 1), dtype) + 0.5) * 2.0**-DIGITS
     radius, angle = tf.sqrt(-2.0 * tf.math.log(inside)), tf.cast(angle, dtype) * (math.pi * 2.0**-31)
     pairs = tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], 0)

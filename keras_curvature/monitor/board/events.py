@@ -1,7 +1,7 @@
 """Write event files for TensorBoard: numbers, texts, histograms, pictures and a layout, one file per run.
 
-The records are built here and not by `tf.summary.scalar` and its relatives, which write one number at a time at ten
-times the cost, and histograms only from a sample.
+The records are built here, because `tf.summary.scalar` writes one number at a time at ten times the cost, and
+`tf.summary.histogram` needs a sample.
 """
 
 import os

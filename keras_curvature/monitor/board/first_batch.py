@@ -1,8 +1,8 @@
 """Look at the first batch that `fit` trains on.
 
-Keras shows no batches to callbacks: `fit` passes an iterator to the train function, which reads it inside a graph. The
-batches of one call of the train function are therefore read before it, and an iterator that yields them once more takes
-the place of the original one. The train function sees no difference and is not traced again.
+Keras shows no batches to callbacks: `fit` passes an iterator to the train function, which reads it inside a graph. So
+this file reads the batches of one call before it, and passes the train function an iterator that yields them again. The
+train function sees no difference and is not traced again.
 """
 
 import tensorflow as tf

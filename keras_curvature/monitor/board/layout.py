@@ -1,7 +1,7 @@
 """The texts of the board's pages: a question for each group of charts, and a description for each number.
 
-A number and its limit share one tag in two runs, `curvature` and `curvature/limit`, so that every page draws the limit
-as a second line in the number's chart, and not only the Custom Scalars page.
+A number and its limit share one tag in two runs, `curvature` and `curvature/limit`. So every page, not only Custom
+Scalars, draws the limit as a second line in the number's chart.
 """
 
 import re

@@ -208,14 +208,14 @@ def _unit(vector):
 
 
 def filter_normalized(model, seed=0, number=0):
-    """A random direction, each filter of the length of the same filter of the weights; a vector.
+    """A random direction in which each filter has the length of the same filter of the weights; a vector.
 
-        d_f = z_f |w_f| / |z_f|,        z normal,        f: the weights that make one output
+        d_f = z_f |w_f| / |z_f|,        z normal,        f: the weights of one output
 
-    A filter is a column of a dense kernel (of each gate, in recurrent layers), the kernel of one output channel of a
-    convolution, of each channel in a depthwise one, the row of an embedding, and all that leads to one output of an
-    `EinsumDense`. Of layers that are not known here, what has the last index in common. Biases, and scales and shifts
-    of normalizations, have a direction of zero.
+    A filter is a column of a dense kernel (per gate, in recurrent layers), or a row of an embedding. In a convolution
+    it is the kernel of one output channel, in a depthwise convolution the kernel of one channel. In an `EinsumDense` it
+    is all weights of one output. In other layers the weights with the same last index form a filter. Biases, scales and
+    shifts of normalizations have a direction of zero.
 
     Args:
         model: A built `keras.Model`.

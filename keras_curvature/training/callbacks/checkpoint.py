@@ -38,7 +38,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     On SIGTERM `fit` finishes the step, saves, and raises `Terminated`, which ends the process with the code 143 unless
     it is caught. SIGTERM on the last step of an epoch lets the validation run first. A second SIGTERM has its usual
-    effect, and so has a first one after `fit`, however `fit` ended. What other callbacks remember is not saved, such as
+    effect, and so has a first one after `fit`, however `fit` ended. The state of other callbacks is not saved, such as
     the patience of `EarlyStopping`.
 
     The randomness of the data is the caller's part: `shuffle=True` of `fit` draws a new order in every process. Give
@@ -86,12 +86,12 @@ class Checkpoint(keras.callbacks.Callback):
 
     @property
     def position(self):
-        """The `Position` of the newest checkpoint, from which `fit` will continue; `(0, 0)` if there is none."""
+        """The `Position` of the newest checkpoint, from which `fit` will continue; `(0, 0)` without a checkpoint."""
         about = self._newest()
         return Position(*about["position"]) if about else Position(0, 0)
 
     def _newest(self):
-        """What the newest checkpoint says of itself, and its `path`; `None` if there is none."""
+        """The description of the newest checkpoint and its `path`; `None` without a checkpoint."""
         path = tf.train.latest_checkpoint(self.directory)
         return None if path is None else {**About.read(path), "path": path}
 

@@ -23,7 +23,7 @@ class Fit:
 
     @staticmethod
     def of(model):
-        """The `Fit` of this model, in this thread; `None` outside `fit`, as in a loop of one's own."""
+        """The `Fit` of this model, in this thread; `None` outside `fit`, as in a custom training loop."""
         fit = _under_way.get()
         return fit if fit is not None and fit._model is model else None
 

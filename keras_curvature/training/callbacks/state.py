@@ -10,7 +10,7 @@ from keras_curvature.training.step import unwrap
 
 
 class About(tf.train.experimental.PythonState):
-    """What a checkpoint says of itself, as JSON beside the variables; readable without a model."""
+    """The description of a checkpoint, as JSON beside the variables; readable without a model."""
 
     def __init__(self):
         self.content = {}
