@@ -25,7 +25,7 @@ def guard(owner, name, substitute):
         name: The name of a function in it.
         substitute: A function at the top of a module, one for each name.
     """
-    if is_guarded(owner, name):  # hardly ever anything is left to do
+    if is_guarded(owner, name):  # the usual case
         return
     with _lock:
         if not is_guarded(owner, name):

@@ -1,4 +1,4 @@
-"""AdaHessian: Adam with the diagonal of the Hessian in place of the gradient."""
+"""AdaHessian: Adam with the diagonal of the Hessian in the second moment."""
 
 import tensorflow as tf
 
@@ -20,14 +20,14 @@ class AdaHessian(DiagonalOptimizer):
         s <- beta_2 s + (1 - beta_2) h^2
         w <- w - learning_rate * m^ / (sqrt(s^)^hessian_power + epsilon)
 
-    with `m^, s^` free of the bias towards their start at zero. Costs one Hessian product, which shares the forward and
+    with `m^, s^` corrected for their bias towards zero. Costs one Hessian product, which shares the forward and
     backward pass of the gradient, and two copies of the weights (less, of convolution kernels).
 
     Reference: Yao, Gholami, Shen, Mustafa, Keutzer and Mahoney, "ADAHESSIAN: An Adaptive Second Order Optimizer for
     Machine Learning" (2020), Algorithm 1. Differences: (1) a kernel's average is of `z * (H z)`, as in the paper; the
-    authors' code averages the absolute values. (2) Of each kernel of four axes or more; one-dimensional convolutions
-    are averaged in neither. (3) With `every > 1`, `s` takes in an estimate when it is made, and its bias is that of as
-    many; in between it is used as it is. (4) An estimate that is not finite is left out.
+    authors' code averages the absolute values. (2) Kernels with four axes or more are averaged; neither averages
+    one-dimensional convolutions. (3) With `every > 1`, `s` changes only with a new estimate, and its bias correction
+    counts the estimates. (4) An estimate that is not finite is left out.
 
     Args:
         learning_rate: Defaults to `0.15` (the paper).
@@ -68,7 +68,7 @@ class AdaHessian(DiagonalOptimizer):
         check_count(self, "every", every)
 
     def shapes(self, variables):
-        """One entry for each kernel, and not each of its weights."""
+        """One entry for each kernel instead of each weight."""
         return [s.shape for s in self._shared(trees.values(variables))]
 
     def direction(self, lin):
@@ -77,7 +77,7 @@ class AdaHessian(DiagonalOptimizer):
         product = self.product(lin, "rademacher")
 
         def squares():
-            # alone, a sign is lost in the square
+            # the square alone would lose the sign
             estimate = [z * Hz if z.shape.rank >= 4 else Hz for z, Hz in zip(*product())]
             return [tf.square(h) for h in self._shared(estimate)]
 
@@ -91,7 +91,7 @@ class AdaHessian(DiagonalOptimizer):
         return [self._divide(*each, tf.cast(taken, each[0].dtype)) for each in zip(m, s, shares)]
 
     def _divide(self, m, s, share, taken):
-        # the bias of `s` as a factor of the rest: a pass less over the weights, and no step while there is no estimate
+        # the bias of `s` as a factor of the rest: saves a pass over the weights, and no step before the first estimate
         root = tf.sqrt(s) if self.hessian_power == 1.0 else tf.pow(s, 0.5 * self.hessian_power)
         bias = tf.pow(share, 0.5 * self.hessian_power)
         return tf.math.divide_no_nan(m * (-bias / taken), root + bias * self.epsilon)

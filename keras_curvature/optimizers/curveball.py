@@ -13,7 +13,7 @@ from keras_curvature.steps import LevenbergMarquardt, Trial, as_damping, quadrat
 
 @register
 class CurveBall(CurvatureOptimizer):
-    """CurveBall: the Newton step is never solved for, but followed, one step of momentum per batch.
+    """CurveBall: one step of momentum per batch towards the Newton step, instead of solving for it.
 
         dz = (G + lambda I) z + g                    gradient of the damped quadratic at the last step z
         z  <- rho z - beta dz
@@ -30,11 +30,11 @@ class CurveBall(CurvatureOptimizer):
     batch statistics; (4) a checked step whose loss is not finite is not taken, and `z` begins again at zero.
 
     Args:
-        learning_rate: Multiple of `z` that is taken. Defaults to `1.0`.
+        learning_rate: Factor on `z`. Defaults to `1.0`.
         damping: A number, or a component. Defaults to `LevenbergMarquardt(initial=1.0, decay=0.999, low=0.5,
             high=1.5, every=5)` (the paper, for networks with batch normalization; 10 without).
-        beta: Length along `-dz`; `None`: at the minimum. Defaults to `None`.
-        rho: Share of the last `z` that is kept; `None`: at the minimum. Defaults to `None`.
+        beta: Length along `-dz`; `None`: at the minimum of the quadratic. Defaults to `None`.
+        rho: Factor on the last `z`; `None`: at the minimum of the quadratic. Defaults to `None`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `beta`, `rho`, `reduction_ratio` (at the checks), `step_norm`, `skipped_steps`.
@@ -96,7 +96,7 @@ class CurveBall(CurvatureOptimizer):
         self.remember(self._damping, checked.value)
         if self._trial.looks:
             self.reject(tf.logical_not(checked.accepted))
-            # a condition and not a choice, which would be a copy
+            # a condition, because `where` copies
             self.remember(self._z, tf.cond(checked.accepted, lambda: z, lambda: trees.zeros_like(z)))
         else:
             self.remember(self._z, z)
@@ -109,7 +109,7 @@ class CurveBall(CurvatureOptimizer):
         return z
 
     def linear_step(self):
-        """With a fixed `beta` and `rho` momentum on the quadratic itself; else none."""
+        """With fixed `beta` and `rho`, momentum on the quadratic itself; else no known limit."""
         if self.beta is None:
             return NotLinear(
                 "`CurveBall` sets the length of each step, and its momentum, by the curvature of the batch: it takes "

@@ -25,17 +25,17 @@ class HessianFree(CurvatureOptimizer):
         w  <- w + learning_rate * s d      with s from the line search; 0 rejects the step
 
     and `lambda` by the reduction ratio `(f(w + d) - f(w)) / (g'd + 1/2 d'Bd)` (the damping is not part of the model;
-    the ratio is minus infinity where the loss rose). Wants large batches: the curvature of a small one is solved
-    for too well. Costs one product (about 1.5 gradients) per iteration of conjugate gradients.
+    the ratio is minus infinity where the loss rose). Use large batches: with a small batch the solution overfits the
+    curvature of the batch. Costs one product (about 1.5 gradients) per iteration of conjugate gradients.
 
     Reference: Martens, "Deep learning via Hessian-free optimization" (2010), and his code; structural damping:
     Martens and Sutskever (2011); curvature batch: Kiros, "Training neural networks with stochastic Hessian-free
-    optimization" (2013). Differences from the paper: (1) a step is taken per batch that `fit` hands over; for the
-    full set, make that the batch; (2) the per-example squares are exact for `Dense` layers and an unbiased
-    estimate for others; (3) structural damping measures squared distance of hidden states, not cross-entropy;
-    (4) a loss that is not finite rejects the step and raises the damping; a curvature product that is not finite skips
-    the step, which `skipped_steps` counts and which halves a dynamic loss scale; (5) the damping begins at 1,
-    not 45, which suits an autoencoder of his.
+    optimization" (2013). Differences from the paper: (1) each batch of `fit` gives one step; for full-batch training,
+    make the whole set the batch; (2) the per-example squares are exact for `Dense` layers and an unbiased estimate for
+    others; (3) structural damping measures squared distance of hidden states, not cross-entropy; (4) a loss that is not
+    finite rejects the step and raises the damping; a curvature product that is not finite skips the step, which
+    `skipped_steps` counts and which halves a dynamic loss scale; (5) the damping begins at 1; his 45 suits one of his
+    autoencoders.
 
     Args:
         learning_rate: Multiple of the accepted step. Defaults to `1.0`.
@@ -45,7 +45,7 @@ class HessianFree(CurvatureOptimizer):
         line_search: An `ArmijoLineSearch`, or `None` for full steps. Defaults to `ArmijoLineSearch()` (Martens).
         curvature: `"gauss_newton"` or `"hessian"`. With the Hessian conjugate gradients end at the first direction of
             negative curvature. Defaults to `"gauss_newton"`.
-        curvature_batch: Part of the batch that curvature products use, the next one each step: a share in (0, 1], a
+        curvature_batch: Part of the batch that curvature products use, another part in each step: a share in (0, 1], a
             number of examples, or `None` for all. Defaults to `None`.
         warm_start: Share of the last solution to start from, in [0, 1]. Defaults to `0.95` (Martens).
         preconditioner: Exponent of the preconditioner; `0.0` for none. Defaults to `0.75` (Martens).
@@ -125,9 +125,9 @@ class HessianFree(CurvatureOptimizer):
         self.remember(self._damping, checked.value)
         self.reject(tf.equal(length, 0.0))
         self.report(damping=damping, reduction_ratio=checked.ratio, cg_iterations=solution.steps, step_length=length)
-        # a rejected step may be NaN, which is no fault of the batch's
+        # a rejected step may be NaN although the batch is fine
         step = trees.where(length > 0, trees.scale(length, step), trees.zeros_like(step))
-        # a product that overflowed ends the iteration at once: the step is skipped, and no step of length zero
+        # an overflowed product ends the iteration: the step is skipped, not taken with length zero
         return trees.where(solution.finite, step, [a + float("nan") for a in step])
 
     def linear_step(self):
@@ -138,7 +138,7 @@ class HessianFree(CurvatureOptimizer):
         )
 
     def _preconditioner(self, lin, damping):
-        """`(mean_i g_i^2 + lambda + l2)^-exponent`, an operator; `None` where it is switched off."""
+        """`(mean_i g_i^2 + lambda + l2)^-exponent`, an operator; `None` if it is switched off."""
         if not self.preconditioner:
             return None
         squares = lin.squared_gradients(seed=tf.cast(self.iterations, tf.int32))
@@ -152,7 +152,7 @@ class HessianFree(CurvatureOptimizer):
 
         def back(j, loss, go_on):
             earlier = lin.loss_at(solution.iterate(j - 1))
-            go_on = (loss >= earlier) | tf.math.is_nan(loss)  # not yet worse: a tie goes on, and a NaN is left behind
+            go_on = (loss >= earlier) | tf.math.is_nan(loss)  # not yet worse: a tie continues, and a NaN is passed over
             return tf.where(go_on, j - 1, j), tf.where(go_on, earlier, loss), go_on
 
         last = solution.count - 1
@@ -162,7 +162,7 @@ class HessianFree(CurvatureOptimizer):
         return solution.iterate(j), loss
 
     def _length(self, lin, step, loss):
-        """What share of the step to take; zero where its loss is not finite."""
+        """The share of the step to take; zero if its loss is not finite."""
         if self.line_search is None:
             return tf.cast(tf.math.is_finite(loss) & trees.is_finite(step), loss.dtype)
         slope = tf.cast(trees.dot(lin.gradient, step), loss.dtype)

@@ -40,9 +40,9 @@ class Neumann(CurvatureOptimizer):
     infinite at `r = 0`; here it falls linearly to zero below a tenth of its equilibrium radius
     `r* = (eta beta n / ((1 - mu_end) (1 - gamma)))^(1/3)`; (2) the paper does not state the unit of `t` in `mu(t)`;
     here it is steps since the warm-up; (3) resets are at `t = 1`, `1 + K`, `1 + 3 K`, `1 + 7 K`, ... for
-    `K = reset_every` and growth 2, and with `reset_every=None` there is no reset, not even at `t = 1`, where `m` is the
-    last step of the warm-up, `-eta G`; (4) the paper counts warm-up and resets in epochs (5 and 10), as `from_epochs`
-    does; the defaults in steps and of the learning rate, which the paper tunes, are this package's.
+    `K = reset_every` and growth 2; with `reset_every=None` there is no reset, and at `t = 1` `m` is the last step of
+    the warm-up, `-eta G`; (4) the paper counts warm-up and resets in epochs (5 and 10), as `from_epochs` does; the
+    defaults in steps and of the learning rate, which the paper tunes, are this package's.
 
     Args:
         learning_rate: `eta`; a float, schedule or callable. The warm-up is plain SGD: with `eta` above 2 / sharpness it

@@ -1,4 +1,4 @@
-"""Shampoo: the gradient between inverse roots of its own second moments, one for each axis."""
+"""Shampoo: the gradient multiplied along each axis by the inverse root of its second moment."""
 
 import tensorflow as tf
 
@@ -33,30 +33,30 @@ class Shampoo(ByAxis):
     Differences from the last: (3) axes are merged from the front, where Keras' kernels have their small axes, and
     never down to one: a 3x3 kernel of 16 by 32 channels is a 144 by 32 matrix; (4) the averages of the grafted step
     have the decay `beta_2`; (5) one-sided: an axis longer than `max_dimension` has no factor, and the exponent counts
-    the axes that have one; (6) a root that fails leaves the last one in place for good, and is reported, where there
-    an error is raised after three of them; (7) weight decay is Keras': before the step.
+    the axes that have one; (6) a failed root is reported and the old one kept; their code raises an error after three
+    failures; (7) weight decay is Keras': before the step.
 
     Args:
-        learning_rate: That of the grafted method. Defaults to `1e-3` (Adam's).
+        learning_rate: The learning rate of the grafted method. Defaults to `1e-3` (Adam's).
         beta_1: Decay of the momentum. Defaults to `0.9` (Shi et al.).
         beta_2: Decay of the factors, and of the grafted method's second moment; `1`: sums. Defaults to `0.999` (Shi et
             al. with grafting to Adam).
         epsilon: Added to the factors. Defaults to `1e-12` (Shi et al.).
         every: Steps from one root to the next. Defaults to `10` (Shi et al.: `1`).
-        block_size: Longest side of a block, and longest axis that is made of several. Defaults to `512` (Shi et al.:
-            1024, with which the roots of a large matrix take twice as long).
+        block_size: Longest side of a block, and longest axis after merging. Defaults to `512` (Shi et al.: 1024, with
+            which the roots of a large matrix take twice as long).
             A block of `a` by `b` keeps `2 (a/b + b/a)` numbers for each of its weights, factors and roots: 4 where it
             is square, but 16 where an embedding of 20000 by 64 is cut into blocks of 512 by 64. A smaller block, or a
             `max_dimension`, has less.
-        max_dimension: Longest axis, before it is cut, that has factors; `None`: all have. Defaults to `None`; with
-            `max_dimension=1000` that embedding has factors of its 64 columns alone, of 0.3 numbers for each weight.
-        grafting: Whose length each block's step has: `"adam"`, `"rmsprop"` (Adam without the bias correction of its
-            second moment), `"sgd"`, or `None`. Defaults to `"adam"`.
-        root: `EigenRoot` or `CoupledNewton`, which also take another exponent for tensors of two factors or more.
+        max_dimension: Longest axis (before the cut) with factors; `None`: no limit. Defaults to `None`. With
+            `max_dimension=1000` that embedding has factors only for its 64 columns, 0.3 numbers for each weight.
+        grafting: The method that sets the length of each block's step: `"adam"`, `"rmsprop"` (Adam without the bias
+            correction of its second moment), `"sgd"`, or `None`. Defaults to `"adam"`.
+        root: `EigenRoot` or `CoupledNewton`, with an optional other exponent for tensors with two or more factors.
             Defaults to `EigenRoot()`.
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `failed_refreshes` (roots that came out wrong, the old ones kept), `step_norm`, `skipped_steps`.
+    Reports: `failed_refreshes` (failed roots; the old ones are kept), `step_norm`, `skipped_steps`.
 
     Example:
 
@@ -83,7 +83,7 @@ class Shampoo(ByAxis):
         self.block_size, self.max_dimension, self.grafting, self.root = block_size, max_dimension, grafting, root
 
     def create_state(self, variables):
-        """The momentum, the second moment of what is grafted, the factors, their roots."""
+        """The momentum, the second moment of the grafted method, the factors and their roots."""
         merge = min(self.block_size, self.max_dimension or self.block_size)
         self.create_blocks(variables, merge, self.block_size, self.max_dimension)
         self._m = self.add_moments("m") if self.beta_1 else []
@@ -92,7 +92,7 @@ class Shampoo(ByAxis):
         self._roots = self.add_matrices("root", "identity")
 
     def precondition(self, gradients):
-        """Minus the grafted step."""
+        """The negative grafted step."""
         G, taken = self.split(gradients), self.taken()
         steps = taken + 1
         moments = [axes.second_moment(G[i], k) for i, k in self._places]
@@ -109,7 +109,7 @@ class Shampoo(ByAxis):
         return self.join(trees.negative(self._graft(P, M, G, steps)), gradients)
 
     def linear_step(self):
-        """An average of gradients, times the roots of the last step; none with the length of another method."""
+        """An average of gradients, times the roots of the last step; no known limit with grafting."""
         if self.grafting is not None:
             return NotLinear(
                 f"`Shampoo` gives each of its steps the length of a step of another method (`grafting="
@@ -138,7 +138,7 @@ class Shampoo(ByAxis):
         return self.renew(self._roots, compute, taken, self.every - 1) if factors else []
 
     def _graft(self, P, M, G, steps):
-        """Blocks as long as the grafted step's, and these themselves until the first roots are there."""
+        """Blocks with the length of the grafted step's blocks; until the first roots, the grafted step itself."""
         if self.grafting is None:
             return P
         grafted = M

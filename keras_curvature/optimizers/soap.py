@@ -13,22 +13,22 @@ from keras_curvature.solvers.roots import in_stacks
 
 @register
 class SOAP(ByAxis):
-    """SOAP: Adam, run in a slowly turning basis in which the gradient's second moment is nearly diagonal.
+    """SOAP: Adam in a slowly changing basis in which the gradient's second moment is nearly diagonal.
 
         G~ = Q_L' G Q_R,    m~ <- beta_1 m~ + (1 - beta_1) G~,    v <- beta_2 v + (1 - beta_2) G~^2
         w <- w - learning_rate sqrt(1 - beta_2^t) / (1 - beta_1^t) Q_L (m~ / (sqrt(v) + epsilon)) Q_R'
         L <- beta_2 L + (1 - beta_2) G G',    R <- beta_2 R + (1 - beta_2) G' G
 
     `Q_L` and `Q_R` are the eigenvectors of `L` and `R`: by an eigendecomposition in the first step, by one power
-    iteration and a QR decomposition in each `every`-th. A tensor has such a matrix for each of its axes; vectors, such
-    as biases, are left to plain Adam. The first step fills `L` and `R`, and moves nothing.
+    iteration and a QR decomposition in each `every`-th. A tensor has such a matrix for each of its axes; plain Adam
+    steps the vectors, such as biases. The first step fills `L` and `R` and does not move the weights.
 
     Reference: Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam" (2024), Algorithm 3, and the authors'
     code. Differences from that code: (1) neighbouring axes are merged to at most `merge`, from the front, where
     Keras' kernels have their small axes, and never down to one: a 3x3 kernel of 16 by 32 channels is a 144 by 32
     matrix (there: not at all, or, on request, while the product is at most `max_dimension`); (2) axes longer than 1000
-    and not 10000 get no matrix; (3) weight decay is Keras': before the step, and in the first one too; (4) a matrix
-    that is not finite leaves the last basis in place; (5) in the precision of the weights, float32 at least.
+    and not 10000 get no matrix; (3) weight decay is Keras': before the step, and in the first one too; (4) a non-finite
+    matrix leaves the old basis in place; (5) in the precision of the weights, float32 at least.
 
     Args:
         learning_rate: As for Adam. Defaults to `3e-3` (the authors).
@@ -36,12 +36,13 @@ class SOAP(ByAxis):
         beta_2: Decay of the second moment, and of `L` and `R`. Defaults to `0.95` (the authors).
         epsilon: Added to the root of the second moment. Defaults to `1e-8` (the authors).
         every: Steps from one basis to the next. Defaults to `10` (the authors).
-        max_dimension: Longest axis that has a matrix; a longer one stays as it is. Defaults to `1000`: on a few
-            CPU cores, decompositions of longer ones cost more than a small network's gradients. Accelerators bear more.
-        merge: Longest axis that is made of several. Defaults to `1000`.
+        max_dimension: Longest axis with a matrix; longer axes are not transformed. Defaults to `1000`: on a few CPU
+            cores, longer decompositions cost more than the gradients of a small network. On accelerators, more is
+            affordable.
+        merge: Longest axis after merging. Defaults to `1000`.
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `failed_refreshes` (bases that came out wrong, the old ones kept), `step_norm`, `skipped_steps`.
+    Reports: `failed_refreshes` (failed bases; the old ones are kept), `step_norm`, `skipped_steps`.
 
     Example:
 
@@ -73,7 +74,7 @@ class SOAP(ByAxis):
         self._bases = self.add_matrices("basis", "identity")
 
     def precondition(self, gradients):
-        """Minus Adam's step in the basis, turned back."""
+        """The negative of Adam's step in the basis, transformed back."""
         G, bases, taken = self.split(gradients), trees.values(self._bases), self.taken()
         Q = self.by_block(bases)
         turned = [axes.multiply_transposed(g, q) for g, q in zip(G, Q)]
@@ -89,7 +90,7 @@ class SOAP(ByAxis):
         return self.join(direction, gradients)
 
     def linear_step(self):
-        """Momentum as of Adam, between the present bases."""
+        """Adam's momentum, between the current bases."""
         return LinearStep(averaged(self.beta_1), self._preconditioner)
 
     def _preconditioner(self):

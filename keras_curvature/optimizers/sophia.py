@@ -42,7 +42,7 @@ class Sophia(DiagonalOptimizer):
         )
 
     def _when_due(self, number):
-        """A report that costs passes over the weights: in the steps with a new estimate alone."""
+        """`number()` in steps with a new estimate, else NaN: it costs passes over the weights."""
         return tf.cond(tf.equal(self.iterations % self.every, 0), number, lambda: tf.constant(float("nan")))
 
 
@@ -60,8 +60,8 @@ class SophiaH(Sophia):
         m <- beta_1 m + (1 - beta_1) g
         w <- w - learning_rate * clip(m / max(gamma h, epsilon), 1)
 
-    Where the curvature is small or negative, the step is the sign of the momentum. Costs one Hessian product now and
-    then, and two copies of the weights.
+    If the curvature is small or negative, the step is the sign of the momentum. Costs one Hessian product every `every`
+    steps, and two copies of the weights.
 
     Reference: Liu, Li, Hall, Liang and Ma, "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
     Pre-training" (2023), Algorithms 1 and 3. Differences: (1) the paper's weight decay (0.1) is Keras' own, which is
@@ -110,16 +110,16 @@ class SophiaG(Sophia):
         m <- beta_1 m + (1 - beta_1) g
         w <- w - learning_rate * clip(m / max(gamma h, epsilon), 1)
 
-    with `g^` the gradient of the loss with labels drawn from the model, instead of the true ones. Costs one
-    backward pass now and then, and two copies of the weights.
+    with `g^` the gradient of the loss with labels drawn from the model, instead of the true ones. Costs one backward
+    pass every `every` steps, and two copies of the weights.
 
     Reference: Liu, Li, Hall, Liang and Ma, "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
-    Pre-training" (2023), Algorithms 2 and 3. Differences: (1) for N, the number of labels, the square roots of the
-    weights that they have in the loss are in `g^`, each entry's own: the same for a plain mean, and still unbiased with
-    sample weights, masks and loss weights; (2) every likelihood of Keras' losses and not the categorical alone; (3) the
-    estimate is made before the step and used in it, as in the paper; in the authors' code it is the next one's; (4) the
-    least denominator is `epsilon`, as in the paper, where the authors' code adds it; (5) the paper's weight decay (0.1)
-    is Keras' own, which is off by default; (6) an estimate that is not finite is left out.
+    Pre-training" (2023), Algorithms 2 and 3. Differences: (1) instead of the factor N, the number of labels, `g^`
+    contains the square root of each label's weight in the loss: the same for a plain mean, and still unbiased with
+    sample weights, masks and loss weights; (2) every likelihood of Keras' losses works, not only the categorical one;
+    (3) a step uses the estimate made before it, as in the paper; the authors' code uses it in the next step; (4) the
+    least denominator is `epsilon`, as in the paper; the authors' code adds it; (5) the paper's weight decay (0.1) is
+    Keras' own, which is off by default; (6) an estimate that is not finite is left out.
 
     Args:
         learning_rate: The length of a clipped entry. Defaults to `1e-3` (the paper's language models: up to 6e-4).
@@ -132,7 +132,7 @@ class SophiaG(Sophia):
         **kwargs: See `CurvatureOptimizer`.
 
     Raises:
-        ValueError: At the first step, if the loss is not minus the logarithm of a likelihood that is known.
+        ValueError: At the first step, if the loss is not the negative logarithm of a known likelihood.
 
     Reports: `unclipped` (share of the entries, in steps with a new estimate), `failed_refreshes`, `step_norm`,
         `skipped_steps`.

@@ -29,8 +29,8 @@ class TwoLoopNeumann(CurvatureOptimizer):
     `alpha` or `beta`, one copy of the weights (`v`).
 
     Reference: Krishnan, Xiao and Saurous (ICLR 2018), Algorithm 1 and section 3.1. Differences from the paper: (1)
-    `mu` and `eta` are given and not measured from extreme eigenvalues on each batch; (2) the repulsion is floored
-    as in `Neumann`, at the distance `|eta g|` of one gradient step.
+    `mu` and `eta` are arguments; the paper measures them from extreme eigenvalues on each batch; (2) the repulsion is
+    floored as in `Neumann`, at the distance `|eta g|` of one gradient step.
 
     Args:
         learning_rate: The paper's `eta_out`. Defaults to `0.05`.
@@ -67,7 +67,7 @@ class TwoLoopNeumann(CurvatureOptimizer):
         check_number(self, "gamma", gamma, low=0, high=1, open_high=True)
 
     def create_state(self, variables):
-        """`v`, where a regularizer is centred on it; the first step takes the weights for it."""
+        """`v`, if a regularizer is centred on it; the first step initializes it with the weights."""
         self._v = self.add_optimizer_variables(variables, "v") if self.alpha or self.beta else []
 
     def direction(self, lin):
@@ -104,7 +104,7 @@ class TwoLoopNeumann(CurvatureOptimizer):
         return trees.where(tf.equal(self.iterations, 0), lin.weights, trees.values(self._v))
 
     def _regularizer(self, lin):
-        """Gradient of the two regularizers at `w + x`, as a function of `x`; `None` where there are none."""
+        """Gradient of the two regularizers at `w + x`, as a function of `x`; `None` without regularizers."""
         if not self._v:
             return None
         v, weight = self._center(lin), self.beta * trees.count(lin.weights)

@@ -46,8 +46,8 @@ def inverse_of_diagonal(entries, damping):
 def split_damping(of_A, of_G, damping):
     """`(damping of A, damping of G)`, two numbers (or one for each group) whose product is `damping`.
 
-    The first is `pi sqrt(damping)` and the second `sqrt(damping) / pi`, where `pi^2` is the mean eigenvalue of `A` over
-    the mean eigenvalue of `G`, or 1 if one of the two is zero.
+    The first is `pi sqrt(damping)` and the second `sqrt(damping) / pi`, where `pi^2` is the ratio of the mean
+    eigenvalues of `A` and `G`, or 1 if one of them is zero.
 
     Args:
         of_A: `mean_eigenvalue(A)`.

@@ -69,7 +69,7 @@ def kronecker_second_moments(lin, blocks, bases, diagonal=(), fisher="sampled", 
     Args:
         blocks: Of `kronecker.blocks(model)`.
         bases: `[(U_A, U_G)]`, for each block eigenvectors as columns; `None` for a factor that is diagonal.
-        diagonal, fisher, seed: As of `kronecker_factors`.
+        diagonal, fisher, seed: See `kronecker_factors`.
 
     Returns:
         `([tensor], [tensor])`: one shaped as the matrix of each block, and one for each index in `diagonal`.
