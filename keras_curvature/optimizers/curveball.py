@@ -73,7 +73,7 @@ class CurveBall(CurvatureOptimizer):
     def direction(self, lin):
         """The next `z`."""
         G = lin.gauss_newton()
-        require_convex(G, "CurveBall", "Choose another loss, or an optimizer that does without.")
+        require_convex(G, "CurveBall", "Choose another loss, or an optimizer that does not need a convex loss.")
         z, damping = trees.values(self._z), tf.identity(self._damping.value)
 
         Jz = G.push(z)

@@ -113,7 +113,7 @@ class Shampoo(ByAxis):
         if self.grafting is not None:
             return NotLinear(
                 f"`Shampoo` gives each of its steps the length of a step of another method (`grafting="
-                f"{self.grafting!r}`): its limit is not that of its own matrix. With `grafting=None` there is one."
+                f"{self.grafting!r}`): no limit on the curvature is known. With `grafting=None` there is one."
             )
         return LinearStep(averaged(self.beta_1), self._preconditioner)
 

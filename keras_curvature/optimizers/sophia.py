@@ -37,8 +37,8 @@ class Sophia(DiagonalOptimizer):
     def linear_step(self):
         """None, because of the clipping."""
         return NotLinear(
-            f"`{type(self).__name__}` clips each entry of its steps to the learning rate: where it does, a step is "
-            "just as long however small the gradient is. Its report `unclipped` says for how many entries it does not."
+            f"`{type(self).__name__}` clips each entry of its steps to the learning rate, so the length of a clipped "
+            "entry does not depend on the gradient. Its report `unclipped` is the share of the other entries."
         )
 
     def _when_due(self, number):

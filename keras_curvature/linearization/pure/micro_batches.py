@@ -210,8 +210,8 @@ def _check_layers(model):
     synchronized = [layer.name for layer in keras_internals.layers_of(model) if getattr(layer, "synchronized", False)]
     if synchronized and replicas.count() > 1:
         raise ValueError(
-            f"`micro_batches` on {replicas.count()} replicas goes without synchronized normalization: the loop over "
-            f"slices runs on each replica by itself. Received: {synchronized[0]!r} with synchronized=True. Use "
+            f"`micro_batches` on {replicas.count()} replicas does not support synchronized normalization: the loop "
+            f"over slices runs on each replica by itself. Received: {synchronized[0]!r} with synchronized=True. Use "
             "synchronized=False, or micro_batches=1."
         )
 
