@@ -295,3 +295,46 @@ def test_the_remedy_for_a_loss_of_ones_own():
     expected = keras_curvature.Linearization(model, x, y).fisher() @ lin.gradient
     for a, b in zip(found, expected):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def own_and_compiled(likelihood, compiled):
+    """Two models of one function: with a `compute_loss` and a `likelihood` of its own, and with Keras' loss."""
+    case, other = LOSSES["own_compute_loss"](), LOSSES["own_compute_loss"]()
+    own = type("Named", (type(case.model),), {"likelihood": likelihood, "compute_loss": own_loss(compiled)})
+    model = own(case.model.inputs[0], case.model.outputs[0])
+    model.compile("sgd")
+    plain = keras.Model(other.model.inputs[0], other.model.outputs[0])
+    plain.set_weights(model.get_weights())
+    plain.compile("sgd", compiled)
+    y = (case.y > 0).astype("float64")
+    weights = np.linspace(0.5, 2.0, BATCH)
+    return [Linearization(m, case.x, y, weights) for m in (model, plain)]
+
+
+def own_loss(loss):
+    """A `compute_loss` that calls a loss of Keras'."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return loss(y, y_pred, sample_weight)
+
+    return compute_loss
+
+
+@pytest.mark.parametrize(("likelihood", "compiled"), [
+    (likelihoods.Gaussian, keras.losses.MeanSquaredError),
+    (likelihoods.Bernoulli({}, logits=True), lambda: keras.losses.BinaryCrossentropy(from_logits=True)),
+])  # fmt: skip
+@pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
+def test_a_compute_loss_with_a_likelihood_is_what_the_compiled_loss_is(likelihood, compiled, fisher):
+    found, expected = (
+        np.concatenate([np.ravel(c) for c in tf.nest.flatten(lin.passes.here().recorded.cotangents(fisher))])
+        for lin in own_and_compiled(likelihood, compiled())
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert np.abs(found).max() > 0
+
+
+def test_a_compute_loss_without_a_likelihood_is_told_where_it_goes():
+    case = LOSSES["own_compute_loss"]().compile()
+    with pytest.raises(ValueError, match="a model with a `compute_loss` of its own and one output has it in its class"):
+        Linearization(case.model, *case.batch).fisher_diagonal()

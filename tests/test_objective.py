@@ -14,7 +14,7 @@ from cases import LOSSES, MODELS, flat, float64
 from keras import layers
 
 from keras_curvature import replicas
-from keras_curvature.linearization.fisher import convexity, likelihoods
+from keras_curvature.linearization.fisher import convexity, of_losses
 from keras_curvature.linearization.pure import functional
 from keras_curvature.monitor.objective import reading
 from keras_curvature.monitor.objective.kinds import KINDS
@@ -306,9 +306,9 @@ def test_which_losses_are_sums_and_which_no_likelihoods():
     model.compile("sgd", {"a": keras.losses.MeanSquaredError(reduction="sum"), "b": "huber"})
     x, y = DATA
     assert Objective(model, (x, {"a": y[:, :1], "b": y[:, 1:]})).is_sum
-    assert likelihoods.unknown(model) == "huber"
+    assert of_losses.unknown(model) == "huber"
     model = _linear()
-    assert not Objective(model, DATA).is_sum and likelihoods.unknown(model) is None
+    assert not Objective(model, DATA).is_sum and of_losses.unknown(model) is None
 
 
 def test_a_sum_is_the_mean_of_the_sums_of_batches():
@@ -415,7 +415,7 @@ def _has(kind, case):
     """Whether the losses of a case have such a matrix."""
     if kind == "fisher" and type(case.model).compute_loss is keras.Model.compute_loss:
         functional.build_for(case.model, *case.batch)
-        return not any(likelihoods.objection(compiled.loss) for compiled in case.model._compile_loss._flat_losses)
+        return not any(of_losses.objection(compiled.loss) for compiled in case.model._compile_loss._flat_losses)
     return kind != "fisher" and not (kind == "ggn" and convexity.not_convex(case.model))
 
 

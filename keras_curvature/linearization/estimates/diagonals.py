@@ -19,7 +19,7 @@ from keras_curvature.component import check, check_count
 from keras_curvature.linearization.fisher import sampling
 from keras_curvature.linearization.layers import taps
 from keras_curvature.linearization.products import Pass
-from keras_curvature.linearization.pure import randomness, slices
+from keras_curvature.linearization.pure import batch_axis, randomness, slices
 
 PROBES = ("rademacher", "gaussian", "exact")
 _BITS = [1, 2, 4, 8, 16, 32, 64, -128]  # the bits of a byte
@@ -114,7 +114,7 @@ def squared_gradients(lin, seed=0, fisher="empirical"):
         def local(pure, weights):
             recorded = Pass(pure, weights, lin.loss_scale, noted=noted)
             cotangents = sampling.of_examples(recorded) if fisher == "empirical" else recorded.cotangents(fisher, seed)
-            signed_sum = recorded.pull(signed(cotangents, pure.place, seed))
+            signed_sum = recorded.pull(signed(recorded, cotangents, seed))
             squares = _sums_of_squares(recorded, cotangents, lin.variables)
             exact.update(squares)
             return [tf.cast(squares.get(i, h), h.dtype) for i, h in enumerate(signed_sum)]
@@ -124,17 +124,33 @@ def squared_gradients(lin, seed=0, fisher="empirical"):
     return [s if i in exact else tf.square(s) for i, s in enumerate(sums)]
 
 
-def signed(cotangents, place, seed):
+def signed(recorded, cotangents, seed):
     """`s_i c_i` with a random sign for each example."""
+    place = recorded.pure.place
     with slices.at(place):
-        signs = tf.random.stateless_uniform([place.examples], [0, seed], 0, 2, tf.int32) * 2 - 1
-    return [c * _along_batch(tf.cast(signs, c.dtype), c) for c in cotangents]
+        signs = _random_signs([place.examples], [0, seed])
+
+    def sign(i, c, rows):
+        if rows is batch_axis.NONE:  # one more example, on each slice another one
+            seeds = tf.stack([i + 1, tf.cast(seed, tf.int32)])
+            return tf.cast(_random_signs([], tf.random.experimental.stateless_fold_in(seeds, place.start)), c.dtype)
+        return _along_batch(tf.cast(batch_axis.spread(signs, rows), c.dtype), c)
+
+    counts = batch_axis.per_example(recorded)
+    return [sign(i, c, rows) * c for i, (c, rows) in enumerate(zip(cotangents, counts, strict=True))]
+
+
+def _random_signs(shape, seed):
+    """-1 and 1, integers."""
+    return tf.random.stateless_uniform(shape, seed, 0, 2, tf.int32) * 2 - 1
 
 
 def _sums_of_squares(recorded, cotangents, variables):
     """`sum_i g_i^2` over the examples of one `Pass`, `{index of a variable: tensor}` for those of `Dense` layers."""
     sums, position = {}, {id(v): i for i, v in enumerate(variables)}
-    found = _once_each(recorded.taps)
+    if batch_axis.NONE in batch_axis.per_example(recorded):
+        return {}  # every row of a layer's may be part of the one example that such an output counts as
+    found = _once_each(recorded.taps, recorded.pure.place.examples)
     # float32 where a layer computes in half precision; all at once, for one walk down the layers
     for tap, slope in zip(found, recorded.slopes_at([tap.pre_activation for tap in found], cotangents)):
         if slope is None:
@@ -148,12 +164,17 @@ def _sums_of_squares(recorded, cotangents, variables):
     return sums
 
 
-def _once_each(noted):
+def _once_each(noted, examples):
     """The taps of plain `Dense` layers that were called once, on a matrix `(batch, d_in)`."""
+
+    def is_matrix(x):
+        # a length that is known, and not the batch's: rows of something else than single examples
+        return x.shape.rank == 2 and (x.shape[0] is None or not batch_axis.have_other_length(x.shape, examples))
+
     calls = {}
     for tap in noted:
         calls.setdefault(id(tap.layer), []).append(tap)
-    return [c[0] for c in calls.values() if len(c) == 1 and c[0].inputs.shape.rank == 2 and _plain(c[0].layer)]
+    return [c[0] for c in calls.values() if len(c) == 1 and is_matrix(c[0].inputs) and _plain(c[0].layer)]
 
 
 def _plain(layer):

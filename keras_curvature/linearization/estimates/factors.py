@@ -133,7 +133,7 @@ def _labels(recorded, fisher, seed):
 
 def _signed(recorded, cotangents, diagonal, seed):
     """`sum_i s_i g_i` with random signs, for the weights outside all blocks; one more backward pass."""
-    sums = recorded.pull(diagonals.signed(cotangents, recorded.pure.place, seed))
+    sums = recorded.pull(diagonals.signed(recorded, cotangents, seed))
     return [sums[i] for i in diagonal]
 
 
@@ -146,8 +146,8 @@ def _factors(block, seen, by_label):
     else:
         inputs, by_label = seen.inputs(block), list(by_label)
         if block.sharing == "reduce":
-            inputs = [tf.reduce_mean(joined(inputs, seen), 2, keepdims=True)]
-            by_label = [[tf.reduce_sum(joined(slopes, seen), 2, keepdims=True)] for slopes in by_label]
+            inputs = [tf.reduce_mean(joined(inputs, seen, block), 2, keepdims=True)]
+            by_label = [[tf.reduce_sum(joined(slopes, seen, block), 2, keepdims=True)] for slopes in by_label]
         squares = frequencies(inputs, block) if block.has_indices else sum_square(inputs)
         A = mean(squares, inputs, seen)
         G = tf.add_n([sum_square(slopes) for slopes in by_label])
@@ -156,8 +156,9 @@ def _factors(block, seen, by_label):
 
 def _exactly(block, seen, by_label):
     """The block itself as `A`, for one output in each group, and 1 as `G`."""
-    inputs = joined(seen.inputs(block), seen)
-    gradients = [tf.reduce_sum(inputs * joined(slopes, seen), 2) for slopes in by_label]  # (groups, examples, d_in)
+    inputs = joined(seen.inputs(block), seen, block)
+    # each (groups, examples, d_in)
+    gradients = [tf.reduce_sum(inputs * joined(slopes, seen, block), 2) for slopes in by_label]
     A = tf.add_n([tf.matmul(g, g, transpose_a=True) for g in gradients])
     return A, seen.place.share(A.dtype) * tf.ones(block.factor_shapes[1], A.dtype)
 
@@ -178,8 +179,8 @@ def _second_moment(block, seen, by_label, U_A, U_G):
     """The sum over examples of the squares of their projected gradients, shaped as the matrix of the block."""
     if not by_label[0]:
         return tf.zeros(block.shape, block.dtype)
-    inputs = joined(seen.inputs(block), seen)
-    slopes = [_rotated(joined(slopes, seen), U_G) for slopes in by_label]
+    inputs = joined(seen.inputs(block), seen, block)
+    slopes = [_rotated(joined(slopes, seen, block), U_G) for slopes in by_label]
     if block.has_indices:
         moments = [_moment_at_indices(inputs, d, block.shape[0]) for d in slopes]
     else:

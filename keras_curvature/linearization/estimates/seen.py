@@ -88,10 +88,23 @@ def _flat(x):
     return tf.reshape(x, [x.shape[0], product(x, [1, 2]), x.shape[3]])
 
 
-def joined(parts, seen):
+def joined(parts, seen, block):
     """Calls side by side, `(groups, examples, positions, d)`."""
+    _check_same_rows(parts, seen.place.examples, block.weights.layer)
     folded = [_by_example(x, seen.place.examples) for x in parts]
     return folded[0] if len(folded) == 1 else tf.concat(folded, 2)
+
+
+def _check_same_rows(parts, examples, layer):
+    """Refuse calls on the batch beside calls on rows of no example, as far as the lengths are known."""
+    lengths = [x.shape[1] for x in parts]
+    apart = [n is not None and (not isinstance(examples, int) or n % max(examples, 1) != 0) for n in lengths]
+    if any(apart) and not all(apart):
+        raise ValueError(
+            f"The layer {layer.name!r} is called on the batch, and on inputs of {lengths[apart.index(True)]} rows that "
+            "belong to no example, so it has no gradients of single examples. Use `KFAC` with its default "
+            '`sharing="expand"`, or a method without Kronecker factors, such as `CurveBall` or `SOAP`.'
+        )
 
 
 def _by_example(x, examples):

@@ -10,9 +10,6 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from keras_curvature import keras_internals
-from keras_curvature.linearization.fisher.convexity import name_of
-
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
@@ -223,76 +220,6 @@ class SparseCategorical(Categorical):
         if left_out is None:
             return labels
         return tf.where(tf.reshape(tf.cast(y, tf.int32), tf.shape(labels)) == left_out, left_out, labels)
-
-
-_OF_LOSSES = {
-    keras.losses.mean_squared_error: Gaussian,
-    keras.losses.mean_absolute_error: Laplace,
-    keras.losses.poisson: Poisson,
-    keras.losses.binary_crossentropy: Bernoulli,
-    keras.losses.categorical_crossentropy: Categorical,
-    keras.losses.kl_divergence: Divergence,
-    keras.losses.sparse_categorical_crossentropy: SparseCategorical,
-}
-
-
-def likelihood(loss, logits):
-    """The `Likelihood` whose negative logarithm is a `keras.losses.Loss`.
-
-    Args:
-        loss: A loss as Keras has compiled it. A custom loss can name its likelihood in an attribute, such as
-            `likelihood = Gaussian`. The loss must be the negative logarithm of that likelihood, up to the weight of
-            each entry (or row) and a term without `z`.
-        logits: Whether the loss reads the logits that the model's output carries.
-
-    Raises:
-        ValueError: No likelihood of this loss is known.
-    """
-    error = objection(loss)
-    if error is not None:
-        raise error
-    options = keras_internals.options_of(loss)
-    return _found(loss)(options, logits or options.get("from_logits", False))
-
-
-def objection(loss):
-    """The reason why a loss has no `likelihood`, a `ValueError`; `None` if it has one."""
-    options = keras_internals.options_of(loss)
-    if _found(loss) is None:
-        return no_likelihood(name_of(getattr(loss, "fn", loss)))
-    if options.get("axis", -1) != -1:
-        return ValueError(
-            "Labels are sampled along the last axis of the outputs. Received: "
-            f"loss={type(loss).__name__}(axis={options['axis']})"
-        )
-    if options.get("label_smoothing", 0.0) == 1.0:
-        return no_likelihood(f"{type(loss).__name__}(label_smoothing=1.0)")
-    return None
-
-
-def unknown(model):
-    """The name of the first loss of a compiled and built model that has no `likelihood`; `None` if all have one."""
-    if type(model).compute_loss is not keras.Model.compute_loss:
-        return "compute_loss"
-    losses = keras_internals.losses_of(model)
-    return next((name_of(getattr(loss, "fn", loss)) for loss in losses if objection(loss)), None)
-
-
-def no_likelihood(loss):
-    """The error for a loss that is not `-log p(y | z)` of a known distribution."""
-    return ValueError(
-        f"Labels cannot be sampled for loss={loss}: it is not the negative log-likelihood of a known distribution. "
-        "Those that are: mean_squared_error, mean_absolute_error, poisson, kl_divergence and the binary, categorical "
-        "and sparse categorical crossentropies. Choose one of them; a loss of your own can name its likelihood, as "
-        "`likelihood = keras_curvature.likelihoods.Gaussian`. Or take the true labels, for which `KFAC`, "
-        '`EKFAC` and `SquareRootFreeAdam` have `fisher="empirical"`, or the Hessian, with `SophiaH` for `SophiaG`.'
-    )
-
-
-def _found(loss):
-    """The class of the likelihood of a loss, or `None`."""
-    own = getattr(loss, "likelihood", None) or getattr(getattr(loss, "fn", None), "likelihood", None)
-    return own or _OF_LOSSES.get(keras_internals.function_of(loss))
 
 
 def _symmetric(uniform):

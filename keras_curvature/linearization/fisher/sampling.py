@@ -28,8 +28,8 @@ import tensorflow as tf
 
 from keras_curvature import keras_internals
 from keras_curvature.component import check
-from keras_curvature.linearization.fisher import likelihoods
-from keras_curvature.linearization.pure import randomness, slices
+from keras_curvature.linearization.fisher import likelihoods, of_losses
+from keras_curvature.linearization.pure import batch_axis, randomness, slices
 
 FISHER = ("sampled", "empirical", "exact")
 
@@ -51,15 +51,20 @@ def cotangents(recorded, fisher, seed):
     if fisher == "empirical":
         return _empirical(recorded)
     if fisher == "exact":
-        return [_on_leaves(recorded, [(w, c)]) for w in weighed(recorded) for c in _each_label(w)]
+        return [_on_leaves(recorded, [(w, c)]) for w in weighed(recorded) for c in _each_label(recorded, w)]
     drawn = [(w, tf.sqrt(_no_less_than_zero(w.omega)) * slope) for w, slope in _drawn(recorded, seed)]
     return _on_leaves(recorded, drawn)
 
 
 def of_examples(recorded):
-    """`sqrt(N) dL/dz`, times the loss scale; for a mean over N examples, each example's slope over `sqrt(N)`."""
-    root = tf.sqrt(tf.cast(recorded.pure.place.total, tf.float64))
-    return [tf.cast(root, slope.dtype) * slope for slope in recorded.slope]
+    """`sqrt(N) dL/dz`, times the loss scale; for a mean over N examples, each example's slope over `sqrt(N)`.
+
+    `dL/dz` for an output without a batch axis, which is one example of weight 1.
+    """
+    place = recorded.pure.place
+    root, whole = tf.sqrt(tf.cast(place.total, tf.float64)), tf.math.rsqrt(place.share(tf.float64))
+    roots = [whole if n is batch_axis.NONE else root for n in batch_axis.per_example(recorded)]
+    return [tf.cast(r, slope.dtype) * slope for r, slope in zip(roots, recorded.slope)]
 
 
 def fisher_times(recorded, fisher, tangents):
@@ -72,10 +77,17 @@ def fisher_times(recorded, fisher, tangents):
     """
     if fisher == "exact":
         return _on_leaves(recorded, [(w, _information_times(w, tangents[w.leaf])) for w in weighed(recorded)])
-    cotangents = _unscaled(recorded, _empirical(recorded))
-    along = tf.add_n([_by_example(c * u) for c, u in zip(cotangents, tangents)])
+    cotangents, counts = _unscaled(recorded, _empirical(recorded)), batch_axis.per_example(recorded)
+    products = [c * u for c, u in zip(cotangents, tangents)]
+    along = sum(batch_axis.folded(_by_row(p), n) for p, n in zip(products, counts) if n is not batch_axis.NONE)
     scale = 1.0 if recorded.loss_scale is None else recorded.loss_scale
-    return [c * tf.reshape(along, [-1] + [1] * (c.shape.rank - 1)) * tf.cast(scale, c.dtype) for c in cotangents]
+
+    def times(c, product, n):
+        if n is batch_axis.NONE:
+            return c * tf.reduce_sum(product) * tf.cast(scale, c.dtype)
+        return c * tf.reshape(batch_axis.spread(along, n), [-1] + [1] * (c.shape.rank - 1)) * tf.cast(scale, c.dtype)
+
+    return [times(c, p, n) for c, p, n in zip(cotangents, products, counts)]
 
 
 def _information_times(w, tangent):
@@ -94,8 +106,8 @@ def _information_times(w, tangent):
     return tf.foldl(add, tf.range(w.z.shape[-1]), tf.zeros_like(w.z))
 
 
-def _by_example(tensor):
-    """Sums over all axes but the first, `(examples,)`."""
+def _by_row(tensor):
+    """Sums over all axes but the first, `(rows,)`."""
     return tf.reduce_sum(tensor, list(range(1, tensor.shape.rank)))
 
 
@@ -113,8 +125,6 @@ def slopes(recorded, seed):
 
 def weighed(recorded):
     """The compiled losses of a `Pass` with their weights, a list of `Weighed`."""
-    if type(recorded.pure.model).compute_loss is not keras.Model.compute_loss:
-        raise likelihoods.no_likelihood(f"{type(recorded.pure.model).__name__}.compute_loss")
 
     def reference(likelihood, z):
         return tf.stop_gradient(likelihood.reference(z))  # numbers, not a function of `z`
@@ -128,13 +138,15 @@ def weighed(recorded):
 
 
 def _graded(recorded, targets):
-    """`[(leaf, z, likelihood, dL/dz)]` of the compiled losses, with `targets(likelihood, z, y)` for the true `y`."""
+    """`[(leaf, z, likelihood, dL/dz)]` of the losses, with `targets(likelihood, z, y)` for the true `y`."""
+    if of_losses.is_of_compute_loss(recorded.pure.model):
+        return [_graded_by_model(recorded, targets)]
     pure, noted, tape = recorded.pure, [], tf.GradientTape()
 
     def noting(loss):
         def probed(y, outputs, sample_weight=None):
             leaf, is_logits = _leaf_of(recorded, outputs)
-            likelihood = likelihoods.likelihood(loss, is_logits)
+            likelihood = of_losses.likelihood(loss, is_logits)
             wide = _in_full_precision(outputs)
             z = keras_internals.logits_of(wide) if is_logits else wide
             tape.watch(z)
@@ -149,9 +161,27 @@ def _graded(recorded, targets):
     return [(*each, slope) for each, slope in zip(noted, found)]
 
 
+def _graded_by_model(recorded, targets):
+    """The same of a model whose own `compute_loss` is minus the logarithm of its `likelihood`."""
+    pure, outputs = recorded.pure, recorded.evaluation.outputs
+    likelihood = of_losses.of_compute_loss(pure.model)
+    if not tf.is_tensor(outputs):
+        raise ValueError(
+            f"A model with a `compute_loss` of its own can name a `likelihood` if it has one output. Received: "
+            f"{len(keras.tree.flatten(outputs))} outputs of {type(pure.model).__name__}. Pass the losses to "
+            "`compile(loss=...)`, each with a likelihood, instead of `compute_loss`."
+        )
+    leaf, _ = _leaf_of(recorded, outputs)
+    with tf.GradientTape() as tape:
+        z = _in_full_precision(outputs)
+        tape.watch(z)
+        loss = pure.own_loss(z, targets(likelihood, z, pure.y))
+    return leaf, z, likelihood, tape.gradient(loss, z, unconnected_gradients="zero")
+
+
 def _empirical(recorded):
     """Cotangents of the true labels: the slope contains `omega`, the cotangent its square root."""
-    if likelihoods.unknown(recorded.pure.model) is not None:
+    if of_losses.unknown(recorded.pure.model) is not None:
         return of_examples(recorded)
     true = _graded(recorded, lambda likelihood, z, y: y)
     roots = [(w, tf.sqrt(_no_less_than_zero(w.omega))) for w in weighed(recorded)]
@@ -180,9 +210,10 @@ def _drawn(recorded, seed):
     return drawn
 
 
-def _each_label(w):
+def _each_label(recorded, w):
     """Cotangents in the leaf of a `Weighed`; their outer products sum to its Fisher information."""
-    shape = w.z.shape[1:]
+    has_examples = batch_axis.per_example(recorded)[w.leaf] is not batch_axis.NONE
+    shape = w.z.shape[1:] if has_examples else w.z.shape
     if not shape.is_fully_defined():
         raise ValueError(
             '`fisher="exact"` takes one pass for each entry of the outputs, of which there must be a known number. '

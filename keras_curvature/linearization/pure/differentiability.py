@@ -54,7 +54,7 @@ def _refusal(operation, layer, reason=None):
     return NotDifferentiable(
         f"TensorFlow cannot differentiate the operation `{operation}`"
         f"{f' in layer `{layer}`' if layer else ''}, and a curvature product needs its derivative."
-        f"{f' TensorFlow says: {reason}' if reason else ''} Replace or freeze the layer, with all layers before it, or "
+        f"{f' Reason: {reason}.' if reason else ''} Replace or freeze the layer, with all layers before it, or "
         "replace the loss. Or train with a method that needs gradients only: `SOAP`, `Shampoo`, `Neumann`, "
         "`keras_curvature.PSGD` with its default settings or an optimizer of Keras."
     )
@@ -85,7 +85,7 @@ def _is_missing(operation, found):
 
 def _refuse(operation):
     def gradient(op, *gradients):
-        reason = op.get_attr("message") if operation == "PreventGradient" else None
+        reason = op.get_attr("message").decode() if operation == "PreventGradient" else None
         raise _refusal(operation, _layer(), reason)
 
     return gradient

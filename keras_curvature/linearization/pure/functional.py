@@ -118,7 +118,7 @@ class PureModel:
             with loss_tape or contextlib.nullcontext():
                 if loss_tape is not None:
                     loss_tape.watch(leaves)
-                loss = self._loss(outputs)
+                loss = self._loss(outputs, self.y)
         _check_not_assigned(scope, model.trainable_variables, given)
         after = [scope.get_current_value(v) for v in [*self.stateful, *self.counting]]
         moved = [None if new is old else self._next(new, old) for new, old in zip(after, before)]
@@ -142,10 +142,15 @@ class PureModel:
         with keras.StatelessScope(), slices.at(dataclasses.replace(self.place, weighs_means=True)):
             return loss(self.y, outputs, self.sample_weight)
 
-    def _loss(self, outputs):
+    def own_loss(self, outputs, y):
+        """The loss by the model's own `compute_loss` of outputs and targets; moves nothing."""
+        with keras.StatelessScope():
+            return self._loss(outputs, y)
+
+    def _loss(self, outputs, y):
         own = type(self.model).compute_loss is not keras.Model.compute_loss
         with slices.at(dataclasses.replace(self.place, weighs_means=not own)):
-            loss = keras_internals.compute_loss(self.model, self.x, self.y, outputs, self.sample_weight, self.training)
+            loss = keras_internals.compute_loss(self.model, self.x, y, outputs, self.sample_weight, self.training)
         if not own or self.place.is_even:
             return loss
         # a custom loss counts as a mean over the examples that leaves the replicas to Keras

@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import keras_internals, replicas
-from keras_curvature.linearization.pure import slices
+from keras_curvature.linearization.pure import batch_axis, slices
 from keras_curvature.linearization.pure.functional import Evaluation
 
 
@@ -218,22 +218,14 @@ def _check_layers(model):
 
 def _check_rows(pure, outputs):
     """Refuse outputs whose first axis is certainly not the examples of the slice."""
-    flat = keras.tree.flatten(outputs)
-    names = getattr(pure.model, "output_names", None) or []
-    for i, y in enumerate(flat):
-        if tf.is_tensor(y) and y.shape.rank is not None and _has_other_rows(y.shape, pure.place.examples):
-            name = f"{i} ({names[i]!r})" if len(names) == len(flat) else str(i)
+    examples = pure.place.examples
+    for i, y in enumerate(keras.tree.flatten(outputs)):
+        if tf.is_tensor(y) and y.shape.rank is not None and batch_axis.have_other_length(y.shape, examples):
             raise ValueError(
                 "`micro_batches` needs outputs with the batch as their first axis, to put those of slices together. "
-                f"Received: output {name} of the model {pure.model.name!r}, of shape {tuple(y.shape)} on a slice of "
-                "the batch. Give it a row for each example, hand a loss of the model's own to `add_loss`, or use "
-                "micro_batches=1."
+                f"{batch_axis.described(pure.model, i, outputs, y.shape, examples)} Give it a row for each example, "
+                "hand a loss of the model's own to `add_loss`, or use micro_batches=1."
             )
-
-
-def _has_other_rows(shape, examples):
-    # a slice of unknown size has no known length to compare with
-    return shape.rank == 0 or (shape[0] is not None and not (isinstance(examples, int) and shape[0] == examples))
 
 
 def _check_not_compiled(count, examples):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from keras_curvature import trees
-from keras_curvature.linearization.fisher import likelihoods
+from keras_curvature.linearization.fisher import of_losses
 from keras_curvature.monitor.board.axis import Axis
 from keras_curvature.monitor.board.failures import NotFinite
 from keras_curvature.monitor.board.layout import BOUNDS, LAYER, LIMITS
@@ -262,4 +262,4 @@ def _residual(pairs):
 
 def _is_likelihood(model):
     """Whether labels can be drawn for all of a model's losses."""
-    return model.loss is not None and likelihoods.unknown(model) is None
+    return model.loss is not None and of_losses.unknown(model) is None

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from keras_curvature import keras_internals, trees
 from keras_curvature.component import check, check_count
-from keras_curvature.linearization.fisher import likelihoods
+from keras_curvature.linearization.fisher import of_losses
 from keras_curvature.linearization.pure.functional import check_model
 from keras_curvature.monitor.objective.kinds import EXPECTED, KINDS
 
@@ -42,7 +42,7 @@ def check_kind(owner, kind, model, not_convex):
             "is not known to be. Use kind='hessian'."
         )
     if kind == "fisher":
-        name = likelihoods.unknown(model)
+        name = of_losses.unknown(model)
         if name is not None:
             raise ValueError(
                 f"`{owner.__name__}`: `kind='fisher'` needs a loss that is minus the logarithm of a known likelihood; "
