@@ -61,6 +61,14 @@ class Folded(Transposed):
         return tf.reduce_mean((tf.reshape(y_pred, (-1, 2)) - y) ** 2)
 
 
+class Unknown(Transposed):
+    """The same with a number of rows that only the graph knows."""
+
+    def call(self, x):
+        """`(2, batch)`."""
+        return tf.transpose(self.net(x)[:, : tf.shape(x)[1] + 1])
+
+
 def made(cls, optimizer="sgd"):
     """A curved and compiled model."""
     keras.utils.set_random_seed(1)
@@ -115,10 +123,24 @@ def lin_of(model):
 
 
 @pytest.mark.parametrize("make", [kc.HessianFree, lambda: kc.KFAC(fisher="empirical")])
-def test_a_model_with_boundary_values_trains(make):
-    model = made(Boundary, make())
-    losses = model.fit(X32, Y32, epochs=3, verbose=0, batch_size=6).history["loss"]
+@pytest.mark.parametrize("cls", [Boundary, Folded])
+def test_such_models_train_on_batches_of_unknown_size(cls, make):
+    model = made(cls, make())
+    data = tf.data.Dataset.from_tensor_slices((X32, Y32)).batch(4)
+    losses = model.fit(data, epochs=3, shuffle=False, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
+
+
+def test_a_batch_axis_that_only_the_data_tell_is_checked_when_the_graph_runs():
+    model = made(Unknown)
+    model(X32)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 1]), tf.TensorSpec([None, 1])])
+    def squares(x, y):
+        return Linearization(model, x, y).squared_gradients()
+
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="Transpose the output"):
+        squares(X32, Y32)
 
 
 @pytest.mark.parametrize("batches", ["known", "unknown"])

@@ -148,7 +148,7 @@ def _random_signs(shape, seed):
 def _sums_of_squares(recorded, cotangents, variables):
     """`sum_i g_i^2` over the examples of one `Pass`, `{index of a variable: tensor}` for those of `Dense` layers."""
     sums, position = {}, {id(v): i for i, v in enumerate(variables)}
-    if batch_axis.NONE in batch_axis.per_example(recorded):
+    if any(rows is batch_axis.NONE for rows in batch_axis.per_example(recorded)):
         return {}  # every row of a layer's may be part of the one example that such an output counts as
     found = _once_each(recorded.taps, recorded.pure.place.examples)
     # float32 where a layer computes in half precision; all at once, for one walk down the layers

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 # Rows per example of an output that belongs to no example.
-NONE = 0
+NONE = None
 REMEDY = (
     "Transpose the output, so that the examples come first. Or use a method that needs no gradients of single "
     "examples: `HessianFree(preconditioner=0.0)`, `CurveBall`, `AdaHessian`, `SophiaH`."
