@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras_curvature import trees
 
 
-def says_something(linearization):
+def loss_has_gradient(linearization):
     """Whether the gradient differs from the gradient of the weight regularizers, a scalar boolean tensor."""
     regular = _of_regularizers(linearization.variables, linearization.weights)
     more = [

@@ -94,7 +94,7 @@ class Lifecycle(SavedOptimizer):
         if of_each_weight or self.gradient_accumulation_steps or not _knows_gradient(linearization):
             return tf.constant(True)
         first = tf.equal(self.iterations, 0)
-        return tf.cond(first, lambda: first_batch.says_something(linearization), lambda: tf.constant(True))
+        return tf.cond(first, lambda: first_batch.loss_has_gradient(linearization), lambda: tf.constant(True))
 
     def _handed(self, linearization):
         """`(the gradient or the step, which Keras is handed; whether loss and gradient are finite)`."""
