@@ -27,6 +27,7 @@ OVERRIDDEN = {
     (keras.optimizers.Optimizer, "_distributed_tf_update_step"): [
         "self", "distribution", "grads_and_vars", "learning_rate",
     ],
+    (keras.optimizers.Optimizer, "_overwrite_model_variables_with_average_value"): ["self", "trainable_variables"],
 }  # fmt: skip
 
 

@@ -52,6 +52,7 @@ Methods of Keras that classes of ours override:
 | `Trainer._get_metrics_result_or_logs` | `training` | reports among the logs of an epoch |
 | `Optimizer._clip_gradients` | `optimizers/lifecycle.py` | a step is not to be clipped |
 | `TFOptimizer._distributed_tf_update_step` | `optimizers` | all variables at once, outside the replicas |
+| `TFOptimizer._overwrite_model_variables_with_average_value` | `optimizers` | rounds averages to half precision |
 
 `replaced.py` lists the functions that are replaced; `guards.py` says how, with `guard`, `guard_attribute` and `twin`.
 """
