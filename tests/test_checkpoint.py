@@ -155,6 +155,7 @@ def test_a_second_signal_is_not_caught(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 def test_plain_models_and_keras_optimizers_go_on_too(tmp_path):
     for name, make in {"adam": keras.optimizers.Adam, "neumann": lambda: kc.Neumann(warmup_steps=2)}.items():
         options = {"curve": False, "optimizer": make}
@@ -180,6 +181,7 @@ def test_swapped_weights_go_on(tmp_path):
     assert_same(state(two), state(one))
 
 
+@pytest.mark.slow
 def test_several_steps_per_execution(tmp_path):
     options = {"steps_per_execution": 2}  # of three steps: the last execution of an epoch is a short one
     assert_goes_on(tmp_path, [3], kill, whole(**options), **options)

@@ -123,7 +123,7 @@ def test_loss_never_rises_on_a_quadratic_whatever_the_damping():
         assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("learning_rate", [1.0, 0.5])
+@pytest.mark.parametrize("learning_rate", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 def test_predicted_change_is_that_of_the_damped_model_at_the_chosen_step(learning_rate):
     model, x, y = random_net()
     optimizer = CurveBall(learning_rate, damping=LevenbergMarquardt(initial=0.05, every=1))

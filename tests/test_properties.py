@@ -32,9 +32,6 @@ def _some_by_default(names, default):
     return pytest.mark.parametrize("name", marked)
 
 
-most_plain_or_curved = _some_by_default(
-    [*OPTIMIZERS, *PLAIN], [*FAMILIES, *PLAIN_FAMILIES, "two_loop_convexified", "shampoo", "sophia_g", "ekfac", "eva"]
-)
 every_family = _some_by_default(OPTIMIZERS, FAMILIES)
 every_family_plain_or_curved = _some_by_default([*OPTIMIZERS, *PLAIN], [*FAMILIES, *PLAIN_FAMILIES])
 
@@ -125,7 +122,7 @@ def test_reaches_the_minimum_of_a_linear_regression(name):
     np.testing.assert_allclose(model.get_weights()[0], w, atol=1e-2)
 
 
-@most_plain_or_curved
+@every_family_plain_or_curved
 def test_training_goes_on_from_a_file_and_passes_over_batches_that_are_not_finite(name, tmp_path):
     (x, y), file = data(), tmp_path / "model.keras"
     # Keras' files hold no seeds: after loading the masks are others. And its own step lets a NaN into batch statistics
@@ -250,7 +247,7 @@ def test_a_plain_model_trains_as_a_curved_one(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-@_some_by_default(OPTIMIZERS, ONE_OF_EACH)
+@every_family
 def test_micro_batches_train_as_the_whole_batch(name):
     x, y = data()
     trained = []
@@ -292,22 +289,43 @@ def test_its_config_makes_it_again(name):
 # Two replicas in a process of its own, once for all optimizers: two strategies in one process collide.
 
 
-@pytest.fixture(scope="module")
-def two_replicas():
+def _on_two_replicas(names):
     """`{name: {"one": numbers, "two": numbers}}` of training on one device and on two replicas."""
     here = pathlib.Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, here / "two_replicas.py", *ONE_OF_EACH, *PLAIN_FAMILIES],
+        [sys.executable, here / "two_replicas.py", *names],
         env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
 
 
+REPLICATED = [*FAMILIES, *PLAIN_FAMILIES, "shampoo", "ekfac"]
+
+
+@pytest.fixture(scope="module")
+def two_replicas():
+    """Of `REPLICATED`."""
+    return _on_two_replicas(REPLICATED)
+
+
 # All of them, with all kinds of layers: test_replicas.py.
-@pytest.mark.parametrize("name", [*ONE_OF_EACH, *PLAIN_FAMILIES])
+@pytest.mark.parametrize("name", REPLICATED)
 def test_two_replicas_train_as_one_device(name, two_replicas):
+    assert_trained_alike(name, two_replicas)
+
+
+@pytest.mark.slow
+def test_two_replicas_train_as_one_device_with_one_of_each_class():
+    others = [name for name in ONE_OF_EACH if name not in REPLICATED]
+    found = _on_two_replicas(others)
+    for name in others:
+        assert_trained_alike(name, found)
+
+
+def assert_trained_alike(name, two_replicas):
+    """That two replicas and one device end with the same numbers."""
     assert "error" not in two_replicas[name], two_replicas[name]["error"]
     one, two = two_replicas[name]["one"], two_replicas[name]["two"]
     np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6 if name in PLAIN else 0)

@@ -85,7 +85,8 @@ def test_two_workers_fit_as_one_process_with_every_optimizer(tmp_path):
     compare([name for name in [*OPTIMIZERS, *KERAS] if name not in FEW], tmp_path)
 
 
-@pytest.mark.parametrize("name", ["curveball", pytest.param("hessian_free", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["curveball", "hessian_free"])
 def test_a_job_with_a_killed_worker_is_started_again_and_ends_bit_for_bit_the_same(name, tmp_path):
     whole = finished(start_two([tmp_path / "whole"] * 2, "resume", name))
 
