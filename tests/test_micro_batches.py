@@ -70,7 +70,8 @@ def _close(ours, theirs, tolerance=1e-10):
 SLOW = [name for name in CASES if name not in [*USUAL, *OF_SLICES, *MIXED]]
 
 
-@pytest.mark.parametrize("count", [2, 4])  # of 6 examples: 3 + 3, and 1 + 2 + 1 + 2
+# of 6 examples: 3 + 3, and 1 + 2 + 1 + 2
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", [*USUAL, *[pytest.param(name, marks=pytest.mark.slow) for name in SLOW]])
 def test_sums_over_micro_batches_are_those_of_the_whole(name, count):
     case = _built(name)
