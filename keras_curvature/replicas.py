@@ -104,11 +104,8 @@ def keras_outside():
     """
     keras_internals.guard(*replaced.MERGE_CALL, _maybe_merge_call)
     keras_internals.guard(*replaced.SUM_GRADIENTS, _sum_gradients)
-    token = _outside.set(True)
-    try:
+    with keras_internals.holding(_outside, True):
         yield
-    finally:
-        _outside.reset(token)
 
 
 def _maybe_merge_call(original, fn, strategy, *args, **kwargs):

@@ -54,11 +54,12 @@ Methods of Keras that classes of ours override:
 | `TFOptimizer._distributed_tf_update_step` | `optimizers` | all variables at once, outside the replicas |
 | `TFOptimizer._overwrite_model_variables_with_average_value` | `optimizers` | rounds averages to half precision |
 
-`replaced.py` lists the functions that are replaced; `guards.py` says how, with `guard`, `guard_attribute` and `twin`.
+`replaced.py` lists the functions that are replaced; `guards.py` says how, with `guard`,
+`guard_attribute`, `holding` and `twin`.
 """
 
 from keras_curvature.keras_internals.epochs import FIT, NEW_ITERATOR, STEPS_OF_EPOCH, batch_spec
-from keras_curvature.keras_internals.guards import guard, guard_attribute, twin
+from keras_curvature.keras_internals.guards import guard, guard_attribute, holding, twin
 from keras_curvature.keras_internals.layers import batch_moments
 from keras_curvature.keras_internals.losses import (
     LOGITS,
@@ -95,8 +96,7 @@ from keras_curvature.keras_internals.tensorflow import (
 __all__ = [
     "FIT", "LOGITS", "NEW_ITERATOR", "STEPS_OF_EPOCH", "Functional", "batch_moments", "batch_spec", "begin_at_epoch",
     "build", "carried", "carry", "changed_losses", "compute_loss", "function_of", "guard", "guard_attribute",
-    "has_several_workers", "is_built", "is_compiled", "is_continuous", "is_under_strategy", "keys_of", "layers_of",
-    "logits_of",
-    "loss_tracker", "losses_of", "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of",
-    "takes_training", "trained_by", "twin", "unpickled", "uses_merge_calls",
+    "has_several_workers", "holding", "is_built", "is_compiled", "is_continuous", "is_under_strategy", "keys_of",
+    "layers_of", "logits_of", "loss_tracker", "losses_of", "options_of", "own_weights", "places_of", "state",
+    "static_shape", "strategy_of", "takes_training", "trained_by", "twin", "unpickled", "uses_merge_calls",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ Nothing is written into objects of Keras, either: `twin(layer, activation=None)`
 variables.
 """
 
+import contextlib
 import functools
 import threading
 
@@ -47,6 +48,16 @@ def is_guarded(owner, name):
 def guards():
     """`{(owner, name): what stands there}` for all names that have a substitute."""
     return dict(_guards)
+
+
+@contextlib.contextmanager
+def holding(variable, value):
+    """While open, a `contextvars.ContextVar` has this value on this thread; yields the value."""
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
 
 
 def _replace(owner, name, value):

@@ -79,21 +79,15 @@ def hidden_states(noted=None):
     """
     for name in replaced.RECURRENT_LOOPS:
         keras_internals.guard(*name, _inner_loop)
-    token = _sequences.set({} if noted is None else noted)
-    try:
+    with keras_internals.holding(_sequences, {} if noted is None else noted):
         yield _sequences.get()
-    finally:
-        _sequences.reset(token)
 
 
 @contextlib.contextmanager
 def _tapping(wants, noted=None):
     opened = _Open(wants, {} if noted is None else noted)
-    token = _open.set((*_open.get(), opened))
-    try:
+    with keras_internals.holding(_open, (*_open.get(), opened)):
         yield opened.noted
-    finally:
-        _open.reset(token)
 
 
 def _note(layer, *seen):

@@ -19,7 +19,7 @@ import contextvars
 
 import tensorflow as tf
 
-from keras_curvature.keras_internals import guard, is_continuous, replaced
+from keras_curvature.keras_internals import guard, holding, is_continuous, replaced
 from keras_curvature.linearization.pure.second_derivatives import ADDED, INSTEAD
 
 # Registered as not differentiable, with floating inputs and outputs, and the derivative is zero.
@@ -43,11 +43,8 @@ class NotDifferentiable(ValueError):
 @contextlib.contextmanager
 def strictly():
     """While open on this thread, a derivative that TensorFlow lacks raises `NotDifferentiable`, and is not zero."""
-    token = _strict.set(True)
-    try:
+    with holding(_strict, True):
         yield
-    finally:
-        _strict.reset(token)
 
 
 def _refusal(operation, layer, reason=None):

@@ -173,11 +173,8 @@ def without_control_edges():
     anybody needs. These edges would keep it in the graph: a whole backward pass per product of a transformer.
     """
     keras_internals.guard(*replaced.CONTROL_DEPENDENCIES, _data_dependencies)
-    token = _without_edges.set(True)
-    try:
+    with keras_internals.holding(_without_edges, True):
         yield
-    finally:
-        _without_edges.reset(token)
 
 
 def _data_dependencies(original, graph, inputs):
@@ -200,11 +197,8 @@ def differentiable_keras(twice=False, products=True):
     """
     _install()
     outer = _mode.get()
-    token = _mode.set(_Mode(True, twice or outer.twice, products or outer.products))
-    try:
+    with keras_internals.holding(_mode, _Mode(True, twice or outer.twice, products or outer.products)):
         yield
-    finally:
-        _mode.reset(token)
 
 
 def _install():

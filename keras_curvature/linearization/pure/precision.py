@@ -15,11 +15,8 @@ _full = contextvars.ContextVar("without_half_precision", default=False)
 def without_half_precision():
     """While open, layers that keep float32 weights and compute in half precision compute in float32."""
     keras_internals.guard_attribute(*replaced.DTYPE_POLICY, _policy)
-    token = _full.set(True)
-    try:
+    with keras_internals.holding(_full, True):
         yield
-    finally:
-        _full.reset(token)
 
 
 def _policy(layer, policy):

@@ -22,7 +22,7 @@ import warnings
 import keras
 import tensorflow as tf
 
-from keras_curvature import replicas
+from keras_curvature import keras_internals, replicas
 
 # per thread, and so per replica: replicas of a `MirroredStrategy` take turns within an evaluation
 _place = contextvars.ContextVar("place", default=None)
@@ -89,11 +89,8 @@ def here():
 @contextlib.contextmanager
 def at(place):
     """While open, this thread evaluates at `place`."""
-    token = _place.set(None if place.is_whole else place)
-    try:
+    with keras_internals.holding(_place, None if place.is_whole else place):
         yield
-    finally:
-        _place.reset(token)
 
 
 _warned = set()
