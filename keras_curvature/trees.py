@@ -69,9 +69,12 @@ def is_finite(v):
     return tf.math.is_finite(squared_norm(v))
 
 
-def sums_up(a):
-    """Whether the sum of the entries of a tensor is finite: false for a NaN or an infinity; one pass."""
+def has_finite_sum(a):
+    """Whether the sum of all entries is finite (one pass); false if an entry is NaN or infinite."""
     return tf.math.is_finite(tf.reduce_sum(a))
+
+
+sums_up = has_finite_sum
 
 
 def count(v):

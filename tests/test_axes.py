@@ -1,4 +1,4 @@
-"""Products along the axes of a tensor against `einsum`, and tensors cut into blocks and put together again."""
+"""Products along the axes of a tensor against `einsum`, and tensors cut into tiles and put together again."""
 
 import math
 
@@ -60,9 +60,9 @@ def test_small_neighbours_are_merged_and_a_matrix_stays_one(shape, limit, merged
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
-def test_blocks_are_at_most_that_large_and_make_the_tensor_again(size):
+def test_tiles_are_at_most_that_large_and_make_the_tensor_again(size):
     tensor = tf.constant(normal(5, 7, 3))
-    blocks = axes.split(tensor, size)
-    assert max(max(block.shape) for block in blocks) <= size
-    assert len(blocks) == math.prod(len(axes.cut(n, size)) for n in tensor.shape)
-    np.testing.assert_array_equal(axes.join(blocks, tensor.shape, size), tensor)
+    tiles = axes.split(tensor, size)
+    assert max(max(tile.shape) for tile in tiles) <= size
+    assert len(tiles) == math.prod(len(axes.cut(n, size)) for n in tensor.shape)
+    np.testing.assert_array_equal(axes.join(tiles, tensor.shape, size), tensor)

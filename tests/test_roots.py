@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_curvature.operators.blocks import Blocks
+from keras_curvature.operators.tiles import Tiles
 from keras_curvature.solvers import eigenbases
 from keras_curvature.solvers.roots import CoupledNewton, EigenRoot, in_stacks
 
@@ -164,16 +164,16 @@ def test_a_basis_stays_one_where_the_matrix_is_singular_and_fails_where_it_is_no
         assert np.isnan(Q[2]).all()
 
 
-# Blocks.
+# Tiles.
 
 
 @pytest.mark.parametrize("size", [None, 3, 10])
-def test_blocks_have_their_shapes_and_make_the_variables_again(size):
-    blocks = Blocks([(5, 7), (7,), (3, 3, 2, 4), ()], 18, size)
+def test_tiles_have_their_shapes_and_make_the_variables_again(size):
+    tiles = Tiles([(5, 7), (7,), (3, 3, 2, 4), ()], 18, size)
     random = np.random.default_rng(0)
-    vector = [tf.constant(random.standard_normal(shape)) for shape in blocks.variables]
-    parts = blocks.split(vector)
-    assert [tuple(part.shape) for part in parts] == blocks.shapes
-    assert size is None or max(n for shape in blocks.shapes for n in shape) <= size
-    for joined, original in zip(blocks.join(parts), vector):
+    vector = [tf.constant(random.standard_normal(shape)) for shape in tiles.variables]
+    parts = tiles.split(vector)
+    assert [tuple(part.shape) for part in parts] == tiles.shapes
+    assert size is None or max(n for shape in tiles.shapes for n in shape) <= size
+    for joined, original in zip(tiles.join(parts), vector):
         np.testing.assert_array_equal(joined, original)

@@ -73,7 +73,7 @@ def test_sums_without_grafting_and_momentum_are_the_papers_algorithm():
         np.testing.assert_allclose(weights, w.ravel(), rtol=1e-7)  # the learning rate is of float32
 
 
-def test_blocks_are_variables_of_their_own():
+def test_tiles_are_variables_of_their_own():
     start, gradients = random_gradients([(6, 4)])
     whole = trajectory(Shampoo(every=2, block_size=3), start, gradients, [(6, 4)])
     parts = [(slice(i, i + 3), slice(j, j + 3)) for i in (0, 3) for j in (0, 3)]

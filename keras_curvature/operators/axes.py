@@ -1,8 +1,8 @@
-"""Tensors seen along their axes: products with a matrix per axis, second moments of an axis, merged axes, blocks.
+"""Tensors seen along their axes: products with a matrix per axis, second moments of an axis, merged and cut axes.
 
-A Kronecker product `A_1 x A_2 x ...` multiplies the vectorized tensor, and is never formed: each factor multiplies
-its own axis. All functions take leading batch axes, `batch` of them, for stacks of equal tensors with a matrix each.
-Axes are counted after these.
+A Kronecker product `A_1 x A_2 x ...` multiplies the vectorized tensor. It is never formed: each factor multiplies its
+own axis. `batch` is the number of leading axes that count the tensors of a stack, each with its own matrices. Axes are
+numbered after the batch axes.
 """
 
 import math
@@ -24,7 +24,7 @@ def multiply(tensor, matrices, batch=0):
 
 
 def multiply_transposed(tensor, matrices, batch=0):
-    """The same with the transpose of each matrix, for example into a basis of eigenvectors in columns."""
+    """`multiply` with the transposed matrices, for example to project on eigenvectors stored as columns."""
     for axis, matrix in enumerate(matrices):
         if matrix is not None:
             tensor = _multiply_axis(tensor, matrix, axis, batch, transposed=True)
@@ -41,16 +41,16 @@ def _multiply_axis(tensor, matrix, axis, batch, transposed=False):
     if lead == 1:
         columns = tf.reshape(tensor, [*tensor.shape[:batch], own[axis], rest])
         product = tf.matmul(matrix, columns, transpose_a=transposed)
-    else:  # in the middle: one product for each of the axes before it
+    else:  # in the middle: one product for each index of the axes before it
         columns = tf.reshape(tensor, [*tensor.shape[:batch], lead, own[axis], rest])
         product = tf.matmul(tf.expand_dims(matrix, batch), columns, transpose_a=transposed)
     return tf.reshape(product, [*tensor.shape[: batch + axis], product.shape[-2], *own[axis + 1 :]])
 
 
 def second_moment(tensor, axis, batch=0, other=None):
-    """`T T'` of the tensor unfolded along an axis: `sum over all others tensor[i, ...] other[j, ...]`, a matrix.
+    """`T O'` of two tensors unfolded along an axis: `out[i, j] = sum tensor[.., i, ..] other[.., j, ..]`.
 
-    `other` defaults to the tensor itself.
+    The sum runs over all other axes. `other` defaults to `tensor`.
     """
     rows = unfold(tensor, axis, batch)
     return tf.matmul(rows, rows if other is None else unfold(other, axis, batch), transpose_b=True)
@@ -66,10 +66,10 @@ def unfold(tensor, axis, batch=0):
 
 
 def merged_shape(shape, limit, at_least=2):
-    """The shape with axes of length one left out, and neighbours merged while they are at most `limit` long together.
+    """The shape without axes of length one, and with neighbouring axes merged into axes of at most `limit`.
 
-    Merging begins at the front, where a kernel `(height, width, in, out)` has its small axes, and stops at `at_least`
-    axes: a matrix stays a matrix.
+    Merging begins at the front, where a kernel `(height, width, in, out)` has its small axes. It stops at `at_least`
+    axes, so a matrix stays a matrix.
     """
     lengths = [n for n in shape if n != 1] or [1]
     merged = [lengths[0]]
@@ -83,25 +83,25 @@ def merged_shape(shape, limit, at_least=2):
 
 
 def cut(length, size):
-    """The lengths of the blocks of at most `size` that an axis is cut into; the last one may be shorter."""
+    """The lengths of the pieces that an axis is cut into: `size` each, and the rest in the last one."""
     return [min(size, length - start) for start in range(0, length, size)]
 
 
 def split(tensor, size):
-    """The blocks of at most `size` along every axis, a list, the last axis running fastest."""
-    blocks = [tensor]
+    """Cut a tensor into tiles of at most `size` along every axis; a list, in row-major order."""
+    tiles = [tensor]
     for axis, length in enumerate(tensor.shape):
         lengths = cut(length, size)
         if len(lengths) > 1:
-            blocks = [part for block in blocks for part in tf.split(block, lengths, axis)]
-    return blocks
+            tiles = [part for tile in tiles for part in tf.split(tile, lengths, axis)]
+    return tiles
 
 
-def join(blocks, shape, size):
-    """The tensor of the given shape that `split` has cut into `blocks`."""
+def join(tiles, shape, size):
+    """Put the tiles of `split` together again, a tensor of the given shape."""
     for axis in reversed(range(len(shape))):
         parts = len(cut(shape[axis], size))
         if parts > 1:
-            blocks = [tf.concat(blocks[i : i + parts], axis) for i in range(0, len(blocks), parts)]
-    (whole,) = blocks
+            tiles = [tf.concat(tiles[i : i + parts], axis) for i in range(0, len(tiles), parts)]
+    (whole,) = tiles
     return whole

@@ -105,7 +105,7 @@ class CurvatureOptimizer(Lifecycle):
 
         def anew():
             new = [tf.cast(value, old.dtype) for value, old in zip(compute(), kept, strict=True)]
-            good = tf.stack([trees.sums_up(value) for value in new])
+            good = tf.stack([trees.has_finite_sum(value) for value in new])
 
             def choose():
                 return [tf.where(fine, a, b) for fine, a, b in zip(tf.unstack(good), new, kept)]

@@ -1,4 +1,8 @@
-"""Shared code of the Kronecker-factored methods: a list of blocks, with a pair of factors for each."""
+"""Shared code of the Kronecker-factored methods: a pair of factors `(A, G)` for each block of the curvature matrix.
+
+A block belongs to one matrix of weights of one layer; see `linearization/layers/kronecker.py`. Factors of all blocks
+are one flat list, `[A, G, A, G, ...]`.
+"""
 
 import warnings
 
@@ -12,7 +16,7 @@ DECAY = 0.95  # Martens and Grosse (2015), section 5
 
 
 def warn_of(optimizer, model, indices, instead):
-    """Warn once about weights without Kronecker factors, with the reasons and the share of all weights."""
+    """Warn about weights without Kronecker factors: the reasons, their share, and what their steps use instead."""
     if not indices:
         return
     named = [f"{path} ({reason})" for path, reason in reasons(model, indices)]
@@ -26,7 +30,7 @@ def warn_of(optimizer, model, indices, instead):
 
 
 def create_factors(optimizer, blocks, name, kinds=("matrix", "diagonal")):
-    """`[A, G, A, G, ...]` of the given kinds: variables that start at the identity."""
+    """Variables for `[A, G, A, G, ...]`, those of the given kinds, with the identity as initial value."""
 
     def identity(shape, dtype):
         return tf.eye(shape[-1], batch_shape=shape[:-2], dtype=dtype)
@@ -40,7 +44,7 @@ def create_factors(optimizer, blocks, name, kinds=("matrix", "diagonal")):
 
 
 def ones(optimizer, like, name):
-    """A variable shaped like a block or a variable, initially 1."""
+    """A variable of ones with the shape and dtype of `like`, a block or a variable."""
     return _create(optimizer, like.shape, like.dtype, name, "ones")
 
 
@@ -55,25 +59,34 @@ def pairs(values):
 
 
 def matrices(blocks):
-    """The indices of the matrices among `[A, G, A, G, ...]`; the others are diagonals."""
+    """The indices in `[A, G, A, G, ...]` of the factors that are matrices; the other factors are diagonals."""
     kinds = [kind for block in blocks for kind in block.kinds]
     return [i for i, kind in enumerate(kinds) if kind == "matrix"]
 
 
 def averaged(old, new, counts):
-    """`(running averages, which of them are finite)` of lists of tensors; `counts` estimates are in `old`."""
+    """`(averages, finite)`: the running averages after `new`, and whether each is finite.
+
+    Args:
+        old: The averages so far, a list of tensors.
+        new: The new estimates, a list of tensors.
+        counts: Number of estimates in each average of `old`, a vector.
+    """
     kept = tf.minimum(1.0 - 1.0 / (tf.cast(counts, tf.float64) + 1.0), DECAY)
     averages = [
         tf.cast(k, n.dtype) * tf.cast(o, n.dtype) + tf.cast(1.0 - k, n.dtype) * n
         for o, n, k in zip(old, new, tf.unstack(kept))
     ]
-    return averages, tf.stack([trees.sums_up(average) for average in averages])
+    return averages, tf.stack([trees.has_finite_sum(average) for average in averages])
 
 
 def deal(function, blocks, items):
-    """`{i: function(items[i])}` for the matrices among `[A, G, A, G, ...]`; each replica computes some.
+    """`{i: function(items[i])}` for the factors that are matrices; the replicas share the work.
 
-    An item is a matrix, or a tuple that begins with one.
+    Args:
+        function: A function of one item.
+        blocks: The blocks.
+        items: One for each factor in `[A, G, A, G, ...]`: a matrix, or a tuple that begins with a matrix.
     """
     places = matrices(blocks)
     chosen = [items[i] for i in places]

@@ -8,17 +8,17 @@ from keras_curvature.optimizers.base import CurvatureOptimizer
 
 
 class DiagonalOptimizer(CurvatureOptimizer):
-    """Base of the methods that divide momentum by an average `D` of estimates, one entry for each weight.
+    """Base of the methods that divide momentum by a running average `D` of estimates of a diagonal.
 
         m <- beta_1 m + (1 - beta_1) g                 in every step
         D <- beta_2 D + (1 - beta_2) estimate          in step 0, every, 2 every, ...
 
-    A non-finite estimate is left out, separately for each variable, and counted in `failed_refreshes`. A subclass has
-    attributes `beta_1, beta_2, every`; with `beta_2=None` the average is the mean of all estimates.
+    A non-finite estimate of a variable leaves its average unchanged and is counted in `failed_refreshes`. A subclass
+    has the attributes `beta_1`, `beta_2` and `every`; with `beta_2=None` the average is the mean of all estimates.
     """
 
     def create_state(self, variables):
-        """`m` (unless `beta_1` is 0), `D`, and the number of estimates in the average of each variable."""
+        """Create `m` (unless `beta_1` is 0), `D`, and the number of estimates in the average of each variable."""
         self._m = self.add_optimizer_variables(variables, "m") if self.beta_1 else []
         self._D = [
             self.add_variable(shape, dtype=v.dtype, name=f"{v.path.replace('/', '_')}_D", aggregation="none")
@@ -32,12 +32,12 @@ class DiagonalOptimizer(CurvatureOptimizer):
 
     @property
     def seed(self):
-        """The number of the step, a seed that is the same on every replica."""
+        """The seed of this step, the same on every replica: the number of steps before it."""
         return tf.cast(self.iterations, tf.int32)
 
     def product(self, lin, probe):
         """A function that returns `(z, H z)` for a random vector `z`; the Hessian shares the gradient's passes."""
-        # outside the condition on the step: inside, it would need its own passes
+        # outside the condition on the step: a Hessian inside it would need its own passes
         H, weights = lin.hessian(), lin.weights
 
         def product():
@@ -50,10 +50,11 @@ class DiagonalOptimizer(CurvatureOptimizer):
         """`(m, D, counts)` after this step: the averages, and the numbers of estimates in `D`.
 
         Args:
-            gradient: A function of no arguments that gives the gradient.
-            estimate: A function that returns an estimate of the diagonal; called when one is due.
+            gradient: A function of no arguments that returns the gradient.
+            estimate: A function of no arguments that returns an estimate of the diagonal; called in every `every`-th
+                step.
         """
-        if self.every > 1:  # computed outside the condition, so that the estimate can reuse its passes
+        if self.every > 1:  # outside the condition, so that the estimate can reuse its passes
             gradient()
         D, counts = self._average(estimate)
         return self._momentum(gradient()), D, counts
@@ -70,8 +71,8 @@ class DiagonalOptimizer(CurvatureOptimizer):
 
         def average():
             averages = [self._next(*each) for each in zip(estimate(), trees.values(self._D), tf.unstack(counted))]
-            # `refresh` keeps the old average if the new one is not finite; its count then stays
-            fine = tf.stack([trees.sums_up(average) for average in averages])
+            # `refresh` keeps the old average where the new one is not finite; the count must not change then
+            fine = tf.stack([trees.has_finite_sum(average) for average in averages])
             return [*averages, counted + tf.cast(fine, counted.dtype)]
 
         *D, counts = self.refresh([*self._D, self._counts], self.every, average)

@@ -1,4 +1,4 @@
-"""Newton's method with the diagonal of the Hessian alone, clipped."""
+"""Newton's method with the clipped diagonal of the Hessian."""
 
 import tensorflow as tf
 
@@ -16,21 +16,22 @@ class DiagonalNewton(CurvatureOptimizer):
         h = clip(diag(H), curvature_min, curvature_max)
         w <- w - learning_rate * clip(g / h, -step_max, step_max)
 
-    The curvature of neural networks is zero or negative for many weights, and without the clipping training diverges.
-    Nothing is remembered from step to step. Costs one Hessian product for each probe.
+    Many weights of a neural network have zero or negative curvature, and without clipping training diverges. The method
+    keeps no state between steps. Each probe costs one Hessian product.
 
     Reference: Frans, "Second-order optimization" in "Notes on deep learning" (the section "Diagonal Newton", and its
     example on CIFAR-10, whose clipping is the default here). Differences: (1) the diagonal is Hutchinson's estimate, or
-    exact; the code of the notes differentiates the sum of the gradient, which gives the sums of the rows of the Hessian
-    and not its diagonal; (2) a step in which the estimate is not finite is skipped.
+    exact; the code of the notes differentiates the sum of the gradient, which gives the row sums of the Hessian instead
+    of its diagonal; (2) a step in which the estimate is not finite is skipped.
 
     Args:
         learning_rate: Defaults to `0.1` (the notes: 0.01, for 20,000 steps).
-        curvature_min: Least curvature to divide by. Defaults to `0.5` (the notes).
+        curvature_min: Smallest curvature to divide by. Defaults to `0.5` (the notes).
         curvature_max: Largest curvature to divide by. Defaults to `3.0` (the notes).
-        step_max: Largest entry of a step before the learning rate; `None`: no limit. Defaults to `0.5` (the notes).
-        probes: Number of random vectors whose estimates are averaged, or `"exact"`: one product for each weight, for
-            small models. Defaults to `1`.
+        step_max: Largest absolute entry of a step before the learning rate; `None`: no limit. Defaults to `0.5` (the
+            notes).
+        probes: Number of random vectors whose estimates are averaged, or `"exact"`: one product for each weight,
+            for small models. Defaults to `1`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `step_norm`, `skipped_steps`.
@@ -70,12 +71,12 @@ class DiagonalNewton(CurvatureOptimizer):
         steps = [-g / x for g, x in zip(lin.gradient, h)]
         if self.step_max is not None:
             steps = [tf.clip_by_value(s, -self.step_max, self.step_max) for s in steps]
-        # the clipping may hide what was not finite
+        # clipping turns an infinite estimate into a finite step; adding `0 * estimate` keeps the step non-finite
         return trees.add(steps, [0.0 * x for x in found])
 
     def linear_step(self):
-        """Nothing to tell it by."""
+        """`NotLinear`: the method keeps no preconditioner."""
         return NotLinear(
-            "`DiagonalNewton` divides each gradient by the curvature of its own batch and keeps nothing of it: there "
-            "is no matrix to measure curvature with."
+            "`DiagonalNewton` divides each gradient by the curvature of its own batch and keeps no preconditioner: no "
+            "limit on the curvature is known."
         )

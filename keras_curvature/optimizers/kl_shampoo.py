@@ -75,7 +75,7 @@ class KLShampoo(ByAxis):
 
     def create_state(self, variables):
         """The momentum, the factors with their bases and eigenvalues; a second moment for the vectors."""
-        self.create_blocks(variables, self.merge, longest=self.max_dimension, vectors=False)
+        self.create_tiles(variables, self.merge, longest=self.max_dimension, vectors=False)
         self._m = self.add_moments("m")
         with_matrices = {i for i, _ in self._places}
         self._vectors = [i for i in range(len(self._shapes)) if i not in with_matrices]
@@ -98,7 +98,7 @@ class KLShampoo(ByAxis):
         bases, values = trees.values(self._bases), trees.values(self._eigenvalues)
         # the first gradient is not whitened
         weights = [tf.where(begun, tf.math.rsqrt(value), tf.ones_like(value)) for value in values]
-        Q, weights = self.by_block(bases), self.by_block(weights)
+        Q, weights = self.by_tile(bases), self.by_tile(weights)
 
         direction = trees.negative(self._whitened(m, Q, weights))
         for i, adam in zip(self._vectors, self._adam(m, G, taken)):
@@ -115,20 +115,20 @@ class KLShampoo(ByAxis):
         return LinearStep(averaged(self.beta_1), self._preconditioner)
 
     def _preconditioner(self):
-        Q, v = self.by_block(trees.values(self._bases)), trees.values(self._v)
-        weights = self.by_block([tf.math.rsqrt(value) for value in trees.values(self._eigenvalues)])
+        Q, v = self.by_tile(trees.values(self._bases)), trees.values(self._v)
+        weights = self.by_tile([tf.math.rsqrt(value) for value in trees.values(self._eigenvalues)])
         scales = self.adam_scales(v)
 
-        def product(blocks):
-            whitened = self._whitened(blocks, Q, weights)
+        def product(tiles):
+            whitened = self._whitened(tiles, Q, weights)
             for i, scale in zip(self._vectors, scales):
-                whitened[i] = scale * blocks[i]
+                whitened[i] = scale * tiles[i]
             return whitened
 
         return self.operator(product)
 
-    def _whitened(self, blocks, Q, weights):
-        turned = [axes.multiply_transposed(b, q) for b, q in zip(blocks, Q)]
+    def _whitened(self, tiles, Q, weights):
+        turned = [axes.multiply_transposed(b, q) for b, q in zip(tiles, Q)]
         return [axes.multiply(self._scaled(t, w), q) for t, w, q in zip(turned, weights, Q)]
 
     def _scaled(self, turned, weights):

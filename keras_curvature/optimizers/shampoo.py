@@ -26,10 +26,11 @@ class Shampoo(ByAxis):
     grafted step itself is taken (`grafting=None`: the momentum).
 
     Reference: Gupta, Koren and Singer, "Shampoo: Preconditioned stochastic tensor optimization" (2018), Algorithms 1
-    and 2; Anil et al., "Scalable second order optimization for deep learning" (2020), for blocks, grafting and delayed
-    roots; and the code of Shi et al., "A distributed data-parallel PyTorch implementation of the distributed Shampoo
-    optimizer" (2023). Differences from the first: (1) blocks of at most `block_size`, each with factors of its own;
-    (2) grafting, averages and momentum, as in the last; `beta_2=1, beta_1=0, grafting=None` is the paper's.
+    and 2; Anil et al., "Scalable second order optimization for deep learning" (2020), for blocks (here: tiles),
+    grafting and delayed roots; and the code of Shi et al., "A distributed data-parallel PyTorch implementation of the
+    distributed Shampoo optimizer" (2023). Differences from the first: (1) long axes are cut into tiles of at most
+    `block_size`, each with its own factors; (2) grafting, averages and momentum, as in the last; the first
+    has `beta_2=1, beta_1=0, grafting=None`.
     Differences from the last: (3) axes are merged from the front, where Keras' kernels have their small axes, and
     never down to one: a 3x3 kernel of 16 by 32 channels is a 144 by 32 matrix; (4) the averages of the grafted step
     have the decay `beta_2`; (5) one-sided: an axis longer than `max_dimension` has no factor, and the exponent counts
@@ -43,14 +44,13 @@ class Shampoo(ByAxis):
             al. with grafting to Adam).
         epsilon: Added to the factors. Defaults to `1e-12` (Shi et al.).
         every: Steps from one root to the next. Defaults to `10` (Shi et al.: `1`).
-        block_size: Longest side of a block, and longest axis after merging. Defaults to `512` (Shi et al.: 1024, with
-            which the roots of a large matrix take twice as long).
-            A block of `a` by `b` keeps `2 (a/b + b/a)` numbers for each of its weights, factors and roots: 4 where it
-            is square, but 16 where an embedding of 20000 by 64 is cut into blocks of 512 by 64. A smaller block, or a
-            `max_dimension`, has less.
+        block_size: Longest axis of a tile, and longest axis that merging may make. Defaults to `512` (Shi et
+            al.: 1024, with which the roots of a large matrix take twice as long). The factors and roots of a tile of
+            `a` by `b` have `2 (a/b + b/a)` numbers for each of its weights: 4 if it is square, and 16 if an embedding
+            of 20000 by 64 is cut into tiles of 512 by 64. A smaller `block_size` or a `max_dimension` saves memory.
         max_dimension: Longest axis (before the cut) with factors; `None`: no limit. Defaults to `None`. With
             `max_dimension=1000` that embedding has factors only for its 64 columns, 0.3 numbers for each weight.
-        grafting: The method that sets the length of each block's step: `"adam"`, `"rmsprop"` (Adam without the bias
+        grafting: The method that sets the length of each tile's step: `"adam"`, `"rmsprop"` (Adam without the bias
             correction of its second moment), `"sgd"`, or `None`. Defaults to `"adam"`.
         root: `EigenRoot` or `CoupledNewton`, with an optional other exponent for tensors with two or more factors.
             Defaults to `EigenRoot()`.
@@ -85,7 +85,7 @@ class Shampoo(ByAxis):
     def create_state(self, variables):
         """The momentum, the second moment of the grafted method, the factors and their roots."""
         merge = min(self.block_size, self.max_dimension or self.block_size)
-        self.create_blocks(variables, merge, self.block_size, self.max_dimension)
+        self.create_tiles(variables, merge, self.block_size, self.max_dimension)
         self._m = self.add_moments("m") if self.beta_1 else []
         self._v = self.add_moments("v") if self.grafting in ("adam", "rmsprop") else []
         self._factors = self.add_matrices("factor")
@@ -97,7 +97,7 @@ class Shampoo(ByAxis):
         steps = taken + 1
         moments = [axes.second_moment(G[i], k) for i, k in self._places]
         factors = self.average(self._factors, moments, self.beta_2)
-        roots = self.by_block(self._refreshed(factors, self.correction(self.beta_2, steps), taken))
+        roots = self.by_tile(self._refreshed(factors, self.correction(self.beta_2, steps), taken))
         self.remember(self._factors, factors)
 
         M = G
@@ -118,9 +118,9 @@ class Shampoo(ByAxis):
         return LinearStep(averaged(self.beta_1), self._preconditioner)
 
     def _preconditioner(self):
-        roots = self.by_block(trees.values(self._roots))
+        roots = self.by_tile(trees.values(self._roots))
         scale = 1.0 / self.correction(self.beta_1, tf.identity(self._taken.value))
-        return self.operator(lambda blocks: trees.scale(scale, [axes.multiply(b, r) for b, r in zip(blocks, roots)]))
+        return self.operator(lambda tiles: trees.scale(scale, [axes.multiply(b, r) for b, r in zip(tiles, roots)]))
 
     def _refreshed(self, factors, correction, taken):
         counts = [sum(j == i for j, _ in self._places) for i, _ in self._places]
@@ -138,7 +138,7 @@ class Shampoo(ByAxis):
         return self.renew(self._roots, compute, taken, self.every - 1) if factors else []
 
     def _graft(self, P, M, G, steps):
-        """Blocks with the length of the grafted step's blocks; until the first roots, the grafted step itself."""
+        """Each tile, scaled to the norm of the grafted step's tile; until the first roots, the grafted step itself."""
         if self.grafting is None:
             return P
         grafted = M

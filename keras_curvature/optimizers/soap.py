@@ -68,7 +68,7 @@ class SOAP(ByAxis):
 
     def create_state(self, variables):
         """Both moments in the basis, the factors, the basis."""
-        self.create_blocks(variables, self.merge, longest=self.max_dimension, vectors=False)
+        self.create_tiles(variables, self.merge, longest=self.max_dimension, vectors=False)
         self._m, self._v = self.add_moments("m"), self.add_moments("v")
         self._factors = self.add_matrices("factor")
         self._bases = self.add_matrices("basis", "identity")
@@ -76,7 +76,7 @@ class SOAP(ByAxis):
     def precondition(self, gradients):
         """The negative of Adam's step in the basis, transformed back."""
         G, bases, taken = self.split(gradients), trees.values(self._bases), self.taken()
-        Q = self.by_block(bases)
+        Q = self.by_tile(bases)
         turned = [axes.multiply_transposed(g, q) for g, q in zip(G, Q)]
         m = self.average(self._m, turned, self.beta_1, begun=taken > 0)
         v = self.average(self._v, [g * g for g in turned], self.beta_2, begun=taken > 0)
@@ -94,11 +94,11 @@ class SOAP(ByAxis):
         return LinearStep(averaged(self.beta_1), self._preconditioner)
 
     def _preconditioner(self):
-        Q, v = self.by_block(trees.values(self._bases)), trees.values(self._v)
+        Q, v = self.by_tile(trees.values(self._bases)), trees.values(self._v)
         scales = self.adam_scales(v)
 
-        def product(blocks):
-            turned = [axes.multiply_transposed(b, q) for b, q in zip(blocks, Q)]
+        def product(tiles):
+            turned = [axes.multiply_transposed(b, q) for b, q in zip(tiles, Q)]
             return [axes.multiply(s * b, q) for s, b, q in zip(scales, turned, Q)]
 
         return self.operator(product)
@@ -120,7 +120,7 @@ class SOAP(ByAxis):
         new = self.renew(self._bases, compute, taken)
 
         def turn():
-            plain = [axes.multiply(m_, q) for m_, q in zip(m, self.by_block(old))]
-            return [axes.multiply_transposed(m_, q) for m_, q in zip(plain, self.by_block(new))]
+            plain = [axes.multiply(m_, q) for m_, q in zip(m, self.by_tile(old))]
+            return [axes.multiply_transposed(m_, q) for m_, q in zip(plain, self.by_tile(new))]
 
         return turn() if self.every == 1 else tf.cond(tf.equal(taken % self.every, 0), turn, lambda: m)

@@ -1,4 +1,4 @@
-"""How optimizers are saved and loaded: config, and the state in a file with the name of its class."""
+"""Saving and loading of optimizers: the config, and the state together with the name of its class."""
 
 import inspect
 import warnings
@@ -9,19 +9,19 @@ import tensorflow as tf
 
 from keras_curvature import component
 
-# The entry that holds the name, as bytes; the variables are under their numbers, as in Keras' files.
+# The entry that holds the class name, as bytes. As in Keras' files, the variables' entries are named by their numbers.
 OWNER = "owner"
 
 
 class StoredState:
-    """What a file holds of one optimizer.
+    """The state of one optimizer in a file.
 
     A plain object, so that Keras' saving does not look for variables in it.
 
     Attributes:
-        owner: The registered name of the class that saved it; `None` in files that do not say so, such as those of
+        owner: The registered name of the class that saved it; `None` if the file does not name the class, as files of
             Keras' own optimizers.
-        values: The variables' values in order, NumPy arrays.
+        values: The values of the variables in order, a list of NumPy arrays.
     """
 
     def __init__(self, owner=None, values=()):
@@ -43,11 +43,11 @@ class StoredState:
             store[OWNER] = np.frombuffer(self.owner.encode(), np.uint8)
 
     def foreign_to(self, cls):
-        """Why this is the state of another class than `cls`, in words; `None` if it may be the state of `cls`."""
+        """Why this is not the state of a `cls`, in words; `None` if it may be."""
         if self.owner is not None:
             same = self.owner == owner_name(cls)
             return None if same else f"the saved optimizer is `{self.owner}` and this one is `{owner_name(cls)}`"
-        # Files of earlier versions do not name the class, but count skipped steps: the one integer besides iterations.
+        # Files of earlier versions do not name the class. They have a second integer: the number of skipped steps.
         if any(_is_integer(value.dtype) for value in self.values[1:]):
             return None
         return f"the saved optimizer, with {len(self.values)} variables, is not a `{owner_name(cls)}`"
@@ -79,13 +79,13 @@ class SavedOptimizer(keras.optimizers.Optimizer):
 
     def __init__(self, learning_rate, **kwargs):
         super().__init__(learning_rate=learning_rate, **kwargs)
-        self._waiting = StoredState()  # loaded before `build`
+        self._waiting = StoredState()  # loaded, but not assigned before `build`
         self._unbuilt_count = len(self.variables)  # iterations, and a learning rate that is no schedule
 
     def load_own_variables(self, store):
-        """Load the state; an optimizer that is not built yet keeps the state until it is.
+        """Load the state; before `build`, keep it and assign it in `build`.
 
-        The state of another optimizer, or of one with other settings, is left out with Keras' warning, as a whole.
+        The state of another optimizer, or of one with other settings, is skipped as a whole, with Keras' warning.
         """
         stored = StoredState.of(store)
         foreign = stored.foreign_to(type(self))
@@ -97,13 +97,13 @@ class SavedOptimizer(keras.optimizers.Optimizer):
             self._waiting = stored
 
     def _load_waiting(self):
-        """Load the state that has waited for `build`."""
+        """Assign the state that was loaded before `build`."""
         waiting, self._waiting = self._waiting, StoredState()
         with tf.init_scope():
             self._take_over(waiting)
 
     def _take_over(self, stored):
-        """Assign a stored state to the variables: all of it, or nothing with a warning."""
+        """Assign a stored state to the variables; if it does not fit, assign nothing and warn."""
         if not stored.values:
             return
         variables = self.variables
@@ -119,20 +119,20 @@ class SavedOptimizer(keras.optimizers.Optimizer):
     def _skip(self, problem):
         warnings.warn(
             f"Skipping variable loading for optimizer '{self.name}', because {problem}. `{type(self).__name__}` keeps "
-            "its own state; weights are not concerned. To continue a run, compile with the optimizer and the settings "
-            "that it was saved with.",
+            "the state it has; the weights of the model are loaded as usual. To continue a run, compile with the class "
+            "and the arguments of the optimizer that was saved.",
             stacklevel=3,
         )
 
     def save_own_variables(self, store):
-        """Save the state, also a loaded state that still waits for `build`."""
+        """Save the state; before `build`, save the state that was loaded."""
         if self._waiting.values:
             self._waiting.write(store)
         else:
             StoredState(owner_name(type(self)), [variable.numpy() for variable in self.variables]).write(store)
 
     def get_config(self):
-        """Keras' config and the arguments of `__init__`, as given; components in serialized form."""
+        """Keras' config and the arguments of `__init__`, with components in serialized form."""
         config = super().get_config()
         for name in inspect.signature(type(self).__init__).parameters:
             if name not in ("self", "kwargs", "learning_rate"):
@@ -141,7 +141,7 @@ class SavedOptimizer(keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """The optimizer that `get_config` described; its state is new."""
+        """A new optimizer from a config, without the state."""
         own = inspect.signature(cls.__init__).parameters
         config = {k: component.deserialize(v) if k in own and k != "learning_rate" else v for k, v in config.items()}
         return super().from_config(config, custom_objects)

@@ -1,4 +1,4 @@
-"""How far to go: damping, checked steps, line search, the minimum of a small quadratic. Pure: values in, values out."""
+"""The length of a step: damping, checked steps, line search, the minimum of a small quadratic. Pure functions."""
 
 from keras_curvature.steps.damping import ConstantDamping, LevenbergMarquardt, as_damping
 from keras_curvature.steps.line_search import ArmijoLineSearch

@@ -1,8 +1,7 @@
-"""How much of the identity to add to a curvature, and how that amount changes.
+"""Damping: the multiple of the identity that is added to a curvature matrix, and how it adapts.
 
-A quadratic model of the loss is trusted near the weights and not far away; the damping `lambda` in
-`(B + lambda I) d = -g` is the price of distance. These records are pure, value in, value out; the optimizer
-owns the variable.
+A quadratic model of the loss is accurate only near the weights; a larger damping `lambda` in `(B + lambda I) d = -g`
+gives a shorter step. The records here are pure functions of the present damping; the optimizer owns the variable.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ class ConstantDamping(Component):
     """The same damping at every step.
 
     Args:
-        initial: The damping, not negative. Defaults to `1e-3`.
+        initial: The damping, at least 0. Defaults to `1e-3`.
 
     Example: `CurveBall(damping=ConstantDamping(0.1))`, or for short `CurveBall(damping=0.1)`.
     """
@@ -30,7 +29,7 @@ class ConstantDamping(Component):
 
     @property
     def every(self):
-        """`None`: no reduction ratio is asked for, so none is computed."""
+        """`None`: the reduction ratio is not needed and not computed."""
         return None
 
     def update(self, value, ratio):
@@ -41,23 +40,23 @@ class ConstantDamping(Component):
 @register
 @dataclasses.dataclass(frozen=True)
 class LevenbergMarquardt(Component):
-    """Shrink the damping where the quadratic model predicted well, grow it where it did not.
+    """Decreases the damping if the quadratic model predicted the loss well, and increases it otherwise.
 
         ratio > high:          lambda <- lambda * decay^every
         ratio < low, or NaN:   lambda <- lambda / decay^every
 
-    with `ratio` the actual change of the loss over the predicted one. The change is compounded over the steps
-    between two checks, as CurveBall's reference code does.
+    with `ratio` the actual change of the loss divided by the predicted one. The factor is `decay` to the power of the
+    steps between two checks, as in CurveBall's reference code.
 
     Reference: Martens (2010), section 4.1; Henriques et al. (2018), section 3.2.
 
     Args:
         initial: Damping at the first step, positive. Defaults to `1.0`.
         decay: Factor per step, in (0, 1). Defaults to `0.999` (CurveBall; Martens: 2/3).
-        low: Below this ratio the damping grows. Defaults to `0.5` (CurveBall; Martens: 1/4).
-        high: Above this ratio it shrinks. Defaults to `1.5` (CurveBall; Martens: 3/4).
+        low: The damping increases if the ratio is below. Defaults to `0.5` (CurveBall; Martens: 1/4).
+        high: The damping decreases if the ratio is above. Defaults to `1.5` (CurveBall; Martens: 3/4).
         every: Steps between two checks; each costs one evaluation of the loss. Defaults to `5`.
-        minimum: The damping never falls below. Defaults to `0.0` (the references have no bound).
+        minimum: Smallest damping. Defaults to `0.0` (the references have no bound).
 
     Example: `CurveBall(damping=LevenbergMarquardt(initial=10.0))`
     """
@@ -80,23 +79,23 @@ class LevenbergMarquardt(Component):
 
     @classmethod
     def martens(cls, initial=1.0, **kwargs):
-        """The rule of Martens (2010): times 2/3 where the ratio is above 3/4, over 2/3 below 1/4, at every step.
+        """The rule of Martens (2010): times 2/3 if the ratio is above 3/4, divided by 2/3 if below 1/4, in every step.
 
         Example: `HessianFree(damping=LevenbergMarquardt.martens(initial=45.0))`
         """
         return cls(**{"initial": initial, "decay": 2 / 3, "low": 0.25, "high": 0.75, "every": 1, **kwargs})
 
     def update(self, value, ratio):
-        """The next damping, from the present one and the reduction ratio, both scalar tensors."""
+        """The next damping, from the present damping and the reduction ratio, both scalar tensors."""
         ratio, factor = tf.cast(ratio, value.dtype), self.decay**self.every
-        # 0 and infinity would be for ever
+        # the damping could never leave 0 or infinity again
         grown, shrunk = tf.minimum(value / factor, 1e30), tf.maximum(value * factor, max(self.minimum, 1e-30))
         bad = (ratio < self.low) | tf.math.is_nan(ratio)
         return tf.where(bad, grown, tf.where(ratio > self.high, shrunk, value))
 
 
 def as_damping(owner, damping):
-    """The component that the argument `damping` means: itself, or a constant for a number."""
+    """The component for the argument `damping`: itself, or a `ConstantDamping` for a number."""
     if is_number(damping):
         check_number(owner, "damping", damping, low=0)
         return ConstantDamping(float(damping))

@@ -1,6 +1,6 @@
-"""How far along a direction: backtracking until the loss has fallen enough.
+"""Line search: shorten a step until the loss decreases enough.
 
-Pure records: they are handed the loss as a function of the length, and return a length.
+The records are pure: they take the loss as a function of the step length, and return a length.
 """
 
 import dataclasses
@@ -17,12 +17,13 @@ class ArmijoLineSearch(Component):
 
         f(w + s d) <= f(w) + slope * s * g'd,       s = 1, shrink, shrink^2, ...
 
-    Reference: the values are those of Martens' Hessian-free code (1e-2, 0.8, 60).
+    Reference: Nocedal and Wright, "Numerical Optimization" (2006), Algorithm 3.1. The defaults are those of Martens'
+    Hessian-free code.
 
     Args:
-        slope: Share of the first-order decrease that must be reached, in (0, 1). Defaults to `1e-2`.
+        slope: Fraction of the first-order decrease that the loss must reach, in (0, 1). Defaults to `1e-2`.
         shrink: Factor between two trials, in (0, 1). Defaults to `0.8`.
-        max_steps: Most lengths to try before the step is rejected. Defaults to `60`.
+        max_steps: Largest number of lengths to try before the step is rejected. Defaults to `60`.
 
     Example: `HessianFree(line_search=ArmijoLineSearch(shrink=0.5))`
     """
@@ -37,20 +38,20 @@ class ArmijoLineSearch(Component):
         check_count(self, "max_steps", self.max_steps)
 
     def search(self, loss_along, loss, slope, first):
-        """The accepted length.
+        """Find the first length that meets the condition.
 
         Args:
             loss_along: Function from a scalar length `s` to the loss `f(w + s d)`.
             loss: `f(w)`, a scalar.
             slope: `g'd`, a scalar, negative along a descent direction.
-            first: `f(w + d)`, already known.
+            first: `f(w + d)`, a scalar; the caller has computed it.
 
         Returns:
-            `(length, loss)`: scalars; length 0 and the old loss where no trial was accepted.
+            `(length, loss)`, scalars; `(0, f(w))` if no length is accepted.
         """
 
         def too_high(length, value):
-            # a NaN is too high; `not (value <= ...)` would not say so: TensorFlow's graphs turn it into `value > ...`
+            # a NaN is too high; TensorFlow's graphs turn `not (value <= ...)` into `value > ...`, which is false for it
             return (value > loss + self.slope * length * slope) | tf.math.is_nan(value)
 
         def shorten(i, length, value):

@@ -1,14 +1,14 @@
-"""One checked step: try it, compare the loss with the prediction, accept the step or not, adapt the damping.
+"""A checked step: try it, compare the loss with the prediction, accept or reject the step, adapt the damping.
 
     ratio = (f(w + s) - f(w)) / q(s),        q: the change that the quadratic model of the loss predicts
 
-The ratio is 1 where the model is right. It is minus infinity where the loss rose, 0 where it did not change (a step of
-zero too: with more damping there may be one), and NaN where it is not a number. Two things differ between methods,
-because their reference runs do:
+The ratio is 1 if the model is exact, minus infinity if the loss increased, and NaN if the loss is NaN. It is 0 if the
+loss did not change, also for a step of zero, which more damping may cure. The methods differ in two things, because
+their reference codes do:
 
-* Whether `q` has the damping in it: it has for CurveBall (its authors' code), and has not for Martens' Hessian-free
-  optimization and for kfac-jax.
-* Which of every so many steps is checked: the first (CurveBall), or the last (kfac-jax).
+* Whether `q` includes the damping: it does in CurveBall (its authors' code), and not in Martens' Hessian-free
+  optimization and in kfac-jax.
+* Which of `every` steps is checked: the first (CurveBall), or the last (kfac-jax).
 
 References: Martens, "Deep learning via Hessian-free optimization" (2010), section 4.1; Nocedal and Wright, "Numerical
 Optimization" (2006), Algorithm 4.1.
@@ -25,12 +25,12 @@ ACCEPTS = ("lower", "finite", "any")
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What came of a trial; scalar tensors.
+    """The result of a trial; scalar tensors.
 
     Attributes:
         value: The next damping (or radius).
-        ratio: The reduction ratio, NaN where the step was not looked at.
-        accepted: Whether to take the step; true where it was not looked at.
+        ratio: The reduction ratio; NaN if the step was not checked.
+        accepted: Whether to take the step; true if it was not checked.
     """
 
     value: tf.Tensor
@@ -40,15 +40,16 @@ class Checked:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """When to look at a step, what to accept, and how to adapt. Pure: values in, values out.
+    """When to check a step, which steps to accept, and how the damping adapts. Pure: values in, values out.
 
     Args:
-        rule: What adapts: `LevenbergMarquardt`, or any record with `every` and `update(value, ratio)`, such as the
-            radius of a trust region. `every=None`: nothing is adapted.
-        accepts: The losses that are accepted: `"lower"`: not higher than before; `"finite"`; or `"any"`, where
-            something else (a line search) decides. Defaults to `"lower"`.
+        rule: How the damping adapts: `LevenbergMarquardt`, or any record with `every` and `update(value, ratio)`, such
+            as the radius of a trust region. With `every=None` nothing adapts.
+        accepts: Which losses are accepted: `"lower"`, those not higher than before; `"finite"`; or `"any"`, if another
+            part such as a line search decides. Defaults to `"lower"`.
         at: Which of `every` steps is checked, `"first"` or `"last"`. Defaults to `"first"`.
-        always: Whether to look at the other steps too; those that are not accepted adapt at once. Defaults to `False`.
+        always: Whether to check the other steps too. A rejected step then adapts the damping at once. Defaults to
+            `False`.
 
     Example:
 
@@ -70,18 +71,21 @@ class Trial:
 
     @property
     def looks(self):
-        """Whether any step is looked at."""
+        """Whether any step is checked."""
         return bool(self.rule.every) or self.always
 
     def check(self, iterations, value, before, after, predicted):
-        """`Checked`, of the step that is about to be taken.
+        """Check the step that is about to be taken.
 
         Args:
             iterations: Number of steps before this one, an integer tensor.
             value: The damping (or radius), a scalar tensor.
-            before: `f(w)`, a scalar tensor; computed outside of the condition, where other parts of the step find it.
-            after: Function that gives `f(w + s)`. Called where the step is looked at, as `predicted` is.
-            predicted: Function that gives `q(s)`.
+            before: `f(w)`, a scalar tensor, computed outside the condition, so that other parts of the step can use it.
+            after: Function that returns `f(w + s)`. It is called only if the step is checked, as `predicted` is.
+            predicted: Function that returns `q(s)`.
+
+        Returns:
+            A `Checked`.
         """
 
         def look():
@@ -114,6 +118,6 @@ class Trial:
 
 
 def reduction_ratio(change, predicted):
-    """The change of the loss over the predicted one; see the module."""
+    """The change of the loss divided by the predicted change; see the module."""
     ratio = tf.where(change == 0, tf.zeros_like(change), change / predicted)
     return tf.where(change > 0, tf.constant(float("-inf"), change.dtype), ratio)

@@ -15,9 +15,9 @@ EDGE = 0.1  # a gauge within this distance of 1 is at the edge
 
 def table(report):
     """The text of a report, a dict as `measure` gives it."""
-    blocks = [_header(report), "", *_columns(_numbers(report)), _top(report), "", *_layers(report)]
-    blocks += ["", _cost(report), *map(_wrapped, report["caveats"])]
-    return "\n".join(line.rstrip() for line in blocks)
+    parts = [_header(report), "", *_columns(_numbers(report)), _top(report), "", *_layers(report)]
+    parts += ["", _cost(report), *map(_wrapped, report["caveats"])]
+    return "\n".join(line.rstrip() for line in parts)
 
 
 def _wrapped(sentence):

@@ -1,4 +1,8 @@
-"""Variables as blocks: tensors with few axes, each short enough for a matrix."""
+"""Variables cut into tiles: tensors with few axes, each axis short enough for a square matrix.
+
+A tile is a piece of one variable. Some papers on Shampoo call it a block; here a block is a diagonal block of the
+curvature matrix.
+"""
 
 import dataclasses
 import math
@@ -9,15 +13,15 @@ from keras_curvature.operators import axes
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How a list of variables is cut up: small neighbouring axes merged first, then blocks along every axis.
+class Tiles:
+    """How a list of variables is cut into tiles: neighbouring small axes are merged, then long axes are cut.
 
-    A variable without an entry has no block.
+    An empty variable has no tile.
 
     Args:
         variables: Shapes of the variables, a list of tuples.
-        merge: Longest axis that is made of several, an integer.
-        size: Longest side of a block, an integer, or `None` for whole variables.
+        merge: Longest axis that merging may make, an integer.
+        size: Longest axis of a tile, an integer; `None`: no axis is cut. Defaults to `None`.
     """
 
     variables: list
@@ -26,7 +30,7 @@ class Blocks:
 
     @property
     def shapes(self):
-        """The shapes of all blocks, variable by variable."""
+        """The shapes of all tiles, variable by variable."""
         found = []
         for shape in self._merged():
             rows = [()]
@@ -37,30 +41,30 @@ class Blocks:
 
     @property
     def origins(self):
-        """For each block, the shape that it was cut from."""
+        """For each tile, the merged shape of its variable."""
         found = []
         for shape in self._merged():
             found += [shape] * self._parts(shape)
         return found
 
     def split(self, vector):
-        """The blocks of a list of tensors, one list."""
-        blocks = []
+        """Cut a list of tensors into tiles, one flat list."""
+        tiles = []
         full = [tensor for tensor in vector if 0 not in tensor.shape]
         for tensor, shape in zip(full, self._merged(), strict=True):
-            blocks += axes.split(tf.reshape(tensor, shape), self.size or max(shape))
-        return blocks
+            tiles += axes.split(tf.reshape(tensor, shape), self.size or max(shape))
+        return tiles
 
-    def join(self, blocks):
-        """The list of tensors from their blocks, the inverse of `split`."""
-        vector, blocks, merged = [], list(blocks), iter(self._merged())
+    def join(self, tiles):
+        """Put the tiles together to the list of tensors, the inverse of `split`."""
+        vector, tiles, merged = [], list(tiles), iter(self._merged())
         for whole in self.variables:
             if 0 in whole:
                 vector.append(tf.zeros(whole))
                 continue
             shape = next(merged)
             parts = self._parts(shape)
-            tensor, blocks = axes.join(blocks[:parts], shape, self.size or max(shape)), blocks[parts:]
+            tensor, tiles = axes.join(tiles[:parts], shape, self.size or max(shape)), tiles[parts:]
             vector.append(tf.reshape(tensor, whole))
         return vector
 
