@@ -1,4 +1,4 @@
-"""Solvers of `A x = b`, inverses, roots, eigenvalues, traces: they know operators, never a loss or a variable."""
+"""Solvers of `A x = b`, inverses, roots, eigenvalues and traces. They know operators, but no loss or variable."""
 
 from keras_curvature.solvers.base import Solution, Solver
 from keras_curvature.solvers.conjugate_gradient import ConjugateGradient

@@ -1,7 +1,7 @@
-"""Solvers of `A x = b`. They work on operators, never on a loss, a batch or a variable.
+"""The interface of solvers of `A x = b`. They know operators and vectors, but no loss, batch or variable.
 
-A solver is a frozen record of its choices and pure: `solve(operator, rhs, start, preconditioner)` returns a
-`Solution`. Vectors are lists of tensors. `preconditioner` is an operator close to the inverse of `A`.
+A solver is a frozen record of its options. `solve(operator, rhs, start, preconditioner)` is pure and returns a
+`Solution`. Vectors are lists of tensors. `preconditioner` is an operator that approximates the inverse of `A`.
 """
 
 import dataclasses
@@ -18,12 +18,13 @@ class Solution:
 
     Attributes:
         value: The approximate solution `x`, a vector.
-        steps: Number of iterations, a scalar integer tensor.
+        steps: The number of iterations, a scalar integer tensor.
         residual: `|b - A x| / |b|`, a scalar; NaN if the solver does not compute it.
-        finite: Whether all products on the way were finite, a scalar boolean tensor. An iteration that ends at a
-            product that overflowed leaves an older, finite iterate in `value`. Defaults to `True`.
-        count: Number of stored iterates, a scalar integer tensor.
-        iterate: Function from an index in `[0, count)` to that stored iterate, oldest first.
+        finite: Whether all products were finite, a scalar boolean tensor. If one was not, `value` is the last iterate
+            before it. Defaults to `True`.
+        count: The number of stored iterates, a scalar integer tensor. Defaults to `0`.
+        iterate: A function from an index in `[0, count)` to a stored iterate, oldest first; `None` if the solver stores
+            none. Defaults to `None`.
     """
 
     value: list
@@ -38,11 +39,22 @@ class Solver(Component):
     """Base of the solvers. A subclass is a frozen dataclass with `solve`."""
 
     def solve(self, operator, rhs, start=None, preconditioner=None):
-        """The `Solution` of `operator @ x = rhs`, beginning at `start` (default: zero)."""
-        raise NotImplementedError(f"`{type(self).__name__}` must implement `solve`.")
+        """Solve `operator @ x = rhs`.
+
+        Args:
+            operator: `A`, a `LinearOperator`.
+            rhs: `b`, a vector.
+            start: The first iterate, a vector. Defaults to zero.
+            preconditioner: A `LinearOperator` close to the inverse of `A`. Optional.
+
+        Returns:
+            A `Solution`.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `solve(operator, rhs)`.")
 
 
 def require_psd(operator, asked_by, remedy):
-    """Refuse an operator that is not positive semi-definite, with a remedy."""
+    """Raise a `ValueError` with a remedy if an operator is not positive semi-definite."""
     if not operator.psd:
-        raise ValueError(f"`{asked_by}` needs a positive semi-definite operator. {remedy}")
+        received = f"Received: a `{type(operator).__name__}` with psd=False"
+        raise ValueError(f"`{asked_by}` needs a positive semi-definite operator. {received}. {remedy}")

@@ -1,7 +1,7 @@
 """Conjugate gradients with Martens' stopping rule and stored iterates.
 
-The loop is a `tf.while_loop`, so the stopping rule can end it early. It runs outside the replicas of a strategy (see
-`replicas.py`), so it ends early there too.
+The loop is a `tf.while_loop`, so the stopping rule ends it early. Under a distribution strategy it runs outside the
+replicas (see `replicas.py`) and ends early too.
 """
 
 import dataclasses
@@ -20,25 +20,27 @@ from keras_curvature.solvers.base import Solution, Solver, require_psd
 class ConjugateGradient(Solver):
     """Preconditioned conjugate gradients for a positive semi-definite operator.
 
-    After iteration `i` with iterate `x_i`, residual `r_i = b - A x_i` and quadratic
+    With the iterate `x_i` after iteration `i`, the residual `r_i = b - A x_i` and the quadratic
     `q_i = 1/2 x_i'A x_i - b'x_i`, the loop stops when
 
         i > k,   q_{i-k} < 0   and   (q_i - q_{i-k}) / q_i < k * progress_tolerance,      k = max(10, ceil(i / 10))
 
-    or `|r_i| <= residual_tolerance |b|`, or `max_steps` are done, or a direction of no curvature appears
-    (`p'Ap <= 0`). Iterates `ceil(5 * 1.3^j)` (5, 7, 9, 11, 15, ...) and the last one are stored, for
-    Hessian-free's backtracking.
+    or when `|r_i| <= residual_tolerance |b|`, after `max_steps` iterations, or at a direction `p` without positive
+    curvature (`p'Ap <= 0`). The iterates `ceil(5 * 1.3^j)` (5, 7, 9, 11, 15, ...) and the last one are stored, for the
+    backtracking of `HessianFree`.
 
     Reference: Martens (2010), section 4.4, and his code. Difference from the paper: (1) the sign of `q_{i-k}` is
     tested, as in his code; the paper tests the sign of `q_i`. Both are negative after the first iterations, except from
     a warm start that is worse than zero.
 
     Args:
-        max_steps: Most iterations. Defaults to `250` (Martens).
-        progress_tolerance: The rule above; `0.0` switches it off. Defaults to `5e-4` (Martens).
-        residual_tolerance: Relative residual to stop at; `0.0` stops only at an exact solution. Defaults to `0.0`.
-        truncate: Whether to accept an operator that is not positive semi-definite (a Hessian) and to end at the
-            first direction of negative curvature, with the iterate reached by then. Defaults to `False`.
+        max_steps: Largest number of iterations. Defaults to `250` (Martens).
+        progress_tolerance: Smallest relative progress per iteration, see above; `0.0`: no limit. Defaults to `5e-4`
+            (Martens).
+        residual_tolerance: Relative residual at which the loop stops; `0.0`: only at an exact solution. Defaults to
+            `0.0`.
+        truncate: Whether to accept an operator that is not positive semi-definite, such as a Hessian, and to stop at
+            the first direction of negative curvature with the iterate so far. Defaults to `False`.
 
     Raises:
         ValueError: In `solve`, if the operator is not `psd` and `truncate` is false.
@@ -59,7 +61,7 @@ class ConjugateGradient(Solver):
         check(self, "truncate", self.truncate, isinstance(self.truncate, bool), "True or False")
 
     def solve(self, operator, rhs, start=None, preconditioner=None):
-        """The `Solution`, with the stored iterates."""
+        """The `Solution`, with the stored iterates. See `Solver.solve` for the arguments."""
         if not self.truncate:
             require_psd(
                 operator, "ConjugateGradient",
@@ -94,7 +96,7 @@ class ConjugateGradient(Solver):
         rz = trees.dot(r, z)
         p = trees.add(z, s.p, tf.math.divide_no_nan(rz, s.rz))
         i = s.i + tf.cast(curved, tf.int32)
-        # p'r = z'r along the iteration, so q(x + alpha p) needs no inner product of its own
+        # p'r = z'r, so q(x + alpha p) needs no other inner product
         q = s.q - 0.5 * alpha * s.rz
         history = s.history.write(i, q)
         finite = s.finite & tf.math.is_finite(curvature) & tf.math.is_finite(rz)
@@ -118,8 +120,8 @@ class ConjugateGradient(Solver):
         return (i > gap) & (before < 0) & slow
 
     def _solution(self, end, rhs):
-        # the last iterate is always stored, also if the loop ended between two stored ones; `identity` because
-        # TensorFlow warns of a written array that is never read, and the caller need not read the iterates
+        # the last iterate is always stored; `identity`, because TensorFlow warns of a written array that is never read,
+        # and the caller may not read the iterates
         stored = [array.write(end.count, a).identity() for array, a in zip(end.stored, end.x)]
 
         def iterate(j):
@@ -138,7 +140,7 @@ class ConjugateGradient(Solver):
 
 
 class _State(NamedTuple):
-    """The variables of the loop. `stored` holds references: storing an iterate copies nothing."""
+    """The variables of the loop. Storing an iterate in `stored` copies nothing."""
 
     live: tf.Tensor
     finite: tf.Tensor

@@ -1,6 +1,6 @@
-"""Work on a list of items, such as inverses and roots of matrices, shared between the replicas.
+"""Sharing work on a list of items, such as inverses and roots of matrices, among the replicas.
 
-Every replica has all items. Each item is computed on one replica, and one sum hands all results to every replica.
+Every replica has all items. Each item is computed on one replica, and one sum over replicas distributes all results.
 """
 
 import tensorflow as tf
@@ -9,14 +9,15 @@ from keras_curvature import replicas
 
 
 def deal(fn, items, costs=None):
-    """`[fn(item) for item in items]`, each item computed on one replica and handed to all by one sum.
+    """`[fn(item) for item in items]`, each item computed on one replica only.
 
     Use it for expensive work on items that are the same on all replicas.
 
     Args:
         fn: A function of one item, a tensor or nest of tensors, that returns a nest of tensors of static shapes.
         items: A list, the same on all replicas.
-        costs: A number for each item; the replicas get shares of about the same cost. Defaults to equal costs.
+        costs: The cost of each item, a list of numbers; the replicas get shares of about equal cost. Defaults to equal
+            costs.
     """
     if replicas.count() == 1 or not items:
         return [fn(item) for item in items]
@@ -29,7 +30,7 @@ def deal(fn, items, costs=None):
 
 
 def _owners(costs):
-    """A replica for each item: the most expensive item first, to the replica with the least work."""
+    """The replica of each item: the most expensive item first, to the replica with the least work so far."""
     loads, owners = [0] * replicas.count(), [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owners[i] = loads.index(min(loads))
@@ -38,7 +39,7 @@ def _owners(costs):
 
 
 def _on_one(owner, fn, item):
-    """`fn(item)` on replica `owner`, zeros on the others; call it inside `replicas.each`."""
+    """`fn(item)` on replica `owner`, zeros on the other replicas; call it inside `replicas.each`."""
     spec = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), item)
     like = tf.function(fn, autograph=False).get_concrete_function(spec).structured_outputs
 

@@ -1,8 +1,8 @@
-"""Flat vectors on the host, for methods that keep many vectors and take one product at a time.
+"""Flat vectors on the host, for methods that keep many vectors and compute one product at a time.
 
-A list of tensors becomes one NumPy array, in float64 where the list has float64 and in float32 otherwise. A basis then
-fills the host's memory and not the accelerator's, inner products are never rounded to TF32 or bfloat16, and nothing is
-traced. Only the vector to multiply moves between devices.
+A list of tensors becomes one NumPy array, in float64 if one of the tensors is, and in float32 otherwise. So the basis
+is in the host's memory instead of the accelerator's, inner products are never rounded to TF32 or bfloat16, and nothing
+is traced. Only the vector to multiply moves between devices.
 """
 
 import numpy as np
@@ -10,10 +10,10 @@ import tensorflow as tf
 
 from keras_curvature import trees
 
-# Sums run over so many numbers in the vectors' dtype, then over these sums in float64. Chunks this small, and `einsum`
-# for matrices, avoid BLAS threads, which would spin on the cores that the next product needs.
+# Inner products sum chunks of this length in the vectors' dtype, then the chunks' sums in float64. Small chunks, and
+# `einsum` for matrices, avoid BLAS threads, which would spin on the cores that the next product needs.
 CHUNK = 2**13
-# Purposes of random vectors: those of different purposes are independent, also from one seed.
+# Uses of random vectors. Vectors of different streams are independent, also with the same seed.
 STREAMS = ("start", "density", "trace", "sketch")
 
 
@@ -22,7 +22,7 @@ class ProductNotFinite(ValueError):
 
 
 class Layout:
-    """The layout of a list of tensors in one array.
+    """The layout of a list of tensors in one flat array.
 
     Args:
         like: A vector, for its shapes and dtypes.
@@ -43,17 +43,17 @@ class Layout:
         self.bytes = self.size * np.dtype(self.dtype).itemsize
 
     def pack(self, vector):
-        """The array of a list of tensors, a copy."""
+        """The flat array of a list of tensors, a copy."""
         return np.concatenate([a.numpy().astype(self.dtype, copy=False).ravel() for a in vector])
 
     def unpack(self, array):
-        """The list of tensors from an array, copies."""
+        """The list of tensors of a flat array, copies."""
         places = zip(self._starts, self._sizes, self._shapes, self._dtypes)
         tensors = [(array[start : start + size].reshape(shape), dtype) for start, size, shape, dtype in places]
         return [tf.cast(tf.constant(a), d) if a.dtype != d.as_numpy_dtype else tf.constant(a) for a, d in tensors]
 
     def product(self, operator, array):
-        """`A v` of an array, an array.
+        """`A v` for a flat array, a flat array.
 
         Raises:
             ProductNotFinite: The product is not finite.
@@ -61,22 +61,22 @@ class Layout:
         found = self.pack(operator @ self.unpack(array))
         if not np.isfinite(found).all():
             raise ProductNotFinite(
-                "A product of the curvature with a vector is not finite: at these weights the loss or its derivatives "
-                "are not numbers, or overflow. Look at the loss on these examples first."
+                "A product of the curvature with a vector is not finite: at these weights the loss or one of its "
+                "derivatives is NaN or overflows. Check that the loss on these examples and the weights are finite."
             )
         return found
 
     def dots(self, u, v):
-        """The inner products of matching tensors, a float64 array with one number per tensor."""
+        """The inner product for each tensor of the list, a float64 array."""
         pieces = [slice(start, start + size) for start, size in zip(self._starts, self._sizes)]
         return np.array([dot(u[piece], v[piece]) for piece in pieces])
 
     def normal(self, seed, stream, number=0):
-        """A random vector of standard normal numbers; it differs by stream and number."""
+        """A vector of standard normal numbers, determined by seed, stream and number."""
         return tf.random.stateless_normal([self.size], _seed(seed, stream, number), dtype=self.dtype).numpy()
 
     def signs(self, seed, stream, number=0):
-        """A random vector of `+1` and `-1`."""
+        """A vector of random signs, `+1` or `-1`, determined by seed, stream and number."""
         shape = [self.size]
         bits = tf.random.stateless_uniform(shape, _seed(seed, stream, number), minval=0, maxval=2, dtype=tf.int32)
         return (2 * bits.numpy() - 1).astype(self.dtype)
@@ -93,7 +93,7 @@ def norm(v):
 
 
 def coefficients(V, w):
-    """`V w` of a matrix of rows, in float64."""
+    """`V w` for vectors in the rows of `V`, in float64."""
     found = np.zeros(len(V))
     for i in range(0, len(w), CHUNK):
         found += np.einsum("ij,j->i", V[:, i : i + CHUNK], w[i : i + CHUNK])
@@ -109,17 +109,17 @@ def combination(V, c):
 
 
 def rotate(V, S):
-    """Overwrite the first rows of `V` by `S' V`, without a second matrix of its size."""
+    """Overwrite the first rows of `V` by `S' V`, without a second matrix of the size of `V`."""
     S = S.T.astype(V.dtype)
     for i in range(0, V.shape[1], CHUNK):
         V[: len(S), i : i + CHUNK] = S @ V[:, i : i + CHUNK]
 
 
 class Complement:
-    """The orthogonal complement of vectors `U`, which need not be orthogonal to each other.
+    """The orthogonal complement of some vectors.
 
     Args:
-        U: A matrix of rows.
+        U: The vectors, in rows; they need not be orthogonal to each other.
     """
 
     def __init__(self, U):
@@ -133,13 +133,13 @@ class Complement:
 
 
 def check_memory(vectors, layout, limit, remedy):
-    """Refuse to keep vectors that need more bytes than the limit."""
+    """Raise a `ValueError` if the vectors need more bytes than `limit`."""
     needed = vectors * layout.bytes
     if needed > limit:
         weights = f"{layout.size:,}".replace(",", " ")
         raise ValueError(
-            f"{vectors} vectors of {weights} weights need {needed / 1e9:.1f} GB, and {limit / 1e9:.1f} GB are allowed. "
-            f"Remedy: {remedy}."
+            f"{vectors} vectors of {weights} weights need {needed / 1e9:.1f} GB, more than the limit of "
+            f"{limit / 1e9:.1f} GB. Remedy: {remedy}."
         )
 
 

@@ -1,6 +1,6 @@
-"""A running Lanczos process, and its results.
+"""The state of a Lanczos run, and its results.
 
-`solvers/lanczos.py` has the recurrence, its residuals and the references, and runs the process. It runs on the host in
+`solvers/lanczos.py` has the recurrence, the residuals, the references and the loop. Everything runs on the host in
 NumPy; the tridiagonal matrix and everything derived from it are in float64.
 """
 
@@ -11,27 +11,27 @@ import numpy as np
 from keras_curvature import trees
 from keras_curvature.solvers import flat
 
-# A beta below this many roundings of the norm of T counts as zero.
+# A beta below this many rounding errors of the norm of T counts as zero.
 ROUNDINGS = 10
-# Share of a random vector in a warm start: an exact eigenvector as start would never find another.
+# Share of a random vector in a warm start. From an exact eigenvector, Lanczos would never find another one.
 FRESH = 1e-3
-# An eigenvalue smaller than this share of the largest |eigenvalue| is found to that share's tolerance.
+# Tolerances are relative to |eigenvalue|, or to this share of the largest |eigenvalue| if that is larger.
 SMALL = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class Eigenpairs:
-    """The eigenvalues and eigenvectors found.
+    """Eigenvalues and eigenvectors.
 
     Attributes:
         values: float64 `(k,)`; largest first, or smallest first where the smallest were asked for.
         vectors: `k` vectors of length 1, orthogonal to each other.
-        residuals: `|A x - theta x|` including the observed rounding of the products, float64 `(k,)`: an eigenvalue lies
-            within it.
-        products: Number of products that it took.
+        residuals: `|A x - theta x|`, including the observed rounding of the products, float64 `(k,)`. An eigenvalue of
+            `A` is within this distance of `theta`.
+        products: Number of products that were computed.
         converged: Whether each residual is within the tolerance, or as small as rounding allows; booleans `(k,)`.
-        exhausted: Whether the vectors span an invariant subspace. The eigenvalues are then exact; if they are fewer
-            than asked for, this start cannot find more.
+        exhausted: Whether the basis spans an invariant subspace. The eigenvalues are then exact; if there are fewer
+            than `k`, this start cannot find more.
     """
 
     values: np.ndarray
@@ -42,7 +42,7 @@ class Eigenpairs:
     exhausted: bool = False
 
     def beside(self, other):
-        """These pairs followed by others of the same operator, such as those of the other end."""
+        """These pairs followed by other pairs of the same operator, such as those of the other end of the spectrum."""
         arrays = (np.append(getattr(self, name), getattr(other, name)) for name in ("values", "residuals", "converged"))
         values, residuals, converged = arrays
         products, exhausted = self.products + other.products, self.exhausted or other.exhausted
@@ -54,11 +54,11 @@ class Tridiagonal:
     """`V'AV = T`, tridiagonal.
 
     Attributes:
-        alpha: The diagonal, float64 `(steps,)`; shorter where an invariant subspace was found.
+        alpha: The diagonal, float64 `(steps,)`; shorter if an invariant subspace was found.
         beta: The off-diagonal, float64 `(steps,)`; the last entry is the norm of the part of `A V` outside `V`.
-        basis: The vectors `V`, one for each alpha, or `None`.
-        products: Number of products that it took.
-        exhausted: Whether `V` spans an invariant subspace: then its quadrature is exact.
+        basis: The vectors `V`, one for each alpha; `None` if they were not kept.
+        products: Number of products that were computed.
+        exhausted: Whether `V` spans an invariant subspace. The quadrature is then exact.
     """
 
     alpha: np.ndarray
@@ -76,7 +76,7 @@ class Tridiagonal:
         """`(nodes, weights)` with `v'f(A)v ~ sum_i weights_i f(nodes_i)`, `v` the first vector of `V`.
 
         Args:
-            steps: Use only the first so many steps. Defaults to all.
+            steps: Number of steps to use, from the first. Defaults to all.
         """
         nodes, vectors = np.linalg.eigh(self.matrix[:steps, :steps])
         return nodes, vectors[:1].ravel() ** 2
@@ -84,7 +84,14 @@ class Tridiagonal:
 
 @dataclasses.dataclass(frozen=True)
 class Ritz:
-    """Ritz values at one end, their coefficients in the basis (columns), residuals, and whether these are small."""
+    """Ritz values at one end of the spectrum.
+
+    Attributes:
+        values: The Ritz values, `(k,)`.
+        coefficients: The Ritz vectors in terms of the basis, columns `(count, k)`.
+        residuals: As in `Eigenpairs`, `(k,)`.
+        converged: As in `Eigenpairs`, `(k,)`.
+    """
 
     values: np.ndarray
     coefficients: np.ndarray
@@ -93,19 +100,23 @@ class Ritz:
 
 
 class Process:
-    """A running Lanczos process: the basis, `T`, and the next vector.
+    """The state of a Lanczos run: the basis, `T`, and the next vector.
 
     Attributes:
         rows: Number of vectors that the basis has room for.
         count: Number of vectors in the basis.
-        T: `V'AV`, float64, tridiagonal; after a restart with one full row and column.
-        beta: The length of the image's part outside the basis.
-        exhausted: Whether `beta` is zero.
-        products: Number of products.
+        T: `V'AV`, float64; tridiagonal, and after a restart with one full row and column.
+        beta: The norm of the part of the last product that is outside the basis.
+        exhausted: Whether `beta` is zero, up to rounding.
+        products: Number of products so far.
 
     Args:
-        rest: The `flat.Complement` to stay in. Optional.
-        size: The largest |eigenvalue| outside the complement, which sets the size of rounding.
+        operator: A symmetric `LinearOperator`.
+        like: A vector, for its shapes and dtypes.
+        rows: Number of vectors that the basis has room for; `0`: no basis is kept.
+        metric: See `lanczos.eigenpairs`; `None`: the identity.
+        rest: The `flat.Complement` that all vectors are projected on. Optional.
+        size: The largest |eigenvalue| outside `rest`, which determines the rounding errors. Defaults to `0.0`.
     """
 
     def __init__(self, operator, like, rows, metric, rest=None, size=0.0):
@@ -121,7 +132,7 @@ class Process:
         return w if self._rest is None else self._rest.project(w)
 
     def first(self, start, seed):
-        """The first vector: random, or the given one with a small random part."""
+        """The first vector: random, or `start` plus a small random part."""
         fresh = self.layout.normal(seed, "start")
         if start is None:
             return fresh
@@ -133,11 +144,11 @@ class Process:
         """Make this the next vector."""
         length = flat.norm(vector)
         if not 0 < length < np.inf:
-            raise ValueError(f"`start` must be a vector that is finite and not zero. Received: one of length {length}")
+            raise ValueError(f"`start` must be a finite vector that is not zero. Received: a vector of norm {length}")
         self._set_next(vector, *self._length(vector))
 
     def step(self):
-        """Take one product: add a vector to the basis and a row and a column to `T`, and find the next vector."""
+        """Compute one product: add a vector to the basis and a row and a column to `T`, and find the next vector."""
         j = self.count
         w = self._image()
         self._V[j] = self._v
@@ -152,12 +163,12 @@ class Process:
         self._advance(w)
 
     def fill(self):
-        """Step until the basis is full or exhausted."""
+        """Step until the basis is full or spans an invariant subspace."""
         while self.count < self.rows and not self.exhausted:
             self.step()
 
     def run_without_basis(self, steps):
-        """`(alpha, beta)` of at most so many steps, keeping two vectors."""
+        """`(alpha, beta)` of at most `steps` steps. Only the last two vectors are kept."""
         alphas, betas = [], []
         before = None
         while len(alphas) < steps and not self.exhausted:
@@ -172,7 +183,7 @@ class Process:
         return np.array(alphas), np.array(betas)
 
     def ritz(self, k, tolerance, most_negative):
-        """The `k` Ritz pairs at one end, or all if there are fewer, a `Ritz`."""
+        """The `k` Ritz pairs at one end of the spectrum, or all if there are fewer; a `Ritz`."""
         theta, S = np.linalg.eigh(self.T[: self.count, : self.count])
         order = np.arange(len(theta)) if most_negative else np.arange(len(theta))[::-1]
         order = order[:k]
@@ -183,7 +194,7 @@ class Process:
         return Ritz(values, S, left + rounded, left <= np.maximum(goal, rounded))
 
     def restart(self, ritz):
-        """Keep only these Ritz vectors and the next vector, which is orthogonal to them."""
+        """Thick restart: keep only these Ritz vectors, and the next vector, which is orthogonal to them."""
         k = len(ritz.values)
         flat.rotate(self._V[: self.count], ritz.coefficients)
         self._errors[:k] = self._seen(ritz.coefficients)
@@ -193,13 +204,13 @@ class Process:
         self.count = k
 
     def eigenpairs(self, ritz):
-        """The Ritz pairs with their vectors."""
+        """The Ritz pairs with their vectors, `Eigenpairs`."""
         V = self._V[: self.count]
         vectors = [self.layout.unpack(flat.combination(V, s)) for s in ritz.coefficients.T]
         return Eigenpairs(ritz.values, vectors, ritz.residuals, self.products, ritz.converged, self.exhausted)
 
     def basis(self):
-        """The vectors, as lists."""
+        """The vectors of the basis, as lists of tensors."""
         return [self.layout.unpack(v) for v in self._V[: self.count]]
 
     def _image(self):
@@ -207,7 +218,7 @@ class Process:
         return self.project(self.layout.product(self._operator, self._u))
 
     def _seen(self, S):
-        """The observed rounding of the basis' products, in these combinations of the basis."""
+        """The observed rounding error of the products with the vectors `V S`."""
         return np.sqrt(self._errors[: self.count] ** 2 @ S**2)
 
     def _dual(self, w):
@@ -215,7 +226,7 @@ class Process:
         return w if self._metric is None else self.layout.product(self._metric, w)
 
     def _subtract_known(self, w, j):
-        """Subtract from `w` its known components along earlier vectors: the last, or after a restart all."""
+        """Subtract from `w` its known components: along the last vector, or right after a restart along all."""
         along = self.T[:j, j]
         if np.any(along[:-1]):
             w -= flat.combination(self._V[:j], along)
@@ -223,7 +234,7 @@ class Process:
             w -= w.dtype.type(along[-1]) * self._V[j - 1]
 
     def _advance(self, w, size=None):
-        """Make the rest of an image the next vector, unless it is rounding."""
+        """Make the rest of a product the next vector, unless it is rounding error."""
         size = np.abs(self.T[: self.count, : self.count]).sum(0).max() if size is None else size
         self.beta, u = self._length(w)
         full = self.count == self.layout.size
@@ -243,7 +254,10 @@ class Process:
         u = self._dual(w)
         square = flat.dot(w, u)
         if square < 0 or (square == 0 and w.any()):
-            raise ValueError("`metric` must be positive definite. Received: one with a vector v for which v'Mv <= 0")
+            raise ValueError(
+                f"`metric` must be positive definite. Received: an operator `M` with `v'Mv` = {square:.3g} for a vector of "
+                f"norm {flat.norm(w):.3g}"
+            )
         return float(np.sqrt(square)), u
 
     def _rounding(self, size):

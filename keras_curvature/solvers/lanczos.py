@@ -1,21 +1,20 @@
-"""Eigenvalues of symmetric operators by the Lanczos method: ends of the spectrum, and its density.
+"""Eigenvalues of symmetric operators by the Lanczos method: both ends of the spectrum, and its density.
 
     w = A v_j - beta_{j-1} v_{j-1},   alpha_j = v_j'w,   w -= alpha_j v_j,   beta_j = |w|,   v_{j+1} = w / beta_j
 
 `T` is the tridiagonal matrix of the alphas and betas. For each of its eigenpairs `(theta, s)`, `theta` is a Ritz value,
-`x = V s` its vector, and `|A x - theta x| = beta_m |s_m|` its residual, in exact arithmetic and without another
-product. An eigenvalue of `A` is never farther from `theta` than the residual. Products are rounded, in float32, TF32 or
-bfloat16. The rounding shows as components along earlier vectors when the next vector is orthogonalized, and is part of
-the residuals here, which are never below 10 roundings of the largest eigenvalue.
+`x = V s` its Ritz vector, and in exact arithmetic `|A x - theta x| = beta_m |s_m|` its residual, without another
+product. An eigenvalue of `A` is within this distance of `theta`. But products are rounded, in float32, TF32 or
+bfloat16. The rounding errors appear as components along earlier vectors when the next vector is orthogonalized. The
+residuals here include them, and are never below 10 rounding errors of the largest eigenvalue.
 
-This file knows operators and vectors, but no model. The loop runs on the host in NumPy, with one product per step. `T`
-and everything derived from it are in float64.
+The loop runs on the host in NumPy, with one product per step. `T` and everything derived from it are in float64.
 
 Reference: Parlett, "The symmetric eigenvalue problem" (1998), chapter 13; Wu and Simon, "Thick-restart Lanczos method"
 (2000); Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature" (2017).
 
-Multiplicity: from one start the Krylov space has one vector of each eigenspace, so a multiple eigenvalue is found once
-(rounding may find the others later). The only multiple eigenvalue of a network is zero.
+Multiplicity: a Krylov space has one vector of each eigenspace, so a multiple eigenvalue is found once (rounding errors
+may find the others later). The only multiple eigenvalue of a network is zero.
 """
 
 import numpy as np
@@ -26,29 +25,33 @@ from keras_curvature.operators import LinearOperator
 from keras_curvature.solvers import flat
 from keras_curvature.solvers.krylov import Process, Tridiagonal
 
-# A restart keeps KEPT vectors more than asked for; the basis has room for ROOM more.
+# A restart keeps `k + KEPT` vectors; the basis has room for `k + ROOM`.
 KEPT, ROOM = 5, 20
 MEMORY_LIMIT = 8e9
 FEWER = "pass fewer steps, or choose fewer weights with layers=[...]"
 
 
 def tridiagonalize(operator, start, steps, basis=True, metric=None, memory_limit=MEMORY_LIMIT):
-    """Run steps of the Lanczos method, a `Tridiagonal`.
+    """Run the Lanczos method for some steps.
 
-    Without a basis three vectors are kept and nothing is re-orthogonalized. Eigenvalues then appear several times,
+    Without a basis only three vectors are kept and nothing is re-orthogonalized. Eigenvalues then appear several times,
     which does not affect quadrature (`density`). With a basis, every new vector is orthogonalized against all earlier
-    ones in one pass, and beta is its length afterwards.
+    vectors in one pass, and beta is its norm afterwards.
 
     Args:
         operator: A symmetric `LinearOperator`.
-        start: The first vector, of any nonzero length.
+        start: The first vector, of any nonzero norm.
         steps: Number of steps, an integer.
         basis: Whether to keep the vectors. Defaults to `True`.
         metric: See `eigenpairs`.
-        memory_limit: Most bytes for the vectors. Defaults to `8e9`.
+        memory_limit: Largest number of bytes for the vectors. Defaults to `8e9`.
+
+    Returns:
+        A `Tridiagonal`.
 
     Raises:
-        ValueError: The vectors need more than `memory_limit`, a product is not finite, or `start` is zero.
+        ValueError: The vectors need more than `memory_limit`, a product is not finite, `start` is zero, or `metric` is
+            not positive definite.
 
     Example: `tridiagonalize(curvature, gradient, 10).matrix`
     """
@@ -71,30 +74,33 @@ def eigenpairs(
     operator, like, k=10, tolerance=1e-3, most_negative=False, start=None, seed=0, max_products=None,
     memory_limit=MEMORY_LIMIT, metric=None,
 ):  # fmt: skip
-    """The `k` algebraically largest (or smallest) eigenvalues with their vectors, `Eigenpairs`, by restarted Lanczos.
+    """The `k` algebraically largest (or smallest) eigenvalues and their eigenvectors, by restarted Lanczos.
 
-    When the basis of `k + 20` vectors is full, a restart keeps the `k + 5` Ritz vectors at the wanted end and continues
-    (thick restart). Convergence is checked after every product. A multiple eigenvalue is found once.
+    When the basis of `k + 20` vectors is full, a thick restart keeps the `k + 5` Ritz vectors at the wanted end of the
+    spectrum. Convergence is checked after every product. A multiple eigenvalue is found once.
 
     With a `metric` `M` the eigenvalues are those of `M^1/2 A M^1/2`, which are also those of `M A`. No root is
     computed: `A M` is symmetric in the inner product `u'M v`, and Lanczos runs in it. With `M = P^-1`, an optimizer's
-    preconditioner, this is the curvature that its steps see. The vectors `x` then satisfy `A M x = theta x` and `x'M x
-    = 1`; `M x` is the direction in weight space; residuals are lengths in that inner product.
+    preconditioner, this is the curvature that its steps see. The vectors `x` then satisfy `A M x = theta x` and
+    `x'M x = 1`; `M x` is the direction in weight space; residuals are norms in that inner product.
 
     Args:
         operator: A symmetric `LinearOperator`.
         like: A vector, for its shapes and dtypes.
         k: Number of eigenpairs. Defaults to `10`.
-        tolerance: Largest residual, relative to the eigenvalue's size, or to 1 % of the largest's where that is larger.
+        tolerance: Largest residual, relative to `|theta|`, or to 1 % of the largest `|theta|` if that is larger.
             Defaults to `1e-3`.
         most_negative: Whether to find the smallest eigenvalues instead. Defaults to `False`.
-        start: The first vector; a sum of the eigenvectors of some training steps ago saves products. Defaults to a
-            random vector.
-        seed: Of the random vectors, an integer. Defaults to `0`.
-        max_products: Stop after so many products; `converged` then tells which pairs are within the tolerance.
-            Defaults to `300 + 20 k`.
-        memory_limit: Most bytes for the vectors. Defaults to `8e9`.
-        metric: A positive definite `LinearOperator`. Optional.
+        start: The first vector. The sum of the eigenvectors that were found some training steps ago saves products.
+            Defaults to a random vector.
+        seed: Seed of the random vectors, an integer. Defaults to `0`.
+        max_products: Largest number of products. If it is reached, `converged` says which pairs are within the
+            tolerance. Defaults to `300 + 20 k`.
+        memory_limit: Largest number of bytes for the vectors. Defaults to `8e9`.
+        metric: `M`, a positive definite `LinearOperator`. Defaults to the identity.
+
+    Returns:
+        `Eigenpairs`.
 
     Raises:
         ValueError: The vectors need more than `memory_limit`, a product is not finite, `start` is zero, or `metric` is
@@ -109,7 +115,7 @@ def eigenpairs(
     check_number(eigenpairs, "memory_limit", memory_limit, low=0)
     most = max_products if max_products is not None else 300 + 20 * k
     check_count(eigenpairs, "max_products", most)
-    k = min(k, trees.count(like))  # a matrix has no more
+    k = min(k, trees.count(like))  # a matrix has no more eigenvalues
     rows = min(k + ROOM, trees.count(like))
     _check_memory(rows, k, flat.Layout(like), memory_limit)
     process = Process(operator, like, rows, metric)
@@ -125,11 +131,10 @@ def eigenpairs(
 
 
 def extremes(operator, like, steps=10, start=None, seed=0, metric=None, memory_limit=MEMORY_LIMIT):
-    """The largest and the smallest eigenvalue of one run, `(Eigenpairs, Eigenpairs)` of one pair each.
+    """The largest and the smallest eigenvalue, from one Lanczos run of a fixed number of products.
 
-    For watching a model train: a fixed number of products and a warm start. From the sum of both vectors of the
-        previous
-    run, 5 steps find the largest eigenvalue to about 1e-4; from a random start, 10 steps do.
+    For monitoring during training, with a warm start: from the sum of both eigenvectors of the previous run, 5 steps
+    find the largest eigenvalue to a relative error of about 1e-4; from a random start, 10 steps do.
 
     Args:
         operator: A symmetric `LinearOperator`.
@@ -137,9 +142,12 @@ def extremes(operator, like, steps=10, start=None, seed=0, metric=None, memory_l
         steps: Number of products. Defaults to `10`.
         start: A vector, such as `trees.add(largest.vectors[0], smallest.vectors[0])` of the previous run. Defaults to a
             random vector.
-        seed: Of the random vector, an integer. Defaults to `0`.
+        seed: Seed of the random vector, an integer. Defaults to `0`.
         metric: See `eigenpairs`.
-        memory_limit: Most bytes for the vectors, of which there are `steps`. Defaults to `8e9`.
+        memory_limit: Largest number of bytes for the `steps` vectors. Defaults to `8e9`.
+
+    Returns:
+        `(largest, smallest)`, `Eigenpairs` of one pair each.
 
     Raises:
         ValueError: As `eigenpairs`.
@@ -162,7 +170,7 @@ def _check_metric(owner, metric):
 
 
 def _check_memory(rows, k, layout, limit):
-    """Refuse a basis and eigenvectors that do not fit into memory, and say what would fit."""
+    """Raise a `ValueError` if basis and eigenvectors do not fit into memory; the message says which `k` fits."""
     fits = (int(limit // layout.bytes) - ROOM) // 2
     fewer = f"pass k={fits}, or " if 1 <= fits < k else ""
     flat.check_memory(rows + k, layout, limit, f"{fewer}choose fewer weights with layers=[...]")

@@ -1,4 +1,4 @@
-"""The low-rank geometry of PSGD: one preconditioner for all weights; see `solvers/whitening.py` for the criterion."""
+"""The low-rank geometry of PSGD: one preconditioner for all weights. `solvers/whitening.py` has the criterion."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from keras_curvature.component import check_count, register
 from keras_curvature.operators.low_rank import LowRankSquare, columns, gram, times
 from keras_curvature.solvers.whitening import Draws, Geometry, all_or_none
 
-SIZE = 0.1  # of |U|^2 and of |V|^2 at the start
+SIZE = 0.1  # expected |U|^2 and |V|^2 at the start
 
 
 @register
@@ -22,15 +22,16 @@ class LowRankGeometry(Geometry):
         d <- d - mu/L_d (h P h - v P^-1 v) d                             elementwise
         U <- U - mu/L_U (a a' - b b') V (I + V'U)      or      V <- V - mu/L_V (I + V U') (a a' - b b') U
 
-    `U` and `V` take turns at random. Only `I + V'U`, a matrix `(rank, rank)`, is inverted.
+    Each step updates `U` or `V`, chosen at random. Only `I + V'U`, a matrix `(rank, rank)`, is inverted.
 
     Reference: Li, "Black box Lie group preconditioners for SGD" (arXiv:2211.04422), and `psgd.py` of the author's
-    psgd_torch. Differences from that code: (1) `U` and `V` begin at the expected norm of `0.1^1/2`, not exactly there;
-    (2) `rank` is capped at the number of weights.
+    psgd_torch. Differences from that code: (1) `U` and `V` have an expected squared norm of 0.1 at the start, not an
+    exact one; (2) `rank` is capped at the number of weights.
 
     Args:
         rate, beta, damping, initial: See `Geometry`.
-        rank: Columns of `U` and of `V`. Defaults to `10` (the reference). Memory: `2 rank + 1` copies of the weights.
+        rank: Number of columns of `U` and of `V`; the memory is `2 rank + 1` copies of the weights. Defaults to `10`
+            (the reference).
 
     Example: `PSGD(geometry=LowRankGeometry(rank=20))`
     """
@@ -42,7 +43,7 @@ class LowRankGeometry(Geometry):
         check_count(self, "rank", self.rank)
 
     def specs(self, shapes):
-        """`L`, an entry for each of `d`, `U`, `V`; then the rows of `U`, of `V` and of `d`."""
+        """`L`, with an entry for each of `d`, `U` and `V`; then for each weight its rows of `U`, of `V` and of `d`."""
         sizes = [math.prod(shape) for shape in shapes]
         rank = min(self.rank, sum(sizes))
         deviation = math.sqrt(SIZE / (sum(sizes) * rank))
@@ -57,14 +58,14 @@ class LowRankGeometry(Geometry):
         return [("L", (3,), "zeros"), *matrices, *[(f"d_{i}", (n, 1), "ones") for i, n in enumerate(sizes)]]
 
     def fitted(self, state, v, h, draws):
-        """One step for `d`, and one for `U` or for `V`."""
+        """The state after one step of `d`, and one of `U` or `V`."""
         L, U, V, d = _parts(state)
         begins = tf.equal(L[0], 0)
         scale = self._scale(begins, v, h)
         d = trees.scale(tf.where(begins, scale, tf.ones_like(scale)), d)
         noise = columns(draws.normal_like(h))
         h = self._noisy(columns(h), noise)
-        v = noise if v is None else columns(v)  # the whitening type, where this noise suffices
+        v = noise if v is None else columns(v)  # whitening type: the noise of `h` serves as `v`
         U, V = _balance(U, V)
 
         P = LowRankSquare(U, V, d)
@@ -115,14 +116,14 @@ class LowRankGeometry(Geometry):
 
 
 def _parts(state):
-    """`L, U, V, d` from the flat list."""
+    """`(L, U, V, d)` from the flat list of the state."""
     L, *rows = state
     count = len(rows) // 3
     return L, rows[:count], rows[count : 2 * count], rows[2 * count :]
 
 
 def _balance(U, V):
-    """Roughly `U A` and `V A^-1`, where `A` brings `U'U` and `V'V` closer; the product `U V'` does not change."""
+    """`U A` and `V A^-1` (to fourth order), with a symmetric `A` that makes `U'U` and `V'V` more alike."""
     UU, VV = gram(U, U), gram(V, V)
     left, right = tf.linalg.trace(UU), tf.linalg.trace(VV)
     scale = (left / right) ** (1 / 4)
@@ -133,8 +134,8 @@ def _balance(U, V):
 
 
 def _inverse(U, V, d, inner, v):
-    """`Q^-T v` and `P^-1 v = Q^-1 Q^-T v`, by the inverse of `inner = I + V'U`."""
-    # a finite matrix is never singular; for others TensorFlow's solver would raise
+    """`Q^-T v` and `P^-1 v = Q^-1 Q^-T v`, by solving with `inner = I + V'U`."""
+    # a finite `inner` is never singular; for another one TensorFlow's solver would raise
     finite = tf.reduce_all(tf.math.is_finite(inner))
     inner = tf.where(finite, inner, tf.eye(inner.shape[0], dtype=inner.dtype))
     b = [a / q for a, q in zip(v, d)]

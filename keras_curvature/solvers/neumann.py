@@ -16,14 +16,15 @@ class NeumannSeries(Solver):
 
         x = rate * sum_{i=0..K} (I - rate A)^i b,      that is   x_0 = rate b,   x_k = x_{k-1} + rate (b - A x_{k-1})
 
-    converges to `A^-1 b` where `rate * lambda_max < 2`, by the factor `1 - rate * lambda_min` per step; a negative
-    eigenvalue makes it grow. With a `start` the same iteration begins there.
+    This converges to `A^-1 b` if all eigenvalues of `A` are in `(0, 2 / rate)`; each step multiplies the error along an
+    eigenvector by `1 - rate * lambda`. A negative eigenvalue makes it diverge. With `start`, `x_0` is `start`.
 
-    Reference: Krishnan, Xiao and Saurous (2018), equations 4-6.
+    Reference: Krishnan, Xiao and Saurous, "Neumann optimizer: A practical optimization algorithm for deep neural
+    networks" (2018), equations 4-6.
 
     Args:
         steps: `K`, the number of products. Defaults to `10`.
-        rate: The scale of the iteration, positive. Defaults to `0.1`.
+        rate: Step size of the iteration, positive. Defaults to `0.1`.
 
     Example: `TwoLoopNeumann(solver=NeumannSeries(steps=20, rate=0.05))`
     """
@@ -36,7 +37,7 @@ class NeumannSeries(Solver):
         check_number(self, "rate", self.rate, low=0, open_low=True)
 
     def solve(self, operator, rhs, start=None, preconditioner=None):
-        """`K` steps. A preconditioner `P` replaces `rate * I` by `rate * P`."""
+        """Take `K` steps and return the `Solution`. A preconditioner `P` replaces `rate * I` by `rate * P`."""
 
         def scaled(vector):
             return trees.scale(self.rate, vector if preconditioner is None else preconditioner @ vector)

@@ -1,7 +1,7 @@
-"""Inverse roots of symmetric matrices, `A^(-1/p)`, computed in stacks.
+"""Inverse roots `A^(-1/p)` of stacks of symmetric matrices.
 
-A failed root (the matrix is not finite, or the iteration does not converge) is NaN, and the caller keeps the last good
-one. Nothing here raises on numbers; TensorFlow's eigendecomposition of a NaN would stop the program.
+A root is NaN if it fails: the matrix is not finite, or the iteration does not converge. The caller then keeps the last
+good root. Nothing here raises because of values, whereas TensorFlow's eigendecomposition of a NaN raises an error.
 """
 
 import dataclasses
@@ -13,27 +13,29 @@ from keras_curvature import replicas
 from keras_curvature.component import Component, check, check_count, check_number, register
 from keras_curvature.solvers import dealing
 
-# An iteration that ends farther from the identity than this has failed (the limit of the reference's check).
+# An iteration has failed if it ends farther than this from the identity (the limit in the reference's check).
 FAILED = 0.1
-# The iteration stops when the error grows by this factor, or is this small and does not shrink (the same source). The
-# error is a norm, because in exact arithmetic the norm shrinks and the largest entry need not.
+# The iteration stops when the norm of the error grows by WORSE, or when the error is below NEAR and its norm does not
+# decrease (the same source). In exact arithmetic the norm decreases; the largest entry may not.
 WORSE, NEAR = 1.2, 1e-3
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class EigenRoot(Component):
-    """`A^(-1/p) = Q diag(l)^(-1/p) Q'` with the eigenvalues and -vectors of `A + epsilon I`.
+    """`A^(-1/p) = Q diag(l)^(-1/p) Q'` with the eigenvalues `l` and eigenvectors `Q` of `A + epsilon I`.
 
-    If rounding makes the smallest eigenvalue lower, all are shifted up. The smallest is then `epsilon`, or the smallest
-    number that the precision distinguishes from zero next to the largest.
+    If rounding makes the smallest eigenvalue too small, all eigenvalues are shifted up, so that the smallest is
+    `epsilon`, or the machine precision times the largest if that is larger.
 
-    Reference: the eigendecomposition of github.com/facebookresearch/optimizers, `matrix_functions.py`, which uses only
-    `epsilon`.
+    Reference: the eigendecomposition of github.com/facebookresearch/optimizers, `matrix_functions.py`, whose lower
+    bound is `epsilon` alone.
 
     Args:
-        exponent: The exponent of the inverse root; with `None` the method chooses, `1 / (2 axes)` in Shampoo. Defaults
+        exponent: The exponent of the inverse root; `None`: the optimizer chooses, `1 / (2 axes)` in Shampoo. Defaults
             to `None`.
+
+    Example: `Shampoo(root=EigenRoot(exponent=0.5))`
     """
 
     exponent: float | None = None
@@ -56,23 +58,27 @@ class EigenRoot(Component):
 @register
 @dataclasses.dataclass(frozen=True)
 class CoupledNewton(Component):
-    """`A^(-1/p)` for an integer `p` by matrix products alone, which suits accelerators.
+    """`A^(-1/p)` for an integer `p` by matrix products only, which are fast on accelerators.
 
         N = (1 + 1/p) I - M/p,    X <- X N,    M <- N^p M
 
-    from `X = z^(1/p) I` and `M = z A`, `z = (p + 1) / (2 |A|_F)`, until `|M - I| <= tolerance` in the largest entry.
-    Each matrix of the stack stops separately: at convergence, or at its smallest error when the error grows again.
+    from `X = z^(1/p) I` and `M = z A`, `z = (p + 1) / (2 |A|_F)`, until all entries of `M - I` are
+    at most `tolerance`. Each matrix of the stack stops separately: when it converges, or at its smallest error when
+    the error grows again.
 
-    Reference: Guo and Higham, "A Schur-Newton method for the matrix pth root and its inverse" (2006). Anil et al.,
-    "Scalable second order optimization for deep learning" (2020), and github.com/facebookresearch/optimizers use it.
+    Reference: Guo and Higham, "A Schur-Newton method for the matrix pth root and its inverse" (2006). Used by
+    Anil et al., "Scalable second order optimization for deep learning" (2020), and in
+    github.com/facebookresearch/optimizers.
 
     Args:
-        exponent: The exponent of the inverse root, `1 / p`; with `None` the method chooses. Defaults to `None`.
-        relative_epsilon: Multiple of `|A|_F` added to the diagonal if it exceeds the method's own epsilon: the
-            iteration needs a condition number within the precision. Defaults to `1e-6` (Anil et al., of the largest
-            eigenvalue).
-        tolerance: The error of a converged root. Defaults to `1e-6` (the reference).
-        max_steps: Iterations at most. Defaults to `100` (the reference).
+        exponent: The exponent of the inverse root, `1 / p`; `None`: the optimizer chooses. Defaults to `None`.
+        relative_epsilon: `relative_epsilon |A|_F` is added to the diagonal if it exceeds the optimizer's `epsilon`: the
+            iteration fails if the condition number exceeds what the precision resolves. Defaults to `1e-6` (Anil et
+            al., of the largest eigenvalue).
+        tolerance: Largest entry of `M - I` at convergence. Defaults to `1e-6` (the reference).
+        max_steps: Largest number of iterations. Defaults to `100` (the reference).
+
+    Example: `Shampoo(root=CoupledNewton())`
     """
 
     exponent: float | None = None
@@ -121,13 +127,13 @@ class CoupledNewton(Component):
 
 
 def without_failures(matrices):
-    """`(finite, matrices)`: which of a stack are finite, `(..., 1, 1)`, and the stack with `I` for the others."""
+    """`(finite, matrices)`: which matrices are finite, `(..., 1, 1)`, and the stack with `I` for the others."""
     finite = tf.reduce_all(tf.math.is_finite(matrices), axis=(-2, -1), keepdims=True)
     return finite, tf.where(finite, matrices, tf.eye(matrices.shape[-1], dtype=matrices.dtype))
 
 
 def in_units(matrices):
-    """`(unit, matrices / unit)` with the largest entry as the unit, so that squares do not overflow."""
+    """`(unit, matrices / unit)`: each matrix divided by its largest entry, so that squares do not overflow."""
     unit = _largest(matrices)
     unit = tf.where(unit > 0, unit, tf.ones_like(unit))
     return unit, matrices / unit
@@ -139,11 +145,11 @@ def failed_as_nan(good, matrices):
 
 
 def in_stacks(fn, items):
-    """`[fn(item) for item in items]`, matrices of one size stacked into one call, and the stacks dealt to the replicas.
+    """`[fn(item) for item in items]`, with one call for each size of matrix; the replicas share the stacks.
 
     Args:
         fn: A function of a stack `(count, n, n)`, or of a tuple of stacks, that returns a stack.
-        items: Matrices, or tuples of matrices of one size; the same on all replicas.
+        items: Matrices, or tuples of matrices of the same size, a list; the same on all replicas.
     """
     by_size = {}
     for position, item in enumerate(items):
@@ -173,7 +179,7 @@ def _largest(matrices):
 
 
 def _power(matrices, p):
-    """The `p`-th power by squaring."""
+    """The `p`-th power, by repeated squaring."""
     result = None
     while p:
         if p % 2:
