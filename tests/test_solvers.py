@@ -267,7 +267,7 @@ def test_neumann_series_from_a_start_and_with_a_preconditioner(spd):
 
 
 def test_a_solver_must_solve():
-    with pytest.raises(NotImplementedError, match="`Solver` must implement `solve`"):
+    with pytest.raises(NotImplementedError, match="`Solver` must implement `solve.operator, rhs"):
         Solver().solve(Identity(), [tf.ones([2])])
 
 
@@ -301,7 +301,7 @@ def test_a_sum_with_anything_but_an_operator_is_refused_at_once():
 
 def test_a_multiple_by_anything_but_a_scalar_is_refused_at_once():
     for other in (np.ones(2), tf.ones([2]), Identity(), "2"):
-        with pytest.raises(TypeError, match="a number or a scalar tensor only"):
+        with pytest.raises(TypeError, match="only by a number or a scalar tensor"):
             Identity() * other
 
 

@@ -1,61 +1,61 @@
 """Every private name of Keras and TensorFlow that the package uses.
 
 A name is private if it begins with an underscore or is imported from below `keras.src`, `tensorflow.python` or
-`tf.__internal__`. The rest of the package calls the functions below. `tests/test_keras_internals.py` has a test for
-each, and `tests/test_private_names.py` fails where another file uses a private name. They were read in Keras 3.15 and
+`tf.__internal__`. The rest of the package calls the functions below. `tests/test_keras_internals.py` tests each of
+them, and `tests/test_private_names.py` fails if another file uses a private name. The names are those of Keras 3.15 and
 TensorFlow 2.21.
 
 | private name | function | why not a public name |
 | --- | --- | --- |
 | **models.py** |  |  |
-| `Layer._flatten_layers` | `layers_of` | `model.layers` has the outermost layers alone |
+| `Layer._flatten_layers` | `layers_of` | `model.layers` has the outermost layers only |
 | `Layer._trainable_variables` | `own_weights` | `trainable_variables` includes those of sublayers |
-| `Trainer._call_has_training_arg` | `takes_training` | as Keras' train step decides it |
+| `Trainer._call_has_training_arg` | `takes_training` | Keras' own train step uses it |
 | `Trainer._compute_loss` | `compute_loss` | `compute_loss` may lack the argument `training` |
-| `Trainer._compile_loss`, `_compile_metrics` | `is_built` | there is no other way to ask |
+| `Trainer._compile_loss`, `_compile_metrics` | `is_built` | no public name |
 | `Trainer._symbolic_build` | `build` | builds the optimizer, metrics and losses at once |
-| `Trainer._distribute_strategy` | `is_under_strategy` | `distribute_strategy` is the default one for none |
-| `Trainer._initial_epoch` | `begin_at_epoch` | what `BackupAndRestore` does, too |
-| `KerasSaveable._unpickle_model` | `unpickled` | `load_model` takes no open file |
+| `Trainer._distribute_strategy` | `is_under_strategy` | without a strategy, `distribute_strategy` is the default |
+| `Trainer._initial_epoch` | `begin_at_epoch` | `BackupAndRestore` uses it too |
+| `KerasSaveable._unpickle_model` | `unpickled` | `load_model` does not take an open file |
 | `Functional` | `Functional` | the class behind `keras.Model(inputs, outputs)` |
 | (public: `keras.Model.metrics`) | `loss_tracker` |  |
 | **losses.py** |  |  |
 | `CompileLoss._flat_losses` | `losses_of` | `model.loss` is as the user wrote it |
-| `CompileLoss._flat_losses` | `changed_losses` | the compiled loss with other losses in it |
+| `CompileLoss._flat_losses` | `changed_losses` | replaces losses inside the compiled loss |
 | `LossFunctionWrapper` | `function_of` | the class is not exported |
 | `LossFunctionWrapper._fn_kwargs` | `options_of` | `get_config` of a sparse loss leaves out `axis` |
-| `Tensor._keras_logits`, `_keras_mask` | `carried`, `carry`, `logits_of`, `LOGITS` | attributes of tensors, no more |
+| `Tensor._keras_logits`, `_keras_mask` | `carried`, `carry`, `logits_of`, `LOGITS` | Keras sets these attributes |
 | **layers.py** |  |  |
 | `BatchNormalization._moments` | `batch_moments` | `keras.ops.moments` takes no mask |
 | **optimizers.py** |  |  |
 | `Optimizer._trainable_variables` | `trained_by` | `variables` is the optimizer's state |
-| `Optimizer._var_key` | `keys_of` | equality of variables that replicas mirror |
-| `Optimizer._get_variable_index` | `places_of` | where a variable's state stands |
-| `Adam._velocities`, ... | `state` | `variables` lists the state without its roles |
-| `TFOptimizer._distribution_strategy` | `strategy_of` | a wrong strategy is known only at the first step |
+| `Optimizer._var_key` | `keys_of` | variables mirrored on replicas need a common key |
+| `Optimizer._get_variable_index` | `places_of` | the index of a variable's state |
+| `Adam._velocities`, ... | `state` | `variables` does not say which is which |
+| `TFOptimizer._distribution_strategy` | `strategy_of` | a wrong strategy would fail only at the first step |
 | **epochs.py** |  |  |
-| `TFEpochIterator._distributed_dataset` | `batch_spec` | callbacks are handed no data |
+| `TFEpochIterator._distributed_dataset` | `batch_spec` | callbacks do not get the data |
 | `PerReplicaSpec._value_specs` | `batch_spec` | the spec of one replica |
 | **tensorflow.py** |  |  |
-| `tensor_util.constant_value_as_shape` | `static_shape` | `get_static_value` gives up on partly known ones |
-| `op_def_registry.get` | `is_continuous` | an operation's types of inputs and outputs |
-| `control_flow_util.GraphOrParentsInXlaContext` | `is_compiled` | slices of unknown size would fail inside XLA |
-| `strategy_supports_no_merge_call` | `uses_merge_calls` | says how replicas synchronize |
-| `extended._in_multi_worker_mode` | `has_several_workers` | the class alone does not tell |
+| `tensor_util.constant_value_as_shape` | `static_shape` | `get_static_value` fails for partly known shapes |
+| `op_def_registry.get` | `is_continuous` | the dtypes that an operation takes and returns |
+| `control_flow_util.GraphOrParentsInXlaContext` | `is_compiled` | slices of unknown size fail under XLA |
+| `strategy_supports_no_merge_call` | `uses_merge_calls` | how replicas synchronize |
+| `extended._in_multi_worker_mode` | `has_several_workers` | the class also runs with one worker |
 
-Methods of Keras that classes of ours override:
+Private methods of Keras that the package overrides:
 
 | private name | overridden in | because |
 | --- | --- | --- |
-| `Trainer._maybe_symbolic_build` | `training` | Keras averages slices, and draws a batch |
-| `Trainer._make_function` | `training` | where logs and steps leave the replicas |
-| `Trainer._get_metrics_result_or_logs` | `training` | reports among the logs of an epoch |
-| `Optimizer._clip_gradients` | `optimizers/lifecycle.py` | a step is not to be clipped |
-| `TFOptimizer._distributed_tf_update_step` | `optimizers` | all variables at once, outside the replicas |
+| `Trainer._maybe_symbolic_build` | `training` | Keras averages slices and draws a batch |
+| `Trainer._make_function` | `training` | logs of several workers; several steps per execution |
+| `Trainer._get_metrics_result_or_logs` | `training` | adds reports to the logs of an epoch |
+| `Optimizer._clip_gradients` | `optimizers/lifecycle.py` | clips gradients, not steps |
+| `TFOptimizer._distributed_tf_update_step` | `optimizers` | updates all variables at once, outside the replicas |
 | `TFOptimizer._overwrite_model_variables_with_average_value` | `optimizers` | rounds averages to half precision |
 
-`replaced.py` lists the functions that are replaced; `guards.py` says how, with `guard`,
-`guard_attribute`, `holding` and `twin`.
+`replaced.py` lists the functions that the package replaces. `guards.py` has `guard`, `guard_attribute`, `holding` and
+`twin`, which replace them.
 """
 
 from keras_curvature.keras_internals.epochs import FIT, NEW_ITERATOR, STEPS_OF_EPOCH, batch_spec

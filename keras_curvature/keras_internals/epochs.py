@@ -6,9 +6,9 @@ from keras.src.backend.tensorflow.trainer import TFEpochIterator
 
 
 def batch_spec(epoch_iterator):
-    """The spec of the batches of an epoch, a nest of `tf.TensorSpec`; under a strategy, of one replica's.
+    """The spec of a batch, a nest of `tf.TensorSpec`; under a strategy, of one replica's share.
 
-    `None` where the data have `None`, which stands in the data set as an empty `tf.experimental.Optional`.
+    Entries of the data that are `None` stay `None`; the data set has an empty `tf.experimental.Optional` for them.
     """
 
     def of_one_replica(spec):
@@ -18,9 +18,9 @@ def batch_spec(epoch_iterator):
     return tf.nest.map_structure(of_one_replica, epoch_iterator._distributed_dataset.element_spec)
 
 
-# `fit`, of which callbacks do not learn that it has failed.
+# `fit`: Keras does not tell callbacks when it fails.
 FIT = (next(cls for cls in keras.Model.__mro__ if "fit" in vars(cls)), "fit")
-# Its iterator over the epochs is made first.
+# The first iterator that `fit` makes is the one over its epochs.
 NEW_ITERATOR = (TFEpochIterator, "__init__")
 # The generator of `(first step, last step, iterator)` that `fit`, `evaluate` and `predict` loop over.
 STEPS_OF_EPOCH = (TFEpochIterator, "_enumerate_iterator")

@@ -1,12 +1,12 @@
-"""Functions of Keras and TensorFlow that the package computes otherwise: replaced once, for good, never put back.
+"""Permanent replacement of functions of Keras and TensorFlow, which acts only while the package asks for it.
 
     guard(owner, name, substitute)      from now on `owner.name(...)` is `substitute(original, ...)`
 
-The substitute looks at a `contextvars.ContextVar` and calls `original` unless a function of the package has set it. A
-context variable belongs to one thread and is restored by a token, so other threads, nested contexts and errors midway
-cannot leave anything behind. The threads of replicas get the context of their caller; see `replicas.each`.
+The substitute reads a `contextvars.ContextVar` and calls `original` unless the package has set the variable. A context
+variable is local to a thread and restored by a token, so threads, nested contexts and exceptions do not affect each
+other. The threads of replicas get the context of their caller; see `replicas.each`.
 
-Nothing is written into objects of Keras, either: `twin(layer, activation=None)` is another layer with the same
+The attributes of Keras' objects are not changed either: `twin(layer, activation=None)` is another layer with the same
 variables.
 """
 
@@ -19,12 +19,12 @@ _guards = {}
 
 
 def guard(owner, name, substitute):
-    """Let `substitute(original, *args, **kwargs)` answer every call of `owner.name`; a second time nothing happens.
+    """Replace `owner.name(...)` by `substitute(original, ...)`. A second call does nothing.
 
     Args:
         owner: A module or a class.
         name: The name of a function in it.
-        substitute: A function at the top of a module, one for each name.
+        substitute: A module-level function; there is one for each name.
     """
     if is_guarded(owner, name):  # the usual case
         return
@@ -34,25 +34,25 @@ def guard(owner, name, substitute):
 
 
 def guard_attribute(owner, name, substitute):
-    """Let `substitute(instance, value)` answer whenever attribute `name` of an instance of class `owner` is read."""
+    """Let attribute `name` of instances of class `owner` read as `substitute(instance, value)`."""
     with _lock:
         if not is_guarded(owner, name):
             _replace(owner, name, _GuardedAttribute(name, substitute))
 
 
 def is_guarded(owner, name):
-    """Whether `owner.name` has a substitute."""
+    """Whether `owner.name` is replaced."""
     return (owner, name) in _guards
 
 
 def guards():
-    """`{(owner, name): what stands there}` for all names that have a substitute."""
+    """`{(owner, name): replacement}` for all replaced names."""
     return dict(_guards)
 
 
 @contextlib.contextmanager
 def holding(variable, value):
-    """While open, a `contextvars.ContextVar` has this value on this thread; yields the value."""
+    """A context in which a `contextvars.ContextVar` has this value in this thread; yields the value."""
     token = variable.set(value)
     try:
         yield value
@@ -74,7 +74,7 @@ def _guarded(original, substitute):
 
 
 class _GuardedAttribute:
-    """A data descriptor over the attribute of that name in the instance's own dictionary."""
+    """A data descriptor for an attribute that is stored in the instance's `__dict__`."""
 
     def __init__(self, name, substitute):
         self._name, self._substitute = name, substitute
@@ -94,9 +94,10 @@ class _GuardedAttribute:
 
 
 def twin(keras_object, **attributes):
-    """An object like `keras_object`, a layer or loss, with the same variables and settings but for `attributes`.
+    """A shallow copy of a layer or loss, with the same variables and other `attributes`.
 
-    Made for one call: what that call writes into the twin does not reach the original. `copy.copy` would serialize.
+    It serves one call; attributes that the call sets on it do not reach the original. `copy.copy` would serialize the
+    layer instead.
     """
     other = object.__new__(type(keras_object))
     vars(other).update(vars(keras_object), **attributes)

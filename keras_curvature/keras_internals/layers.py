@@ -1,6 +1,6 @@
-"""Private names of single kinds of layers."""
+"""Private names of single layer classes."""
 
 
 def batch_moments(layer, x, mask=None):
-    """`(mean, variance)` of a batch as a `BatchNormalization` takes them; `mask` leaves positions out."""
+    """`(mean, variance)` of a batch as `BatchNormalization` computes them; masked positions are left out."""
     return layer._moments(x, mask)

@@ -1,4 +1,4 @@
-"""Private names of Keras' losses, and of the outputs that they read."""
+"""Private names of Keras' losses, and of the attributes that they read from the outputs."""
 
 from keras.src.losses.losses import LossFunctionWrapper
 
@@ -8,16 +8,16 @@ LOGITS, MASK = "_keras_logits", "_keras_mask"
 
 
 def losses_of(model):
-    """The `keras.losses.Loss` objects of a compiled and built model, a list; empty without any."""
+    """The `keras.losses.Loss` objects of a compiled and built model, a list."""
     return [compiled.loss for compiled in _compiled(model) if compiled is not None]
 
 
 def changed_losses(model, change):
-    """The compiled loss of a built model, `(y, outputs, sample_weight)` to a scalar, with other losses in it.
+    """The compiled loss of a built model with other losses in it, a function `(y, outputs, sample_weight)`.
 
     Args:
-        model: A compiled and built `keras.Model`; it stays as it is.
-        change: A function of a `keras.losses.Loss` to what is called in its place.
+        model: A compiled and built `keras.Model`; it does not change.
+        change: A function from a `keras.losses.Loss` to the function that replaces it.
     """
     losses = [compiled._replace(loss=change(compiled.loss)) for compiled in _compiled(model)]
     return twin(model._compile_loss, _flat_losses=losses)
@@ -28,28 +28,28 @@ def _compiled(model):
 
 
 def function_of(loss):
-    """The function that a loss of Keras' averages over the examples; `None` for losses with a `call` of their own."""
+    """The function that a Keras loss averages over the examples; `None` for a loss with its own `call`."""
     wraps = isinstance(loss, LossFunctionWrapper) and type(loss).call is LossFunctionWrapper.call
     return loss.fn if wraps else None
 
 
 def options_of(loss):
-    """The arguments that a loss of Keras' hands its function, a dict; empty for other losses."""
+    """The keyword arguments that a Keras loss passes to its function, a dict; empty for other losses."""
     return getattr(loss, "_fn_kwargs", {})
 
 
 def carried(tensor):
-    """What Keras has attached to an output for losses and metrics: `{LOGITS: tensor, MASK: tensor}`, those there."""
+    """The attributes of an output that losses and metrics read: `{LOGITS: tensor, MASK: tensor}`, if present."""
     return {name: getattr(tensor, name) for name in (LOGITS, MASK) if hasattr(tensor, name)}
 
 
 def carry(tensor, found):
-    """Attach `found`, as `carried` gives it, to a tensor of our own, and return the tensor."""
+    """Set the attributes that `carried` returned on another tensor, and return that tensor."""
     for name, value in found.items():
         setattr(tensor, name, value)
     return tensor
 
 
 def logits_of(tensor):
-    """The logits that a softmax or sigmoid has attached to its output; `None` without."""
+    """The logits that a softmax or sigmoid attaches to its output; `None` for other outputs."""
     return getattr(tensor, LOGITS, None)

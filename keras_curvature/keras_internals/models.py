@@ -7,12 +7,12 @@ __all__ = ["Functional"]
 
 
 def layers_of(layer, include_self=True):
-    """The layers in a model or layer at every depth, in Keras' order, a list."""
+    """All layers of a model or layer, nested ones included, in Keras' order; a list."""
     return layer._flatten_layers(include_self=include_self)
 
 
 def own_weights(layer):
-    """The trainable variables that a layer itself has made, without those of its sublayers; frozen ones too."""
+    """The trainable variables that a layer itself created, without those of its sublayers, and also if frozen."""
     return layer._trainable_variables
 
 
@@ -22,7 +22,7 @@ def takes_training(model):
 
 
 def compute_loss(model, x, y, y_pred, sample_weight, training=True):
-    """`model.compute_loss`, whether or not the user's own version takes `training`."""
+    """`model.compute_loss`, also if an overridden version does not take `training`."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
 
 
@@ -33,25 +33,25 @@ def is_built(model):
 
 
 def build(model, batch):
-    """Build the model, its loss, metrics and optimizer for a batch such as `(x, y)`, of arrays or of their specs."""
+    """Build the model, its loss, metrics and optimizer for a batch such as `(x, y)`, of arrays or specs."""
     model._symbolic_build(data_batch=batch)
 
 
 def is_under_strategy(model):
-    """Whether the model was made in the scope of a distribution strategy."""
+    """Whether the model was created in the scope of a distribution strategy."""
     return model._distribute_strategy is not None
 
 
 def begin_at_epoch(model, epoch):
-    """Let the `fit` that has begun go on from this epoch; `None`: from its own `initial_epoch`."""
+    """Let the running `fit` begin at this epoch; `None`: at its own `initial_epoch`."""
     model._initial_epoch = epoch
 
 
 def unpickled(file):
-    """The model in the file that Keras pickles a model as; `__reduce__` gives it as the one argument."""
+    """The model from the file that Keras' `__reduce__` pickles."""
     return keras.Model._unpickle_model(file)
 
 
 def loss_tracker(model):
-    """The metric that shows the loss of a compiled model; also where `metrics` is overridden."""
+    """The metric that tracks the loss of a compiled model, also if `metrics` is overridden."""
     return next(metric for metric in keras.Model.metrics.fget(model) if metric.name == "loss")

@@ -2,7 +2,7 @@
 
 
 def trained_by(optimizer):
-    """The variables that a built optimizer trains, a list."""
+    """The model variables that a built optimizer trains, a list."""
     return optimizer._trainable_variables
 
 
@@ -12,18 +12,18 @@ def keys_of(optimizer, variables):
 
 
 def places_of(optimizer, variables):
-    """Where the state of each variable stands in the lists of `state`."""
+    """The index of each variable in the lists that `state` returns."""
     return [optimizer._get_variable_index(v) for v in variables]
 
 
 def state(optimizer, role):
-    """What an optimizer of Keras' keeps in a role such as `"velocities"`: a list by variable, or one variable.
+    """The state of a Keras optimizer under a name such as `"velocities"`; `None` if it has none of this name.
 
-    `None` where it keeps nothing in that role.
+    A list with one variable for each trained variable, or a single variable.
     """
     return getattr(optimizer, f"_{role}", None)
 
 
 def strategy_of(optimizer):
-    """The distribution strategy that an optimizer was made under."""
+    """The distribution strategy in whose scope an optimizer was created."""
     return optimizer._distribution_strategy

@@ -1,27 +1,27 @@
-"""The names that the package has substitutes for, each as `(owner, name)`; see `guards.py`.
+"""The functions and attributes that the package replaces, each as `(owner, name)`; see `guards.py`.
 
-| private name | constant | who substitutes it | and why |
+| private name | constant | replaced in | why |
 | --- | --- | --- | --- |
 | `nn._compute_moments` | `MOMENTS` | `pure/differentiable.py` | second derivatives |
 | `nn._compute_moments_sync` | `SYNCHRONIZED_MOMENTS` | `pure/differentiable.py` | derivatives over replicas |
 | `nn.max_pool` | `MAX_POOL` | `pure/differentiable.py` | a cheap forward mode |
-| `rnn.cudnn_ok` | `CUDNN_OK` | `pure/differentiable.py` | cuDNN has one derivative |
+| `rnn.cudnn_ok` | `CUDNN_OK` | `pure/differentiable.py` | cuDNN has no second derivative |
 | `loss.scale_loss_for_distribution` | `SCALE_LOSS` | `pure/differentiable.py` | uneven slices |
-| `loss.reduce_values` | `REDUCE_LOSS` | `pure/differentiable.py` | losses of one number on slices |
+| `loss.reduce_values` | `REDUCE_LOSS` | `pure/differentiable.py` | losses that return one number |
 | `loss.unscale_loss_for_distribution` | `UNSCALE_LOSS` | `pure/differentiable.py` | uneven slices |
-| `FuncGraph.control_dependencies` | `CONTROL_DEPENDENCIES` | `pure/differentiable.py` | prunes a backward pass |
-| `gen_stateless_random_ops_v2.*` | `GENERATORS`, `TRUNCATED_NORMAL` | `pure/randomness.py` | the rows of a slice |
+| `FuncGraph.control_dependencies` | `CONTROL_DEPENDENCIES` | `pure/differentiable.py` | a needless pass |
+| `gen_stateless_random_ops_v2.*` | `GENERATORS`, `TRUNCATED_NORMAL` | `pure/randomness.py` | draws the rows of a slice |
 | `Layer._dtype_policy` | `DTYPE_POLICY` | `pure/precision.py` | measures in float32 |
-| `RNN.inner_loop`, of `LSTM`, `GRU` | `RECURRENT_LOOPS` | `layers/taps.py` | notes the states |
-| `call` of a class of layers | `method_of(layer, name)` | `layers/taps.py` | notes the pre-activations |
-| `TensorFlowTrainer.fit` | `epochs.FIT` | `callbacks/fits.py` | learns that a `fit` has failed |
+| `RNN.inner_loop`, of `LSTM`, `GRU` | `RECURRENT_LOOPS` | `layers/taps.py` | records the states |
+| `call` of a class of layers | `method_of(layer, name)` | `layers/taps.py` | records the pre-activations |
+| `TensorFlowTrainer.fit` | `epochs.FIT` | `callbacks/fits.py` | runs clean-up if `fit` fails |
 | `TFEpochIterator.__init__` | `epochs.NEW_ITERATOR` | `callbacks/fits.py` | the iterator of a `fit` |
-| `TFEpochIterator._enumerate_iterator` | `epochs.STEPS_OF_EPOCH` | `callbacks/fits.py` | changes the steps |
+| `TFEpochIterator._enumerate_iterator` | `epochs.STEPS_OF_EPOCH` | `callbacks/fits.py` | the steps of an epoch |
 | `gradient_registry.lookup` | `LOOKUP`, `GRADIENT_REGISTRY` | `pure/differentiability.py` | missing derivatives |
-| `gen_functional_ops.symbolic_gradient` | `SYMBOLIC_GRADIENT` | `pure/differentiability.py` | fails only when it runs |
-| `nn.ctc_loss` | `CTC_LOSS` | `pure/differentiable.py` | its second derivatives are NaN, or fail |
-| `interim.maybe_merge_call` | `MERGE_CALL` | `replicas.py` | Keras' step, from outside |
-| `TFOptimizer._all_reduce_sum_gradients` | `SUM_GRADIENTS` | `replicas.py` | gradients summed already |
+| `gen_functional_ops.symbolic_gradient` | `SYMBOLIC_GRADIENT` | `pure/differentiability.py` | refuses at trace time |
+| `nn.ctc_loss` | `CTC_LOSS` | `pure/differentiable.py` | no second derivatives |
+| `interim.maybe_merge_call` | `MERGE_CALL` | `replicas.py` | Keras' step outside replicas |
+| `TFOptimizer._all_reduce_sum_gradients` | `SUM_GRADIENTS` | `replicas.py` | the gradients are summed already |
 """
 
 import importlib
@@ -36,7 +36,7 @@ from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.ops import gen_functional_ops
 from tensorflow.python.ops import gen_stateless_random_ops_v2 as generators
 
-# `import ... as` would give the function of that name, which hides the module
+# `import ... as` would return the function of the same name, which shadows the module
 rnn = importlib.import_module("keras.src.backend.tensorflow.rnn")
 
 MOMENTS = (nn, "_compute_moments")
@@ -63,5 +63,5 @@ SUM_GRADIENTS = (TFOptimizer, "_all_reduce_sum_gradients")
 
 
 def method_of(layer, name):
-    """A method of a layer, such as `call`, in the class that it is inherited from."""
+    """`(class, name)` of a layer's method such as `call`: the class that defines it."""
     return next(cls for cls in type(layer).__mro__ if name in vars(cls)), name

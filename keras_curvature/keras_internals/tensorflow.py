@@ -6,17 +6,17 @@ from tensorflow.python.ops import control_flow_util
 
 
 def static_shape(shape):
-    """What is known of a shape that is given as a tensor, a `tf.TensorShape`."""
+    """The static `tf.TensorShape` of a shape that is a tensor, with `None` for unknown axes."""
     return tensor_util.constant_value_as_shape(tf.convert_to_tensor(shape))
 
 
 def is_compiled(graph):
-    """Whether a graph is traced for XLA."""
+    """Whether a graph is compiled by XLA."""
     return control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
 def uses_merge_calls():
-    """Whether the strategy of the caller synchronizes its replicas by merge calls."""
+    """Whether the current distribution strategy synchronizes its replicas by merge calls."""
     return not tf.__internal__.distribute.strategy_supports_no_merge_call()
 
 
@@ -25,12 +25,12 @@ def has_several_workers(strategy):
     return strategy.extended._in_multi_worker_mode()
 
 
-# `DataType`s: float32, float64, complex64, bfloat16, complex128, float16, and variants, such as lists of tensors
+# `DataType` numbers: float32, float64, complex64, bfloat16, complex128, float16, and variants (lists of tensors)
 _CONTINUOUS = {1, 2, 8, 14, 18, 19, 21}
 
 
 def is_continuous(operation):
-    """Whether an operation, named by its type, can have floating inputs and floating outputs."""
+    """Whether an operation, given by its type, can have floating-point inputs and floating-point outputs."""
     definition = op_def_registry.get(operation)
     if definition is None:
         return True

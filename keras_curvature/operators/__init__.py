@@ -1,4 +1,4 @@
-"""Linear maps on weight space. Operators multiply; solvers solve."""
+"""Linear operators on weight space. Operators multiply; solvers solve."""
 
 from keras_curvature.operators.base import Function, Identity, LinearOperator, Scaled, Sum, dense
 from keras_curvature.operators.diagonal import Diagonal

@@ -1,4 +1,4 @@
-"""Linear maps on weight space. An operator multiplies; solvers solve.
+"""Linear operators on weight space. An operator multiplies; solvers solve.
 
     A @ v        the product with a vector (a list of tensors)
     A + B        the sum of two operators
@@ -38,7 +38,14 @@ class LinearOperator:
     psd = False
 
     def multiply(self, vector):
-        """`A v` for a list of tensors, with the same shapes."""
+        """`A v`, a vector.
+
+        Args:
+            vector: A list of tensors.
+
+        Returns:
+            A list of tensors of the same shapes.
+        """
         raise NotImplementedError(f"`{type(self).__name__}` must implement `multiply(vector)`.")
 
     def __matmul__(self, vector):
@@ -65,7 +72,14 @@ class LinearOperator:
 
 @dataclasses.dataclass(frozen=True)
 class Function(LinearOperator):
-    """An operator known only by its product, such as a Hessian."""
+    """An operator given by its product, such as a Hessian.
+
+    Args:
+        product: A function from a vector to a vector, `v -> A v`.
+        psd: Whether the operator is symmetric positive semi-definite. Defaults to `False`.
+
+    Example: `Function(lambda v: [2.0 * a for a in v], psd=True)`
+    """
 
     product: Callable
     psd: bool = False
@@ -86,7 +100,7 @@ class Identity(LinearOperator):
 
 @dataclasses.dataclass(frozen=True)
 class Sum(LinearOperator):
-    """`v -> A v + B v`."""
+    """`v -> A v + B v`, made by `A + B`. It is `psd` if both are."""
 
     left: LinearOperator
     right: LinearOperator
@@ -103,13 +117,13 @@ class Sum(LinearOperator):
 class Scaled(LinearOperator):
     """`v -> s A v`, made by `s * A`.
 
-    It is `psd` if `A` is and `s` is known to be non-negative. The value of a number or an eager tensor is known; the
-    value of a graph tensor is not, so pass `nonnegative=True` there.
+    It is `psd` if `A` is and `s` is known to be non-negative. The value of a tensor in a graph is not known: pass
+    `nonnegative=True` for it.
 
     Args:
         scalar: `s`, a number or a scalar tensor.
         operator: `A`.
-        nonnegative: Whether `s >= 0`; `None` looks at the value. Defaults to `None`.
+        nonnegative: Whether `s >= 0`; `None`: read from the value, and false if it is not known. Defaults to `None`.
     """
 
     scalar: object
@@ -132,18 +146,18 @@ class Scaled(LinearOperator):
 def _require_operator(other):
     if not isinstance(other, LinearOperator):
         raise TypeError(
-            f"An operator can be added to another operator only. Received: {_described(other)}. To add a multiple of "
-            "the identity, as a damping does, write `A + 0.1 * keras_curvature.Identity()`."
+            f"An operator can be added only to another operator. Received: {_described(other)}. To add a multiple of "
+            "the identity, such as a damping, write `A + 0.1 * keras_curvature.Identity()`."
         )
 
 
 def _require_scalar(scalar):
-    """Refuse to multiply by anything but a number or a scalar tensor; a tensor of unknown rank passes."""
+    """Raise a `TypeError` unless `scalar` is a number or a scalar tensor; a tensor of unknown rank passes."""
     is_number = isinstance(scalar, numbers.Real) or hasattr(scalar, "dtype")
     if not is_number or tf.TensorShape(getattr(scalar, "shape", ())).rank not in (0, None):
         raise TypeError(
-            f"An operator can be multiplied by a number or a scalar tensor only. Received: {_described(scalar)}. For "
-            "the product with a vector write `A @ vector`; for one factor per weight, `operators.Diagonal(entries)`."
+            f"An operator can be multiplied only by a number or a scalar tensor. Received: {_described(scalar)}. For "
+            "the product with a vector write `A @ vector`; for a factor per weight, `operators.Diagonal(entries)`."
         )
 
 
@@ -155,14 +169,19 @@ def _described(value):
 
 
 def _is_nonnegative(scalar):
-    """Whether a number or tensor is known to be at least 0; false for a tensor without a value, in a graph."""
+    """Whether a number or tensor is known to be at least 0; false for a graph tensor of unknown value."""
     if hasattr(scalar, "dtype"):
         scalar = tf.get_static_value(tf.convert_to_tensor(scalar))
     return scalar is not None and bool(scalar >= 0)
 
 
 def dense(operator, like):
-    """The matrix of `operator` for vectors shaped as `like`, shape `(n, n)`. Takes `n` products: for tests."""
+    """The matrix of an operator, `(n, n)`, from `n` products; for tests and small models.
+
+    Args:
+        operator: A `LinearOperator`.
+        like: A vector, for its shapes and dtypes; `n` is its number of entries.
+    """
     sizes = [int(a.shape.num_elements()) for a in like]
     columns = []
     for unit in tf.unstack(tf.eye(sum(sizes), dtype=like[0].dtype)):

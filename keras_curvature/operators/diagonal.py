@@ -1,4 +1,4 @@
-"""Operators that scale each weight separately."""
+"""Diagonal operators."""
 
 import dataclasses
 
@@ -7,10 +7,12 @@ from keras_curvature.operators.base import LinearOperator
 
 @dataclasses.dataclass(frozen=True)
 class Diagonal(LinearOperator):
-    """`v -> d * v`, elementwise, for a vector `d` of non-negative entries.
+    """`v -> d * v`, elementwise.
 
     Args:
-        entries: The diagonal, a list of tensors.
+        entries: `d`, the diagonal, a list of non-negative tensors with the shapes of `v`.
+
+    Example: `Diagonal([tf.square(g) for g in gradient]) @ vector`
     """
 
     entries: list
@@ -20,5 +22,5 @@ class Diagonal(LinearOperator):
         return [d * v for d, v in zip(self.entries, vector)]
 
     def inverse(self):
-        """The diagonal of reciprocals."""
+        """The inverse operator, `v -> v / d`; the entries must be positive."""
         return Diagonal([1.0 / d for d in self.entries])

@@ -1,11 +1,12 @@
-"""Operators made of small factors: a Kronecker product for each layer, side by side.
+"""Kronecker-factored operators: a Kronecker product for each block of weights.
 
-The weights of a layer are a matrix `W` `(d_in, d_out)`, and with the rows of `W` put after one another
+The weights of a block are a matrix `W` `(d_in, d_out)`. With `vec(W)` its rows, one after the other,
 
     (A (x) G) vec(W) = vec(A W G)
 
-so a product costs `d_in^2 d_out + d_in d_out^2` and the `(d_in d_out)^2` entries are never formed. A factor is a
-symmetric matrix, or a vector if it is diagonal. A leading axis of all three holds groups, with one product each.
+so a product costs `d_in^2 d_out + d_in d_out^2` multiplications, and the `(d_in d_out)^2` entries of the matrix are
+never formed. A factor is a symmetric matrix, or a vector if it is diagonal. `W`, `A` and `G` may have a leading axis of
+groups, with one product for each group.
 """
 
 import dataclasses
@@ -17,11 +18,11 @@ from keras_curvature.operators.base import LinearOperator
 
 @dataclasses.dataclass(frozen=True)
 class KroneckerProduct(LinearOperator):
-    """`[W] -> [A W G]`, for one matrix `W`, or one for each group.
+    """`[W] -> [A W G]`, for one matrix `W` or a stack with one matrix for each group.
 
     Args:
         A: Factor of the inputs, `(d_in, d_in)`, or `(d_in,)` if it is diagonal.
-        G: Factor of the slopes, `(d_out, d_out)` or `(d_out,)`.
+        G: Factor of the output gradients, `(d_out, d_out)`, or `(d_out,)` if it is diagonal.
         psd: Whether both are positive semi-definite. Defaults to `True`.
     """
 
@@ -41,8 +42,8 @@ class InEigenbasis(LinearOperator):
     Args:
         U_A: Orthonormal eigenvectors of `A` as columns; `None` if `A` is diagonal.
         U_G: Orthonormal eigenvectors of `G`; `None` if `G` is diagonal.
-        values: `s`, shaped as `W`.
-        psd: Whether no value is negative. Defaults to `True`.
+        values: `s`, the eigenvalues, with the shape of `W`.
+        psd: Whether no eigenvalue is negative. Defaults to `True`.
     """
 
     U_A: object
@@ -57,14 +58,15 @@ class InEigenbasis(LinearOperator):
 
 @dataclasses.dataclass(frozen=True)
 class BlockDiagonal(LinearOperator):
-    """Operators on the matrices of some layers side by side, and a diagonal for the other weights.
+    """A block-diagonal operator: one operator for each block of weights, and a diagonal for the other weights.
 
     Args:
-        blocks: The blocks (see `layers/kronecker.py`): `matrix(vector)` gathers the weights of a block as a matrix, and
-            `scatter(matrix, vector)` writes a matrix back into a list.
+        blocks: A list of `Block` (see `layers/kronecker.py`): `matrix(vector)` returns the weights of a block as a
+            matrix, and `scatter(matrix, vector)` writes the matrix back into a vector.
         operators: For each block, an operator on `[matrix]`.
-        diagonal: `{index: entries}` for the tensors of a vector outside all blocks. The product is zero for weights in
-            neither.
+        diagonal: `{index: entries}` for tensors of a vector outside all blocks. The product is zero for weights that
+            are neither in a block nor here.
+        psd: Whether all operators and the diagonal are positive semi-definite. Defaults to `True`.
     """
 
     blocks: list

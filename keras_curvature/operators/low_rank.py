@@ -1,4 +1,4 @@
-"""A diagonal and a few outer products, over all weights at once."""
+"""A diagonal plus low-rank operator on all weights together."""
 
 import dataclasses
 
@@ -13,23 +13,23 @@ def columns(vector):
 
 
 def gram(A, B):
-    """`A'B` for tall matrices cut into the rows of each weight, `(n_i, r)` and `(n_i, k)`: a matrix `(r, k)`."""
+    """`A'B`, `(r, k)`, for tall matrices in pieces, one for each weight: `(n_i, r)` and `(n_i, k)`."""
     return tf.add_n([tf.matmul(a, b, transpose_a=True) for a, b in zip(A, B)])
 
 
 def times(A, B):
-    """`A B` for a tall matrix in rows of each weight and a small one `(r, k)`."""
+    """`A B` for a tall matrix in pieces `(n_i, r)`, one for each weight, and a matrix `(r, k)`."""
     return [tf.matmul(a, B) for a in A]
 
 
 @dataclasses.dataclass(frozen=True)
 class LowRankSquare(LinearOperator):
-    """`P = Q'Q` with `Q = (I + U V') diag(d)`, a diagonal and at most `2 r` outer products.
+    """`P = Q'Q` with `Q = (I + U V') diag(d)`: a diagonal plus a matrix of rank at most `2 r`.
 
     Args:
-        U: The rows of each weight, a list of matrices `(n_i, r)`.
-        V: Likewise.
-        d: Likewise, a list of columns `(n_i, 1)`.
+        U: A list of matrices `(n_i, r)`, one for each weight tensor.
+        V: A list of matrices `(n_i, r)`.
+        d: A list of columns `(n_i, 1)`.
     """
 
     U: list
@@ -42,11 +42,11 @@ class LowRankSquare(LinearOperator):
         return [tf.reshape(p, a.shape) for p, a in zip(product, vector)]
 
     def root(self, x):
-        """`Q x`, both in columns."""
+        """`Q x`, for and as a list of columns."""
         return _plus(self.U, self.V, [d * a for d, a in zip(self.d, x)])
 
     def transposed_root(self, y):
-        """`Q' y`, both in columns."""
+        """`Q' y`, for and as a list of columns."""
         return [d * a for d, a in zip(self.d, _plus(self.V, self.U, y))]
 
 

@@ -1,4 +1,4 @@
-"""An operator on some of the weights, with the others fixed."""
+"""The restriction of an operator to some of the weights."""
 
 import dataclasses
 
@@ -9,14 +9,15 @@ from keras_curvature.operators.base import LinearOperator
 
 @dataclasses.dataclass(frozen=True)
 class Masked(LinearOperator):
-    """`v -> S' A S v`, with `S v` the vector `v` at some places of a longer one and zeros elsewhere.
+    """A diagonal block of an operator, `v -> S' A S v`, such as the block of one layer.
 
-    A diagonal block of `A`, such as the block of one layer. Its largest eigenvalue is at most the largest of `A`.
+    `S v` has the tensors of `v` at `indices` and zeros elsewhere. The largest eigenvalue of the block is at most the
+    largest eigenvalue of `A`.
 
     Args:
-        operator: `A`.
-        indices: The places of the short vectors' tensors in the vectors of `A`, a list of integers.
-        like: Tensors or variables with the shapes of the vectors of `A`, a list.
+        operator: `A`, a `LinearOperator`.
+        indices: For each tensor of `v`, its index in the vectors of `A`, a list of integers.
+        like: A vector of `A`, for its shapes and dtypes, a list of tensors or variables.
     """
 
     operator: LinearOperator
@@ -25,7 +26,7 @@ class Masked(LinearOperator):
 
     @property
     def psd(self):
-        """Whether `A` is."""
+        """Whether `A` is positive semi-definite."""
         return self.operator.psd
 
     def multiply(self, vector):

@@ -50,7 +50,8 @@ class Solver(Component):
         Returns:
             A `Solution`.
         """
-        raise NotImplementedError(f"`{type(self).__name__}` must implement `solve(operator, rhs)`.")
+        signature = "solve(operator, rhs, start, preconditioner)"
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `{signature}`.")
 
 
 def require_psd(operator, asked_by, remedy):

@@ -255,8 +255,8 @@ class Process:
         square = flat.dot(w, u)
         if square < 0 or (square == 0 and w.any()):
             raise ValueError(
-                f"`metric` must be positive definite. Received: an operator `M` with `v'Mv` = {square:.3g} for a vector of "
-                f"norm {flat.norm(w):.3g}"
+                f"`metric` must be positive definite. Received: an operator `M` with `v'Mv` = {square:.3g} for a "
+                f"vector `v` of norm {flat.norm(w):.3g}"
             )
         return float(np.sqrt(square)), u
 
