@@ -9,8 +9,8 @@
 | `loss.scale_loss_for_distribution` | `SCALE_LOSS` | `pure/differentiable.py` | uneven slices |
 | `loss.reduce_values` | `REDUCE_LOSS` | `pure/differentiable.py` | losses that return one number |
 | `loss.unscale_loss_for_distribution` | `UNSCALE_LOSS` | `pure/differentiable.py` | uneven slices |
-| `FuncGraph.control_dependencies` | `CONTROL_DEPENDENCIES` | `pure/differentiable.py` | a needless pass |
-| `gen_stateless_random_ops_v2.*` | `GENERATORS`, `TRUNCATED_NORMAL` | `pure/randomness.py` | draws the rows of a slice |
+| `FuncGraph.control_dependencies` | `CONTROL_DEPENDENCIES` | `pure/differentiable.py` | an unused backward pass |
+| `gen_stateless_random_ops_v2.*` | `GENERATORS`, `TRUNCATED_NORMAL` | `pure/randomness.py` | rows of a slice |
 | `Layer._dtype_policy` | `DTYPE_POLICY` | `pure/precision.py` | measures in float32 |
 | `RNN.inner_loop`, of `LSTM`, `GRU` | `RECURRENT_LOOPS` | `layers/taps.py` | records the states |
 | `call` of a class of layers | `method_of(layer, name)` | `layers/taps.py` | records the pre-activations |
