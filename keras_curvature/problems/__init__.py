@@ -1,14 +1,15 @@
-"""Things to train on: analytic problems with known answers, small networks, data by name.
+"""Test problems: analytic problems with known solutions, small networks, and data sets by name.
 
-A `Problem` is a recipe. `problem.model(seed)`, `problem.loss()` and `problem.data()` make a new model, a new loss and
-NumPy arrays. So two optimizers can start from the same weights and train on the same samples:
+A `Problem` is a recipe. `problem.model(seed)`, `problem.loss()` and `problem.data()` return a new model, a new loss and
+NumPy arrays, so that optimizers can start from the same weights and train on the same samples:
 
     problem = problems.get("rosenbrock")
     model = problem.compiled(keras.optimizers.SGD(1e-3, momentum=0.95), seed=3)
     x, y = problem.data()
     model.fit(x, y, batch_size=problem.batch_size)
 
-`PROBLEMS` lists them by name. The models are plain Keras models and do not depend on the optimizers of this package.
+`PROBLEMS` has all problems by name. The models are plain Keras models and do not depend on the optimizers of this
+package.
 """
 
 from keras_curvature.problems.analytic import quadratic, rahimi_recht, rosenbrock

@@ -1,8 +1,8 @@
 """Least-squares problems with known minimum and solution, as Keras models.
 
-The loss is `SumSquares` of the residuals `phi(w)`, so that its Gauss-Newton matrix is `2 J' J`, as in the literature.
-`quadratic` and `rosenbrock` give the residuals themselves, against targets of zero; their input is one number that
-multiplies a residual, and a batch holds as many independent draws of the loss.
+The loss is `SumSquares` of the residuals `phi(w)`, so its Gauss-Newton matrix is `2 J' J`, as in the literature. The
+models of `quadratic` and `rosenbrock` return the residuals, and the targets are zero. Their input is one number that
+multiplies a residual, so each sample of a batch is a draw of the loss.
 """
 
 import keras
@@ -15,21 +15,29 @@ from keras_curvature.problems.table_1 import rosenbrock_start
 
 
 def quadratic(dimension=20, condition=1e3, seed=0):
-    """`f(w) = 1/2 (w - w*)' A (w - w*)`, eigenvalues of `A` log-spaced from 1 down to `1 / condition`.
+    """A quadratic `f(w) = 1/2 (w - w*)' A (w - w*)`, eigenvalues of `A` log-spaced from 1 to `1 / condition`.
 
-    With `A = Q diag(l) Q'` the residuals are `phi = diag(l / 2)^(1/2) Q' (w - w*)`, linear in the weights:
-    Hessian and Gauss-Newton matrix are both `A`, everywhere. Inputs are ones (samples, 1), targets zeros
-    (samples, dimension).
+    With `A = Q diag(l) Q'` the residuals are `phi = diag(l / 2)^(1/2) Q' (w - w*)`, which are linear in the weights, so
+    the Hessian and the Gauss-Newton matrix are both `A`. The inputs are ones, `(samples, 1)`, and the targets zeros,
+    `(samples, dimension)`.
 
     Args:
-        dimension: number of weights.
-        condition: largest eigenvalue over smallest.
-        seed: determines the eigenvectors `Q` and the solution `w*`; `model(seed)` draws the start.
+        dimension: Number of weights. Defaults to `20`.
+        condition: Condition number of `A`. Defaults to `1e3`.
+        seed: Determines the eigenvectors `Q` and the solution `w*`; `model(seed)` draws the start. Defaults to `0`.
+
+    Returns:
+        A `Problem`.
+
+    Raises:
+        ValueError: `dimension` or `condition` is less than 1.
+
+    Example: `problems.quadratic(dimension=100, condition=1e4).hessian()`
     """
     if dimension < 1:
-        raise ValueError(f"dimension must be at least 1. Received: dimension={dimension}")
+        raise ValueError(f"`quadratic`: `dimension` must be at least 1. Received: dimension={dimension}")
     if condition < 1:
-        raise ValueError(f"condition must be at least 1. Received: condition={condition}")
+        raise ValueError(f"`quadratic`: `condition` must be at least 1. Received: condition={condition}")
 
     @seeded
     def model():
@@ -55,17 +63,29 @@ def quadratic(dimension=20, condition=1e3, seed=0):
 def rosenbrock(noise=0.0):
     """Rosenbrock's function of two weights, with the multiplicative noise of the CurveBall paper's Table 1.
 
-    `f(u, v) = (1 - u)^2 + 100 eps^2 (v - u^2)^2`, residuals `phi = [10 eps (v - u^2), 1 - u]`. The input of
-    the model is `eps`, (samples, 1), drawn from `noise * U[0, 1)`, or 1 where `noise` is 0. Targets are zeros
-    (samples, 2). The table takes `noise` 0, 1 and 3, one draw for each iteration: batch size 1 and as many
-    rows as iterations. Its text has `eps` where its code has `eps^2`; this is the code's (albanie/mcnToyOptim).
-    `model(seed)` starts at `rosenbrock_start(seed)`.
+        f(u, v) = (1 - u)^2 + 100 eps^2 (v - u^2)^2
+
+    with the residuals `phi = [10 eps (v - u^2), 1 - u]`. The input of the model is `eps`, `(samples, 1)`, drawn from
+    `noise * U[0, 1)`, or 1 if `noise` is 0. The targets are zeros, `(samples, 2)`. The table has `noise` 0, 1 and 3
+    and one draw for each iteration: batch size 1, and as many samples as iterations. `model(seed)` starts at
+    `rosenbrock_start(seed)`.
+
+    Reference: Henriques et al. (2018), arXiv:1805.08095, Table 1, and albanie/mcnToyOptim. The text of the paper has
+    `eps` where the code has `eps^2`; this function is the code's.
 
     Args:
-        noise: upper end of the uniform noise; 0 is the plain function.
+        noise: Upper end of the uniform noise; `0.0`: the plain function. Defaults to `0.0`.
+
+    Returns:
+        A `Problem`.
+
+    Raises:
+        ValueError: `noise` is negative.
+
+    Example: `x, y = problems.rosenbrock(noise=1).data(samples=5000)`
     """
     if noise < 0:
-        raise ValueError(f"noise is the upper end of a uniform distribution. Received: noise={noise}")
+        raise ValueError(f"`rosenbrock`: `noise` must be at least 0. Received: noise={noise}")
 
     def model(seed=0):
         made = seeded(lambda: _one_layer((1,), RosenbrockResiduals(), "rosenbrock"))(seed)
@@ -88,16 +108,24 @@ def rosenbrock(noise=0.0):
 
 
 def rahimi_recht(seed=0):
-    """A linear network with a superfluous layer: fit `W2 W1 x` to `A x`, x in R^6, everything else in R^10.
+    """A linear network with two layers that learns a linear map `A` from R^6 to R^10.
 
-    `f(W1, W2) = mean_i |W2 W1 x_i - A x_i|^2` over 1000 samples `x_i ~ N(0, I)`, full batch. The rows of `A`,
-    uniform in [0, 1), are scaled by `linspace(1, 1e-5, 10)`; the start is `W1 ~ N(0, (2/16)^2)` and
-    `W2 ~ N(0, (1/10)^2)`. 100 of the 160 weights are superfluous: `(M W1, W2 M^-1)` has the loss of `(W1, W2)`. So the
-    Hessian is singular at every solution. From Rahimi and Recht's 2017 talk, with the numbers of albanie/mcnToyOptim.
-    The 1e-5 scales rows, linearly: the condition number of `A` is near 20.
+        f(W1, W2) = mean_i |W2 W1 x_i - A x_i|^2
+
+    over 1000 samples `x_i ~ N(0, I)`, full batch, with `W1` `(10, 6)` and `W2` `(10, 10)`. The rows of `A`, uniform in
+    [0, 1), are scaled by `linspace(1, 1e-5, 10)`; the scale is linear, so the condition number of `A` is near 20. The
+    start is `W1 ~ N(0, (2/16)^2)` and `W2 ~ N(0, (1/10)^2)`. The network has 100 redundant weights of 160: `(M W1, W2
+    M^-1)` has the same loss for every invertible `M`, so the Hessian is singular at every solution.
+
+    Reference: Rahimi and Recht's 2017 talk, with the numbers of albanie/mcnToyOptim.
 
     Args:
-        seed: determines `A` and the samples; `model(seed)` draws the start.
+        seed: Determines `A` and the samples; `model(seed)` draws the start. Defaults to `0`.
+
+    Returns:
+        A `Problem`.
+
+    Example: `problems.rahimi_recht().solution()`
     """
 
     @seeded
@@ -136,7 +164,7 @@ def rahimi_recht(seed=0):
 
 @keras.saving.register_keras_serializable(package="keras_curvature")
 class QuadraticResiduals(keras.layers.Layer):
-    """`phi = x diag(l / 2)^(1/2) Q' (w - w*)`: (batch, 1) -> (batch, dimension). See `quadratic`."""
+    """The residuals of `quadratic`, `phi = x diag(l / 2)^(1/2) Q' (w - w*)`: (batch, 1) -> (batch, dimension)."""
 
     def __init__(self, dimension, condition, seed, **options):
         super().__init__(**options)
@@ -155,8 +183,7 @@ class QuadraticResiduals(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_curvature")
 class RosenbrockResiduals(keras.layers.Layer):
-    """`phi = [10 x (v - u^2), 1 - u]` of the weights `w = [u, v]`: (batch, 1) -> (batch, 2). See
-    `rosenbrock`."""
+    """The residuals of `rosenbrock`, `phi = [10 x (v - u^2), 1 - u]` with `w = [u, v]`: (batch, 1) -> (batch, 2)."""
 
     def build(self, input_shape):
         self.w = self.add_weight(shape=(2,), initializer="zeros", name="w")
@@ -167,7 +194,7 @@ class RosenbrockResiduals(keras.layers.Layer):
 
 
 def _spectrum(dimension, condition, seed):
-    """Eigenvalues (d,), eigenvectors in columns (d, d) and the solution (d,) of `quadratic`, float64."""
+    """Eigenvalues (d,), eigenvectors as columns (d, d) and the solution (d,) of `quadratic`, in float64."""
     random = np.random.RandomState(seed)
     eigenvectors, _ = np.linalg.qr(random.randn(dimension, dimension))
     return np.logspace(0, -np.log10(condition), dimension), eigenvectors, random.randn(dimension)

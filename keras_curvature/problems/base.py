@@ -1,8 +1,8 @@
 """The class `Problem`, and reproducible models.
 
-A run is determined by its initial weights, its samples and its loss. A `Problem` holds one recipe for each, and nothing
-is computed, read or allocated before a recipe runs. Recipes use Keras' current default float type: after
-`keras.config.set_floatx("float64")` the same problem is a float64 problem.
+A run is determined by its initial weights, its samples and its loss. A `Problem` has a function for each, and nothing
+is computed, read or allocated before the function is called. The functions use Keras' current default float type: after
+`keras.config.set_floatx("float64")` the same problem is in float64.
 """
 
 import contextlib
@@ -17,20 +17,31 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something to minimise: a model, a loss and data, each made by calling its field.
+    """A training problem: functions that return a model, a loss and data.
 
     Args:
-        name: the key in `PROBLEMS`.
-        model: `model(seed=0)` makes a built, uncompiled `keras.Model`; equal seeds give equal weights.
-        loss: `loss()` makes a `keras.losses.Loss`.
-        data: `data(...)` gives arrays `(x, y)`, or `((x_train, y_train), (x_test, y_test))` where there is a
-            test set.
-        batch_size: the batch size of the source, or a sensible one.
-        metrics: what to pass to `compile`.
-        minimum: the minimum of the loss, if it is known.
-        solution: `solution()` gives weights with that loss, float64 arrays in the order of `model.trainable_variables`.
-        hessian: `hessian()` gives the Hessian of the loss if it is constant, float64, (weights, weights).
-        stand_in: `stand_in(samples, seed)` gives synthetic `(x, y)` with the shapes of `data()`.
+        name: The key in `PROBLEMS`.
+        model: `model(seed=0)` returns a built, uncompiled `keras.Model`; equal seeds give equal weights.
+        loss: `loss()` returns a `keras.losses.Loss`.
+        data: `data(...)` returns arrays `(x, y)`, or `((x_train, y_train), (x_test, y_test))` if there is a test set.
+        batch_size: The batch size of the source, or a sensible one.
+        metrics: The metrics for `compile`. Defaults to `()`.
+        minimum: The minimum of the loss; `None`: unknown. Defaults to `None`.
+        solution: `solution()` returns weights with this loss, float64 arrays in the order of
+            `model.trainable_variables`; `None`: unknown. Defaults to `None`.
+        hessian: `hessian()` returns the Hessian of the loss, float64 `(weights, weights)`; `None`: it is not constant.
+            Defaults to `None`.
+        stand_in: `stand_in(samples, seed)` returns synthetic `(x, y)` of the shapes of `data()`; `None`: `data()` needs
+            no download. Defaults to `None`.
+
+    Example:
+
+    ```python
+    problem = problems.get("mnist_mlp")
+    model = keras_curvature.curved(problem.compiled(keras_curvature.CurveBall(), seed=1))
+    x, y = problem.sample(1024)
+    model.fit(x, y, batch_size=problem.batch_size)
+    ```
     """
 
     name: str
@@ -45,13 +56,13 @@ class Problem:
     stand_in: Callable[..., tuple] | None = None
 
     def compiled(self, optimizer, seed=0, **options):
-        """A fresh model compiled with `optimizer`; `options` go to `keras.Model.compile`."""
+        """A new model compiled with `optimizer`; `options` are passed to `keras.Model.compile`."""
         model = self.model(seed)
         model.compile(optimizer, loss=self.loss(), metrics=list(self.metrics), **options)
         return model
 
     def sample(self, samples, seed=0):
-        """At most `samples` training rows `(x, y)`: the stand-in of `seed`, else the first of `data()`."""
+        """At most `samples` training examples `(x, y)`: from `stand_in` if there is one, else the first of `data()`."""
         if self.stand_in is not None:
             return self.stand_in(samples, seed)
         parts = self.data()
@@ -60,10 +71,11 @@ class Problem:
 
 
 def seeded(build):
-    """Turn `build()`, which makes a model, into `model(seed=0)`: equal seeds, equal weights.
+    """Turn `build()`, which returns a model, into `model(seed=0)`: equal seeds give equal weights.
 
-    The model has the type of `keras.config.floatx()`, and neither the seeds nor the types of anything built
-    later change.
+    The model has the dtype `keras.config.floatx()`. Seeds and dtypes of anything built later do not change.
+
+    Example: `model = problems.seeded(lambda: keras.Sequential([...]))(seed=3)`
     """
 
     @functools.wraps(build)
@@ -76,10 +88,10 @@ def seeded(build):
 
 @contextlib.contextmanager
 def _seed_of_layers(seed):
-    """For a layer without a seed, Keras draws one from Python's `random`, and from nowhere else.
+    """Seed Python's `random`, from which Keras draws the seed of a layer that has none.
 
-    With that generator seeded, the networks need no seed arguments. Integer seeds would also fail for
-    `MultiHeadAttention`: its query, key and value kernels copy the initializer with its seed and would be equal.
+    So the networks need no seed arguments. Integer seeds would be wrong for `MultiHeadAttention`: its query, key and
+    value kernels copy the initializer with its seed and would be equal.
     """
     state = random.getstate()
     random.seed(seed)
@@ -91,9 +103,9 @@ def _seed_of_layers(seed):
 
 @contextlib.contextmanager
 def _dtype_of_floatx():
-    """Makes `set_floatx` count: Keras derives its default policy from `floatx()` once, at the first layer.
+    """Set the dtype policy to the current `floatx()`, which Keras reads only once, at the first layer.
 
-    A mixed-precision policy was chosen on purpose and stays.
+    A mixed-precision policy is kept.
     """
     policy = keras.config.dtype_policy()
     mixed = policy.compute_dtype != policy.variable_dtype

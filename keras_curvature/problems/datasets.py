@@ -1,7 +1,7 @@
-"""Data by name, and synthetic data of the same shapes.
+"""Data sets by name, and synthetic data of the same shapes.
 
-`data("mnist")` reads a dataset; `synthetic("images")` generates one without a download: a fixed random teacher labels
-random inputs, so the labels can be learned. The same seed gives the same arrays on every machine.
+`data("mnist")` reads a data set. `synthetic("images")` generates one without a download: a fixed random teacher labels
+random inputs, so the labels can be learned. Equal seeds give equal arrays on every machine.
 """
 
 import os
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def data(name, data_dir=None, download=False):
-    """Read a dataset: `((x_train, y_train), (x_test, y_test))`, inputs in [0, 1], int32 labels (samples,).
+    """Read a data set, with inputs in [0, 1] and int32 labels `(samples,)`.
 
     | name      | x              | train | test  | from                                          |
     |-----------|----------------|-------|-------|-----------------------------------------------|
@@ -19,37 +19,60 @@ def data(name, data_dir=None, download=False):
     | `mnist`   | (n, 28, 28, 1) | 60000 | 10000 | TensorFlow Datasets                           |
     | `cifar10` | (n, 32, 32, 3) | 50000 | 10000 | TensorFlow Datasets                           |
 
-    Inputs have the type of `keras.config.floatx()`.
+    Inputs have the dtype `keras.config.floatx()`.
 
     Args:
-        name: one of the above.
-        data_dir: the folder TensorFlow Datasets keeps its datasets in; by default the environment variable
-            `TFDS_DATA_DIR`. Not used by `digits`.
-        download: whether a dataset that is not in `data_dir` may be downloaded into it.
+        name: One of the names above.
+        data_dir: The folder in which TensorFlow Datasets keeps its data sets; `"digits"` needs none. Defaults to the
+            environment variable `TFDS_DATA_DIR`.
+        download: Whether a data set that is not in `data_dir` may be downloaded into it. Defaults to `False`.
+
+    Returns:
+        `((x_train, y_train), (x_test, y_test))`, NumPy arrays.
+
+    Raises:
+        ValueError: `name` is unknown, or no `data_dir` is known.
+        FileNotFoundError: The data set is not in `data_dir` and `download` is false.
+        ImportError: TensorFlow Datasets, or for `"digits"` scikit-learn, is not installed.
+
+    Example: `(x, y), test = problems.data("mnist", data_dir="datasets", download=True)`
     """
     if name not in _READERS:
-        raise ValueError(f"Expected name to be one of {sorted(_READERS)}. Received: name={name!r}")
+        raise ValueError(f"`data`: `name` must be one of {sorted(_READERS)}. Received: name={name!r}")
     return _READERS[name](name, data_dir, download)
 
 
 def synthetic(kind, samples=2048, seed=0, shape=(28, 28, 1), classes=10):
-    """Make `samples` rows `(x, y)` of `kind` "images", "tokens" or "adding", int32 labels (samples,).
+    """Generate synthetic examples `(x, y)` with int32 labels `(samples,)`.
 
-    * `"images"`: (samples, *shape) in [0, 1]. Sixteen latent numbers `z ~ N(0, I)` mix sixteen coarse
-      patterns and some noise into an image, as few directions carry most of the variance of real images; a random tanh
-      network of `z` chooses one of `classes`. `shape` is (height, width, channels), both sides multiples of 4.
-    * `"tokens"`: (samples, 32) int32 in [0, 64). The first token is the query of a random attention head over
-      the others; its output determines one of four classes.
-    * `"adding"`: (samples, 16, 2), after the adding problem of Hochreiter and Schmidhuber (1997), as a yes or
-      no. One channel holds numbers in [0, 1), the other marks two of them; the class is whether the marked
-      ones sum to more than 1.
+    * `"images"`: `(samples, *shape)` in [0, 1]. An image is a combination of sixteen coarse patterns with coefficients
+      `z ~ N(0, I)`, plus noise, because few directions carry most of the variance of real images. A random tanh network
+      of `z` chooses the class.
+    * `"tokens"`: `(samples, 32)`, int32 in [0, 64). The first token is the query of a random attention head over all
+      tokens; the output determines one of four classes.
+    * `"adding"`: `(samples, 16, 2)`, the adding problem of Hochreiter and Schmidhuber (1997) as a binary
+      classification. One channel has numbers in [0, 1), the other one marks two of them; the class is whether the
+      marked numbers sum to more than 1.
 
-    The rows depend on `samples` and `seed`, the teacher on `seed` alone.
+    Args:
+        kind: `"images"`, `"tokens"` or `"adding"`.
+        samples: Number of examples. Defaults to `2048`.
+        seed: Determines the teacher and, together with `samples`, the examples. Defaults to `0`.
+        shape: `(height, width, channels)` of images; height and width are multiples of 4. Defaults to `(28, 28, 1)`.
+        classes: Number of classes of images. Defaults to `10`.
+
+    Returns:
+        `(x, y)`, NumPy arrays.
+
+    Raises:
+        ValueError: `kind` is unknown, `samples` is less than 1, or `shape` has sides that are no multiples of 4.
+
+    Example: `x, y = problems.synthetic("images", samples=512, shape=(32, 32, 3))`
     """
     if kind not in _TEACHERS:
-        raise ValueError(f"Expected kind to be one of {sorted(_TEACHERS)}. Received: kind={kind!r}")
+        raise ValueError(f"`synthetic`: `kind` must be one of {sorted(_TEACHERS)}. Received: kind={kind!r}")
     if samples < 1:
-        raise ValueError(f"samples must be at least 1. Received: samples={samples}")
+        raise ValueError(f"`synthetic`: `samples` must be at least 1. Received: samples={samples}")
     random = np.random.RandomState(seed)
     if kind == "images":
         return _images(random, samples, shape, classes)
@@ -74,18 +97,18 @@ def _tensorflow_dataset(name, data_dir, download):
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
     if not data_dir:
         raise ValueError(
-            f'data("{name}") reads TensorFlow Datasets from a folder. Pass data_dir="..." or set '
+            f'`data("{name}")` reads TensorFlow Datasets from a folder. Pass data_dir="..." or set '
             f"the environment variable TFDS_DATA_DIR. Received: data_dir={data_dir!r}"
         )
     if not download and not os.path.isdir(os.path.join(data_dir, name)):
         raise FileNotFoundError(
-            f'There is no folder "{name}" in the data_dir. Point data_dir at the folder that holds it, or '
-            f"pass download=True to download it there. Received: data_dir={str(data_dir)!r}"
+            f'`data("{name}")`: there is no folder "{name}" in `data_dir`. Pass the folder that contains it, or '
+            f"download=True to download it there. Received: data_dir={str(data_dir)!r}"
         )
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        # Version 4.9.10 imports importlib_resources, which it does not install.
+        # version 4.9.10 imports importlib_resources, but does not install it
         packages = "pip install tensorflow-datasets importlib_resources"
         raise ImportError(f'data("{name}") needs TensorFlow Datasets: {packages}') from error
     loaded = tfds.load(
@@ -104,7 +127,8 @@ def _images(random, samples, shape, classes):
     height, width, channels = shape
     if height % 4 or width % 4:
         raise ValueError(
-            f"shape must be (height, width, channels) with sides multiples of 4. Received: shape={shape}"
+            "`synthetic`: `shape` must be (height, width, channels) with height and width multiples of 4. "
+            f"Received: shape={shape}"
         )
     teacher = _normal(random, 16, 32), _normal(random, 32, classes)
     coarse = random.randn(16, height // 4, width // 4, channels)
@@ -130,7 +154,7 @@ def _tokens(random, samples, vocabulary=64, length=32, width=8, classes=4):
 def _adding(random, samples, length=16):
     numbers = random.rand(samples, length)
     marks = np.zeros((samples, length))
-    # One mark in each half of the sequence, so that the two never fall on the same place.
+    # one mark in each half of the sequence, so that they differ
     rows = np.arange(samples)
     marks[rows, random.randint(length // 2, size=samples)] = 1
     marks[rows, random.randint(length // 2, length, size=samples)] = 1

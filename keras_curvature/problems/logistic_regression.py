@@ -1,4 +1,4 @@
-"""The laptop-sized published test of the Neumann optimizer: an ill-conditioned classifier."""
+"""Ill-conditioned logistic regression, the small published test of the Neumann optimizer."""
 
 import functools
 
@@ -11,23 +11,33 @@ from keras_curvature.problems.base import Problem, seeded
 def logistic(samples=20_000, seed=0):
     """The ill-conditioned logistic regression of the Neumann paper (Krishnan et al. 2018, Appendix B).
 
-    `f(w) = mean_i log(1 + exp(-s_i x_i' w)) + 1e-6 |w|^2` with 100 inputs
-    `x ~ N(0, diag(7 logspace(0, -4, 100)))` and labels `s_i = sign(x_i' w*)`, `w* ~ N(0, I)`; the Hessian has
-    condition number 1e4 at the start, `w = 0`. Labels come as 0 or 1, (samples, 1), and the outputs are
-    logits. The labels are separable, so only the penalty keeps the minimum finite, and it has no closed form.
+        f(w) = mean_i log(1 + exp(-s_i x_i' w)) + 1e-6 |w|^2
 
-    The paper gives the condition number, the penalty, batch sizes 10 and 200 with learning rates 0.05 and
-    0.5, and 10000 steps. The scale 7 and the number of samples are ours, chosen to put SGD near the published
-    curve. Batch 200, losses at steps 500, 1000, 2000, 4000 and 10000: 0.091, 0.074, 0.059, 0.048, 0.035 here,
-    0.112, 0.089, 0.069, 0.054, 0.040 read off the paper's figure. `w*` matters: over the seeds 0 to 4 the loss at step
-    10000 ranges from 0.031 to 0.042, so compare optimizers on one seed.
+    with 100 inputs `x ~ N(0, diag(7 logspace(0, -4, 100)))` and labels `s_i = sign(x_i' w*)`, `w* ~ N(0, I)`. The
+    Hessian has the condition number 1e4 at the start, `w = 0`. The labels of the data are 0 or 1, `(samples, 1)`, and
+    the outputs are logits. The labels are separable, so only the penalty keeps the minimum finite; it has no closed
+    form.
+
+    The paper has the condition number, the penalty, batch sizes 10 and 200 with learning rates 0.05 and 0.5, and 10000
+    steps. The scale 7 and the number of samples are ours, chosen so that SGD comes near the published curve. For batch
+    size 200 the losses at steps 500, 1000, 2000, 4000 and 10000 are 0.091, 0.074, 0.059, 0.048, 0.035 here, and 0.112,
+    0.089, 0.069, 0.054, 0.040 in the paper's figure. Compare optimizers with the same seed: over the seeds 0 to 4 the
+    loss at step 10000 ranges from 0.031 to 0.042.
 
     Args:
-        samples: number of samples.
-        seed: determines the inputs and the labels; the start is always zero.
+        samples: Number of samples. Defaults to `20_000`.
+        seed: Determines the inputs and the labels; the start is always zero. Defaults to `0`.
+
+    Returns:
+        A `Problem`.
+
+    Raises:
+        ValueError: `samples` is less than 1.
+
+    Example: `x, y = problems.logistic(samples=1000).data()`
     """
     if samples < 1:
-        raise ValueError(f"samples must be at least 1. Received: samples={samples}")
+        raise ValueError(f"`logistic`: `samples` must be at least 1. Received: samples={samples}")
 
     @seeded
     def model():

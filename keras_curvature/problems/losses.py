@@ -1,4 +1,4 @@
-"""The squared norm of the residuals: a loss, and the usual error of autoencoders."""
+"""The sum of squared residuals: a loss, and the usual error of autoencoders."""
 
 import keras
 from keras import ops
@@ -8,15 +8,15 @@ from keras_curvature.linearization.fisher.likelihoods import Gaussian
 
 @keras.saving.register_keras_serializable(package="keras_curvature")
 class SumSquares(keras.losses.Loss):
-    """Squared norm of the residual of each sample: `sum_j (y_pred_j - y_true_j)^2`, averaged over the batch.
+    """Sum of squares `sum_j (y_pred_j - y_true_j)^2` of each sample, averaged over the batch.
 
-    `keras.losses.MeanSquaredError` divides by the number of outputs. So dampings, learning rates and published numbers
-    for a sum of squares differ by that factor. The Hessian in the outputs of a sample is `2 I`.
+    `keras.losses.MeanSquaredError` also divides by the number of outputs, so dampings, learning rates and published
+    numbers differ by this factor. The Hessian in the outputs of a sample is `2 I`.
 
     Args:
-        name: name of the loss.
-        reduction: as in `keras.losses.Loss`.
-        dtype: as in `keras.losses.Loss`.
+        name: Name of the loss. Defaults to `"sum_squares"`.
+        reduction: See `keras.losses.Loss`. Defaults to `"sum_over_batch_size"`.
+        dtype: See `keras.losses.Loss`. Defaults to `None`.
 
     Example:
 
@@ -24,8 +24,8 @@ class SumSquares(keras.losses.Loss):
     25.0
     """
 
-    convex_in_outputs = True  # so that its Gauss-Newton matrix is positive semi-definite
-    likelihood = Gaussian  # of variance 1/2, for methods that draw labels
+    convex_in_outputs = True  # so its Gauss-Newton matrix is positive semi-definite
+    likelihood = Gaussian  # with variance 1/2; methods that draw labels need it
 
     def __init__(self, name="sum_squares", reduction="sum_over_batch_size", dtype=None):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
@@ -41,8 +41,7 @@ class SumSquares(keras.losses.Loss):
 def squared_error_of_logits(y_true, y_pred):
     """Squared error `sum_j (sigmoid(y_pred_j) - y_true_j)^2` of each sample, a metric.
 
-    Deep autoencoders are trained on the cross-entropy and reported in this error (Sutskever et al. 2013,
-    Table 1).
+    Deep autoencoders are trained with the cross-entropy and compared by this error (Sutskever et al. 2013, Table 1).
     """
     return _sum_per_sample(ops.square(ops.sigmoid(y_pred) - ops.cast(y_true, y_pred.dtype)))
 

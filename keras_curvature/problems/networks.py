@@ -1,7 +1,7 @@
-"""Small networks, each a plain Keras model that ends in logits.
+"""Small networks: plain Keras models whose outputs are logits.
 
-They are functions of their shape, without seeds: `registry.py` wraps them in `seeded`. Logits leave the last
-layer as they are, because the Gauss-Newton matrix of a cross-entropy is taken in the logits.
+The functions take shapes but no seeds; `registry.py` wraps them in `seeded`. The last layers have no softmax, because
+the Gauss-Newton matrix of a cross-entropy is computed with respect to the logits.
 """
 
 import math
@@ -12,20 +12,20 @@ from keras import layers, ops
 
 
 def mlp(widths, activation="relu", name="mlp"):
-    """Dense layers of the given `widths`: (batch, widths[0]) inputs -> (batch, widths[-1]) logits."""
+    """Dense layers of the given widths: (batch, widths[0]) -> (batch, widths[-1]) logits."""
     hidden = [layers.Dense(width, activation=activation) for width in widths[1:-1]]
     return _chain((widths[0],), [*hidden, layers.Dense(widths[-1])], name)
 
 
 def autoencoder(widths=(784, 1000, 500, 250, 30), name="autoencoder"):
-    """The deep autoencoder of Hinton and Salakhutdinov (2006) and Martens (2010): (batch, 784) -> same.
+    """The deep autoencoder of Hinton and Salakhutdinov (2006) and Martens (2010): (batch, 784) -> (batch, 784).
 
-    Given `widths` and their mirror image, logistic units, a linear code layer in the middle, `SparseNormal`
-    weights, zero biases. The outputs are logits: train them with `BinaryCrossentropy(from_logits=True)`,
-    which averages over the pixels; the papers sum.
+    The decoder has the widths of the encoder in reverse. Hidden layers are logistic, the code layer is linear, weights
+    are `SparseNormal`, biases zero. The outputs are logits: train with `BinaryCrossentropy(from_logits=True)`, which
+    averages over the pixels; the papers sum.
     """
     if len(widths) < 2:
-        raise ValueError(f"widths go from the inputs to the code, two at least. Received: widths={widths}")
+        raise ValueError(f"`autoencoder`: `widths` must have at least two entries. Received: widths={widths}")
     encoder, code, decoder = widths[1:-1], widths[-1], widths[-2:0:-1]
     dense = [_sparse_dense(width, "sigmoid") for width in encoder]
     dense.append(_sparse_dense(code, None))
@@ -47,26 +47,26 @@ def cnn(batch_normalization=False, name="cnn"):
 def curveball_cnn(batch_normalization=False, name="curveball_cnn"):
     """The "basic" network of the CurveBall paper (arXiv 1805.08095): (batch, 32, 32, 3) -> (batch, 10).
 
-    Convolutions 5x5 to 32, 32 and 64 channels, each followed by 3x3 pooling with stride 2, then 4x4 to 64 and
-    1x1 to 10; weights from `N(0, 0.01^2)` in the first layer and `N(0, 0.05^2)` elsewhere. Pooling is max, average,
-    average as in the authors' code; the paper has max throughout. It pads zeros on every side; TensorFlow's "same"
-    would pad one side only.
+    Convolutions 5x5 to 32, 32 and 64 channels, each followed by 3x3 pooling with stride 2, then 4x4 to 64 and 1x1 to
+    10; weights from `N(0, 0.01^2)` in the first layer and `N(0, 0.05^2)` elsewhere. The poolings are max, average,
+    average as in the authors' code; the paper has max in all. They pad zeros on every side, whereas TensorFlow's
+    `"same"` would pad one side only.
 
-    Images come in [0, 1]; the model standardizes their channels, as the authors' PyTorch port does. The Matlab code
-    whitens them instead. Both crop and flip at random, which is left out here.
+    Images are in [0, 1]; the model standardizes their channels, as the authors' PyTorch port does. Their Matlab code
+    whitens the images instead. Both crop and flip at random; this model does not.
     """
 
     def convolution(filters, size, stddev=0.05, padding="same"):
         start = keras.initializers.RandomNormal(stddev=stddev)
         yield layers.Conv2D(filters, size, padding=padding, kernel_initializer=start)
         if batch_normalization:
-            yield layers.BatchNormalization(epsilon=1e-4)  # the authors'; Keras has 1e-3
+            yield layers.BatchNormalization(epsilon=1e-4)  # as the authors; Keras has 1e-3
         yield layers.ReLU()
 
     def pooling(layer):
         return [layers.ZeroPadding2D(1), layer(3, strides=2)]
 
-    # The port's numbers; over all pixels of CIFAR-10 the deviations are nearer to 0.25.
+    # the port's numbers; the standard deviations over all pixels of CIFAR-10 are nearer to 0.25
     mean, deviation = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     shift = [-m / d for m, d in zip(mean, deviation, strict=True)]
     stack = [
@@ -87,7 +87,7 @@ def curveball_cnn(batch_normalization=False, name="curveball_cnn"):
 def transformer(
     vocabulary=64, length=32, width=64, heads=4, blocks=2, classes=4, dropout=0.0, name="transformer"
 ):
-    """A small encoder that normalizes first and averages over places: (batch, length) -> (batch, classes)."""
+    """A small pre-normalization encoder with average pooling over positions: (batch, length) -> (batch, classes)."""
     inputs = keras.Input((length,), dtype="int32")
     x = TokenAndPosition(vocabulary, length, width)(inputs)  # (batch, length, width)
     for _ in range(blocks):
@@ -101,13 +101,13 @@ def transformer(
 
 
 def lstm(length=16, features=2, width=32, classes=2, unroll=False, name="lstm"):
-    """One LSTM layer and a classifier of its last state: (batch, length, features) -> (batch, classes)."""
+    """An LSTM layer and a dense layer on its last state: (batch, length, features) -> (batch, classes)."""
     return _chain((length, features), [layers.LSTM(width, unroll=unroll), layers.Dense(classes)], name)
 
 
 @keras.saving.register_keras_serializable(package="keras_curvature")
 class TokenAndPosition(layers.Layer):
-    """`E[token] + P[place]`, both learned: (batch, length) -> (batch, length, width)."""
+    """Learned token plus position embeddings, `E[token] + P[position]`: (batch, length) -> (batch, length, width)."""
 
     def __init__(self, vocabulary, length, width, **options):
         super().__init__(**options)
@@ -124,15 +124,18 @@ class TokenAndPosition(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_curvature")
 class SparseNormal(keras.initializers.Initializer):
-    """Sparse initialization: every unit gets `incoming` weights from `N(0, stddev^2)`, the others are zero.
+    """Sparse initialization: each unit has `incoming` weights from `N(0, stddev^2)`, and the others are zero.
 
     The size of a unit's input then does not depend on the width of the layer below, and units differ from each other.
-    From Martens, "Deep learning via Hessian-free optimization" (2010). The last axis of a kernel counts the units.
+    The last axis of a kernel counts the units.
+
+    Reference: Martens, "Deep learning via Hessian-free optimization" (2010), section 5.
 
     Args:
-        incoming: non-zero weights of each unit, at most all.
-        stddev: their standard deviation.
-        seed: with an integer every call is the same; `None` draws one as Keras does.
+        incoming: Number of non-zero weights of each unit; all weights, if there are fewer. Defaults to `15` (Martens).
+        stddev: Standard deviation of the non-zero weights. Defaults to `1.0` (Sutskever et al.
+            2013).
+        seed: An integer; `None`: a random one, as in Keras' initializers. Defaults to `None`.
 
     Example:
 
@@ -141,7 +144,7 @@ class SparseNormal(keras.initializers.Initializer):
 
     def __init__(self, incoming=15, stddev=1.0, seed=None):
         if incoming < 1:
-            raise ValueError(f"incoming must be at least 1. Received: incoming={incoming}")
+            raise ValueError(f"`SparseNormal`: `incoming` must be at least 1. Received: incoming={incoming}")
         self.incoming, self.stddev, self.seed = incoming, stddev, seed
         self._drawn = random.randint(1, 10**9) if seed is None else seed
 

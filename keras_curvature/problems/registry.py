@@ -5,19 +5,19 @@
 | `quadratic`                     | 20 weights, condition number 1000       | ones; Hessian, solution known |
 | `rosenbrock`, `.._noise_{1,3}`  | 2 weights; noise none, U[0, 1), U[0, 3) | the noise; solution known     |
 | `rahimi_recht`                  | linear 6-10-10                          | 1000 samples; a solution known|
-| `logistic`                      | 100 weights, condition number 1e4       | 20000 made-up samples         |
+| `logistic`                      | 100 weights, condition number 1e4       | 20000 synthetic samples       |
 | `digits_mlp`                    | 64-64-32-10, tanh                       | scikit-learn's digits         |
 | `digits_autoencoder`            | 64-100-50-12 and back                   | scikit-learn's digits         |
 | `mnist_mlp`                     | 784-128-64-10, relu                     | MNIST                         |
 | `curveball_mlp`                 | 784-128-64-32-10, tanh                  | MNIST                         |
 | `autoencoder`                   | 784-1000-500-250-30 and back            | MNIST                         |
 | `curveball_cnn`, `.._bn`        | the CurveBall paper's five convolutions | CIFAR-10                      |
-| `mlp`                           | 784-512-512-10, relu                    | made-up images                |
-| `cnn`, `cnn_bn`                 | three convolutions, two dense layers    | made-up images                |
-| `transformer`                   | two blocks, width 64                    | made-up tokens                |
+| `mlp`                           | 784-512-512-10, relu                    | synthetic images              |
+| `cnn`, `cnn_bn`                 | three convolutions, two dense layers    | synthetic images              |
+| `transformer`                   | two blocks, width 64                    | synthetic tokens              |
 | `lstm`                          | 32 units, 16 steps                      | the adding problem            |
 
-Those on MNIST and CIFAR-10 take `data(data_dir=..., download=...)`, and have a stand-in that takes neither.
+Problems on MNIST and CIFAR-10 take `data(data_dir=..., download=...)`, and have a `stand_in` that needs no files.
 """
 
 from functools import partial
@@ -33,9 +33,15 @@ from keras_curvature.problems.losses import squared_error_of_logits
 
 
 def get(name):
-    """The problem called `name`."""
+    """The problem of this name in `PROBLEMS`.
+
+    Raises:
+        ValueError: There is no problem of this name.
+
+    Example: `problems.get("digits_mlp").model(seed=1)`
+    """
     if name not in PROBLEMS:
-        raise ValueError(f"Expected name to be one of {list(PROBLEMS)}. Received: name={name!r}")
+        raise ValueError(f"`get`: `name` must be one of {list(PROBLEMS)}. Received: name={name!r}")
     return PROBLEMS[name]
 
 
