@@ -78,7 +78,7 @@ def train(name):
     clock = Clock()
     keras.utils.set_random_seed(args.seed)
     model.fit(x, y, batch_size=batch_size, epochs=args.epochs, callbacks=[clock], verbose=2)
-    # Neumann's weights are displaced while `fit` runs; its end has left the answer in them.
+    # Neumann's weights are displaced while `fit` runs; its end assigns the solution.
     train_loss = model.evaluate(x, y, batch_size=2000, verbose=0, return_dict=True)["loss"]
     accuracy = model.evaluate(x_test, y_test, batch_size=2000, verbose=0, return_dict=True)["accuracy"]
     return clock.seconds_per_epoch, train_loss, accuracy

@@ -88,7 +88,7 @@ def train(name, optimizer, curve, batch_size):
     model.compile(optimizer=optimizer(), loss=problem.loss(), metrics=["accuracy"])
     watch = Watch()
     callbacks = [watch, keras.callbacks.TensorBoard(os.path.join(args.out, "logs", name), write_graph=False)]
-    if name == "Neumann" and not curve:  # on a plain model: show validation the answer, not the displaced weights
+    if name == "Neumann" and not curve:  # on a plain model: validate at the solution, not at the displaced weights
         callbacks.insert(0, kc.callbacks.SwapNeumannWeights(swap_on_epoch=True))
     keras.utils.set_random_seed(0)  # the same batches for all
     test = (x_test, y_test)

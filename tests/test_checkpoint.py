@@ -305,9 +305,9 @@ def contents(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"units": 7}, r"another model: variable 0 of its 9 is `kernel` \(4, 6\) float32, and here, of 9, `kernel`"),
-        ({"optimizer": kc.HessianFree}, "saved by `Neumann` and the model is compiled with `HessianFree`"),
-        ({"optimizer": lambda: kc.Neumann(use_ema=True)}, "another optimizer: variable 2 of its"),
+        ({"units": 7}, r"another model: variable 0 of 9 is `kernel` \(4, 6\) float32. Received: .* 9 is `kernel`"),
+        ({"optimizer": kc.HessianFree}, "optimizer `Neumann`. Received: a model compiled with `HessianFree`"),
+        ({"optimizer": lambda: kc.Neumann(use_ema=True)}, "another optimizer: variable 2 of "),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, options, message):
@@ -327,7 +327,7 @@ def test_an_epoch_of_another_length_is_refused(tmp_path):
     with pytest.raises(Killed):
         fit(compiled(), Checkpoint(tmp_path, every=1), Note(5, kill))
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="after 2 of the 3 steps of epoch 1, and an epoch has 6 steps now"):
+    with pytest.raises(ValueError, match="after 2 of the 3 steps of epoch 1. Received: epochs of 6 steps"):
         compiled().fit(x, y, batch_size=4, epochs=4, verbose=0, callbacks=[Checkpoint(tmp_path)])
     assert contents(tmp_path) == before
 
@@ -335,7 +335,7 @@ def test_an_epoch_of_another_length_is_refused(tmp_path):
 def test_another_first_epoch_or_other_metrics_are_refused(tmp_path):
     with pytest.raises(Killed):
         fit(compiled(), Checkpoint(tmp_path, every=1), Note(2, kill))  # in epoch 0, which Keras takes for "not given"
-    with pytest.raises(ValueError, match="continues in epoch 0 and `fit` begins with 2"):
+    with pytest.raises(ValueError, match="continues in epoch 0. Received: `fit` begins with epoch 2"):
         fit(compiled(), Checkpoint(tmp_path), initial_epoch=2)
     model = compiled(metrics=["accuracy", "sparse_top_k_categorical_accuracy"])
     with pytest.raises(ValueError, match="another metric"):
@@ -481,7 +481,7 @@ def test_data_that_end_before_the_position_are_refused(tmp_path):
     for short in (known, unknown):
         with (
             pytest.warns(UserWarning, match="ran out of data") if short is known else contextlib.nullcontext(),
-            pytest.raises(ValueError, match="was to continue at step 2, and its data ended before"),
+            pytest.raises(ValueError, match="continues at step 2, but the data end before"),
         ):
             small().fit(short, steps_per_epoch=3, epochs=4, verbose=0, shuffle=False, callbacks=[Checkpoint(tmp_path)])
 

@@ -122,7 +122,7 @@ class OwnTrainStep(keras.Model):
 @pytest.mark.parametrize(("model", "message"), [
     ("model", "must be a `keras.Model`"),
     (keras.layers.Dense(1), "must be a `keras.Model`"),
-    (OwnTrainStep(), "has a `train_step` of its own"),
+    (OwnTrainStep(), "has its own `train_step`"),
 ])  # fmt: skip
 def test_what_cannot_be_curved(model, message):
     with pytest.raises(ValueError, match=message):
@@ -232,7 +232,7 @@ def test_structural_damping_needs_a_recurrent_layer():
 def test_swapped_weights_are_those_of_neumann():
     model = network()
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="goes with `Neumann`"):
+    with pytest.raises(ValueError, match="needs the optimizer `Neumann`"):
         model.fit(X, Y, verbose=0, callbacks=[kc.callbacks.SwapNeumannWeights()])
 
 

@@ -32,7 +32,7 @@ def simple(make, curve=True, layers=None, **options):
 
 
 def neumann():
-    """No warm-up and much momentum: the answer is far from the displaced weights."""
+    """No warm-up and much momentum: the solution is far from the displaced weights."""
     return kc.Neumann(0.05, warmup_steps=0, mu_start=0.8, reset_every=3, beta=1e-8)
 
 
@@ -390,7 +390,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path):
         assert_same(state(resumed), state(whole))
 
 
-# Where the answer of Neumann is.
+# Where the solution of Neumann is.
 
 
 def answer(model):

@@ -117,7 +117,7 @@ def test_sixty_steps_are_those_of_algorithm_2(name, is_curved):
     ours = algorithm_2(problem.start, problem.gradient, lambda s: 0.1, **options)
     for s, (w, v, m, mu) in zip(range(60), ours):
         model.train_on_batch(*problem.batch(s))
-        # a curved model stores the answer, a plain one the displaced weights
+        # a curved model stores the solution, a plain one the displaced weights
         stored = w - mu * m if is_curved else w
         np.testing.assert_allclose(flat(model.trainable_variables), stored, 1e-10, 1e-10, err_msg=f"w of step {s}")
         np.testing.assert_allclose(flat(optimizer._m), m, 1e-10, 1e-10, err_msg=f"m of step {s}")

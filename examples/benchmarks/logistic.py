@@ -51,7 +51,7 @@ def losses(name, batch_size, seed=0):
     for begin, end in zip((0, *STEPS), STEPS):
         run(tf.constant(batches[begin:end]))
         displaced = [w.numpy() for w in weights]
-        optimizer.finalize_variable_values(weights)  # the answer of Neumann is w - mu m
+        optimizer.finalize_variable_values(weights)  # the solution of Neumann is w - mu m
         reached.append(float(loss_of_all()))
         for w, value in zip(weights, displaced):
             w.assign(value)

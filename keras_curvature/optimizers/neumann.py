@@ -26,14 +26,14 @@ class Neumann(CurvatureOptimizer):
                      w <- w + mu(t) m - eta d                              (the new m)
                      v <- w + gamma (v - w)                                (the new w)
 
-    with `n` the number of weights and `mu(t) = min(mu_end, 1 - 1 / (t + 1 / (1 - mu_start) - 1))`. The answer is
+    with `n` the number of weights and `mu(t) = min(mu_end, 1 - 1 / (t + 1 / (1 - mu_start) - 1))`. The solution is
     `w - mu m`. Costs one gradient per step, as SGD, and two copies of the weights. With `alpha = beta = 0`,
     `mu_start = mu_end` and no reset it is SGD with Nesterov momentum.
 
-    Where the answer is: on a plain `keras.Model` the stored weights are the displaced ones while `fit` runs; at its
+    Where the solution is: on a plain `keras.Model` the stored weights are the displaced ones while `fit` runs; at its
     end `finalize_variable_values` leaves `w - mu m`. `keras_curvature.callbacks.SwapNeumannWeights` also does this for
     validation and checkpoints. With it a further `fit` continues exactly; without it the first gradient of a further
-    `fit` is at `w - mu m`. On a curved model (`keras_curvature.curved`) the stored weights are always the answer.
+    `fit` is at `w - mu m`. On a curved model (`keras_curvature.curved`) the weights are always the solution.
 
     Reference: Krishnan, Xiao and Saurous, "Neumann Optimizer: A Practical Optimization Algorithm for Deep Neural
     Networks" (ICLR 2018), Algorithm 2 and Table 1. Differences from the paper: (1) the repulsion `beta n / r^2` is
@@ -127,7 +127,7 @@ class Neumann(CurvatureOptimizer):
         self._period = self.add_variable(
             initializer=keras.initializers.Constant(self.reset_every or 0), name="reset_period", **counter
         )
-        # 1 where the stored weights are the displaced w, 0 where they are the answer w - mu m
+        # 1 where the stored weights are the displaced w, 0 where they are the solution w - mu m
         self._displaced = self.add_scalar(0.0, "displaced")
         self._count = trees.count(variables)
 
@@ -157,7 +157,7 @@ class Neumann(CurvatureOptimizer):
         return trees.scale(back, trees.values(self._m))
 
     def step(self, linearization, overwriting=()):
-        """One step; on a curved model the stored weights are the answer, on a plain one the displaced weights."""
+        """One step; on a curved model the stored weights are the solution, on a plain one the displaced weights."""
         self._stores_base = isinstance(linearization, Linearization)
         mu = self._mu(self._t)
         return {"mu": tf.cast(mu, tf.float32), **super().step(linearization, overwriting)}
@@ -253,7 +253,7 @@ class Neumann(CurvatureOptimizer):
             new_w = variable
         tf.raw_ops.ResourceApplyGradientDescent(var=v.handle, alpha=1.0 - keep, delta=v - new_w)
 
-    # Where the answer is, on a plain model.
+    # Where the solution is, on a plain model.
 
     def _displace(self, mu):
         """Stored weights `w - mu m` become `w`."""
@@ -262,23 +262,23 @@ class Neumann(CurvatureOptimizer):
 
     @property
     def is_displaced(self):
-        """Whether the model's weights are the displaced ones now."""
+        """Whether the model's weights are the displaced ones."""
         return self.built and float(self._displaced.numpy()) > 0.0
 
     def displace(self):
-        """Take the answer `w - mu m` in a plain model's weights to the displaced weights; nothing where they are."""
+        """Assign the displaced weights to a plain model that has the solution; do nothing if it has them."""
         if self.built and not self.is_displaced:
             self._displace(self._mu(self._t - 1))
             self.mark_displaced()
 
     def restore(self):
-        """Leave the answer `w - mu m` in the model's weights; nothing where it is there already."""
+        """Assign the solution `w - mu m` to a model that has the displaced weights; do nothing if it has it."""
         if self.is_displaced:
             self._displace(-self._mu(self._t - 1))
             self._displaced.assign(0.0)
 
     def mark_displaced(self):
-        """Say that the model's weights were put back to the displaced ones."""
+        """Record that the displaced weights were assigned to the model."""
         self._displaced.assign(1.0)
 
     def finalize_variable_values(self, var_list):

@@ -114,8 +114,8 @@ def rahimi_recht(seed=0):
 
     over 1000 samples `x_i ~ N(0, I)`, full batch, with `W1` `(10, 6)` and `W2` `(10, 10)`. The rows of `A`, uniform in
     [0, 1), are scaled by `linspace(1, 1e-5, 10)`; the scale is linear, so the condition number of `A` is near 20. The
-    start is `W1 ~ N(0, (2/16)^2)` and `W2 ~ N(0, (1/10)^2)`. The network has 100 redundant weights of 160: `(M W1, W2
-    M^-1)` has the same loss for every invertible `M`, so the Hessian is singular at every solution.
+    start is `W1 ~ N(0, (2/16)^2)` and `W2 ~ N(0, (1/10)^2)`. 100 of the 160 weights are redundant: for every
+    invertible `M`, `(M W1, W2 M^-1)` has the same loss. So the Hessian is singular at every solution.
 
     Reference: Rahimi and Recht's 2017 talk, with the numbers of albanie/mcnToyOptim.
 

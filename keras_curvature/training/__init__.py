@@ -1,1 +1,1 @@
-"""The bridge to `fit`: curved models and callbacks that a training needs."""
+"""Training with `fit`: curved models, and callbacks."""

@@ -1,4 +1,4 @@
-"""Curved models: Keras models with a train step for second-order optimizers. No mathematics."""
+"""Curved models: Keras models with a train step for second-order optimizers."""
 
 import abc
 import functools
@@ -14,7 +14,7 @@ from keras_curvature.training.trainer import CurvedTrainer
 
 
 class CurvedMixin(CurvedTrainer):
-    """What a curved model adds to a `keras.Model`: the train step, and the optimizer's reports in the logs."""
+    """The part of a curved model besides `keras.Model`: the train step, and the optimizer's reports in the logs."""
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
@@ -22,19 +22,19 @@ class CurvedMixin(CurvedTrainer):
             self._introduce()
 
     def _introduce(self):
-        """Let the optimizer see the model: some optimizers build their state from the model's layers."""
+        """Pass the model to the optimizer: some optimizers build their state from its layers."""
         optimizer, _ = unwrap(getattr(self, "optimizer", None))
         if isinstance(optimizer, CurvatureOptimizer):
             optimizer.meet(self)
 
     def __reduce__(self):
-        # Keras pickles a model as the bytes of its file, which loads as the plain class
+        # Keras pickles the file of a model, which loads as the plain class
         _, file = super().__reduce__()
         return _unpickled, (file, self.micro_batches)
 
 
 def _unpickled(file, micro_batches):
-    """The curved model in a pickle; `file` is what Keras keeps of it."""
+    """Unpickle a curved model; `file` are the arguments of Keras' own function."""
     return curved(keras_internals.unpickled(*file), micro_batches)
 
 
@@ -42,12 +42,12 @@ def _unpickled(file, micro_batches):
 class CurvatureModel(CurvedMixin, keras.Model, metaclass=abc.ABCMeta):
     """A `keras.Model` with the train step of second-order optimizers.
 
-    Made from inputs and outputs or by subclassing, and saved and loaded as this class. `curved(model)` turns an
+    Create it from inputs and outputs or by subclassing; it is saved and loaded as this class. `curved(model)` turns an
     existing model into an instance of this class.
 
     Attributes:
-        micro_batches: Number of slices that each replica's share of a batch is computed in; see `curved`. An argument
-            of the constructor too. `keras.models.clone_model` begins with `1` again. Defaults to `1`.
+        micro_batches: Number of slices of each replica's share of a batch; see `curved`. It is also an argument of the
+            constructor. `keras.models.clone_model` resets it to `1`. Defaults to `1`.
 
     Example:
 
@@ -60,7 +60,7 @@ class CurvatureModel(CurvedMixin, keras.Model, metaclass=abc.ABCMeta):
 
     def __init__(self, *args, micro_batches=1, **kwargs):
         if len(args) == 2 or "outputs" in kwargs:
-            # otherwise Keras would make this very class functional, and with it every later subclass
+            # otherwise Keras would make this class itself functional, and so every later subclass
             self.__class__ = _functional_class(type(self))
             Functional.__init__(self, *args, **kwargs)
         else:
@@ -74,7 +74,7 @@ class CurvatureModel(CurvedMixin, keras.Model, metaclass=abc.ABCMeta):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """The model that `get_config` described."""
+        """A new model from a config."""
         config = dict(config)
         micro_batches = config.pop("micro_batches", 1)
         model = super().from_config(config, custom_objects)
@@ -84,10 +84,10 @@ class CurvatureModel(CurvedMixin, keras.Model, metaclass=abc.ABCMeta):
 
 @functools.cache
 def _functional_class(cls):
-    """`cls` made from inputs and outputs."""
+    """The subclass of `cls` for models from inputs and outputs."""
     if issubclass(cls, Functional):
         return cls
-    # Keras looks at the signature to know that a saved graph can be given back to the constructor
+    # from the signature Keras decides whether the constructor takes a saved graph
     own = {"__init__": Functional.__init__} if cls.__init__ is CurvatureModel.__init__ else {}
     return type(cls.__name__, (cls, Functional), {"__module__": cls.__module__, "__doc__": cls.__doc__, **own})
 
@@ -101,26 +101,26 @@ def curved(model, micro_batches=None):
     """Give `model` the train step that second-order optimizers need, in place, and return it.
 
     The model keeps its layers, weights and compiled state, and remains an instance of its class; it becomes an instance
-    of `CurvatureModel` too. Its file is one that plain Keras loads. After loading, curve the model again before `fit`;
-    copies by `pickle` and `copy.deepcopy` are curved already. With a Keras optimizer a curved model trains as before.
+    of `CurvatureModel` too. Plain Keras can load its file. After loading, curve the model again before `fit`; copies by
+    `pickle` and `copy.deepcopy` are curved already. With a Keras optimizer a curved model trains as before.
 
     Keras does not restore the optimizer of a model whose class has its own `compile`, such as KerasHub's tasks, and
     warns about it while loading. Compile such a model again after `load_model`, or it trains with the optimizer that
     its class chooses.
 
     Under a distribution strategy build and compile the model inside `strategy.scope()`. A batch is split among the
-    replicas, and `n` replicas train as one does. This holds for Keras' own optimizers too.
+    replicas, and `n` replicas train as one replica does, also with Keras' own optimizers.
 
     Args:
         model: A `keras.Model`: functional, sequential or subclassed.
-        micro_batches: Number of slices that each replica's share of a batch is computed in, one after the other, for
-            batches larger than memory. Gradients, products and losses are sums over the slices, and only the
-            activations of one slice are in memory. Methods of gradients need no more passes; others need one more
-            forward pass for every product. Batch normalization takes the statistics of each slice. Defaults to the
-            model's present number, which is `1` for a model that is not curved yet.
+        micro_batches: Number of slices of each replica's share of a batch, which are computed one after the other, for
+            batches whose activations do not fit in memory. Gradients, products and losses are summed over the slices,
+            and memory holds the activations of one slice only. Methods that need only gradients take no additional
+            passes; others need an additional forward pass for every product. Batch normalization uses the statistics
+            of each slice. Defaults to `model.micro_batches`, or to `1` for a model that is not curved yet.
 
     Returns:
-        The same object; `model.micro_batches` can be set again.
+        The same model; `model.micro_batches` can be changed later.
 
     Raises:
         ValueError: `model` is not a `keras.Model`, or has its own `train_step`; `micro_batches` is not an integer of at
@@ -132,7 +132,7 @@ def curved(model, micro_batches=None):
     model = keras_curvature.curved(keras.Sequential([...]))
     model.compile(optimizer=keras_curvature.HessianFree(), loss="sparse_categorical_crossentropy")
 
-    model = keras_curvature.curved(model, micro_batches=64)   # a batch of 8192 in the memory of one of 128
+    model = keras_curvature.curved(model, micro_batches=64)   # a batch of 8192 in the memory for 128
     ```
     """
     if not isinstance(model, keras.Model):
@@ -144,8 +144,8 @@ def curved(model, micro_batches=None):
         return model
     if type(model).train_step is not keras.Model.train_step:
         raise ValueError(
-            f"`curved`: `{type(model).__name__}` has a `train_step` of its own, and a curved model brings another. Put "
-            "the loss into `compute_loss(self, x, y, y_pred, sample_weight, training)` instead of `train_step`."
+            f"`curved`: `{type(model).__name__}` has its own `train_step`, which a curved model replaces. Compute "
+            "the loss in `compute_loss(self, x, y, y_pred, sample_weight, training)` instead of `train_step`."
         )
     model.__class__ = _curved_class(type(model))
     model.train_function = None  # traced again, with the new step
@@ -156,12 +156,12 @@ def curved(model, micro_batches=None):
 
 @functools.cache
 def _curved_class(cls):
-    """`cls` with the train step, under the same name, so that a saved file names the class that Keras knows."""
+    """The subclass of `cls` with the train step, of the same name, so that a saved file names the original class."""
     made = type(cls.__name__, (CurvedMixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     name = keras.saving.get_registered_name(cls)
     if keras.saving.get_registered_object(name) is cls:
         package, _, rest = name.partition(">")
-        for owner in (made, cls):  # both are saved under the name, and it loads the last one
+        for owner in (made, cls):  # both are saved under this name, and the class registered last is loaded
             keras.saving.register_keras_serializable(package, rest)(owner)
     CurvatureModel.register(made)
     return made

@@ -1,4 +1,4 @@
-"""The numbers that an optimizer reports, as metrics in a model's logs."""
+"""The numbers that an optimizer reports, as metrics in the logs of `fit`."""
 
 import keras
 import tensorflow as tf
@@ -7,10 +7,14 @@ from keras_curvature import replicas
 
 
 class Report(keras.metrics.Metric):
-    """One reported number in the logs: the mean, the last or the sum of an epoch's finite values.
+    """A reported number in the logs: the mean, the last or the sum of the finite values of an epoch.
 
-    NaN if the epoch had no finite value. It is a metric because Keras shows the metrics of an epoch; of any other
-    entry in the logs it shows the value of the last batch.
+    It is NaN if the epoch has no finite value. It is a metric because for other entries in the logs Keras shows the
+    value of the last batch.
+
+    Args:
+        name: The key in the logs.
+        how: `"mean"`, `"last"` or `"sum"`.
     """
 
     def __init__(self, name, how):
@@ -22,7 +26,7 @@ class Report(keras.metrics.Metric):
     def update_state(self, value):
         """Add the number of one step."""
         finite = tf.math.is_finite(value)
-        # every replica reports the same number, and Keras adds up what the replicas hold
+        # every replica reports the same number, and Keras sums the variables over replicas
         share = 1.0 / replicas.count()
         value, one = tf.where(finite, value * share, 0.0), tf.where(finite, share, 0.0)
         if self.how == "last":
@@ -33,8 +37,8 @@ class Report(keras.metrics.Metric):
             self.count.assign_add(one)
 
     def result(self):
-        """The epoch's number so far."""
-        # on a replica, a variable reads as that replica's share
+        """The number for the epoch so far."""
+        # on a replica, a variable has the value of that replica
         whole = self.total.value / self.count.value if self.how == "mean" else self.total.value * replicas.here()
         return tf.where(self.count.value > 0, whole, float("nan"))
 
@@ -42,10 +46,10 @@ class Report(keras.metrics.Metric):
 class Reports:
     """The reports of one optimizer.
 
-    A plain object, so that Keras does not count the reports among the model's metrics, nor save them.
+    A plain object, so that Keras neither adds the reports to the model's metrics nor saves them.
 
     Attributes:
-        optimizer: The `CurvatureOptimizer` that reports; `None` before there is one.
+        optimizer: The `CurvatureOptimizer`; `None` before the first call of `of`.
         metrics: `{name: Report}`.
     """
 
@@ -53,7 +57,7 @@ class Reports:
         self.optimizer, self.metrics = None, {}
 
     def of(self, optimizer, strategy):
-        """`{name: Report}` of `optimizer`, created under `strategy`; created again for another optimizer."""
+        """`{name: Report}` of an optimizer, created in the scope of `strategy`; created again for another optimizer."""
         if self.optimizer is not optimizer:
             with tf.init_scope(), strategy.scope():
                 named = {"skipped_steps": "sum", **optimizer.reports}
@@ -62,7 +66,7 @@ class Reports:
         return self.metrics
 
     def update(self, reported):
-        """Add the numbers of one step; returns `{name: the epoch's number so far}`."""
+        """Add the numbers of one step, and return `{name: number for the epoch so far}`."""
         logs = {}
         for name, metric in self.metrics.items():
             metric.update_state(reported.get(name, tf.constant(float("nan"))))
@@ -76,6 +80,6 @@ class Reports:
 
 
 def reports_of(model):
-    """`{name: Report}` of a model; empty for a plain model, and before the first step of a curved one."""
+    """`{name: Report}` of a model; empty for a plain model, and before the first step of a curved model."""
     reports = getattr(model, "_curved_reports", None)
     return reports.metrics if isinstance(reports, Reports) else {}

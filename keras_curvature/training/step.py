@@ -1,4 +1,4 @@
-"""The train step of a curved model: linearize the batch, let the optimizer step, commit the state once."""
+"""The train step of a curved model: linearize the batch, take the optimizer's step, update layer states once."""
 
 import keras
 import tensorflow as tf
@@ -14,13 +14,13 @@ from keras_curvature.training.reports import Reports
 
 
 class CurvedStep:
-    """The train step that a curved model puts before Keras' own."""
+    """A `keras.Model` mixin with the train step of curved models."""
 
     _curved_micro_batches = 1
 
     @property
     def micro_batches(self):
-        """Number of slices that each replica's share of a batch is computed in, one after the other."""
+        """Number of slices of each replica's share of a batch, which are computed one after the other."""
         return self._curved_micro_batches
 
     @micro_batches.setter
@@ -29,11 +29,11 @@ class CurvedStep:
         if value == self._curved_micro_batches:
             return
         self._curved_micro_batches = value
-        if self.train_function is not None:  # traced again with the new number, also while `fit` is running
+        if self.train_function is not None:  # trace again, also while `fit` is running
             self.make_train_function(force=True)
 
     def _prepare_reports(self):
-        """The `Reports`, with metrics for the compiled optimizer; call it before the step is traced."""
+        """Create the metrics of the optimizer's reports and return the `Reports`; call it before the step is traced."""
         if "_curved_reports" not in self.__dict__:
             self._curved_reports = Reports()
         optimizer, _ = unwrap(self.optimizer)
@@ -42,33 +42,33 @@ class CurvedStep:
         return self._curved_reports
 
     def train_step(self, data):
-        """Linearize the batch, step, commit batch statistics once. Keras' own step, if it gives the same result."""
+        """Linearize the batch, take the step, update layer states; or Keras' own step if its result is the same."""
         if not self._steps_by_linearization():
             return super().train_step(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         loss, outputs, taken, reported = replicas.cross(self._curved_step, x, y, sample_weight)
         first = next(a for a in keras.tree.flatten(x) if a is not None)
-        # a skipped batch does not count: its NaN would become the loss of the whole epoch
+        # a skipped batch does not count, because its NaN would become the loss of the whole epoch
         keras_internals.loss_tracker(self).update_state(
             tf.where(taken, loss, tf.zeros_like(loss)), sample_weight=tf.where(taken, tf.shape(first)[0], 0)
         )
         logs = dict(self.compute_metrics(x, y, outputs, sample_weight=sample_weight))
-        if "loss" in logs:  # before any batch counts, the mean is undefined and not 0
+        if "loss" in logs:  # before any batch counts, the mean is undefined, not 0
             logs["loss"] = tf.where(keras_internals.loss_tracker(self).count.value > 0, logs["loss"], float("nan"))
         return {**logs, **self._curved_reports.update(reported)} if reported else logs
 
     def _steps_by_linearization(self):
         """Whether our step must replace Keras'.
 
-        For Keras' own optimizers it need not on one replica and on a TPU. Under a strategy that synchronizes by merge
-        calls, Keras' step refuses accumulated gradients, averages that overwrite the weights, and several steps per
-        execution. Our step leaves the replicas once, for the whole step, and works with Keras' optimizers too.
+        With a Keras optimizer it need not on one replica and on a TPU. Under a strategy that synchronizes by merge
+        calls, Keras' step does not support gradient accumulation, `ema_overwrite_frequency` and `steps_per_execution`.
+        Our step leaves the replica context once, for the whole step, and supports all three.
         """
         ours = isinstance(unwrap(self.optimizer)[0], CurvatureOptimizer)
         return ours or self.micro_batches > 1 or replicas.uses_merge_calls()
 
     def _curved_step(self, x, y, sample_weight):
-        """`(loss, outputs, whether the step was taken, reported)`, outside the replicas."""
+        """`(loss, outputs, taken, reported)` of a step, outside the replicas; `taken` is false for a skipped step."""
         optimizer, scaler = unwrap(self.optimizer)
         build_for(self, x, y, sample_weight)
         ours = isinstance(optimizer, CurvatureOptimizer)
@@ -76,7 +76,7 @@ class CurvedStep:
         _refuse_overwritten(self.trainable_variables)
         if ours:
             optimizer.require(self.trainable_variables)
-            self._prepare_reports()  # inside the replicas nothing can be created
+            self._prepare_reports()  # variables cannot be created inside the replicas
         lin = Linearization(
             self, x, y, sample_weight, micro_batches=self.micro_batches,
             needs=needs, shift=optimizer.shift() if needs.shifted else None,
@@ -101,24 +101,24 @@ def unwrap(optimizer):
 
 
 def _refuse_overwritten(variables):
-    """Refuse weights whose gradient is their new value: it is no derivative, and does not add up over slices."""
+    """Raise a `ValueError` for weights whose "gradient" is their new value, which cannot be summed over slices."""
     names = [v.path for v in variables if overwrites(v)]
     if names:
         raise ValueError(
-            "A curved model cannot train weights that their gradient overwrites, such as the scales of float8 layers. "
-            f"Received: {', '.join(names)}. Train the model without `keras_curvature.curved`, with an optimizer that "
-            "needs gradients only (`Neumann`, `SOAP`, `Shampoo`, ...), or in another precision."
+            "A curved model cannot train weights with `overwrite_with_gradient`, such as the scales of float8 layers. "
+            f"Received: {', '.join(names)}. Train in another precision; or without `keras_curvature.curved`, by an "
+            "optimizer that needs only gradients, such as `Neumann`, `SOAP` or `Shampoo`."
         )
 
 
 def _step_of_keras(optimizer, lin, checked):
-    """One step of a Keras optimizer, outside the replicas; returns whether it was taken.
+    """Take a step of a Keras optimizer, outside the replicas; returns whether it was taken.
 
-    As in Keras, a step with a gradient that is not finite is skipped under a loss scale, and only there.
+    As in Keras, a step with a non-finite gradient is skipped only under loss scaling.
     """
     gradient, scale = lin.gradient, optimizer.loss_scale_factor
     handed = gradient if scale is None else trees.scale(scale, gradient)
-    handed = [g if reached else None for g, reached in zip(handed, lin.reached)]  # Keras passes over `None`
+    handed = [g if reached else None for g, reached in zip(handed, lin.reached)]  # Keras skips `None`
 
     def take():
         with replicas.keras_outside():
@@ -129,7 +129,7 @@ def _step_of_keras(optimizer, lin, checked):
 
 
 def _update_loss_scale(scaler, finite):
-    """Dynamic loss scaling by Keras' rule: halve after a step that is not finite, double after enough others."""
+    """Dynamic loss scaling by Keras' rule: halve after a non-finite step, double after enough finite steps."""
     due = scaler.step_counter.value >= scaler.dynamic_growth_steps - 1
     scale, counter = scaler.dynamic_scale.value, scaler.step_counter.value
     factor = tf.where(finite, tf.where(due, 2.0, 1.0), 0.5)
@@ -138,5 +138,5 @@ def _update_loss_scale(scaler, finite):
 
 
 def _nothing(_):
-    """The value of a branch that is run for its effects."""
+    """The value of a branch that is executed for its side effects."""
     return tf.constant(0)

@@ -1,4 +1,4 @@
-"""What a curved model changes around its train step: when it is built, how it is traced, which logs an epoch shows."""
+"""The rest of a curved model's trainer: when it is built, how it is traced, and the logs of an epoch."""
 
 import keras
 import tensorflow as tf
@@ -10,7 +10,7 @@ from keras_curvature.training.step import CurvedStep, unwrap
 
 
 class CurvedTrainer(CurvedStep):
-    """The methods of Keras' trainer that a curved model replaces."""
+    """A mixin with the methods of Keras' trainer that a curved model overrides."""
 
     _curved_batch = staticmethod(lambda: None)
 
@@ -21,7 +21,7 @@ class CurvedTrainer(CurvedStep):
             self._curved_reports.reset()
 
     def make_train_function(self, force=False):
-        """Keras' train function, for a step with all its variables created, which TensorFlow traces once."""
+        """Keras' train function. All variables are created before, so that TensorFlow traces it only once."""
         self._build_for_training()
         self._prepare_reports()
         if self.micro_batches > 1 and self.get_compile_config()["jit_compile"] == "auto":
@@ -29,18 +29,18 @@ class CurvedTrainer(CurvedStep):
         return super().make_train_function(force)
 
     def _build_for_training(self):
-        """Build what waits for a first batch, from the shapes of the data that `fit` has just begun to iterate over."""
+        """Build what is not built yet, from the shapes of the data that `fit` begins to iterate over."""
         batch, self._curved_batch = self._curved_batch, type(self)._curved_batch
         if batch() is not None:
             build_for(self, *keras.utils.unpack_x_y_sample_weight(batch()))
 
-    # Private methods of Keras' trainer: where `fit` begins, and where the logs of a step leave the replicas.
+    # Private methods of Keras' trainer.
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        """Build what waits for a first batch, from the slice of one replica.
+        """Build what is not built yet, for the share of one replica.
 
-        Keras would average the slices, which fails on several workers and for slices of different sizes. It would
-        also draw a batch when nothing waits, and a validation that continues in its data would miss that batch.
+        Keras would average the replicas' shares, which fails on several workers and for shares of different sizes. It
+        would also draw a batch if everything is built, which validation on a continuing iterator would then miss.
         """
         if iterator is not None or self.train_function is None:
             self._check_scope()
@@ -49,13 +49,13 @@ class CurvedTrainer(CurvedStep):
                 return
             data_batch = replicas.one_of(self.distribute_strategy, next(next(iter(iterator))[-1]))
             iterator = None
-        elif not keras_internals.is_built(self):  # without a strategy Keras builds in the trace, and then traces again
+        elif not keras_internals.is_built(self):  # otherwise Keras would build while it traces, and trace again
             batch = data_batch if iterator is None else keras_internals.batch_spec(iterator)
             self._curved_batch = lambda: batch  # a function, since Keras tracks lists and dictionaries
         super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
 
     def _check_scope(self):
-        """Refuse a model or an optimizer that belongs to another strategy than the one that trains."""
+        """Raise a `ValueError` if the model or the optimizer was not created under the current strategy."""
         strategy, optimizer = self.distribute_strategy, unwrap(self.optimizer)[0]
         made_under = keras_internals.strategy_of(optimizer)
         owners = {
@@ -64,15 +64,15 @@ class CurvedTrainer(CurvedStep):
         }
         for owner in (owner for owner, belongs in owners.items() if not belongs):
             raise ValueError(
-                f"Training under `{type(strategy).__name__}`: {owner} was made outside the strategy's scope. Make the "
-                "model, curve it and compile it inside:\n\n"
+                f"Training under `{type(strategy).__name__}`: {owner} was created outside the strategy's scope. "
+                "Create, curve and compile the model inside:\n\n"
                 "    with strategy.scope():\n"
                 "        model = keras_curvature.curved(build())\n"
                 "        model.compile(optimizer=keras_curvature.CurveBall(), loss=...)\n"
             )
 
     def _make_function(self, step_function):
-        """Keras' function of a data iterator. Keras averages the logs of several workers over an axis; they get one."""
+        """Keras' function of a data iterator. Adds the axis over which Keras averages the logs of several workers."""
 
         def with_an_axis(data):
             return keras.tree.map_structure(lambda value: tf.convert_to_tensor(value)[tf.newaxis], step_function(data))
@@ -84,7 +84,7 @@ class CurvedTrainer(CurvedStep):
         return function if alone else _OneByOne(self, function)
 
     def _get_metrics_result_or_logs(self, logs):
-        """The logs of an epoch. Keras shows its metrics if the names agree with the logs, so reports are set aside."""
+        """The logs of an epoch: Keras' metrics, which it shows if its logs have no other names, and the reports."""
         reports = reports_of(self)
         shown = {name: report.result() for name, report in reports.items() if isinstance(logs, dict) and name in logs}
         if not shown:
@@ -98,15 +98,15 @@ class CurvedTrainer(CurvedStep):
 class _OneByOne:
     """`steps_per_execution` steps, each a call of `function` on one batch.
 
-    Keras puts the loop over the steps into a graph, where TensorFlow fails to place the sums over replicas. A step that
-    asks for a batch after the last one also adds an empty batch to the metrics before it fails.
+    Keras loops over the steps inside a graph, in which TensorFlow cannot place the sums over replicas. Also, after the
+    last batch Keras' loop would add an empty batch to the metrics before it ends.
     """
 
     def __init__(self, model, function):
         self._model, self._function, self._traced = model, function, {}
 
     def __call__(self, iterator):
-        """The logs of the last of the steps."""
+        """Take the steps, and return the logs of the last one."""
         if not replicas.is_iterator(iterator):
             return self._function(iterator)
         logs = None
@@ -122,10 +122,10 @@ class _OneByOne:
     def _step(self, spec, batch):
         if self._model.run_eagerly:
             return self._function([batch])
-        name = repr(spec)  # a nest cannot be hashed
+        name = repr(spec)  # a nest is not hashable
         if name not in self._traced:
-            # traced for batches of any length: several workers must run the same program, also when the last batch
-            # leaves one of them with fewer examples than another
+            # traced for batches of any length: several workers must run the same program, also if the last batch has
+            # fewer examples on one worker than on another
             self._traced[name] = tf.function(
                 lambda batch: self._function([batch]), input_signature=[spec], autograph=False
             )

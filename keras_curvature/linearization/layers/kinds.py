@@ -1,4 +1,4 @@
-"""The supported kinds of layers, with their weights as matrices; see `weights.py`."""
+"""The supported layer classes, with their weights as matrices; see `weights.py`."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from keras_curvature.linearization.layers.weights import DIAGONAL, MATRIX, Weigh
 
 
 def weights_of(layer):
-    """The `Weights` of a layer, a list; empty for a layer of an unknown kind."""
+    """The `Weights` of a layer, a list; empty if the layer is not supported."""
     for known, made in _KINDS:
         if _is(layer, known):
             return made(layer)
@@ -27,14 +27,14 @@ def known_class(layer):
 
 
 def _is(layer, known):
-    """Whether `layer` computes the same as class `known`: an instance, or a subclass with the same `call`."""
+    """Whether `layer` computes what `known` does: an instance without its own `call`, LoRA and quantization."""
     same = isinstance(layer, known) and type(layer).call is known.call and "call" not in vars(layer)
     plain = not getattr(layer, "lora_enabled", False) and getattr(layer, "quantization_mode", None) is None
     return same and plain
 
 
 class DenseWeights(Weights):
-    """Of `Dense`: every axis between the first and the last is of positions."""
+    """The weights of `Dense`: all axes between the first and the last are positions."""
 
     def inputs(self, tap):
         return arranged(tap.inputs, features=(-1,))
@@ -49,10 +49,14 @@ def _dense(layer):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EinsumWeights(Weights):
-    """Of `EinsumDense`: axes that are summed over are inputs, axes of the kernel in the output alone are outputs.
+    """The weights of `EinsumDense`.
+
+    The kernel's axes are groups if they are in the input and the output, input features if they are in the input only,
+    and output features if they are in the output only.
 
     Attributes:
-        of_inputs, of_outputs: Axes of the inputs and of the outputs: those of groups, positions and features.
+        of_inputs: The axes of the input that are groups, positions and features, a tuple of three tuples.
+        of_outputs: The axes of the output, likewise.
     """
 
     of_inputs: tuple = ()
@@ -68,7 +72,7 @@ class EinsumWeights(Weights):
 
 
 def _einsum(layer):
-    """Of `"input,kernel->output"`; nothing for an axis that is neither group, position, input nor output."""
+    """For `"input,kernel->output"`; empty if an axis is neither a group, a position, an input nor an output."""
     given, kernel, output = _equation(layer)
     together = given + kernel + output
     repeated = any(axes.count(c) > 1 for axes in (given, kernel, output) for c in axes)
@@ -93,7 +97,7 @@ def _einsum(layer):
 
 
 def _equation(layer):
-    """The axes of inputs, kernel and outputs as letters, with an ellipsis spelled out."""
+    """The axes of input, kernel and output as letters, with digits for the axes of an ellipsis."""
     left, output = layer.equation.replace(" ", "").split("->")
     given, kernel = left.split(",")
     others = "".join(chr(ord("0") + i) for i in range(layer.input_spec.ndim - len(given.replace("...", ""))))
@@ -101,10 +105,10 @@ def _equation(layer):
 
 
 class EmbeddingWeights(Weights):
-    """Of `Embedding`: the input is a unit vector, given by the index of its 1, and the factor of inputs diagonal."""
+    """The weights of `Embedding`: inputs are one-hot vectors, given by their indices, so their factor is diagonal."""
 
     kinds = (DIAGONAL, MATRIX)
-    sharing = "expand"  # a mean of unit vectors has no diagonal factor
+    sharing = "expand"  # the factor of averaged one-hot vectors is not diagonal
 
     def inputs(self, tap):
         return arranged(tf.cast(tap.inputs, tf.int32)[..., tf.newaxis], features=(-1,))
@@ -118,12 +122,12 @@ def _embedding(layer):
 
 
 class NormalizationWeights(Weights):
-    """Scale and shift of a normalization: each channel is a group with the 2x2 block of its scale and shift, exact."""
+    """Scale and shift of a normalization: each channel is a group with an exact 2x2 block."""
 
     sharing = "exact"
 
     def inputs(self, tap):
-        """The normalized inputs, which the scale multiplies."""
+        """The normalized inputs: the scale multiplies them."""
         x = tap.inputs if self.kernel is None else _normalized(tap)
         x = arranged(x, groups=_axes(self.layer, x))
         return x[..., : self.size[0]]
@@ -144,15 +148,15 @@ def _normalization(layer):
 
 
 def _axes(layer, x):
-    """The axes that have a scale each."""
+    """The axes of the scale."""
     axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
     return sorted(axis % x.shape.rank for axis in axes)
 
 
 def _normalized(tap):
-    """The inputs of a normalization's scale and shift, computed once more."""
+    """The normalized inputs, computed again."""
     layer, x = tap.layer, tap.inputs
-    if isinstance(layer, keras.layers.BatchNormalization):  # its call would move statistics
+    if isinstance(layer, keras.layers.BatchNormalization):  # its call would update the moving statistics
         x = trees.full_precision(x)
         of_batch = tap.options.get("training") and layer.trainable
         moving = (tf.cast(tf.convert_to_tensor(v), x.dtype) for v in (layer.moving_mean, layer.moving_variance))
@@ -166,7 +170,7 @@ def _normalized(tap):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RecurrentWeights(Weights):
-    """Of a recurrent layer, for the inputs or for the last state: every step is a position.
+    """The weights of a recurrent layer for its inputs or for its state: every time step is a position.
 
     Attributes:
         part: 0 for the weights of the inputs, 1 for those of the state.
@@ -179,7 +183,7 @@ class RecurrentWeights(Weights):
 
     def slopes(self, tap, slope):
         width = self.size[1]
-        begin = self.part * width if slope.shape[-1] > width else 0  # each part its own, where they are not added up
+        begin = self.part * width if slope.shape[-1] > width else 0  # if they are not summed
         return arranged(slope[..., begin : begin + width], features=(-1,))
 
 
@@ -187,7 +191,7 @@ def _recurrent(layer):
     cell = layer.cell
     if type(cell) not in RECURRENT_CELLS or layer.zero_output_for_mask:
         return []
-    if getattr(cell, "implementation", 2) != 2:  # a mask for each gate
+    if getattr(cell, "implementation", 2) != 2:  # dropout masks for each gate
         return []
     kernel, recurrent, bias = cell.kernel, cell.recurrent_kernel, cell.bias
     after = getattr(cell, "reset_after", False)
@@ -195,7 +199,7 @@ def _recurrent(layer):
     of_state = RecurrentWeights(
         layer, recurrent, bias if after else None, tuple(recurrent.shape), bias_row=1 if after else None, part=1
     )
-    # with the reset gate first, the last kernel multiplies the reset state, which is not noted
+    # with the reset gate first, the recurrent kernel multiplies the reset state, which is not recorded
     return [of_inputs] if type(cell) is keras.layers.GRUCell and not after else [of_inputs, of_state]
 
 

@@ -1,14 +1,13 @@
-"""What Keras and TensorFlow compute otherwise while a model is linearized.
+"""Functions of Keras and TensorFlow that are replaced while a model is linearized.
 
-* `tf.nn.moments`, under BatchNormalization, LayerNormalization and GroupNormalization, stops the gradient at
-  the mean. First derivatives are still exact, and so are Gauss-Newton products, which are made of them; second
-  derivatives are 3% to 49% off. `differentiable_keras(twice=True)` uses the plain mean and variance instead
-  while a Hessian is traced.
-* Synchronized normalization takes sums over replicas that can be differentiated only in the call they were made in.
+* `tf.nn.moments`, in BatchNormalization, LayerNormalization and GroupNormalization, stops the gradient at the mean.
+  First derivatives are exact, and so are Gauss-Newton products, which consist of first derivatives; second derivatives
+  are 3% to 49% off. `differentiable_keras(twice=True)` uses the plain mean and variance instead, for Hessians.
+* Synchronized normalization sums over replicas, and these sums can be differentiated only within the same call.
 * On a slice of a batch, losses and random numbers are those of the whole batch; see `slices.py`.
 
-Each substitute below takes the original function first. It is installed once and acts only while this thread, or the
-caller of this replica, has `differentiable_keras` open; see `keras_internals/guards.py`.
+The first argument of each substitute below is the original function. It is installed once and acts only in a thread
+that is in the context `differentiable_keras`, or in the replicas of such a thread; see `keras_internals/guards.py`.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from keras_curvature.linearization.pure import randomness, slices
 
 @dataclasses.dataclass(frozen=True)
 class _Mode:
-    """What an open `differentiable_keras` was asked for."""
+    """The arguments of the current `differentiable_keras` context."""
 
     is_open: bool = False
     twice: bool = False
@@ -47,7 +46,7 @@ def _moments(original, x, axes, keepdims):
 
 
 def _synchronized_moments(original, x, axes, keepdims):
-    """Mean and variance over the slices of all replicas."""
+    """Mean and variance over all replicas."""
     if not _mode.get().is_open:
         return original(x, axes, keepdims)
     place = slices.here()
@@ -60,10 +59,10 @@ def _synchronized_moments(original, x, axes, keepdims):
 
 
 def _max_pool(original, inputs, pool_size, strides=None, padding="valid", data_format=None):
-    """Keras' max pooling; of images, and where windows do not overlap, with a gradient that is cheap to transpose.
+    """Keras' max pooling, with a cheap forward mode for images and windows that do not overlap.
 
-    Forward mode uses TensorFlow's `MaxPoolGradGrad`, which takes 2-5 times as long as a forward pass. Where windows do
-    not overlap, the tangent is the sum over each window of the tangents at its maximum.
+    TensorFlow's forward mode is `MaxPoolGradGrad`, which takes 2-5 times as long as a forward pass. If windows do not
+    overlap, the output tangent is the input tangent at each window's maximum.
     """
     if not _mode.get().products:
         return original(inputs, pool_size, strides, padding, data_format)
@@ -75,7 +74,7 @@ def _max_pool(original, inputs, pool_size, strides=None, padding="valid", data_f
 
 
 def _pool(inputs, size):
-    """Max pooling of images by windows of this size, side by side."""
+    """Max pooling of images with adjacent windows of this size."""
     window = {"ksize": [1, *size, 1], "strides": [1, *size, 1], "padding": "VALID"}
 
     @tf.custom_gradient
@@ -95,7 +94,7 @@ def _pool(inputs, size):
 
 
 def _ctc_loss(original, target, output, *args, **kwargs):
-    """The loss with its gradient, which says that it has no derivative: TensorFlow's is NaN, or fails when it runs."""
+    """The CTC loss without second derivatives, which raises an error: TensorFlow's are NaN or fail at run time."""
     if not _mode.get().is_open:
         return original(target, output, *args, **kwargs)
 
@@ -104,7 +103,7 @@ def _ctc_loss(original, target, output, *args, **kwargs):
         with tf.GradientTape() as tape:
             tape.watch(output)
             loss = original(target, output, *args, **kwargs)
-        slope = tape.gradient(loss, output)  # of the sum: each example has its own loss
+        slope = tape.gradient(loss, output)  # of the sum over examples, which have separate losses
         slope = tf.raw_ops.PreventGradient(input=slope, message="the CTC loss has no second derivative")
         return loss, lambda g: slope * tf.cast(tf.reshape(g, [-1, 1, 1]), slope.dtype)
 
@@ -116,49 +115,49 @@ def _cudnn_ok(original, *args, **kwargs):
 
 
 def _scale(original, mean):
-    """A mean over the examples, as Keras adds it to those of the other slices: times their share of the batch."""
+    """A mean over the examples of a slice, weighted by its share of the batch, so that slices can be summed."""
     place = _uneven_place()
     return original(mean) if place is None else place.weigh(mean)
 
 
 def _reduce(original, values, sample_weight=None, reduction="sum_over_batch_size"):
-    """The reduction of a loss over the examples; a loss of one number for the whole slice counts by its share too."""
+    """The reduction of a loss; a loss that returns one number for the slice is weighted by its share too."""
     loss, place = original(values, sample_weight, reduction), _place()
     if place is None or not place.weighs_means:
         return loss
-    name = tf.get_current_name_scope().split("/")[-1]  # a loss runs in the scope of its name
+    name = tf.get_current_name_scope().split("/")[-1]  # Keras calls a loss in a name scope of its name
     is_one = values.shape.rank == 0 and reduction in ("sum_over_batch_size", "mean", "mean_with_sample_weight")
-    if is_one or name == "circle":  # the one loss of Keras with a value for each example that depends on the others
+    if is_one or name == "circle":  # Keras' only loss whose value for an example depends on the others
         slices.warn_of_coupled(name)
-    return place.weigh(loss) if is_one else loss  # Keras scales the others
+    return place.weigh(loss) if is_one else loss  # `_scale` weights the others
 
 
 def _unscale(original, value):
-    """The mean again, for the metric that shows it."""
+    """Undo `_scale`, for the metric that shows the mean."""
     place = _uneven_place()
     return original(value) if place is None else tf.math.divide_no_nan(value, place.share(value.dtype))
 
 
 def _uneven_place():
-    """The `Place` whose share of the batch weighs Keras' means; `None` where Keras' own scale is right."""
+    """The `Place` if slices differ in size, so that their means need weights; `None` if Keras' own scale is right."""
     place = _place()
     return None if place is None or not place.weighs_means or place.is_even else place
 
 
 def _by_rows(original, *args, **kwargs):
-    """One of TensorFlow's random generators, which draws the rows of the slice."""
+    """A random generator of TensorFlow, which draws the rows of the slice instead of the whole batch."""
     place = _place()
     return original(*args, **kwargs) if place is None else randomness.by_rows(original, place, *args, **kwargs)
 
 
 def _truncated_by_rows(original, *args, **kwargs):
-    """The generator whose numbers may each take many tries."""
+    """The truncated normal generator, whose numbers may take several tries each."""
     tries = {} if _place() is None else {"tries": randomness.TRIES}
     return _by_rows(original, *args, **kwargs, **tries)
 
 
 def _place():
-    """The `Place` of the slice that is evaluated; `None` where it is the whole batch, or nothing is linearized."""
+    """The `Place` of the current slice; `None` for the whole batch, and if no model is linearized."""
     return slices.here() if _mode.get().is_open else None
 
 
@@ -166,11 +165,11 @@ _without_edges = contextvars.ContextVar("without_control_edges", default=False)
 
 @contextlib.contextmanager
 def without_control_edges():
-    """While open, this thread traces gradients without control edges.
+    """A context in which this thread traces gradients without control dependencies.
 
-    TensorFlow's gradients of `Square`, `SquaredDifference` and `Erf` (moments, GELU) hold back their factors until the
-    incoming gradient is there, to save memory. The backward pass that forward mode is derived from has no value that
-    anybody needs. These edges would keep it in the graph: a whole backward pass per product of a transformer.
+    TensorFlow's gradients of `Square`, `SquaredDifference` and `Erf` (moments, GELU) delay their factors until the
+    incoming gradient is computed, to save memory. Forward mode is derived from a backward pass whose values are not
+    needed. The control edges would keep it in the graph: a whole backward pass per product of a transformer.
     """
     keras_internals.guard(*replaced.CONTROL_DEPENDENCIES, _data_dependencies)
     with keras_internals.holding(_without_edges, True):
@@ -185,15 +184,17 @@ def _data_dependencies(original, graph, inputs):
 
 @contextlib.contextmanager
 def differentiable_keras(twice=False, products=True):
-    """While open, Keras computes what can be differentiated as often as a product needs, on any slice of a batch.
+    """A context in which Keras' layers and losses can be differentiated as often as needed, on any slice of a batch.
 
-    Max pooling gets a cheap forward mode. Recurrent layers on a GPU run their loop and not cuDNN's kernel, whose
-    backward pass has no derivative. If `twice`, normalization has second derivatives. Gauss-Newton products are of
-    first order (a product with `J` and one with `J'`), and exact with Keras' own moments, whose gradient is cheaper.
-    On a slice of the batch, losses and random numbers are those of the whole; see `slices.py`. Without `products`,
-    for losses and gradients alone, recurrent layers and pooling stay as they are.
+    On a slice, losses and random numbers are those of the whole batch; see `slices.py`. Nested contexts combine their
+    arguments by "or".
 
-    Opened inside another one, it adds to what that one asks for.
+    Args:
+        twice: Whether normalization has second derivatives, for Hessians. Gauss-Newton products (with `J` and `J'`)
+            are exact without, and Keras' own moments have a cheaper gradient. Defaults to `False`.
+        products: Whether curvature products are computed, not only losses and gradients. Max pooling then has a cheap
+            forward mode, and recurrent layers on a GPU run their loop instead of cuDNN's kernel, whose backward pass
+            has no derivative. Defaults to `True`.
     """
     _install()
     outer = _mode.get()
@@ -202,7 +203,7 @@ def differentiable_keras(twice=False, products=True):
 
 
 def _install():
-    """Replace what is to be computed otherwise, once for all threads."""
+    """Install the substitutes, once for all threads."""
     for name, substitute in (
         (replaced.MOMENTS, _moments), (replaced.SYNCHRONIZED_MOMENTS, _synchronized_moments),
         (replaced.MAX_POOL, _max_pool), (replaced.CTC_LOSS, _ctc_loss), (replaced.CUDNN_OK, _cudnn_ok),

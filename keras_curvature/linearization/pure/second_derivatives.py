@@ -1,15 +1,16 @@
 """Gradients of gradient operations that TensorFlow 2.21 lacks.
 
-A curvature product differentiates a gradient. Where TensorFlow computes a gradient by an operation of its own, that
-operation needs a gradient too. Most of the operations below are linear in the incoming gradient `g`, for example
+A curvature product differentiates a gradient. If TensorFlow computes the gradient of an operation by another operation,
+such as `ResizeBicubicGrad`, that one needs a gradient too. Most of them are linear in the incoming gradient `g`:
 
-    ResizeBicubicGrad(g) = R' g,        so its gradient is   u -> R u,   the resize again.
+    ResizeBicubicGrad(g) = R' g,        so its gradient is   u -> R u,   the resize itself.
 
-`ADDED` has them. Each function takes the operation and the gradients of its outputs, as `tf.RegisterGradient` wants it.
+`ADDED` has gradients for operations without any. Each function takes the operation and the gradients of its outputs, as
+`tf.RegisterGradient` requires.
 
-TensorFlow's tapes do not keep the inputs of an operation that is registered as not differentiable, so for those there
-is nothing to compute a derivative from. `INSTEAD` has another gradient, with the same values and a derivative, for the
-operation whose gradient they are.
+TensorFlow's tapes do not keep the inputs of an operation that is registered as not differentiable, so such a gradient
+operation cannot get a derivative. For the forward operation `INSTEAD` has another gradient, with the same values and
+with a derivative.
 """
 
 import tensorflow as tf
@@ -33,16 +34,16 @@ def _bilinear(op, g):
     @tf.custom_gradient
     def transposed(g):
         def again(u):
-            return tf.raw_ops.ResizeBilinear(images=u, size=tf.shape(g)[1:3], **how)  # float32, as `g` is
+            return tf.raw_ops.ResizeBilinear(images=u, size=tf.shape(g)[1:3], **how)  # float32, as `g`
 
-        # the tape may find no way through the operation itself
+        # `stop_gradient`, because the tape must not differentiate the operation itself
         return tf.raw_ops.ResizeBilinearGrad(grads=tf.stop_gradient(g), original_image=image, **how), again
 
     return [transposed(g), None]
 
 
 def _fake_quant_args(op, g):
-    """Gradient of `FakeQuantWithMinMaxArgs(inputs)`: `g` where the input is within the range."""
+    """Gradient of `FakeQuantWithMinMaxArgs(inputs)`: `g` for inputs within the range, else 0."""
     inputs, how = (
         op.inputs[0],
         _attributes(op, "min", "max", "num_bits", "narrow_range"),
@@ -52,7 +53,10 @@ def _fake_quant_args(op, g):
 
 
 def _fake_quant_vars(gradient, add):
-    """Gradient of `FakeQuantWithMinMaxVars[PerChannel](inputs, min, max)`: `g` within the range, sums of `g` beyond."""
+    """Gradient of `FakeQuantWithMinMaxVars[PerChannel](inputs, min, max)`.
+
+    It is `g` for inputs within the range, and for `min` and `max` the sum of `g` over the inputs beyond them.
+    """
 
     def of_all(op, g):
         inputs, low, high = op.inputs
@@ -75,7 +79,7 @@ def _by_channel(values):
 
 
 def _resize(resize):
-    """Of `Resize...Grad(grads, ...)`: the resize."""
+    """Gradient of `Resize...Grad(grads, ...)`: the resize."""
 
     def gradient(op, u):
         how = _attributes(op, "align_corners", "half_pixel_centers")
@@ -85,7 +89,7 @@ def _resize(resize):
 
 
 def _scale_and_translate(op, u):
-    """Of `ScaleAndTranslateGrad(grads, original_image, scale, translation)`: antialiased and Lanczos resizing."""
+    """Gradient of `ScaleAndTranslateGrad(grads, image, scale, translation)`, of antialiased and Lanczos resizing."""
     grads, _, scale, translation = op.inputs
     again = tf.raw_ops.ScaleAndTranslate(
         images=u, size=tf.shape(grads)[1:3], scale=scale, translation=translation,
@@ -95,19 +99,19 @@ def _scale_and_translate(op, u):
 
 
 def _crop_and_resize(op, u):
-    """Of `CropAndResizeGradImage(grads, boxes, box_ind, image_size)`: `<u, it> = <crop of u, grads>`."""
+    """Gradient of `CropAndResizeGradImage(grads, boxes, box_ind, image_size)`: `<u, output> = <crop of u, grads>`."""
     grads, boxes, box_ind, _ = op.inputs
     method = _text(op.get_attr("method"))
     size = tf.shape(grads)[1:3]
     crop = tf.raw_ops.CropAndResize(image=u, boxes=boxes, box_ind=box_ind, crop_size=size, method=method)
-    if method != "bilinear":  # nearest: piecewise constant in the boxes
+    if method != "bilinear":  # "nearest" is piecewise constant in the boxes
         return [crop, None, None, None]
     of_boxes = tf.raw_ops.CropAndResizeGradBoxes(grads=grads, image=u, boxes=boxes, box_ind=box_ind)
     return [crop, of_boxes, None, None]
 
 
 def _softsign(op, u):
-    """Of `SoftsignGrad(gradients, features) = gradients / (1 + |features|)^2`."""
+    """Gradient of `SoftsignGrad(gradients, features) = gradients / (1 + |features|)^2`."""
     gradients, features = op.inputs
     of_gradients = u / tf.square(1.0 + tf.abs(features))
     return [
@@ -117,7 +121,7 @@ def _softsign(op, u):
 
 
 def _local_response_normalization(op, u):
-    """Of `LRNGrad(input_grads, input_image, output_image)`: the operation written out, and differentiated twice."""
+    """Gradient of `LRNGrad(input_grads, input_image, output_image)`: `LRN` from basic operations, derived twice."""
     grads, image, _ = op.inputs
     radius, bias, alpha, beta = [op.get_attr(name) for name in ("depth_radius", "bias", "alpha", "beta")]
     with tf.GradientTape() as outer:
@@ -131,7 +135,7 @@ def _local_response_normalization(op, u):
 
 
 def _sparse_segment(reduce):
-    """Of `SparseSegment...Grad(grad, indices, segment_ids, output_dim0)`: the reduction of segments."""
+    """Gradient of `SparseSegment...Grad(grad, indices, segment_ids, output_dim0)`: the reduction of segments."""
 
     def gradient(op, u):
         grad, indices, segment_ids, _ = op.inputs
@@ -147,7 +151,7 @@ def _sparse_segment(reduce):
 
 
 def _fill_empty_rows(op, of_values, of_default):
-    """Of `SparseFillEmptyRowsGrad(reverse_index_map, grad_values)`: a gather, and the sum of the other values."""
+    """Gradient of `SparseFillEmptyRowsGrad(reverse_index_map, grad_values)`: a gather, and the sum of the rest."""
     reverse_index_map, grad_values = op.inputs
     rest = tf.fill(tf.shape(grad_values), of_default)
     return [
@@ -156,7 +160,7 @@ def _fill_empty_rows(op, of_values, of_default):
     ]
 
 
-# For operations that are not in TensorFlow's registry: their gradient raises a `LookupError`.
+# For operations that are not in TensorFlow's gradient registry: differentiating them raises a `LookupError`.
 ADDED = {
     "CropAndResizeGradImage": _crop_and_resize,
     "LRNGrad": _local_response_normalization,
@@ -171,7 +175,7 @@ ADDED = {
     "SparseSegmentSumGrad": _sparse_segment(tf.raw_ops.SparseSegmentSumWithNumSegments),
 }
 
-# For operations whose gradient is made of one that is registered as not differentiable.
+# For operations whose gradient operation is registered as not differentiable.
 INSTEAD = {
     "FakeQuantWithMinMaxArgs": _fake_quant_args,
     "FakeQuantWithMinMaxVars": _fake_quant_vars(tf.raw_ops.FakeQuantWithMinMaxVarsGradient, tf.reduce_sum),

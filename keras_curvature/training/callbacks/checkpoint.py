@@ -1,4 +1,4 @@
-"""A run that can be killed at any moment and continues as if it had not been."""
+"""Checkpoints from which an interrupted run continues bit for bit."""
 
 import os
 import shutil
@@ -16,56 +16,57 @@ from keras_curvature.training.callbacks.shares import Shares
 from keras_curvature.training.callbacks.sigterm import Sigterm, Terminated
 from keras_curvature.training.callbacks.state import About, described, refuse_another, state_of
 
-# With several processes, a signal to one of them stops all. They ask each other every so many steps.
+# With several processes, SIGTERM to one of them stops all. They check for it together every so many steps.
 AGREE_EVERY = 10
 
 
 class Position(NamedTuple):
-    """Where a run is: `step` steps of epoch `epoch` are done, both counted from zero."""
+    """The position of a run: epoch `epoch`, counted from 0, of which `step` steps are done."""
 
     epoch: int
     step: int
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Saves the whole state of training, and continues a run that ended early, bit for bit.
+    """Saves the complete state of training, and continues an interrupted run bit for bit.
 
-    The whole state: weights, batch statistics, the seeds of random layers, the optimizer's state and loss scale, the
-    epoch's metrics and reports so far, and the position in the epoch. It is saved at the end of every epoch, after
-    every `every` steps, and on SIGTERM. `fit` with this callback looks into `directory` first. If there is a
-    checkpoint, `fit` continues from the newest one, also inside an epoch; so to continue a run, start the same program
-    again. A checkpoint appears whole or not at all: if the process is killed while it writes, the one before remains.
+    The state consists of weights, batch statistics, the seeds of random layers, the optimizer's state and loss scale,
+    the epoch's metrics and reports so far, and the position in the epoch. It is saved at the end of every epoch, every
+    `every` steps, and on SIGTERM. To continue a run, start the same program again: if `directory` has checkpoints,
+    `fit` continues from the newest one, also inside an epoch. A checkpoint is written completely or not at all: if the
+    process is killed while it writes, the previous checkpoint remains.
 
     On SIGTERM `fit` finishes the step, saves, and raises `Terminated`, which ends the process with the code 143 unless
-    it is caught. SIGTERM on the last step of an epoch lets the validation run first. A second SIGTERM has its usual
-    effect, and so has a first one after `fit`, however `fit` ended. The state of other callbacks is not saved, such as
-    the patience of `EarlyStopping`.
+    it is caught. After SIGTERM on the last step of an epoch, validation runs first. A second SIGTERM has its usual
+    effect, and so has SIGTERM after `fit`, even if `fit` failed. The state of other callbacks is not saved, such as the
+    patience of `EarlyStopping`.
 
-    The randomness of the data is the caller's part: `shuffle=True` of `fit` draws a new order in every process. Give
-    `fit` batches in the same order in every epoch (or `shuffle=False`), or make them from `checkpoint.position`:
+    The order of the data is up to the caller: `shuffle=True` of `fit` draws a new order in every process. Pass batches
+    in the same order in every epoch (or `shuffle=False`), or create the data from `checkpoint.position`:
 
-    * a stream that depends on the epoch, from the beginning of epoch `checkpoint.position.epoch` on;
-    * with `skip_batches=False`, a stream from exactly `checkpoint.position` on, which can skip before it decodes.
+    * a stream that depends on the epoch, beginning with epoch `checkpoint.position.epoch`;
+    * with `skip_batches=False`, a stream that begins exactly at `checkpoint.position`, which need not decode the
+      skipped examples.
 
-    Under `MirroredStrategy` and `MultiWorkerMirroredStrategy` every process takes part in saving, since all of them
-    together read variables of which each replica keeps a share; only the chief's files are kept. All processes must see
-    the same `directory`. A run may continue with another number of replicas; then all of them begin with the first
+    Under `MirroredStrategy` and `MultiWorkerMirroredStrategy` every process takes part in saving, because variables
+    with a value per replica can only be read by all processes together; only the chief keeps files. All processes must
+    see the same `directory`. A run may continue with another number of replicas. All replicas then begin with the first
     replica's batch statistics, unless these are synchronized.
 
     Args:
-        directory: Where the checkpoints of this one run are; `gs://` works too. Created if it does not exist.
-        every: Steps between two checkpoints, besides those at the end of each epoch; `None` for these alone. Defaults
-            to `None`.
-        keep: How many of the newest checkpoints are kept. Defaults to `3`.
-        on_signal: Whether SIGTERM is answered as above, which only works in the main thread. Defaults to `True`.
-        skip_batches: Whether the data of `fit` begin with the interrupted epoch, so that its batches up to the position
-            are drawn and dropped; `False`: they begin at the position. Defaults to `True`.
+        directory: The folder for the checkpoints of this run, a local path or `gs://...`. Created if it does not exist.
+        every: Steps between two checkpoints, in addition to those at the end of each epoch; `None`: only at the end of
+            each epoch. Defaults to `None`.
+        keep: Number of newest checkpoints to keep. Defaults to `3`.
+        on_signal: Whether to handle SIGTERM as above, which works only in the main thread. Defaults to `True`.
+        skip_batches: Whether the data begin with the interrupted epoch, so that `fit` draws and drops its batches up to
+            the position; `False`: the data begin at the position. Defaults to `True`.
 
     Raises:
-        ValueError: At the start of `fit`, if the newest checkpoint is of another model or optimizer, names other
-            metrics, or is inside an epoch of another length; nothing is overwritten then.
+        ValueError: At the start of `fit`, if the newest checkpoint belongs to another model or optimizer, has other
+            metrics, or is inside an epoch of another length. Nothing is overwritten then.
 
-    Put it first in the list, so that the others see the restored state.
+    Put this callback first in the list, so that the other callbacks see the restored state.
 
     Example:
 
@@ -86,7 +87,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     @property
     def position(self):
-        """The `Position` of the newest checkpoint, from which `fit` will continue; `(0, 0)` without a checkpoint."""
+        """The `Position` of the newest checkpoint, from which `fit` continues; `(0, 0)` without a checkpoint."""
         about = self._newest()
         return Position(*about["position"]) if about else Position(0, 0)
 
@@ -118,12 +119,12 @@ class Checkpoint(keras.callbacks.Callback):
             self._sigterm.listen()
 
     def _let_go(self):
-        """Leave nothing behind, however `fit` ended."""
-        keras_internals.begin_at_epoch(self.model, None)  # Keras would begin another `fit` there
+        """Clean up, also if `fit` failed."""
+        keras_internals.begin_at_epoch(self.model, None)  # otherwise another `fit` would begin there
         self._sigterm.stop()
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Begin inside the epoch in which the run continues."""
+        """Skip the steps that are done of the epoch in which the run continues."""
         keras_internals.begin_at_epoch(self.model, None)
         self._epoch, self._step = epoch, 0
         if self._resumed is None:
@@ -131,8 +132,8 @@ class Checkpoint(keras.callbacks.Callback):
         begins, self._step = self._resumed["position"]
         if begins != epoch:
             raise ValueError(
-                f"`Checkpoint`: '{self._resumed['path']}' continues in epoch {begins} and `fit` begins with {epoch}. "
-                "Leave `initial_epoch` to the checkpoint."
+                f"`Checkpoint`: '{self._resumed['path']}' continues in epoch {begins}. Received: `fit` begins with "
+                f"epoch {epoch}. Do not pass `initial_epoch` to `fit`; the checkpoint sets it."
             )
         if self._fit is None:
             raise ValueError(
@@ -142,7 +143,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._fit.begin_epoch_at(self._step, self.skip_batches, self._restore_all)
 
     def _restore_all(self, epoch_iterator):
-        """Before the first batch, when everything that has a state can be built."""
+        """Restore the state before the first batch, when the model and its metrics can be built."""
         if not self.model.built or self._step:
             with self._strategy.scope():
                 keras_internals.build(self.model, keras_internals.batch_spec(epoch_iterator))
@@ -150,21 +151,21 @@ class Checkpoint(keras.callbacks.Callback):
         self._resumed = None
 
     def _refuse_another_length(self):
-        """A position inside an epoch means nothing in an epoch of another length."""
+        """Raise a `ValueError` if the position is inside an epoch of another length."""
         (epoch, step), length = self._resumed["position"], self.params.get("steps")
         if step and None not in (length, self._resumed["length"]) and length != self._resumed["length"]:
             raise ValueError(
                 f"`Checkpoint`: '{self._resumed['path']}' was saved after {step} of the {self._resumed['length']} "
-                f"steps of epoch {epoch}, and an epoch has {length} steps now. Continue with the batch size it was "
-                "saved with, or start a new run in another `directory`."
+                f"steps of epoch {epoch}. Received: epochs of {length} steps. Use the batch size and the data that it "
+                "was saved with, or start a new run in another `directory`."
             )
 
     def _check_that_workers_agree(self):
-        """All of several processes continue from the same step."""
+        """Raise a `ValueError` if the processes found different checkpoints."""
         if self._several and self._everywhere(self._steps) != self._steps:
             raise ValueError(
-                f"`Checkpoint`: this process found a checkpoint after {self._steps} steps in '{self.directory}' and "
-                "another one did not. All workers must see the same `directory`."
+                f"`Checkpoint`: this worker found a checkpoint after {self._steps} steps in '{self.directory}', and "
+                "another worker found none or another one. All workers must see the same `directory`."
             )
 
     def _everywhere(self, number):
@@ -181,7 +182,7 @@ class Checkpoint(keras.callbacks.Callback):
         return tf.train.Checkpoint(about=self._about, **parts)
 
     def _restore(self, metrics):
-        """Read the newest checkpoint into the variables, if it is theirs."""
+        """Restore the variables from the newest checkpoint, after checking that it belongs to them."""
         groups, path = state_of(self.model, metrics), self._resumed["path"]
         refuse_another(path, self._resumed["state"], described(groups, self.model.optimizer))
         self._checkpoint(groups).restore(path).assert_existing_objects_matched().expect_partial()
@@ -190,32 +191,32 @@ class Checkpoint(keras.callbacks.Callback):
             own.write(tf.train.load_checkpoint(path).get_tensor("shares/.ATTRIBUTES/VARIABLE_VALUE"))
 
     def _own_shares(self):
-        """The `Shares`, made once the model is built."""
+        """The `Shares`, created when the model is built."""
         self._shares = self._shares or Shares(self.model, self._strategy)
         return self._shares
 
     # Saving.
 
     def on_train_batch_begin(self, batch, logs=None):
-        """Stop here, where all callbacks have seen the last step, if SIGTERM has come."""
+        """Save and stop if SIGTERM has arrived; here all callbacks have seen the last step."""
         if self._asked_to_stop():
             self._save(Position(self._epoch, self._step))
             self._stop()
 
     def on_train_batch_end(self, batch, logs=None):
-        """Save after every `every` steps."""
-        done = min(batch + 1, self.params.get("steps") or batch + 1)  # several steps per execution overshoot
+        """Save every `every` steps."""
+        done = min(batch + 1, self.params.get("steps") or batch + 1)  # Keras overshoots with `steps_per_execution`
         before, self._steps, self._step = self._steps, self._steps + done - self._step, done
         due = self.every is not None and self._steps // self.every > before // self.every
         if due and self._step != self.params.get("steps"):  # the end of the epoch saves
             self._save(Position(self._epoch, self._step))
 
     def on_epoch_end(self, epoch, logs=None):
-        """Save; the position is the beginning of the next epoch."""
+        """Save, with the beginning of the next epoch as position."""
         self._save(Position(epoch + 1, 0))
 
     def on_train_end(self, logs=None):
-        """Stop listening."""
+        """Stop handling SIGTERM."""
         self._let_go()
         if self._asked_to_stop(now=True):
             self._stop()
@@ -234,7 +235,7 @@ class Checkpoint(keras.callbacks.Callback):
         if is_chief(self._strategy):
             manager = tf.train.CheckpointManager(checkpoint, self.directory, max_to_keep=self.keep)
             manager.save(checkpoint_number=self._steps)
-        else:  # reading the variables takes all processes; these files are of no use
+        else:  # reading the variables takes all processes; the files are not needed
             folder = tempfile.mkdtemp()
             try:
                 checkpoint.write(os.path.join(folder, "part"))
@@ -244,7 +245,7 @@ class Checkpoint(keras.callbacks.Callback):
     # Stopping.
 
     def _asked_to_stop(self, now=False):
-        """Whether SIGTERM has come to this process or to another one; all learn of it at the same step."""
+        """Whether SIGTERM has arrived in any process; all processes return the same at the same step."""
         if not self._several:
             return self._sigterm.received
         due = self._steps >= self._looked_around + AGREE_EVERY
@@ -255,7 +256,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _stop(self):
         self._let_go()
-        raise Terminated(f"stopped by SIGTERM after {self._steps} steps; the state is in '{self.directory}'")
+        raise Terminated(f"`fit` was stopped by SIGTERM after {self._steps} steps. The state is in '{self.directory}'.")
 
 
 @tf.function

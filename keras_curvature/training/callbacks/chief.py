@@ -1,10 +1,12 @@
-"""Callbacks that one of several processes runs."""
+"""Callbacks that only the chief of several processes runs."""
 
 import keras
 
+from keras_curvature.component import check
+
 
 def is_chief(strategy):
-    """Whether this process writes for all of them; true if there is only one."""
+    """Whether this process is the chief, which writes files; true if there is only one process."""
     resolver = getattr(strategy, "cluster_resolver", None)
     if resolver is None or resolver.task_type not in ("chief", "worker"):
         return True
@@ -14,13 +16,17 @@ def is_chief(strategy):
 
 
 class ChiefOnly(keras.callbacks.Callback):
-    """Runs `callback` on the chief only, if `fit` runs in several processes; in one process, it is `callback`.
+    """Runs `callback` on the chief only, if `fit` runs in several processes; in one process, it runs as usual.
 
-    For callbacks that write files: each process of `MultiWorkerMirroredStrategy` would write the same file. Not for
-    `keras_curvature.callbacks.Checkpoint`, in which all processes take part, nor for a callback that runs the model.
+    Use it for callbacks that write files: otherwise each process of `MultiWorkerMirroredStrategy` writes the same file.
+    Do not use it for `keras_curvature.callbacks.Checkpoint`, in which all processes take part, nor for a callback that
+    runs the model.
 
     Args:
         callback: A `keras.callbacks.Callback`.
+
+    Raises:
+        ValueError: `callback` is not a `keras.callbacks.Callback`.
 
     Example:
 
@@ -31,19 +37,19 @@ class ChiefOnly(keras.callbacks.Callback):
 
     def __init__(self, callback):
         super().__init__()
-        if not isinstance(callback, keras.callbacks.Callback):
-            raise ValueError(f"`ChiefOnly`: `callback` must be a `keras.callbacks.Callback`. Received: {callback!r}")
+        valid = isinstance(callback, keras.callbacks.Callback)
+        check(self, "callback", callback, valid, "a `keras.callbacks.Callback`")
         self.callback, self._works = callback, True
 
     def set_model(self, model):
-        """Find out from the model's strategy which process this is."""
+        """Find out from the model's strategy whether this process is the chief."""
         super().set_model(model)
         self._works = is_chief(model.distribute_strategy)
         if self._works:
             self.callback.set_model(model)
 
     def set_params(self, params):
-        """The parameters of `fit`."""
+        """Pass the parameters of `fit` to `callback`."""
         super().set_params(params)
         self.callback.set_params(params)
 
@@ -53,7 +59,7 @@ def _forwarding(hook):
         if self._works:
             getattr(self.callback, hook)(*args, **kwargs)
 
-    forward.__name__, forward.__doc__ = hook, "`callback`'s, on the chief."
+    forward.__name__, forward.__doc__ = hook, "Calls `callback` on the chief."
     return forward
 
 

@@ -1,9 +1,9 @@
-"""A call of `fit` that is under way: what to undo when it ends, and changes of the steps of its next epoch.
+"""The running call of `fit`: clean-up when it ends, and changes of the steps of its next epoch.
 
-Keras' `fit` begins at the start of an epoch, shows callbacks no batches, and tells no callback that it has failed. The
-import of this file therefore replaces three of its functions for good (see `keras_internals.guards`). `Fit.of(model)`
-is the call of `fit` that is under way, and its iterator over the steps can be changed for one epoch. Every other
-iterator, in `evaluate` or in another `fit`, is left as it is.
+Keras' `fit` always begins at the start of an epoch, does not pass batches to callbacks, and does not tell callbacks
+when it fails. The import of this file therefore replaces three of its functions permanently (see
+`keras_internals.guards`). `Fit.of(model)` is the running call of `fit`, and can change the steps of its next epoch. The
+steps of `evaluate` and of another `fit` do not change.
 """
 
 import contextlib
@@ -11,11 +11,12 @@ import contextvars
 
 from keras_curvature import keras_internals
 
-_under_way = contextvars.ContextVar("under_way", default=None)  # per thread; a `fit` inside a `fit` hides the outer one
+# per thread; a nested `fit` hides the outer one
+_under_way = contextvars.ContextVar("under_way", default=None)
 
 
 class Fit:
-    """A call of `fit` that is under way; `Fit.of(model)` is the innermost one."""
+    """A running call of `fit`."""
 
     def __init__(self, model, ends):
         self._model, self._ends = model, ends
@@ -23,29 +24,34 @@ class Fit:
 
     @staticmethod
     def of(model):
-        """The `Fit` of this model, in this thread; `None` outside `fit`, as in a custom training loop."""
+        """The innermost `Fit` in this thread if it trains `model`; else `None`, as in a custom training loop."""
         fit = _under_way.get()
         return fit if fit is not None and fit._model is model else None
 
     def at_end(self, function):
-        """Call `function()` when `fit` ends, also when it fails."""
+        """Call `function()` when `fit` ends or fails."""
         self._ends.callback(function)
 
     def begin_epoch_at(self, step, draw, ready):
-        """Let the next epoch begin at `step`; `ready(epoch_iterator)` is called before its first batch.
+        """Let the next epoch begin at a later step.
 
-        With `draw`, the batches of the steps left out are drawn and dropped.
+        Args:
+            step: The first step.
+            draw: Whether to draw and drop the batches of the skipped steps.
+            ready: A function of the epoch iterator, called before the first batch.
         """
         if self._position is not None:
-            raise ValueError("`Checkpoint`: one `fit` continues one checkpoint. Received: two of these callbacks.")
+            raise ValueError(
+                "`Checkpoint`: one `fit` can continue only one checkpoint. Received: two of these callbacks. Pass one."
+            )
         self._position = (step, draw, ready)
 
     def change_next_epoch(self, change):
-        """Let the next epoch have the steps `change(steps)`; `steps` yields `(first step, last step, iterator)`."""
+        """Replace the steps of the next epoch by `change(steps)`; `steps` yields `(first, last, iterator)`."""
         self._changes.append(change)
 
     def _steps(self, steps, epoch_iterator):
-        """The steps of an epoch, with the changes that were asked for."""
+        """The steps of an epoch, with the requested changes."""
         if self._position is not None:
             steps = self._from_position(steps, epoch_iterator)
         changes, self._changes = self._changes, []
@@ -54,7 +60,7 @@ class Fit:
         return steps
 
     def _from_position(self, steps, epoch_iterator):
-        """The steps of an epoch, without those left out."""
+        """The steps of an epoch, without the skipped ones."""
         (step, draw, ready), self._position = self._position, None
         ready(epoch_iterator)
         reached = False
@@ -66,13 +72,13 @@ class Fit:
                 break
         if not reached:
             raise ValueError(
-                f"`Checkpoint`: the epoch was to continue at step {step}, and its data ended before. Give `fit` the "
-                "data that the run began with; or, if the data begin at the position, use `skip_batches=False`."
+                f"`Checkpoint`: the epoch continues at step {step}, but the data end before. Pass the data that the "
+                "run began with; or, if the data begin at the position, use `Checkpoint(..., skip_batches=False)`."
             )
 
 
 def _drop(iterator, count):
-    """Drop so many batches; returns whether there were as many."""
+    """Drop `count` batches; returns whether there were as many."""
     return all(next(iterator, None) is not None for _ in range(count))
 
 
@@ -85,7 +91,7 @@ def _fit(original, model, *args, **kwargs):
 
 def _new_iterator(original, epoch_iterator, *args, **kwargs):
     fit = _under_way.get()
-    if fit is not None and fit._iterator is None:  # the first one that `fit` makes is its own
+    if fit is not None and fit._iterator is None:  # the first iterator that `fit` creates is the training one
         fit._iterator = epoch_iterator
     original(epoch_iterator, *args, **kwargs)
 

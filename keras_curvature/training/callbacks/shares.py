@@ -1,12 +1,16 @@
-"""Variables of which every replica keeps its own value: batch statistics that are not synchronized."""
+"""Variables with a different value on each replica, such as batch statistics that are not synchronized."""
 
 import tensorflow as tf
 
 
 class Shares:
-    """The variables of which each replica of `strategy` may have its own value; empty for one replica.
+    """The variables of a model that may have a different value on each replica; none with one replica.
 
-    Concatenated they are one row per replica, `(replicas, entries)`, so that one collective reads all of them.
+    They are concatenated to one row per replica, `(replicas, entries)`, so that one collective reads all of them.
+
+    Args:
+        model: A built model.
+        strategy: The distribution strategy.
     """
 
     def __init__(self, model, strategy):
@@ -19,12 +23,12 @@ class Shares:
         self._gather, self._assign = tf.function(self._gather_rows), tf.function(self._assign_row)
 
     def read(self):
-        """The values on all replicas, (replicas, entries); every process must call this."""
+        """The values on all replicas, `(replicas, entries)`; every process must call this."""
         with self.strategy.scope():
             return self._gather()
 
     def write(self, rows):
-        """Give each replica its row."""
+        """Assign each replica its row."""
         with self.strategy.scope():
             row = self.strategy.experimental_distribute_values_from_function(
                 lambda context: tf.constant(rows[context.replica_id_in_sync_group], self._dtype)

@@ -1,26 +1,26 @@
-"""SIGTERM, which a cluster sends before it takes a machine away."""
+"""Handling of SIGTERM, which clusters send before they preempt a machine."""
 
 import signal
 import threading
 
 
 class Sigterm:
-    """Notes the first SIGTERM while it listens; a second one goes to the handler that was there before.
+    """Records the first SIGTERM while it listens; a second one goes to the previous handler.
 
     Attributes:
-        received: Whether SIGTERM has come.
+        received: Whether SIGTERM has arrived.
     """
 
     def __init__(self):
         self.received, self._before = False, None
 
     def listen(self):
-        """Listen from now on. Only the main thread can; and a handler that is not Python's could not be restored."""
+        """Begin to listen: in the main thread, and if the present handler is Python's, so that it can be restored."""
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is not None:
             self._before = signal.signal(signal.SIGTERM, self._note)
 
     def stop(self):
-        """Restore the handler from before, unless somebody else has set another one meanwhile."""
+        """Restore the previous handler, unless another one was set meanwhile."""
         if self._before is not None and signal.getsignal(signal.SIGTERM) == self._note:
             signal.signal(signal.SIGTERM, self._before)
         self._before = None
@@ -31,7 +31,7 @@ class Sigterm:
 
 
 class Terminated(SystemExit):
-    """`fit` ended on SIGTERM, after saving. If nobody catches it, the process ends with the code of SIGTERM, 143."""
+    """Raised when `fit` has saved and stopped on SIGTERM. If it is not caught, the process ends with the code 143."""
 
     def __init__(self, message):
         super().__init__(128 + signal.SIGTERM)

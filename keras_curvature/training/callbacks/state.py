@@ -1,4 +1,4 @@
-"""The state of a run that a checkpoint holds, and how it describes the state."""
+"""The state of a run in a checkpoint, and its description."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from keras_curvature.training.step import unwrap
 
 
 class About(tf.train.experimental.PythonState):
-    """The description of a checkpoint, as JSON beside the variables; readable without a model."""
+    """The description of a checkpoint: JSON that can be read without a model."""
 
     def __init__(self):
         self.content = {}
@@ -20,17 +20,17 @@ class About(tf.train.experimental.PythonState):
         return json.dumps(self.content)
 
     def deserialize(self, string):
-        """Read the JSON."""
+        """Set the content from JSON."""
         self.content = json.loads(string)
 
     @staticmethod
     def read(path):
-        """The content in the checkpoint at `path`."""
+        """The content of the checkpoint at `path`, a dict."""
         return json.loads(tf.train.load_checkpoint(path).get_tensor("about/.ATTRIBUTES/py_state"))
 
 
 def state_of(model, metrics):
-    """`{group: [variables]}` of a compiled model; builds the optimizer. `metrics`: with the epoch's metrics so far."""
+    """`{group: [variables]}` of a compiled model, whose optimizer is built; with `metrics`, the epoch's metrics too."""
     optimizer = model.optimizer
     if not optimizer.built:
         with model.distribute_strategy.scope():
@@ -44,31 +44,33 @@ def state_of(model, metrics):
 
 
 def described(groups, optimizer):
-    """What must agree between a checkpoint and a run: kinds, names and shapes, without the counters in the names."""
+    """What must agree between a checkpoint and a run: the class of the optimizer, and names, shapes and dtypes."""
     rows = {name: [[_plain(v.name), list(v.shape), v.dtype] for v in group] for name, group in groups.items()}
     return {**rows, "optimizer_class": type(unwrap(optimizer)[0]).__name__}
 
 
 def refuse_another(path, stored, now):
-    """Raise a `ValueError` with the first difference between a checkpoint and this run, both as `described`."""
+    """Raise a `ValueError` with the first difference of a checkpoint from this run, both from `described`."""
     if stored["optimizer_class"] != now["optimizer_class"]:
         raise ValueError(
-            f"`Checkpoint`: '{path}' was saved by `{stored['optimizer_class']}` and the model is compiled with "
-            f"`{now['optimizer_class']}`. Compile with the same optimizer, or start a new run in another `directory`."
+            f"`Checkpoint`: '{path}' was saved with the optimizer `{stored['optimizer_class']}`. Received: a model "
+            f"compiled with `{now['optimizer_class']}`. Compile with the same optimizer, or start a new run in another "
+            "`directory`."
         )
     for group in (name for name in now if name != "optimizer_class"):
         for i in range(max(len(stored[group]), len(now[group]))):
             there, here = (rows[i] if i < len(rows) else None for rows in (stored[group], now[group]))
             if there != here:
                 raise ValueError(
-                    f"`Checkpoint`: '{path}' was saved with another {group.rstrip('s')}: variable {i} of its "
-                    f"{len(stored[group])} is {_words(there)}, and here, of {len(now[group])}, {_words(here)}. Use "
-                    "the one it was saved with, or start a new run in another `directory`."
+                    f"`Checkpoint`: '{path}' was saved with another {group.rstrip('s')}: variable {i} of "
+                    f"{len(stored[group])} is {_words(there)}. Received: variable {i} of {len(now[group])} is "
+                    f"{_words(here)}. Use the {group.rstrip('s')} it was saved with, or start a new run in another "
+                    "`directory`."
                 )
 
 
 def _plain(name):
-    """A variable's name without the numbers by which Keras counts the layers of a process."""
+    """A variable's name without the numbers with which Keras makes layer names unique in a process."""
     return re.sub(r"_\d+", "", name)
 
 

@@ -1,4 +1,4 @@
-"""The answer of `Neumann` in the weights of a plain model, for validation and saving."""
+"""Validate and save a plain model at the solution of `Neumann` instead of at its displaced weights."""
 
 import keras
 
@@ -8,17 +8,17 @@ from keras_curvature.training.step import unwrap
 
 
 class SwapNeumannWeights(keras.callbacks.Callback):
-    """Puts the answer of `Neumann`, `w - mu m`, into a plain model's weights for validation and saving.
+    """Swaps the solution of `Neumann`, `w - mu m`, into a plain model for validation and saving.
 
-    While `fit` runs on a plain `keras.Model`, the stored weights are the displaced ones. This callback puts the answer
-    into the weights before validation, and the displaced weights back afterwards, bit for bit. Another `fit` begins at
-    the displaced weights, where the last one stopped. On a curved model (`keras_curvature.curved`) the stored weights
-    are the answer, and this callback does nothing.
+    While `fit` trains a plain `keras.Model` with `Neumann`, the model's weights are the displaced ones, `w`. This
+    callback assigns the solution before validation, and the displaced weights afterwards, bit for bit. Another `fit`
+    continues at the displaced weights. On a curved model (`keras_curvature.curved`) the weights are the solution, and
+    this callback does nothing.
 
     Args:
-        swap_on_epoch: Whether to put the answer into the weights at `on_epoch_end` too, for later callbacks in the
-            list such as `ModelCheckpoint` and `EarlyStopping(restore_best_weights=True)`: without it they save
-            displaced weights. Defaults to `False`.
+        swap_on_epoch: Whether to assign the solution at `on_epoch_end` too, for later callbacks in the list such as
+            `ModelCheckpoint` and `EarlyStopping(restore_best_weights=True)`, which would save the displaced weights
+            otherwise. Defaults to `False`.
 
     Raises:
         ValueError: At the start of `fit`, if the model's optimizer is not `Neumann`.
@@ -50,33 +50,34 @@ class SwapNeumannWeights(keras.callbacks.Callback):
             self._displaced = None
 
     def on_train_begin(self, logs=None):
-        """Put the displaced weights into the model."""
+        """Assign the displaced weights."""
         optimizer, _ = unwrap(self.model.optimizer)
         if not isinstance(optimizer, Neumann):
             raise ValueError(
-                f"`SwapNeumannWeights` goes with `Neumann`. Received a model compiled with: {type(optimizer).__name__}"
+                f"`SwapNeumannWeights` needs the optimizer `Neumann`. Received: a model compiled with "
+                f"`{type(optimizer).__name__}`. Remove this callback."
             )
         self._displaced = None
         if not isinstance(self.model, CurvedMixin):
             optimizer.displace()
 
     def on_train_end(self, logs=None):
-        """Keep the answer: Keras has put it into the weights by now."""
+        """Keep the solution, which `Neumann` has assigned by now."""
         self._displaced = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Put the displaced weights back, if the end of the last epoch replaced them."""
+        """Assign the displaced weights again, if the last epoch ended with the solution."""
         self._swap_out()
 
     def on_epoch_end(self, epoch, logs=None):
-        """Put the answer into the weights, for the callbacks that follow."""
+        """Assign the solution for the callbacks that follow, if `swap_on_epoch`."""
         if self.swap_on_epoch:
             self._swap_in()
 
     def on_test_begin(self, logs=None):
-        """Put the answer into the weights."""
+        """Assign the solution."""
         self._swap_in()
 
     def on_test_end(self, logs=None):
-        """Put the displaced weights back."""
+        """Assign the displaced weights again."""
         self._swap_out()
