@@ -74,13 +74,13 @@ def _add_report(subcommands):
 
 def _model(given):
     if not os.path.exists(given.model):
-        raise ValueError(f"there is no file {given.model!r}")
+        raise ValueError(f"the model must be a file that model.save(...) wrote; there is no file {given.model!r}")
     model = keras.models.load_model(given.model)
     if given.loss is not None:
         model.compile(optimizer=getattr(model, "optimizer", None), loss=_loss(given.loss, given.from_logits))
     if not model.compiled:
         raise ValueError(
-            f"the model in {given.model!r} was saved without a loss. Pass one: "
+            f"the model in {given.model!r} was saved without a loss. Pass one, such as: "
             "--loss sparse_categorical_crossentropy --from_logits"
         )
     return model
@@ -92,8 +92,10 @@ def _loss(name, from_logits):
     # find the class for either `snake_case` or `CamelCase`: the functions do not keep `from_logits`
     found = getattr(keras.losses, "".join(word[:1].upper() + word[1:] for word in name.split("_")), None)
     if found is None or "from_logits" not in inspect.signature(found).parameters:
-        raise ValueError(f"--from_logits goes with a cross-entropy, such as --loss sparse_categorical_crossentropy. "
-                         f"Received: --loss {name}")  # fmt: skip
+        raise ValueError(
+            "--from_logits needs a cross-entropy, such as --loss sparse_categorical_crossentropy. "
+            f"Received: --loss {name}"
+        )
     return found(from_logits=True)
 
 
@@ -102,12 +104,13 @@ def _data(given):
     if given.data in DATA:
         return data(given.data, given.data_dir)[0]
     if not given.data.endswith(".npz"):
-        raise ValueError(f"--data is one of {', '.join(DATA)}, or a file ending in .npz. Received: {given.data!r}")
+        raise ValueError(f"--data must be one of {', '.join(DATA)}, or a .npz file. Received: --data {given.data}")
     if not os.path.exists(given.data):
-        raise ValueError(f"there is no file {given.data!r}")
+        raise ValueError(f"--data must be a file that exists; there is no file {given.data!r}")
     with np.load(given.data) as arrays:
         if not {"x", "y"} <= set(arrays.files):
-            raise ValueError(f"{given.data!r} needs arrays x and y; it has: {', '.join(arrays.files) or 'none'}")
+            have = ", ".join(arrays.files) or "no arrays"
+            raise ValueError(f"--data must be a file with the arrays x and y. Received: {given.data!r} with {have}")
         return arrays["x"], arrays["y"]
 
 
@@ -117,5 +120,7 @@ def _as_the_model_takes(model, x):
     if not isinstance(shape, tuple) or None in shape[1:] or x.shape[1:] == shape[1:]:
         return x
     if math.prod(shape[1:]) != math.prod(x.shape[1:]):
-        raise ValueError(f"the model takes examples of shape {shape[1:]}. Received: --data of shape {x.shape[1:]}")
+        raise ValueError(
+            f"--data must have examples of shape {shape[1:]} for this model. Received: examples of shape {x.shape[1:]}"
+        )
     return x.reshape(-1, *shape[1:])

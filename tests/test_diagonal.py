@@ -226,7 +226,7 @@ def test_an_estimate_that_is_not_finite_is_left_out(method, monkeypatch):
         (lambda: DiagonalNewton(step_max=-1.0), "`step_max` must be .* Received: step_max=-1.0"),
         (lambda: SquareRootFreeAdam(fisher="exact"), '`fisher` must be "empirical" or "sampled". Received: fisher='),
         (lambda: SquareRootFreeAdam(beta_1=1.0), "`beta_1` must be .* Received: beta_1=1.0"),
-        (lambda: SquareRootFreeAdam(fisher="sampled", gradient_accumulation_steps=2), "cannot be accumulated"),
+        (lambda: SquareRootFreeAdam(fisher="sampled", gradient_accumulation_steps=2), "cannot accumulate"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(make, match):

@@ -237,5 +237,5 @@ def test_swapped_weights_are_those_of_neumann():
 
 
 def test_neumann_warns_of_clipping():
-    with pytest.warns(UserWarning, match="does not work with clipping"):
+    with pytest.warns(UserWarning, match="does not work with clipped gradients. Received: clipnorm"):
         kc.Neumann(clipnorm=1.0)

@@ -190,7 +190,7 @@ def test_ragged_embeddings_have_the_factors_of_their_tokens(fill):
 
 
 @pytest.mark.parametrize("layer, reason", [
-    (lambda: keras.layers.Conv1DTranspose(2, 2), "no block is known for `Conv1DTranspose`"),
+    (lambda: keras.layers.Conv1DTranspose(2, 2), "no Kronecker factors for `Conv1DTranspose`"),
     (lambda: keras.layers.LSTM(2, recurrent_dropout=0.1, return_sequences=True), "with `recurrent_dropout`"),
     (lambda: keras.layers.GRU(2, reset_after=False, return_sequences=True), "recurrent kernel of a GRU"),
 ], ids=["transposed", "recurrent_dropout", "reset_before"])  # fmt: skip

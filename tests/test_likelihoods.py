@@ -240,7 +240,7 @@ def test_a_class_that_the_loss_leaves_out_has_no_weight(left_out):
 def test_a_loss_that_is_no_likelihood_is_named(name):
     _, recording = recorded(LOSSES[name]().compile())
     # whoever has asked: not all of them have a `fisher`
-    with pytest.raises(ValueError, match=r'for loss=\w.*`SquareRootFreeAdam` have `fisher="empirical"`.*for `SophiaG`'):
+    with pytest.raises(ValueError, match=r'loss=\w.*`SquareRootFreeAdam` have `fisher="empirical"`.*of `SophiaG`'):
         recording.cotangents("sampled")
     for c, slope in zip(recording.cotangents("empirical"), recording.slope, strict=True):
         np.testing.assert_allclose(c, np.sqrt(BATCH) * slope.numpy(), rtol=1e-14)  # an example is a draw

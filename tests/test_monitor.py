@@ -409,7 +409,7 @@ def test_labels_are_drawn_where_the_gauss_newton_matrix_is_the_fisher_matrix(los
         found = c.trace(200, labels=True)
         assert abs(found.value - expected) < 4 * found.stderr < 0.2 * expected
     else:
-        with pytest.raises(ValueError, match="the Gauss-Newton matrix is another one. Use kind='fisher'"):
+        with pytest.raises(ValueError, match="the Gauss-Newton matrix differs from it. Use kind='fisher'"):
             c.trace(10, labels=True)
 
 

@@ -244,15 +244,15 @@ CASES = {
         lambda: fit(kc.HessianFree(), None, lambda: network(cls=ComputesLoss))]),
     "structural_damping": Case("Use `structural_damping=0.0`", lambda: fit(kc.HessianFree(structural_damping=0.1)), [
         lambda: fit(kc.HessianFree(structural_damping=0.0))]),
-    "train_step": Case("Put the loss into `compute_loss", lambda: fit(
+    "train_step": Case("the loss in `compute_loss", lambda: fit(
         kc.CurveBall(), None, lambda: network(cls=TrainsItself)), [
         lambda: fit(kc.CurveBall(), None, lambda: network(cls=ComputesLoss))]),
-    "assigned": Case("Replace or freeze that layer, or train with an optimizer that needs gradients only", lambda: fit(
+    "assigned": Case("Replace or freeze that layer, or train with an optimizer that needs only gradients", lambda: fit(
         kc.CurveBall(), model=lambda: network(layers.SpectralNormalization(layers.Dense(3)), layers.Dense(1))), [
         lambda: fit(kc.CurveBall(), model=with_a_frozen_layer),
         lambda: fit(kc.Neumann(), curved=False, model=lambda: network(
             layers.SpectralNormalization(layers.Dense(3)), layers.Dense(1)))]),
-    "in_a_loop": Case("Give it a class with a `call` of its own", lambda: fit(kc.KFAC(), model=looped(layers.Dense)), [
+    "in_a_loop": Case("Use a subclass with its own `call`", lambda: fit(kc.KFAC(), model=looped(layers.Dense)), [
         lambda: fit(kc.KFAC(), model=looped(Plain))]),
     "needs": Case(r"needs=Needs\(hessian=True\)", lambda: asked(lambda lin: lin.hessian(), needs=kc.Needs()), [
         lambda: asked(lambda lin: lin.hessian(), needs=kc.Needs(hessian=True))]),
@@ -260,7 +260,7 @@ CASES = {
         lambda: kc.Linearization(*unpacked(measured()))]),
     "solver": Case(r"`ConjugateGradient\(truncate=True\)`", lambda: solved(kc.ConjugateGradient()), [
         lambda: solved(kc.ConjugateGradient(truncate=True))]),
-    "no_second_derivative": Case("Or train with a method that needs gradients only: `SOAP`", lambda: fit(
+    "no_second_derivative": Case("Or train with an optimizer that needs only gradients: `SOAP`", lambda: fit(
         kc.AdaHessian(), no_second_derivative), [
         lambda: fit(kc.SOAP(), no_second_derivative), lambda: fit(kc.Neumann(), no_second_derivative)]),
     "exact": Case('Use `fisher="sampled"`', lambda: without_examples("exact"), [lambda: without_examples("sampled")]),

@@ -409,7 +409,7 @@ def test_a_model_without_a_loss_gets_one(saved, capsys):
     model = keras.models.load_model(saved / "model.keras", compile=False)
     model.save(saved / "bare.keras")
     given = [str(saved / "bare.keras"), "--data", str(saved / "data.npz"), "--kind", "ggn"]
-    _refused(given, capsys, "was saved without a loss. Pass one: --loss sparse_categorical_crossentropy")
+    _refused(given, capsys, "was saved without a loss. Pass one, such as: --loss sparse_categorical_crossentropy")
     main(["report", *given, "--loss", "sparse_categorical_crossentropy", "--from_logits"])
     assert "The model has no optimizer" in capsys.readouterr().out
 
@@ -425,13 +425,13 @@ def _refused(given, capsys, message, status=2):
 def test_mistakes_on_the_command_line(saved, capsys):
     model, folder = str(saved / "model.keras"), str(saved)
     _refused([f"{folder}/none.keras", "--data", "digits"], capsys, "there is no file")
-    _refused([model, "--data", "imagenet"], capsys, "--data is one of cifar10, digits, mnist")
+    _refused([model, "--data", "imagenet"], capsys, "--data must be one of cifar10, digits, mnist")
     _refused([model, "--data", f"{folder}/none.npz"], capsys, "there is no file")
-    _refused([model, "--data", f"{folder}/other.npz"], capsys, "the model takes examples of shape (4,)")
-    _refused([model, "--data", "mnist", "--data_dir", folder], capsys, 'There is no folder "mnist"')
+    _refused([model, "--data", f"{folder}/other.npz"], capsys, "--data must have examples of shape (4,)")
+    _refused([model, "--data", "mnist", "--data_dir", folder], capsys, 'there is no folder "mnist"')
     _refused([model, "--data", f"{folder}/data.npz", "--kind", "hesse"], capsys, "invalid choice: 'hesse'")
     _refused([model, "--data", f"{folder}/data.npz", "--examples", "0"], capsys, "`examples` must be an integer", 1)
-    _refused([model, "--data", f"{folder}/data.npz", "--loss", "mse", "--from_logits"], capsys, "goes with a cross-ent")
+    _refused([model, "--data", f"{folder}/data.npz", "--loss", "mse", "--from_logits"], capsys, "needs a cross-ent")
     _refused([model], capsys, "the following arguments are required: --data")
     _refused([model, "--data", f"{folder}/data.npz", "--examples", "many"], capsys, "invalid int value: 'many'")
 

@@ -25,7 +25,7 @@ class Gradients:
         if name.startswith("_") or not hasattr(Linearization, name):
             raise AttributeError(f"`Gradients` has no attribute {name!r}")
         raise ValueError(
-            f"`{self._asked_by}` asked for the `{name}` of the loss, but a plain `keras.Model` hands its optimizer "
-            "gradients and nothing else. Curve the model before `compile`:\n\n"
+            f"`{self._asked_by}` asked for the `{name}` of the loss, but a plain `keras.Model` passes its optimizer "
+            "gradients only. Curve the model before `compile`:\n\n"
             "    model = keras_curvature.curved(model)\n"
         )

@@ -107,12 +107,12 @@ class Pass(Jacobian):
             self.prepare()  # inside a loop or condition the outer tape cannot be entered; unused results are pruned
 
     def require_leaves(self):
-        """Refuse a loss that does not pass through the model's outputs: it has no Gauss-Newton matrix."""
+        """Raise a `ValueError` if the loss does not depend on the outputs: it has no Gauss-Newton matrix."""
         if not self.leaves:
             raise ValueError(
-                "The loss does not depend on the model's outputs (it is made of `add_loss` alone, or `compute_loss` "
-                "calls the model itself), so there is no Gauss-Newton matrix, and no gradient of a single example. Let "
-                "the model return what the loss is made of and use `y_pred` in `compute_loss`; or train by "
+                "The loss does not depend on the model's outputs (it consists of `add_loss` only, or `compute_loss` "
+                "calls the model itself), so it has no Gauss-Newton matrix and no per-example gradients. Return the "
+                "tensors that the loss needs from the model, and use `y_pred` in `compute_loss`; or train with "
                 '`HessianFree(curvature="hessian", preconditioner=0.0)`.'
             )
 

@@ -55,8 +55,8 @@ class CurvatureOptimizer(Lifecycle):
     def direction(self, linearization):
         """The step to take before the learning rate, a vector."""
         raise NotImplementedError(
-            f"`{type(self).__name__}` must implement `direction(linearization)`; or, if gradients are all it needs, "
-            "`precondition(gradients)`, and say `needs = Needs(only_gradients=True)`."
+            f"`{type(self).__name__}` must implement `direction(linearization)`; or, if it needs only gradients, "
+            "`precondition(gradients)` with `needs = Needs(only_gradients=True)`."
         )
 
     def precondition(self, gradients):
@@ -125,11 +125,11 @@ class CurvatureOptimizer(Lifecycle):
 
     def linear_step(self):
         """The description of the step for `stability`: a `LinearStep` or a `NotLinear` of `limits.py`."""
-        return NotLinear(f"Of `{type(self).__name__}` no limit on the curvature is known.")
+        return NotLinear(f"For `{type(self).__name__}` no limit on the curvature is known.")
 
     def shift(self):
         """The point to linearize at, a vector relative to the stored weights; called if `needs.shifted`."""
-        raise NotImplementedError(f"`{type(self).__name__}` has `needs.shifted`, and must implement `shift()`.")
+        raise NotImplementedError(f"`{type(self).__name__}` has `needs.shifted`, so it must implement `shift()`.")
 
     @property
     def _preconditions(self):

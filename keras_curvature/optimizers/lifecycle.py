@@ -25,9 +25,9 @@ class Lifecycle(SavedOptimizer):
             self.needs = needs
         if self.gradient_accumulation_steps and not self.needs.only_gradients:
             raise ValueError(
-                f"`{type(self).__name__}` steps on the curvature of one batch, so gradients of several batches cannot "
-                "be accumulated. Use a larger batch. Received: "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+                f"`{type(self).__name__}` needs the curvature of the batch, so gradients cannot accumulate. Received: "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}. Use a larger batch; "
+                "`keras_curvature.curved(model, micro_batches=...)` computes it in slices."
             )
         self._noted, self._reported, self._rejected = [], {}, None
         self._hands_a_step, self._model = False, lambda: None
@@ -217,13 +217,13 @@ class Lifecycle(SavedOptimizer):
     def require(self, variables):
         """Build for these variables; refuse other variables than those that the state belongs to."""
         if not variables:
-            raise ValueError(f"`{type(self).__name__}` has nothing to train: the model has no trainable weights.")
+            raise ValueError(f"`{type(self).__name__}`: the model has no trainable weights. Set `trainable = True`.")
         if not self.built:
             replicas.outside_of_graphs(self._build_by_name, variables)
         if not self.built:
             raise ValueError(
-                f"`{type(self).__name__}` looks at the layers of the model, and a plain `keras.Model` hands its "
-                "optimizer gradients and nothing else. Curve the model before `compile`:\n\n"
+                f"`{type(self).__name__}` needs the model's layers, but a plain `keras.Model` passes its optimizer "
+                "gradients only. Curve the model before `compile`:\n\n"
                 "    model = keras_curvature.curved(model)\n"
             )
         known = keras_internals.keys_of(self, self.trained)

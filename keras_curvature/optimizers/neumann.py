@@ -93,10 +93,12 @@ class Neumann(CurvatureOptimizer):
         if reset_every is not None:
             check_count(self, "reset_every", reset_every, low=2)
         check_count(self, "reset_growth", reset_growth)
-        if self.clipnorm or self.clipvalue or self.global_clipnorm:
+        clips = {name: getattr(self, name) for name in ("clipnorm", "clipvalue", "global_clipnorm")}
+        if any(clips.values()):
             warnings.warn(
-                "`Neumann` takes its curvature from gradients at displaced weights; clipped gradients carry none. The "
-                "authors report that it does not work with clipping.",
+                "`Neumann` measures curvature by gradients at displaced weights, and its authors report that it does "
+                f"not work with clipped gradients. Received: {', '.join(f'{k}={v}' for k, v in clips.items() if v)}. "
+                "Train without clipping.",
                 stacklevel=2,
             )
         self._stores_base, self._mode = False, None

@@ -24,8 +24,8 @@ class Sophia(DiagonalOptimizer):
         check_count(self, "every", every)
 
     def estimator(self, lin):
-        """A function that gives an estimate of the diagonal of the curvature, a vector."""
-        raise NotImplementedError
+        """A function that returns an estimate of the diagonal of the curvature, a vector."""
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `estimator(lin)`.")
 
     def direction(self, lin):
         """`-clip(m / max(gamma h, epsilon), 1)`."""

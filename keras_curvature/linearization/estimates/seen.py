@@ -102,7 +102,7 @@ def _check_same_rows(parts, examples, layer):
     if any(apart) and not all(apart):
         raise ValueError(
             f"The layer {layer.name!r} is called on the batch, and on inputs of {lengths[apart.index(True)]} rows that "
-            "belong to no example, so it has no gradients of single examples. Use `KFAC` with its default "
+            "belong to no example, so it has no per-example gradients. Use `KFAC` with its default "
             '`sharing="expand"`, or a method without Kronecker factors, such as `CurveBall` or `SOAP`.'
         )
 
@@ -134,13 +134,13 @@ def _shaped(slope, pre_activation):
 
 
 def _check_within_reach(taps, recorded):
-    """Refuse layers called in a loop or function of the model's own: there is no derivative in their outputs."""
+    """Raise a `ValueError` for layers called in a loop or function of the model, where they cannot be recorded."""
     for tap in taps:
         if not recorded.reaches(tap):
             raise ValueError(
                 f"The layer {tap.layer.name!r} is called inside a loop, a condition or a `tf.function` of the model, "
-                "where its inputs and slopes cannot be seen, so its weights have no Kronecker factors. Give it a class "
-                f"with a `call` of its own, and it is left to the diagonal:\n\n"
+                "where its inputs and output gradients cannot be recorded for Kronecker factors. Use a subclass with "
+                "its own `call`; its weights then have a diagonal instead of Kronecker factors:\n\n"
                 f"    class Plain(keras.layers.{type(tap.layer).__name__}):\n"
                 "        def call(self, *args, **kwargs):\n"
                 "            return super().call(*args, **kwargs)\n"

@@ -29,19 +29,19 @@ class Likelihood:
 
     def sample(self, z, uniform):
         """Labels drawn from the model; `uniform(shape)` draws numbers in [0, 1)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `sample(z, uniform)`.")
 
     def reference(self, z):
-        """Labels whose slope is far from zero and not clipped by Keras."""
-        raise NotImplementedError
+        """Labels at which the slope is far from zero and not clipped by Keras."""
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `reference(z)`.")
 
     def slope(self, z, labels):
-        """Derivative of `-log p(labels | z)` in `z`."""
-        raise NotImplementedError
+        """The derivative of `-log p(labels | z)` with respect to `z`."""
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `slope(z, labels)`.")
 
     def information(self, z):
         """The Fisher information of each entry of `z`: the expectation of the squared slope."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `information(z)`.")
 
     def targets(self, labels, z, y):
         """`labels` as the loss takes them; `y` are the true ones."""

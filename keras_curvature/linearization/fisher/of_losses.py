@@ -49,10 +49,10 @@ def likelihood(loss, logits):
 
 
 def of_compute_loss(model):
-    """The `Likelihood` that a model with a `compute_loss` of its own names in its attribute `likelihood`.
+    """The `Likelihood` of a model with its own `compute_loss`, from its attribute `likelihood`.
 
     Raises:
-        ValueError: It names none.
+        ValueError: The model has no such attribute.
     """
     own = getattr(model, "likelihood", None)
     if own is None:
@@ -72,8 +72,8 @@ def objection(loss):
         return no_likelihood(name_of(getattr(loss, "fn", loss)))
     if options.get("axis", -1) != -1:
         return ValueError(
-            "Labels are sampled along the last axis of the outputs. Received: "
-            f"loss={type(loss).__name__}(axis={options['axis']})"
+            "Labels can be sampled only along the last axis of the outputs. Received: "
+            f"loss={type(loss).__name__}(axis={options['axis']}). Move this axis to the end, and use axis=-1."
         )
     if options.get("label_smoothing", 0.0) == 1.0:
         return no_likelihood(f"{type(loss).__name__}(label_smoothing=1.0)")
@@ -92,12 +92,13 @@ def no_likelihood(loss):
     """The error for a loss that is not `-log p(y | z)` of a known distribution."""
     return ValueError(
         f"Labels cannot be sampled for loss={loss}: it is not the negative log-likelihood of a known distribution. "
-        "Those that are: mean_squared_error, mean_absolute_error, poisson, kl_divergence and the binary, categorical "
-        "and sparse categorical crossentropies. Choose one of them; a loss of your own can name its likelihood, as "
-        "`my_loss.likelihood = keras_curvature.likelihoods.Gaussian`, and a model with a `compute_loss` of its own and "
-        "one output has it in its class, `likelihood = keras_curvature.likelihoods.Gaussian`; of logits, "
-        "`keras_curvature.likelihoods.Bernoulli({}, logits=True)`. Or take the true labels, for which `KFAC`, "
-        '`EKFAC` and `SquareRootFreeAdam` have `fisher="empirical"`, or the Hessian, with `SophiaH` for `SophiaG`.'
+        "Those are: mean_squared_error, mean_absolute_error, poisson, kl_divergence and the binary, categorical "
+        "and sparse categorical crossentropies. Choose one of them, or set the likelihood of your own loss, such as "
+        "`my_loss.likelihood = keras_curvature.likelihoods.Gaussian`; a model with a `compute_loss` of its own and one "
+        "output has it in its class, `likelihood = keras_curvature.likelihoods.Gaussian`, or for logits "
+        "`keras_curvature.likelihoods.Bernoulli({}, logits=True)`. Or use the true labels, for "
+        'which `KFAC`, `EKFAC` and `SquareRootFreeAdam` have `fisher="empirical"`; or the Hessian, with `SophiaH` '
+        "instead of `SophiaG`."
     )
 
 

@@ -167,7 +167,7 @@ def _graded_by_model(recorded, targets):
     likelihood = of_losses.of_compute_loss(pure.model)
     if not tf.is_tensor(outputs):
         raise ValueError(
-            f"A model with a `compute_loss` of its own can name a `likelihood` if it has one output. Received: "
+            f"A model with its own `compute_loss` can have a `likelihood` only if it has one output. Received: "
             f"{len(keras.tree.flatten(outputs))} outputs of {type(pure.model).__name__}. Pass the losses to "
             "`compile(loss=...)`, each with a likelihood, instead of `compute_loss`."
         )
@@ -216,7 +216,7 @@ def _each_label(recorded, w):
     shape = w.z.shape[1:] if has_examples else w.z.shape
     if not shape.is_fully_defined():
         raise ValueError(
-            '`fisher="exact"` takes one pass for each entry of the outputs, of which there must be a known number. '
+            '`fisher="exact"` takes one pass for each entry of the outputs, so their shape must be known. '
             f'Received: outputs of shape {tuple(w.z.shape)}. Use `fisher="sampled"`.'
         )
     information = tf.sqrt(_no_less_than_zero(w.omega * w.likelihood.information(w.z)))
@@ -249,7 +249,10 @@ def _leaf_of(recorded, outputs):
     for i, leaf in enumerate(recorded.leaves):
         if leaf is outputs or leaf is logits:
             return i, leaf is logits
-    raise ValueError("The loss reads nothing of the model's outputs that it could be differentiated in.")
+    raise ValueError(
+        "A loss reads outputs of the model that it cannot be differentiated in, such as integers. Let the model return "
+        "the floating-point tensor that the loss is computed from."
+    )
 
 
 def _in_full_precision(outputs):

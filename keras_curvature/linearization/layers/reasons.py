@@ -1,4 +1,4 @@
-"""Why a weight has no Kronecker factors, in words for a warning."""
+"""The reasons for which weights have no Kronecker factors, for warnings."""
 
 import keras
 
@@ -37,10 +37,10 @@ def _reason(variable, layers, cells):
         return f"quantized to {layer.quantization_mode}"
     known = known_class(layer)
     if known is None:
-        kind = "no block is known for" if type(layer).__module__.startswith("keras.") else "custom layer of class"
+        kind = "no Kronecker factors for" if type(layer).__module__.startswith("keras.") else "custom layer of class"
         return f"{kind} `{type(layer).__name__}`"
     if type(layer).call is not known.call:
-        return f"`{type(layer).__name__}` has a `call` of its own"
+        return f"subclass `{type(layer).__name__}` with its own `call`"
     return _of_options(layer)
 
 
@@ -61,5 +61,5 @@ def _of_options(layer):
         if getattr(layer, option, False):
             return f"normalization with `{option}=True`"
     if isinstance(layer, keras.layers.EinsumDense):
-        return f"axes of the equation {layer.equation!r} that no matrix product has"
-    return f"used by `{type(layer).__name__}` in a form that no block is known for"
+        return f"`EinsumDense` whose equation {layer.equation!r} is not a matrix product"
+    return f"no Kronecker factors for this use in `{type(layer).__name__}`"

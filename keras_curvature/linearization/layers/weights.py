@@ -93,11 +93,11 @@ class Weights:
 
     def inputs(self, tap):
         """The `a_t` of one call, without the 1 of the bias, `(groups, rows, positions, d_in)`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `inputs(tap)`.")
 
     def slopes(self, tap, slope):
         """The `dL/ds_t` of one call, `(groups, rows, positions, d_out)`, from the slope in the pre-activation."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `slopes(tap, slope)`.")
 
 
 def arranged(x, groups=(), features=(), positions=None):

@@ -1,8 +1,8 @@
-"""Which rows of a tensor belong to which example: the one place that checks outputs for their batch axis.
+"""The batch axis of outputs: which rows belong to which example.
 
 An output has a row for each example, or as many rows for each (`(batch * time, features)`). An output without a batch
-axis, such as the boundary values of a physics-informed model, belongs to no example: estimates over the examples count
-it as one more example, of weight 1. Outputs whose batch axis is another one, `(time, batch, features)`, are refused.
+axis, such as the boundary values of a physics-informed model, belongs to no example: estimates over the examples treat
+it as one more example, of weight 1. Outputs with another batch axis, `(time, batch, features)`, are refused.
 """
 
 import keras
@@ -11,14 +11,14 @@ import tensorflow as tf
 # Rows per example of an output that belongs to no example.
 NONE = None
 REMEDY = (
-    "Transpose the output, so that the examples come first. Or use a method that needs no gradients of single "
-    "examples: `HessianFree(preconditioner=0.0)`, `CurveBall`, `AdaHessian`, `SophiaH`."
+    "Transpose the output, so that the batch is its first axis. Or use a method that needs no per-example "
+    "gradients: `HessianFree(preconditioner=0.0)`, `CurveBall`, `AdaHessian`, `SophiaH`."
 )
 
 
 def have_other_length(shape, examples):
     """Whether the first axis is known not to be the examples."""
-    # a slice of unknown size gives no length that is known
+    # the length is unknown for slices of unknown size
     return shape.rank == 0 or (shape[0] is not None and not (isinstance(examples, int) and shape[0] == examples))
 
 
@@ -70,7 +70,7 @@ def _message(recorded, leaf):
     i = next((i for i, y in enumerate(flat) if y is leaf), 0)
     received = described(recorded.pure.model, i, outputs, leaf.shape, examples)
     return (
-        "Estimates from the gradients of single examples (`fisher='empirical'`, `EKFAC`, the diagonal blocks of "
+        "Estimates from per-example gradients (`fisher='empirical'`, `EKFAC`, the diagonal blocks of "
         "`KFAC`, the preconditioner of `HessianFree`) need outputs with the batch as their first axis. "
         f"{received} {REMEDY}"
     )

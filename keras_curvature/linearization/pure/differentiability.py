@@ -42,7 +42,7 @@ class NotDifferentiable(ValueError):
 
 @contextlib.contextmanager
 def strictly():
-    """While open on this thread, a derivative that TensorFlow lacks raises `NotDifferentiable`, and is not zero."""
+    """A context in which derivatives that TensorFlow lacks raise `NotDifferentiable` instead of being zero."""
     with holding(_strict, True):
         yield
 
@@ -52,13 +52,13 @@ def _refusal(operation, layer, reason=None):
         f"TensorFlow cannot differentiate the operation `{operation}`"
         f"{f' in layer `{layer}`' if layer else ''}, and a curvature product needs its derivative."
         f"{f' Reason: {reason}.' if reason else ''} Replace or freeze the layer, with all layers before it, or "
-        "replace the loss. Or train with a method that needs gradients only: `SOAP`, `Shampoo`, `Neumann`, "
-        "`keras_curvature.PSGD` with its default settings or an optimizer of Keras."
+        "replace the loss. Or train with an optimizer that needs only gradients: `SOAP`, `Shampoo`, `Neumann`, "
+        "`keras_curvature.PSGD` with its default arguments, or a Keras optimizer."
     )
 
 
 def _lookup(original, registry, operation):
-    """The gradient function of an operation, as TensorFlow's registry has it or as this package completes it."""
+    """The gradient function of an operation, from TensorFlow's registry or from this package."""
     if registry is not replaced.GRADIENT_REGISTRY:
         return original(registry, operation)
     if operation in INSTEAD:
@@ -89,14 +89,14 @@ def _refuse(operation):
 
 
 def _symbolic_gradient(original, *args, f=None, **kwargs):
-    """TensorFlow traces it for any function of version 1, and fails when it runs."""
+    """Refuse it at trace time: TensorFlow traces it for any TensorFlow 1 function, and fails when it runs."""
     if _strict.get():
         raise _refusal("SymbolicGradient", _layer(), f"of the function {getattr(f, 'name', f)}")
     return original(*args, f=f, **kwargs)
 
 
 def _layer():
-    """The layer whose gradient is being taken, as TensorFlow's name scopes tell it, or an empty string."""
+    """The layer whose gradient is computed, from TensorFlow's name scopes, or an empty string."""
     scopes = [s for s in tf.get_current_name_scope().split("/") if not s.startswith("gradient_tape")]
     return "/".join(scopes)
 

@@ -186,13 +186,13 @@ def _now(stateful, given):
 
 
 def _check_not_assigned(scope, variables, given):
-    """Refuse a model that assigns its trainable weights in a forward pass: it is not a function of its weights."""
+    """Raise a `ValueError` if the model assigns its trainable weights in a forward pass."""
     for variable, value in zip(variables, given):
         if scope.get_current_value(variable) is not value:
             raise ValueError(
                 f"A layer assigns its trainable weight `{variable.path}` during the forward pass (as "
                 "`SpectralNormalization` does), so the loss is not a function of the weights and has no curvature. "
-                "Replace or freeze that layer, or train with an optimizer that needs gradients only, without "
+                "Replace or freeze that layer, or train with an optimizer that needs only gradients, without "
                 "`keras_curvature.curved`."
             )
 

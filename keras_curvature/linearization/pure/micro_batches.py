@@ -210,30 +210,30 @@ def _check_layers(model):
     synchronized = [layer.name for layer in keras_internals.layers_of(model) if getattr(layer, "synchronized", False)]
     if synchronized and replicas.count() > 1:
         raise ValueError(
-            f"`micro_batches` on {replicas.count()} replicas does not support synchronized normalization: the loop "
-            f"over slices runs on each replica by itself. Received: {synchronized[0]!r} with synchronized=True. Use "
+            f"`micro_batches` on {replicas.count()} replicas does not support synchronized normalization, because each "
+            f"replica loops over its slices separately. Received: {synchronized[0]!r} with synchronized=True. Use "
             "synchronized=False, or micro_batches=1."
         )
 
 
 def _check_rows(pure, outputs):
-    """Refuse outputs whose first axis is certainly not the examples of the slice."""
+    """Raise a `ValueError` for outputs whose first axis is known not to be the batch."""
     examples = pure.place.examples
     for i, y in enumerate(keras.tree.flatten(outputs)):
         if tf.is_tensor(y) and y.shape.rank is not None and batch_axis.have_other_length(y.shape, examples):
             raise ValueError(
-                "`micro_batches` needs outputs with the batch as their first axis, to put those of slices together. "
+                "`micro_batches` needs outputs with the batch as their first axis, to concatenate those of slices. "
                 f"{batch_axis.described(pure.model, i, outputs, y.shape, examples)} Give it a row for each example, "
-                "hand a loss of the model's own to `add_loss`, or use micro_batches=1."
+                "pass the model's own losses to `add_loss`, or use micro_batches=1."
             )
 
 
 def _check_not_compiled(count, examples):
     if keras_internals.is_compiled(slices.graph()):
-        here = f"{examples} examples" if isinstance(examples, int) else "a number of examples unknown to the graph"
+        here = f"{examples} examples" if isinstance(examples, int) else "an unknown number of examples"
         raise ValueError(
-            f"`micro_batches={count}` under XLA (`jit_compile=True`, or a TPU) needs slices of a size that is known "
-            f"and equal. Received: {here} on each replica. Give batches of a fixed size that micro_batches (times the "
-            "number of replicas) divides, such as `dataset.batch(batch_size, drop_remainder=True)`; or do without XLA, "
-            "on a GPU or CPU by `jit_compile=False`."
+            f"`micro_batches={count}` under XLA (`jit_compile=True`, or a TPU) needs slices of equal and known "
+            f"size. Received: {here} on each replica. Use batches of a fixed size that micro_batches (times the "
+            "number of replicas) divides, such as `dataset.batch(batch_size, drop_remainder=True)`; or compile "
+            "with `jit_compile=False`, on a GPU or CPU."
         )

@@ -158,9 +158,9 @@ def piece(batch, size, index):
 def _dense(a):
     if isinstance(a, (tf.RaggedTensor, tf.SparseTensor)):
         raise ValueError(
-            "A batch can be cut into micro-batches or pieces where it is made of dense arrays. Received: a "
+            "A batch can be cut into micro-batches or parts only if it consists of dense arrays. Received: a "
             f"`{type(a).__name__}` of shape {tuple(a.shape)}. Give dense inputs (`x.to_tensor()`, "
-            "`tf.sparse.to_dense(x)`), or use the batch whole: micro_batches=1, and an optimizer without a "
+            "`tf.sparse.to_dense(x)`), or do not cut the batch: micro_batches=1, and an optimizer without a "
             "`curvature_batch`."
         )
     return tf.convert_to_tensor(a)

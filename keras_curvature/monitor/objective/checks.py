@@ -56,15 +56,15 @@ def check_loss(owner, objective):
     name = objective.model.name
     if not math.isfinite(loss):
         raise ValueError(
-            f"`{owner.__name__}`: the loss on these examples is {loss}, so nothing can be derived from it. Look for "
+            f"`{owner.__name__}`: the loss on these examples is {loss}, so it has no derivatives. Look for "
             f"values that are not finite in `data` and in the weights of the model {name!r}."
         )
     relative, absolute = TOLERANCES["float64" if objective.dtype == "float64" else "float32"]
     if abs(again - loss) > relative * abs(loss) + absolute:
         raise ValueError(
-            f"`{owner.__name__}`: the model {name!r} has another loss whenever it is computed: {loss} and {again}, at "
-            "the same weights and examples. A layer draws random numbers without a `keras.random.SeedGenerator` of its "
-            "own. Give it one, `self.seed = keras.random.SeedGenerator()` and "
+            f"`{owner.__name__}`: the loss of the model {name!r} differs between two evaluations, {loss} and "
+            f"{again}, at the same weights and examples. A layer draws random numbers without its own "
+            "`keras.random.SeedGenerator`. Give it one, `self.seed = keras.random.SeedGenerator()` and "
             "`keras.random.normal(shape, seed=self.seed)`, or measure with `training=False`."
         )
 

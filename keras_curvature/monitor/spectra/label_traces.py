@@ -105,8 +105,8 @@ def estimates_by_labels(objective, draws, parts, asked_by):
     check(asked_by, "labels", True, kind in ("ggn", "fisher"), f"False for kind={kind!r}")
     if kind == "ggn" and not is_gauss_newton(objective):
         raise ValueError(
-            "`Curvature.trace`: `labels=True` gives the trace of the Fisher matrix, and with this loss and these "
-            "outputs the Gauss-Newton matrix is another one. Use kind='fisher', or labels=False."
+            "`Curvature.trace`: `labels=True` gives the trace of the Fisher matrix, but with this loss and these "
+            "outputs the Gauss-Newton matrix differs from it. Use kind='fisher', or labels=False."
         )
     found = layer_traces(objective, objective.seed, draws)
     return {name: Estimate(*found.of(indices), draws) for name, indices in parts.items()}
