@@ -46,6 +46,12 @@ BAD_ARGUMENTS = {
     "armijo_shrink": (lambda: kc.ArmijoLineSearch(shrink=1.0), "shrink=1.0"),
     **{f"integer_rate_{name}": (lambda name=name: OPTIMIZERS[name](learning_rate=1), "learning_rate=1")
        for name in ONE_OF_EACH},
+    "negative_rate": (lambda: kc.KFAC(-0.1), "learning_rate=-0.1"),
+    "rate_nan": (lambda: kc.CurveBall(float("nan")), "learning_rate=nan"),
+    "model_as_rate": (lambda: kc.KFAC(keras.Sequential()), "model.compile(optimizer=...)"),
+    "negative_decay": (lambda: kc.SOAP(weight_decay=-0.1), "weight_decay=-0.1"),
+    "negative_clip": (lambda: kc.SOAP(clipnorm=-1.0), "clipnorm=-1.0"),
+    "clip_by_name": (lambda: kc.SOAP(global_clipnorm="1"), "global_clipnorm='1'"),
     "unknown": (lambda: kc.CurveBall(momentum=0.9), "momentum"),
     "clips": (lambda: kc.CurveBall(clipnorm=1.0, clipvalue=1.0), "clipnorm"),
 }  # fmt: skip

@@ -115,6 +115,11 @@ class Steepest(kc.CurvatureOptimizer):
         return [-g for g in lin.gradient]
 
 
+def test_the_sum_of_no_reports_is_zero():
+    model = simple(kc.SOAP, layers=[keras.Input((4,)), keras.layers.Dense(1)])  # vectors, which have no factors
+    assert trained(model).history.history["failed_refreshes"] == [0.0]
+
+
 def test_skipped_steps_are_reported_whatever_else_is():
     x, y = regression()
     broken = x.copy()

@@ -312,3 +312,35 @@ def test_state_of_the_right_number_and_another_shape_is_left_out_as_a_whole(tmp_
     with pytest.warns(UserWarning, match=rf"its variable {last} .* and the saved one has shape \(1,\)"):
         state_of.load_own_variables(values)
     assert_same(state(model), before)
+
+
+# The optimizer of a class with a `compile` of its own.
+
+
+@keras.saving.register_keras_serializable("test_saving")
+class CompilesItself(keras.Sequential):
+    """A model that is compiled when it is made, as the tasks of KerasHub are; Keras does not restore its optimizer."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.compile()
+
+    def compile(self, optimizer="adam", loss="mse", **kwargs):
+        """Keras', with defaults."""
+        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+
+
+def test_a_model_that_its_class_compiled_says_which_optimizer_trains_it(tmp_path):
+    data = np.ones((2, 3), "float32"), np.ones((2, 1), "float32")
+    model = kc.curved(CompilesItself([keras.Input((3,)), keras.layers.Dense(1)]))
+    model.compile(kc.CurveBall())
+    model.fit(*data, verbose=0)  # without a warning
+    model.save(tmp_path / "m.keras")
+    with pytest.warns(UserWarning) as caught:
+        loaded = kc.curved(keras.models.load_model(tmp_path / "m.keras"))
+    assert all("own" not in str(w.message) for w in caught)
+    with pytest.warns(UserWarning, match="`CompilesItself` has a `compile` of its own.* `Adam`"):
+        loaded.fit(*data, verbose=0)
+    loaded.fit(*data, verbose=0)  # said once
+    loaded.compile(kc.CurveBall())
+    loaded.fit(*data, verbose=0)

@@ -13,6 +13,7 @@ from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.linearization.gradients import Gradients
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.optimizers import first_batch
+from keras_curvature.optimizers.arguments import check_keras_arguments
 from keras_curvature.optimizers.state import SavedOptimizer
 
 
@@ -23,12 +24,7 @@ class Lifecycle(SavedOptimizer):
         super().__init__(learning_rate=learning_rate, **kwargs)
         if needs is not None:
             self.needs = needs
-        if self.gradient_accumulation_steps and not self.needs.only_gradients:
-            raise ValueError(
-                f"`{type(self).__name__}` needs the curvature of the batch, so gradients cannot accumulate. Received: "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}. Use a larger batch; "
-                "`keras_curvature.curved(model, micro_batches=...)` computes it in slices."
-            )
+        check_keras_arguments(self, learning_rate, kwargs)
         self._noted, self._reported, self._rejected = [], {}, None
         self._hands_a_step, self._model = False, lambda: None
 

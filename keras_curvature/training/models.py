@@ -19,6 +19,7 @@ class CurvedMixin(CurvedTrainer):
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
         if name == "optimizer":
+            self._compiled_by_class = False
             self._introduce()
 
     def _introduce(self):
@@ -106,7 +107,7 @@ def curved(model, micro_batches=None):
 
     Keras does not restore the optimizer of a model whose class has its own `compile`, such as KerasHub's tasks, and
     warns about it while loading. Compile such a model again after `load_model`, or it trains with the optimizer that
-    its class chooses.
+    its class chooses; `fit` says so.
 
     Under a distribution strategy build and compile the model inside `strategy.scope()`. A batch is split among the
     replicas, and `n` replicas train as one replica does, also with Keras' own optimizers.
@@ -150,8 +151,20 @@ def curved(model, micro_batches=None):
     model.__class__ = _curved_class(type(model))
     model.train_function = None  # traced again, with the new step
     model.micro_batches = 1 if micro_batches is None else micro_batches
+    model._compiled_by_class = _is_compiled_by_class(model)
     model._introduce()
     return model
+
+
+def _is_compiled_by_class(model):
+    """Whether the class, and not its user, may have chosen the optimizer, as KerasHub's tasks do in their `__init__`.
+
+    Loaded from a file, they come back with this optimizer in place of the one that the file names.
+    """
+    optimizer, _ = unwrap(getattr(model, "optimizer", None))
+    if optimizer is None or isinstance(optimizer, CurvatureOptimizer):
+        return False
+    return type(model).compile is not keras.Model.compile and int(optimizer.iterations) == 0
 
 
 @functools.cache

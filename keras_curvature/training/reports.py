@@ -9,8 +9,8 @@ from keras_curvature import replicas
 class Report(keras.metrics.Metric):
     """A reported number in the logs: the mean, the last or the sum of the finite values of an epoch.
 
-    It is NaN if the epoch has no finite value. It is a metric because for other entries in the logs Keras shows the
-    value of the last batch.
+    If the epoch has no finite value, a sum is 0 and the others are NaN. It is a metric because for other entries in
+    the logs Keras shows the value of the last batch.
 
     Args:
         name: The key in the logs.
@@ -40,7 +40,7 @@ class Report(keras.metrics.Metric):
         """The number for the epoch so far."""
         # on a replica, a variable has the value of that replica
         whole = self.total.value / self.count.value if self.how == "mean" else self.total.value * replicas.here()
-        return tf.where(self.count.value > 0, whole, float("nan"))
+        return tf.where((self.count.value > 0) | (self.how == "sum"), whole, float("nan"))
 
 
 class Reports:

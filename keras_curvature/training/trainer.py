@@ -1,5 +1,7 @@
 """The rest of a curved model's trainer: when it is built, how it is traced, and the logs of an epoch."""
 
+import warnings
+
 import keras
 import tensorflow as tf
 
@@ -13,6 +15,7 @@ class CurvedTrainer(CurvedStep):
     """A mixin with the methods of Keras' trainer that a curved model overrides."""
 
     _curved_batch = staticmethod(lambda: None)
+    _compiled_by_class = False
 
     def reset_metrics(self):
         """Reset Keras' metrics and the reports."""
@@ -22,11 +25,25 @@ class CurvedTrainer(CurvedStep):
 
     def make_train_function(self, force=False):
         """Keras' train function. All variables are created before, so that TensorFlow traces it only once."""
+        self._warn_of_the_optimizer()
         self._build_for_training()
         self._prepare_reports()
         if self.micro_batches > 1 and self.get_compile_config()["jit_compile"] == "auto":
             self.jit_compile = False  # on a GPU Keras chooses XLA, which needs slices of a known size
         return super().make_train_function(force)
+
+    def _warn_of_the_optimizer(self):
+        """Say once which optimizer trains a model that was not compiled since it was curved, if its class chose it."""
+        if self._compiled_by_class:
+            self._compiled_by_class = False
+            warnings.warn(
+                f"`{type(self).__name__}` has a `compile` of its own and was not compiled after `curved`: it trains "
+                f"with `{type(unwrap(self.optimizer)[0]).__name__}`. Keras does not restore the optimizer of such a "
+                "class from a file. Compile the curved model to choose the optimizer:\n\n"
+                "    model = keras_curvature.curved(model)\n"
+                "    model.compile(optimizer=keras_curvature.CurveBall(), loss=...)\n",
+                stacklevel=2,
+            )
 
     def _build_for_training(self):
         """Build what is not built yet, from the shapes of the data that `fit` begins to iterate over."""
