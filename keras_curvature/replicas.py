@@ -51,7 +51,7 @@ def read(variable):
 
 
 def whole(strategy, values):
-    """Of a nest of per-replica values, the rows of all replicas of this worker, one replica after the other.
+    """The rows of all replicas of this worker, one replica after the other, from a nest of per-replica values.
 
     Missing parts of a batch, for which Keras passes an empty `tf.experimental.Optional`, are `None`.
     """

@@ -1,4 +1,4 @@
-"""What an optimizer asks of a train step."""
+"""The requirements of an optimizer on the train step."""
 
 import dataclasses
 

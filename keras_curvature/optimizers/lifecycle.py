@@ -1,4 +1,4 @@
-"""What Keras calls of every optimizer of the package to build it and to take a step.
+"""The methods of the package's optimizers that Keras calls to build them and to take a step.
 
 `Lifecycle` applies a method's step by Keras' own `apply`: all of it, or nothing if loss or step is not finite.
 """
@@ -293,4 +293,4 @@ def _assign(noted):
 
 
 def _nothing(_):
-    """What a branch of a `tf.cond` returns that is run for its effects."""
+    """The value of a branch of `tf.cond` that is executed for its side effects."""

@@ -80,12 +80,12 @@ class OnTheQuadratic:
     damping: float
 
     def limit(self, rate, decay):
-        """As of a `Rule`."""
+        """See `Rule`."""
         two = 2.0 - rate * decay
         return rate * two * (1.0 + self.rho - self.beta * self.damping) / (self.beta * (two + rate))
 
     def formula(self, rate, decay):
-        """As of a `Rule`."""
+        """See `Rule`."""
         two = f"(2-{number(rate)}·{number(decay)})" if decay else "2"
         beta = number(self.beta)
         top = f"(1+{number(self.rho)}-{beta}·{number(self.damping)})"

@@ -208,7 +208,7 @@ def _moment(a, d):
 
 
 def _moment_in_pieces(a, d, size):
-    """The same, with the gradients of `size` examples at a time; zeros fill up the last piece."""
+    """The same for any number of examples, `size` at a time; the last piece is padded with zeros."""
     pieces = -(-product(a, [1]) // size)
 
     def cut(x):
@@ -225,6 +225,6 @@ def _moment_in_pieces(a, d, size):
 
 
 def _moment_at_indices(indices, d, rows):
-    """The same for unit vectors: a row of a gradient is the sum of the slopes where its index stands."""
+    """The same for one-hot inputs: a row of a gradient is the sum of the slopes at the positions with its index."""
     same = tf.cast(tf.equal(indices, tf.linalg.matrix_transpose(indices)), d.dtype)  # (1, examples, t, t)
     return tf.math.unsorted_segment_sum(d * tf.matmul(same, d), indices[..., 0], rows)

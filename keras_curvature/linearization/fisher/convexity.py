@@ -1,4 +1,4 @@
-"""Which losses are convex as functions of the model's outputs.
+"""Losses that are convex in the model's outputs.
 
 The Gauss-Newton matrix `J' H J` is positive semi-definite exactly when the loss is convex in the model's outputs (`H >=
 0`). Keras' cross-entropies are convex in the logits, which they read if the model ends in a softmax or sigmoid. Keras'

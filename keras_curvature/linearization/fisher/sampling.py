@@ -162,7 +162,7 @@ def _graded(recorded, targets):
 
 
 def _graded_by_model(recorded, targets):
-    """The same of a model whose own `compute_loss` is minus the logarithm of its `likelihood`."""
+    """The same for a model with its own `compute_loss`, the negative logarithm of its `likelihood`."""
     pure, outputs = recorded.pure, recorded.evaluation.outputs
     likelihood = of_losses.of_compute_loss(pure.model)
     if not tf.is_tensor(outputs):

@@ -31,7 +31,7 @@ def depthwise(layer):
 
 
 class ConvolutionWeights(Weights):
-    """Of `Conv1D`, `Conv2D`, `Conv3D`: a position is a patch of the image, unrolled as the kernel is."""
+    """The weights of `Conv1D`, `Conv2D`, `Conv3D`: a position is a patch of the image, flattened as the kernel."""
 
     def inputs(self, tap):
         unrolled = patches(self.layer, tap.inputs)  # (rows, *positions, entries of the window, channels)
@@ -48,7 +48,7 @@ class ConvolutionWeights(Weights):
 
 
 class DepthwiseWeights(ConvolutionWeights):
-    """Of `DepthwiseConv1D`, `DepthwiseConv2D`: each channel is a group."""
+    """The weights of `DepthwiseConv1D` and `DepthwiseConv2D`: each channel is a group."""
 
     def inputs(self, tap):
         return arranged(patches(self.layer, tap.inputs), groups=(-1,), features=(-2,))

@@ -61,7 +61,7 @@ class Block:
 
     @property
     def shape(self):
-        """Of the matrix, `([groups,] d_in [+ 1], d_out)`."""
+        """The shape of the matrix, `([groups,] d_in [+ 1], d_out)`."""
         return self.weights.shape
 
     @property

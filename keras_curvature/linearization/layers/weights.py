@@ -53,7 +53,7 @@ class Weights:
 
     @property
     def shape(self):
-        """Of the matrix."""
+        """The shape of the matrix."""
         d_in, d_out = self.size
         return (*self._leading, d_in + (self.bias is not None), d_out)
 

@@ -1,4 +1,4 @@
-"""What TensorFlow cannot differentiate: the derivative is right, or an error names the layer and the operation.
+"""Operations that TensorFlow cannot differentiate: an error names the layer and the operation.
 
 `tape.gradient` gives `None` for two reasons. Either the result does not depend on the tensor: the derivative is zero.
 Or the path to the tensor leads through an operation that TensorFlow registers as not differentiable: the derivative is

@@ -127,7 +127,7 @@ class PureModel:
         return self.evaluation
 
     def part(self, start, length, state=None):
-        """The same model on rows `start .. start + length` of this slice, from the same state or another."""
+        """This model on the rows `start .. start + length` of this slice, from the same or another state."""
         batch, place = slices.rows(self.batch, start, length), self.place.part(start, length)
         return PureModel(self.model, batch, place, self.state if state is None else state, self.training)
 
@@ -168,7 +168,7 @@ class PureModel:
         return self.place.counted(local(self))
 
     def record(self, make):
-        """What `make(pure)` gives (a `Pass`), for sums and rows of it."""
+        """`make(pure)`, a `Pass`, for its sums and rows."""
         return KeptPass(self, make)
 
     def commit(self, evaluation):

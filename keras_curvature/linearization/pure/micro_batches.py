@@ -44,11 +44,11 @@ class MicroBatches:
         return self.sweep(lambda pure: (local(pure), []))[0]
 
     def record(self, make):
-        """What `make(pure)` gives (a `Pass`) on each slice, for sums and rows of it."""
+        """`make(pure)`, a `Pass`, on each slice, for its sums and rows."""
         return RepeatedPass(self, make)
 
     def commit(self, evaluation):
-        """As `PureModel.commit`."""
+        """See `PureModel.commit`."""
         self._pure.commit(evaluation)
 
     def sweep(self, local, *tangents):
@@ -119,7 +119,7 @@ class MicroBatches:
 
 
 class RepeatedPass:
-    """What `make(pure)` gives (a `Pass`), made anew, slice by slice, for every question; `KeptPass` of one slice.
+    """`make(pure)`, a `Pass`, computed again on every slice for every question; compare `KeptPass`, of one slice.
 
     The first question brings the evaluation along, so that a gradient costs one forward and one backward pass.
     """

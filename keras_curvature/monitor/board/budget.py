@@ -37,7 +37,7 @@ class Budget:
 
 
 class Costs:
-    """What pieces of work are expected to cost.
+    """The expected cost of pieces of work.
 
     A piece is expected to cost what it last did; its first run, which includes tracing, is ignored. Before its second
     run it is expected to cost its number of products with the curvature.

@@ -24,7 +24,7 @@ def watch(model, take):
 
 
 def _watched(steps, take):
-    """The same steps; the first one is handed an iterator over batches that are read already."""
+    """The same steps; the first one gets an iterator that begins with the batches that are read already."""
     for first, last, iterator in steps:
         batches = _draw(iterator, last - first + 1) if replicas.is_iterator(iterator) else []
         if batches:

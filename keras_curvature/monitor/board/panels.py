@@ -1,4 +1,4 @@
-"""What the board measures: pieces of a measurement, each a few products with the curvature.
+"""The measurements of the board, in pieces of a few curvature products each.
 
 A piece adds numbers by their tags. Pieces run in order and use earlier results: the gradient, the limits of the
 optimizer, the sharpest direction.

@@ -1,4 +1,4 @@
-"""What an `Objective` refuses, and the weight of each of its batches."""
+"""Checks of an `Objective`, and the weights of its batches."""
 
 import math
 

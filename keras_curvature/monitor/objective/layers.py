@@ -1,4 +1,4 @@
-"""Which weights belong to which layer, under the names that a user knows, and how layers are chosen by name."""
+"""The weights of each layer, by the layer names that a user knows, and the choice of layers by name."""
 
 import collections
 import itertools

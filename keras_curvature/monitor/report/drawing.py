@@ -48,7 +48,7 @@ def draw_lines(ax, axis, loss, quadratic):
 
 
 def _limits(lines):
-    """Of the finite losses; a line that leaves the others at the bottom is cut off at three times their height."""
+    """The range of the loss axis, from the finite losses; a line above three times the lowest one is cut off."""
     finite = [values[np.isfinite(values)] for values in map(np.asarray, lines)]
     finite = [values for values in finite if values.size]
     low = min((values.min() for values in finite), default=math.inf)

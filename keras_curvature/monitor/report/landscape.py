@@ -57,7 +57,7 @@ class Landscape:
         return figure
 
     def _repr_png_(self):
-        """What a notebook shows."""
+        """The display in a notebook."""
         return png(self)
 
 

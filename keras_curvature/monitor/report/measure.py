@@ -57,7 +57,7 @@ def measure(measured, progress=False):
 
 @dataclasses.dataclass
 class _Asked:
-    """What the questions share: each adds to `products`, and later questions use earlier results."""
+    """The state that the questions share: each adds to `products`, and later questions use earlier results."""
 
     measured: object
     products: int = 0

@@ -53,7 +53,7 @@ class Report(dict):
             file.write(f"{self}\n")
 
     def _repr_png_(self):
-        """What a notebook shows."""
+        """The display in a notebook."""
         return png(self)
 
 

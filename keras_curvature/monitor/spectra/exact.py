@@ -1,4 +1,4 @@
-"""The same numbers without an estimate, for matrices so small that a product with each unit vector is affordable."""
+"""Exact traces and spectra for small matrices, from a product with each unit vector."""
 
 import numpy as np
 
