@@ -115,6 +115,6 @@ def check(name, vector, variables):
     if given != shapes:
         what = f"{len(given)} tensors of shapes {given[:4]}" if given is not None else f"{type(vector).__name__}"
         raise ValueError(
-            f"`{name}` must be a list of {len(shapes)} tensors with the shapes of `model.trainable_variables`: "
-            f"{shapes[:4]}{' ...' if len(shapes) > 4 else ''}. Received: {what}"
+            f"`{name}` must be a list of {len(shapes)} tensors with the shapes of `model.trainable_variables`, or "
+            f"those of the chosen `layers`: {shapes[:4]}{' ...' if len(shapes) > 4 else ''}. Received: {what}"
         )

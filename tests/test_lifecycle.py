@@ -1,5 +1,6 @@
 """Everything that Keras does with a model goes on working: callbacks, files, averages, schedules, other optimizers."""
 
+import inspect
 import json
 import os
 import pathlib
@@ -129,6 +130,28 @@ def test_skipped_steps_are_reported_whatever_else_is():
     assert set(history) == {"loss", "slope", "skipped_steps"}
     assert history["skipped_steps"] == [1.0]
     assert np.isfinite(history["slope"]).all()
+
+
+def test_autograph_leaves_a_step_alone():
+    files = []
+
+    class Seen(Steepest):
+        """Says from which file its code runs."""
+
+        def direction(self, lin):
+            """Downhill."""
+            files.append(inspect.currentframe().f_code.co_filename)
+            return super().direction(lin)
+
+    model = simple(lambda: Seen(0.1))
+    x, y = regression()
+    tf.function(lambda: model.optimizer.step(kc.Linearization(model, x, y)))()
+    gradients = [tf.zeros_like(v) for v in model.trainable_variables]
+    optimizer = Seen(0.1)
+    optimizer.build(model.trainable_variables)
+    tf.function(lambda: optimizer.apply(gradients, model.trainable_variables))()
+    assert len(files) >= 2
+    assert set(files) == {__file__}
 
 
 def test_losses_of_several_outputs_have_their_own_names():

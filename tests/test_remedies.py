@@ -59,6 +59,14 @@ class ComputesLoss(keras.Sequential):
         return keras.ops.mean(keras.ops.square(y - y_pred))
 
 
+class LossOfEach(keras.Sequential):
+    """A model with a `compute_loss` that returns the loss of each example."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Squares."""
+        return keras.ops.mean(keras.ops.square(y - y_pred), -1)
+
+
 class Likely(ComputesLoss):
     """The same with a likelihood, as the message advises."""
 
@@ -131,6 +139,19 @@ def noise_of_a_layer():
     """The noise of one layer's gradient."""
     model, data = measured()
     return kc.curvature(model, data, layers=model.layers[0].name).noise(2)
+
+
+def in_a_loop(optimizer, gradients=False):
+    """A step in a training loop of one's own, from gradients or, as the message advises, from the batch."""
+    model = kc.curved(network())
+    model.compile(optimizer, "mse")
+    linearization = kc.Linearization(model, X, Y)
+    before = float(linearization.loss)
+    if gradients:
+        optimizer.apply(linearization.gradient, model.trainable_variables)
+    optimizer.step(linearization)
+    linearization.commit()
+    assert float(kc.Linearization(model, X, Y).loss) < before
 
 
 def accumulated(**options):
@@ -209,6 +230,17 @@ class Case:
 CASES = {
     "curved": Case(r"model = keras_curvature.curved\(model\)", lambda: fit(kc.CurveBall(), curved=False), [
         lambda: fit(kc.CurveBall())]),
+    "curved_in_a_loop": Case(
+        r"optimizer.step\(linearization\)", lambda: in_a_loop(kc.KFAC(), gradients=True),
+        [lambda: in_a_loop(kc.KFAC()), lambda: in_a_loop(kc.CurveBall())]),
+    "loss_of_each_example": Case(
+        "Leave out `reduction=None`", lambda: fit(kc.CurveBall(), keras.losses.MeanSquaredError(reduction=None)), [
+            lambda: fit(kc.CurveBall(), keras.losses.MeanSquaredError()),
+            lambda: fit(kc.CurveBall(), keras.losses.MeanSquaredError(reduction="sum"))]),
+    "own_loss_of_each_example": Case(
+        "return the mean over the examples from a `compute_loss`",
+        lambda: fit(kc.CurveBall(), model=lambda: network(cls=LossOfEach)),
+        [lambda: fit(kc.CurveBall(), model=lambda: network(cls=ComputesLoss))]),
     "curved_layers": Case(r"model = keras_curvature.curved\(model\)", lambda: fit(kc.Eva(), curved=False), [
         lambda: fit(kc.Eva())]),
     "new_optimizer": Case(r"type\(optimizer\).from_config\(optimizer.get_config\(\)\)", lambda: served_twice(

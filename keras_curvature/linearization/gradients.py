@@ -24,8 +24,17 @@ class Gradients:
     def __getattr__(self, name):
         if name.startswith("_") or not hasattr(Linearization, name):
             raise AttributeError(f"`Gradients` has no attribute {name!r}")
-        raise ValueError(
-            f"`{self._asked_by}` asked for the `{name}` of the loss, but a plain `keras.Model` passes its optimizer "
-            "gradients only. Curve the model before `compile`:\n\n"
-            "    model = keras_curvature.curved(model)\n"
-        )
+        raise ValueError(needs_a_curved_model(self._asked_by, f"asked for the `{name}` of the loss"))
+
+
+def needs_a_curved_model(optimizer, wants):
+    """The message where an optimizer gets gradients only; `wants` says what it needs beyond them."""
+    return (
+        f"`{optimizer}` {wants}, but a plain `keras.Model` passes its optimizer gradients only. Curve the model before "
+        "`compile`:\n\n"
+        "    model = keras_curvature.curved(model)\n\n"
+        "In a training loop of your own, take the step on the batch and not on gradients:\n\n"
+        "    linearization = keras_curvature.Linearization(model, x, y)\n"
+        "    optimizer.step(linearization)\n"
+        "    linearization.commit()\n"
+    )

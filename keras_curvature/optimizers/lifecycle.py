@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import keras_internals, replicas, trees
-from keras_curvature.linearization.gradients import Gradients
+from keras_curvature.linearization.gradients import Gradients, needs_a_curved_model
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.optimizers import first_batch
 from keras_curvature.optimizers.arguments import check_keras_arguments
@@ -28,8 +28,9 @@ class Lifecycle(SavedOptimizer):
         self._noted, self._reported, self._rejected = [], {}, None
         self._hands_a_step, self._model = False, lambda: None
 
-    # The step.
+    # The step. Under `tf.function` AutoGraph would first translate everything that it calls.
 
+    @tf.autograph.experimental.do_not_convert
     def step(self, linearization, overwriting=()):
         """Take one step on the batch of a `Linearization` (or `Gradients`).
 
@@ -150,6 +151,7 @@ class Lifecycle(SavedOptimizer):
             super().apply([*gradients, *overwriting], [*self.trained, *self._overwritten])
         self._hands_a_step = False
 
+    @tf.autograph.experimental.do_not_convert
     def apply(self, grads, trainable_variables=None):
         """Step on the gradients of each replica; what Keras calls on a plain model."""
         if trainable_variables is None and not self.built:
@@ -217,11 +219,7 @@ class Lifecycle(SavedOptimizer):
         if not self.built:
             replicas.outside_of_graphs(self._build_by_name, variables)
         if not self.built:
-            raise ValueError(
-                f"`{type(self).__name__}` needs the model's layers, but a plain `keras.Model` passes its optimizer "
-                "gradients only. Curve the model before `compile`:\n\n"
-                "    model = keras_curvature.curved(model)\n"
-            )
+            raise ValueError(needs_a_curved_model(type(self).__name__, "needs the model's layers"))
         known = keras_internals.keys_of(self, self.trained)
         given = keras_internals.keys_of(self, [v for v in variables if not overwrites(v)])
         if known != given:

@@ -151,6 +151,7 @@ class PureModel:
         own = type(self.model).compute_loss is not keras.Model.compute_loss
         with slices.at(dataclasses.replace(self.place, weighs_means=not own)):
             loss = keras_internals.compute_loss(self.model, self.x, y, outputs, self.sample_weight, self.training)
+        _check_is_a_number(loss)
         if not own or self.place.is_even:
             return loss
         # a custom loss counts as a mean over the examples that leaves the replicas to Keras
@@ -195,6 +196,16 @@ def _check_not_assigned(scope, variables, given):
                 "Replace or freeze that layer, or train with an optimizer that needs only gradients, without "
                 "`keras_curvature.curved`."
             )
+
+
+def _check_is_a_number(loss):
+    """Raise a `ValueError` for a loss of each example; Keras' own step would train on the sum and show the mean."""
+    if tf.convert_to_tensor(loss).shape.rank:
+        raise ValueError(
+            f"The loss of a batch must be one number. Received: a loss of shape {tuple(loss.shape)}. Leave out "
+            '`reduction=None` (or "none") of `keras.losses`, or write `reduction="sum"`; return the mean over the '
+            "examples from a `compute_loss` of your own."
+        )
 
 
 def _cut(outputs):
