@@ -314,6 +314,17 @@ def test_state_of_the_right_number_and_another_shape_is_left_out_as_a_whole(tmp_
     assert_same(state(model), before)
 
 
+@pytest.mark.parametrize("name", ["curveball", "soap", "kfac"])
+def test_a_model_from_an_hdf5_file_trains(name, tmp_path):
+    model = make(name, "curved")
+    model.compile(model.optimizer, keras.losses.MeanSquaredError())
+    fit_to(model, 1).save(tmp_path / "m.h5")
+    loaded = kc.curved(keras.models.load_model(tmp_path / "m.h5"))
+    assert_same(loaded.get_weights(), model.get_weights())
+    loaded.fit(np.ones((2, 3), "float32"), np.zeros((2, 2), "float32"), epochs=3, verbose=0)
+    assert any((a != b).any() for a, b in zip(loaded.get_weights(), model.get_weights()))
+
+
 # The optimizer of a class with a `compile` of its own.
 
 

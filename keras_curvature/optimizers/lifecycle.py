@@ -262,12 +262,12 @@ class Lifecycle(SavedOptimizer):
 
     def build(self, variables):
         """Create all state for `variables`; called by Keras. Does nothing while a needed model is unknown."""
-        if self.built or (self.needs.layers and self.trained_model() is None):
+        unknown = self.needs.layers and self.trained_model() is None
+        if self.built or unknown or not variables:  # Keras builds for no variables while it loads a model from HDF5
             return
         super().build(variables)
         self.skipped_steps = self.add_variable((), dtype="int", name="skipped_steps", aggregation="none")
-        if variables:  # else `require` says what is wrong
-            self.create_state([v for v in variables if not overwrites(v)])
+        self.create_state([v for v in variables if not overwrites(v)])
         self._load_waiting()
 
 
