@@ -14,6 +14,15 @@ from keras import layers
 
 BATCH = 6
 MODELS, LOSSES = {}, {}
+# Tests that are dear for every kind run these with `-m slow` alone: another kind does the same, or nearly the same.
+ALIKE = {
+    "dense_selu", "conv1d", "conv3d", "separable_conv", "max_pooling_odd", "max_pooling_overlapping", "max_pooling_1d",
+    "average_pooling", "batch_normalization_2d", "unit_normalization", "gaussian_dropout", "alpha_dropout", "gru",
+    "unrolled_lstm", "stacked_lstm", "recurrent_dropout", "bidirectional", "embedding_lstm", "nested",
+    "subclassed_without_training",
+    "mae", "log_cosh", "hinge", "squared_hinge", "kl_divergence", "binary_smoothed", "categorical_smoothed",
+    "categorical_from_softmax", "own_compute_loss_without_training",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -36,6 +45,11 @@ class Case:
     def batch(self):
         """`(x, y, sample_weight)`."""
         return self.x, self.y, self.sample_weight
+
+
+def usual(names):
+    """Those of the names of models and losses, `loss_` before these or not, that are not `ALIKE` another."""
+    return [name for name in names if name.removeprefix("loss_") not in ALIKE]
 
 
 @contextlib.contextmanager

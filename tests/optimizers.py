@@ -26,7 +26,7 @@ class Method:
         settings: Arguments of `make`.
         on_a_quadratic: Arguments that replace them to reach the minimum of a quadratic.
         steps: How many steps the method may take to that minimum.
-        family: Whether the method stands for its family in tests that are slow to trace or compile.
+        family: Whether the method stands for its family in tests that are dear.
         by_gradient: Whether gradients suffice. Defaults to what the class says.
         amplifies: Whether its solver amplifies rounding from step to step, as conjugate gradients do.
     """
@@ -125,10 +125,16 @@ GRADIENTS_SUFFICE = [name for name, method in OPTIMIZERS.items() if method.by_gr
 NEEDS_CURVATURE = [name for name, method in OPTIMIZERS.items() if not method.by_gradient]
 AMPLIFY = [name for name, method in OPTIMIZERS.items() if method.amplifies]
 ONE_OF_EACH = list({method.cls: name for name, method in reversed(OPTIMIZERS.items())}.values())[::-1]
+# By default a cheap property is tested with every method, a dear one with `FAMILIES`, and one that takes seconds for
+# each method with `FEW`, which differ in what a step does: CurveBall multiplies by the curvature and adapts its damping
+# (products, a trial step, state of several kinds), K-FAC looks at layers and keeps inverses of factors between its
+# refreshes, and SOAP needs gradients alone, so that it also trains a plain model. All others run with `-m slow`.
 FAMILIES = [name for name, method in OPTIMIZERS.items() if method.family]
+FEW = ["curveball", "kfac", "soap"]
 # Where gradients suffice a model need not be curved: "plain_neumann" is "neumann" on a plain `keras.Model`.
 PLAIN = [f"plain_{name}" for name in GRADIENTS_SUFFICE]
 PLAIN_FAMILIES = [name for name in PLAIN if name.removeprefix("plain_") in FAMILIES]
+FEW_PLAIN_OR_CURVED = ["curveball", "kfac", "plain_soap"]
 
 
 def prepare(name, model, **kwargs):

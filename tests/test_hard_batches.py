@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from optimizers import OPTIMIZERS, prepare
+from selection import some
 
 import keras_curvature as kc
 from keras_curvature.linearization.layers import kronecker
@@ -15,9 +16,7 @@ from keras_curvature.optimizers import first_batch
 
 def by_default(*names, of=tuple(OPTIMIZERS)):
     """All of the registry, those that are not named with `-m slow`."""
-    marked = [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in of]
-    return pytest.mark.parametrize("name", marked)
-
+    return pytest.mark.parametrize("name", some(of, names))
 
 
 def data(examples=24):
@@ -48,7 +47,7 @@ def policy(request):
     keras.config.set_dtype_policy("float32")
 
 
-@by_default("neumann_resets", "adahessian", "psgd_newton", "ekfac")
+@by_default("neumann_resets", "ekfac")
 @pytest.mark.parametrize("policy", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)], indirect=True)
 def test_weights_in_half_precision_train_with_state_in_float32(name, policy):
     x, y = data()
@@ -69,7 +68,7 @@ def test_averages_of_weights_in_half_precision_are_kept_in_float32_and_end_in_th
         keras.config.set_dtype_policy("float32")
 
 
-@by_default("curveball", "hessian_free", "kfac")
+@by_default("curveball", "kfac")
 def test_from_a_loss_scale_that_is_far_too_high_training_comes_down_to_one_that_works(name):
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -87,7 +86,7 @@ def test_from_a_loss_scale_that_is_far_too_high_training_comes_down_to_one_that_
     assert min(seen[1:]) < seen[0]
 
 
-@by_default("psgd_newton", "adahessian_lazy", of=[name for name in OPTIMIZERS if "neumann" not in name])
+@by_default("adahessian_lazy", of=[name for name in OPTIMIZERS if "neumann" not in name])
 def test_a_first_batch_without_weight_is_as_if_it_had_not_been_there(name):
     x, y = data()
     regularized = {"kernel_regularizer": keras.regularizers.L1L2(1e-3, 1e-3)}
@@ -134,7 +133,7 @@ def test_weights_without_entries_are_no_obstacle(name):
     assert min(history["loss"][1:]) < history["loss"][0] and not any(history.get("failed_refreshes", [0]))
 
 
-@by_default("curveball", "hessian_free")
+@by_default("curveball")
 @pytest.mark.parametrize("wide", ["hidden", pytest.param("last", marks=pytest.mark.slow)])
 def test_layers_of_two_precisions_train(name, wide):
     x, y = data()
@@ -146,7 +145,7 @@ def test_layers_of_two_precisions_train(name, wide):
     assert np.isfinite(history["loss"]).all() and min(history["loss"][1:]) < history["loss"][0]
 
 
-@by_default("psgd", "plain_psgd", of=(*OPTIMIZERS, "plain_psgd", "plain_soap"))
+@by_default("plain_psgd", of=(*OPTIMIZERS, "plain_psgd", "plain_soap"))
 def test_dense_on_sequences_whose_gradients_have_lost_their_static_shape(name):
     keras.utils.set_random_seed(1)
     x = np.random.default_rng(0).standard_normal((8, 5, 4)).astype("float32")
@@ -156,7 +155,7 @@ def test_dense_on_sequences_whose_gradients_have_lost_their_static_shape(name):
     assert min(losses[1:]) < losses[0]
 
 
-@by_default("kfac", "ekfac", of=("kfac", "ekfac", "eva"))
+@by_default("kfac", of=("kfac", "ekfac", "eva"))
 def test_sparse_inputs_have_the_factors_of_dense_ones(name):
     x, y = data(8)
     trained = []

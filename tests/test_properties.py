@@ -1,5 +1,6 @@
 """What every optimizer of the registry can do: each test is one property, crossed with all of them."""
 
+import functools
 import json
 import os
 import pathlib
@@ -12,6 +13,8 @@ import pytest
 from cases import MODELS, float64
 from optimizers import (
     FAMILIES,
+    FEW,
+    FEW_PLAIN_OR_CURVED,
     GRADIENTS_SUFFICE,
     LAYERWISE,
     ONE_OF_EACH,
@@ -20,20 +23,13 @@ from optimizers import (
     PLAIN_FAMILIES,
     prepare,
 )
+from selection import some
 
 import keras_curvature as kc
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-
-
-def _some_by_default(names, default):
-    """All `names`, those that are not in `default` with `-m slow`."""
-    marked = [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in names]
-    return pytest.mark.parametrize("name", marked)
-
-
-every_family = _some_by_default(OPTIMIZERS, FAMILIES)
-every_family_plain_or_curved = _some_by_default([*OPTIMIZERS, *PLAIN], [*FAMILIES, *PLAIN_FAMILIES])
+few_optimizers = pytest.mark.parametrize("name", some(OPTIMIZERS, FEW))
+few_plain_or_curved = pytest.mark.parametrize("name", some([*OPTIMIZERS, *PLAIN], FEW_PLAIN_OR_CURVED))
 
 
 def data(examples=24, seed=0):
@@ -101,7 +97,12 @@ def assert_same(first, second):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in LAYERWISE])
+OF_BARE_VARIABLES = [name for name in OPTIMIZERS if name not in LAYERWISE]
+# of each class one, where it is there within a few steps
+SOON_THERE = [name for name in ONE_OF_EACH if name in OF_BARE_VARIABLES and OPTIMIZERS[name].steps < 500]
+
+
+@pytest.mark.parametrize("name", some(OF_BARE_VARIABLES, SOON_THERE))
 def test_reaches_the_minimum_of_a_quadratic(name):
     problem = kc.problems.quadratic(dimension=6, condition=10.0)
     method = OPTIMIZERS[name]
@@ -111,18 +112,19 @@ def test_reaches_the_minimum_of_a_quadratic(name):
     np.testing.assert_allclose(model.get_weights()[0], problem.solution()[0], atol=1e-2)
 
 
-@_some_by_default(LAYERWISE, ["kfac", "eva"])
+@pytest.mark.parametrize("name", some(LAYERWISE, ["kfac", "eva"]))
 def test_reaches_the_minimum_of_a_linear_regression(name):
     keras.utils.set_random_seed(0)
     x, w = (np.random.default_rng(seed).standard_normal(shape) for seed, shape in enumerate(((32, 4), (4, 2))))
     model = kc.curved(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
     method = OPTIMIZERS[name]
     model.compile(method(**method.on_a_quadratic), "mse")
-    model.fit(x, x @ w, batch_size=32, epochs=method.steps, verbose=0)
+    repeated = np.tile(x, (method.steps, 1))  # the whole in each batch
+    model.fit(repeated, repeated @ w, batch_size=32, shuffle=False, verbose=0)
     np.testing.assert_allclose(model.get_weights()[0], w, atol=1e-2)
 
 
-@every_family_plain_or_curved
+@few_plain_or_curved
 def test_training_goes_on_from_a_file_and_passes_over_batches_that_are_not_finite(name, tmp_path):
     (x, y), file = data(), tmp_path / "model.keras"
     # Keras' files hold no seeds: after loading the masks are others. And its own step lets a NaN into batch statistics
@@ -142,7 +144,7 @@ def test_training_goes_on_from_a_file_and_passes_over_batches_that_are_not_finit
     assert int(model.optimizer.skipped_steps.numpy()) == 2
 
 
-@every_family_plain_or_curved
+@few_plain_or_curved
 def test_a_batch_whose_gradient_alone_is_not_finite_is_passed_over(name):
     keras.utils.set_random_seed(1)
     inputs = keras.Input((4,))
@@ -171,7 +173,7 @@ def test_a_step_that_overflows_is_passed_over_with_all_that_keras_does_besides(c
     assert_passed_over(model, x[:8], y[:8], 1)
 
 
-@every_family
+@few_optimizers
 def test_a_model_is_saved_before_its_first_fit(name, tmp_path):
     file, (x, y) = tmp_path / "model.keras", data()
     model = compiled(name, network(dropout=0))
@@ -182,7 +184,7 @@ def test_a_model_is_saved_before_its_first_fit(name, tmp_path):
     assert_same(state(loaded), state(model))
 
 
-@pytest.mark.parametrize("name", ["neumann_resets", "curveball"])
+@pytest.mark.parametrize("name", some(["neumann_resets", "curveball"], ["curveball"]))
 def test_a_curvature_model_is_saved_and_loaded_as_itself(name, tmp_path):
     (x, y), file = data(), tmp_path / "model.keras"
     model = compiled(name, network(kc.CurvatureModel, dropout=0))
@@ -194,7 +196,7 @@ def test_a_curvature_model_is_saved_and_loaded_as_itself(name, tmp_path):
     assert_same(state(loaded), state(model))
 
 
-@_some_by_default([*OPTIMIZERS, *PLAIN], [name for name in FAMILIES if name != "psgd_newton"])  # a minute to compile
+@pytest.mark.parametrize("name", some([*OPTIMIZERS, *PLAIN], FEW[:2]))
 def test_compiled_by_xla_as_a_graph_and_eagerly_it_is_the_same_training(name):
     x, y = data()
     ways = {"graph": {"jit_compile": False}, "xla": {"jit_compile": True}, "eager": {"run_eagerly": True}}
@@ -214,7 +216,7 @@ def mixed(request):
     keras.config.set_dtype_policy("float32")
 
 
-@every_family_plain_or_curved
+@few_plain_or_curved
 def test_trains_in_mixed_precision(name, mixed):
     x, y = data()
     model = compiled(name, network(dropout=0, normalized=False))
@@ -236,7 +238,7 @@ def test_trains_in_mixed_precision(name, mixed):
             assert_same(values(rest), before)
 
 
-@_some_by_default(GRADIENTS_SUFFICE, ["neumann", "neumann_resets", "soap"])
+@pytest.mark.parametrize("name", some(GRADIENTS_SUFFICE, [name for name in FEW if name in GRADIENTS_SUFFICE]))
 def test_a_plain_model_trains_as_a_curved_one(name):
     x, y = data()
     plain = network()
@@ -247,7 +249,7 @@ def test_a_plain_model_trains_as_a_curved_one(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-@every_family
+@few_optimizers
 def test_micro_batches_train_as_the_whole_batch(name):
     x, y = data()
     trained = []
@@ -286,10 +288,15 @@ def test_its_config_makes_it_again(name):
         assert type(again) is type(made) and again.get_config() == config
 
 
-# Two replicas in a process of its own, once for all optimizers: two strategies in one process collide.
+# Two replicas in a process of its own, once for all of a list of optimizers: two strategies in one process collide.
+
+FAMILIES_ON_REPLICAS = [*FAMILIES, *PLAIN_FAMILIES, "shampoo", "ekfac"]
+REPLICATED = [*FAMILIES_ON_REPLICAS, *[name for name in ONE_OF_EACH if name not in FAMILIES_ON_REPLICAS]]
+OTHERS = [name for name in REPLICATED if name not in FEW_PLAIN_OR_CURVED]
 
 
-def _on_two_replicas(names):
+@functools.cache
+def _on_two_replicas(*names):
     """`{name: {"one": numbers, "two": numbers}}` of training on one device and on two replicas."""
     here = pathlib.Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
@@ -301,64 +308,50 @@ def _on_two_replicas(names):
     return json.loads(run.stdout.splitlines()[-1])
 
 
-REPLICATED = [*FAMILIES, *PLAIN_FAMILIES, "shampoo", "ekfac"]
-
-
 @pytest.fixture(scope="module")
 def two_replicas():
-    """Of `REPLICATED`."""
-    return _on_two_replicas(REPLICATED)
+    """`two_replicas(name)`: what was found of a name, in a run for the few or in a run for all other optimizers."""
+    return lambda name: _on_two_replicas(*(OTHERS if name in OTHERS else FEW_PLAIN_OR_CURVED))[name]
 
 
 # All of them, with all kinds of layers: test_replicas.py.
-@pytest.mark.parametrize("name", REPLICATED)
+@pytest.mark.parametrize("name", some(REPLICATED, FEW_PLAIN_OR_CURVED))
 def test_two_replicas_train_as_one_device(name, two_replicas):
-    assert_trained_alike(name, two_replicas)
-
-
-@pytest.mark.slow
-def test_two_replicas_train_as_one_device_with_one_of_each_class():
-    others = [name for name in ONE_OF_EACH if name not in REPLICATED]
-    found = _on_two_replicas(others)
-    for name in others:
-        assert_trained_alike(name, found)
-
-
-def assert_trained_alike(name, two_replicas):
-    """That two replicas and one device end with the same numbers."""
-    assert "error" not in two_replicas[name], two_replicas[name]["error"]
-    one, two = two_replicas[name]["one"], two_replicas[name]["two"]
+    found = two_replicas(name)
+    assert "error" not in found, found["error"]
+    one, two = found["one"], found["two"]
     np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6 if name in PLAIN else 0)
 
 
 @pytest.mark.parametrize("statistics", ["each replica's", "synchronized"])
 def test_batch_statistics_are_of_a_replica_or_of_all(statistics, two_replicas):
-    found = two_replicas[statistics]
+    found = two_replicas(statistics)
     np.testing.assert_allclose(found["two"], found["hand"], rtol=1e-5, atol=1e-6)
-    other = two_replicas["synchronized" if statistics == "each replica's" else "each replica's"]
+    other = two_replicas("synchronized" if statistics == "each replica's" else "each replica's")
     assert np.abs(np.subtract(found["hand"], other["hand"])).max() > 1e-3  # the two can be told apart
 
 
 def test_weights_that_the_loss_does_not_reach_are_left_alone_by_keras_optimizers(two_replicas):
-    one, two = two_replicas["decayed"]["one"], two_replicas["decayed"]["two"]
+    one, two = two_replicas("decayed")["one"], two_replicas("decayed")["two"]
     assert one[0] == two[0] == 0.0
     np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
 def test_a_gradient_that_is_one_object_on_all_replicas_counts_for_each(two_replicas):
-    one, two = two_replicas["by hand"]["one"], two_replicas["by hand"]["two"]
+    one, two = two_replicas("by hand")["one"], two_replicas("by hand")["two"]
     assert one != [1.0, 1.0, 1.0]
     np.testing.assert_allclose(two, one, rtol=1e-6)
 
 
 def test_what_is_done_every_so_many_steps_is_skipped_in_between_on_replicas_too(two_replicas):
-    passes = two_replicas["forward passes"]
+    passes = two_replicas("forward passes")
     assert passes == {"one": [2, 1, 1, 2], "two": [4, 2, 2, 4]}
 
 
-@pytest.mark.parametrize("name", ["shampoo", "soap", "kfac", "ekfac"])
+@pytest.mark.parametrize("name", some(["shampoo", "soap", "kfac", "ekfac"], ["kfac"]))
 def test_each_replica_decomposes_its_share_of_the_matrices(name, two_replicas):
-    (one,), two = two_replicas["dear"][name]["one"].values(), two_replicas["dear"][name]["two"]
+    found = two_replicas(name)["decompositions"]
+    (one,), two = found["one"].values(), found["two"]
     # a stack of matrices of one size is one operation, and may be cut in two
     assert set(two) == {"CPU:0", "CPU:1"}
     assert max(two.values()) < one <= sum(two.values()) < 2 * one
@@ -366,21 +359,13 @@ def test_each_replica_decomposes_its_share_of_the_matrices(name, two_replicas):
 
 # Each kind of layer with each optimizer: a few by default, all of them with `-m slow`.
 
-PAIRS = list(zip(
-    ["batch_normalization_2d", "lstm", "attention", "embedding_lstm", "several_outputs", "subclassed",
-     "masked_outputs", "frozen", "shared_layer"],
-    ["curveball", "neumann_resets", "curveball_fixed", "two_loop_neumann", "hessian_free_chunk", "hessian_free",
-     "two_loop_convexified", "hessian_free_hessian", "neumann"],
-))  # fmt: skip
+PAIRS = [
+    ("batch_normalization_2d", "curveball"), ("lstm", "neumann_resets"), ("several_outputs", "hessian_free_chunk"),
+    ("subclassed", "hessian_free"), ("shared_layer", "neumann"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [*PAIRS, *[
-        pytest.param(kind, name, marks=pytest.mark.slow)
-        for kind in MODELS for name in OPTIMIZERS if (kind, name) not in PAIRS
-    ]],
-)  # fmt: skip
+@pytest.mark.parametrize(("kind", "name"), some([(kind, name) for kind in MODELS for name in OPTIMIZERS], PAIRS))
 def test_trains_every_kind_of_layer(kind, name):
     case = MODELS[kind]().compile(OPTIMIZERS[name]())
     history = kc.curved(case.model).fit(*case.batch[:2], epochs=3, verbose=0).history

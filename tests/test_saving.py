@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from optimizers import FAMILIES, GRADIENTS_SUFFICE, ONE_OF_EACH, OPTIMIZERS
+from selection import some
 from test_properties import assert_same
 
 import keras_curvature as kc
@@ -177,7 +178,7 @@ ALL = [
     *[(name, kind) for kind in ("curved", "born") for name in ONE_OF_EACH],
     *[(name, "plain") for name in ONE_OF_EACH if name in GRADIENTS_SUFFICE],
 ]
-CASES = [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in ALL]
+CASES = some(ALL, QUICK)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

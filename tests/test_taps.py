@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 from cases import BATCH, MODELS, Case, flat, normal
 from keras import layers
+from selection import some
 
 from keras_curvature import Linearization
 from keras_curvature.linearization.estimates.seen import Seen
@@ -20,12 +21,10 @@ pytestmark = pytest.mark.usefixtures("in_float64")
 
 # Those that differ in what is tapped; the others of the registry run with the slow tests.
 QUICK = [
-    "dense", "einsum_dense", "conv1d", "conv2d", "conv3d", "depthwise_conv", "batch_normalization_2d",
-    "layer_normalization", "group_normalization", "rms_normalization", "simple_rnn", "lstm", "gru", "bidirectional",
-    "unrolled_lstm", "time_distributed", "embedding", "masked_outputs", "attention", "shared_layer", "nested",
-    "subclassed", "frozen", "prelu", "conv2d_transpose",
+    "dense", "einsum_dense", "conv2d", "depthwise_conv", "batch_normalization_2d", "layer_normalization", "lstm", "gru",
+    "time_distributed", "embedding", "masked_outputs", "attention", "shared_layer", "frozen", "prelu",
 ]  # fmt: skip
-REGISTERED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+REGISTERED = some(MODELS, QUICK)
 # What no layer of the registry has.
 SHAPES = {
     "strided": ((7, 8, 2), lambda: layers.Conv2D(4, (2, 3), strides=(2, 3), padding="same")),
@@ -100,8 +99,11 @@ def gradient_by_blocks(lin, blocks):
         yield block, tf.reshape(total, block.shape)
 
 
-COMPILED = ["grouped", "volume"]  # Keras compiles grouped convolutions on the CPU
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) if name in COMPILED else name for name in SHAPES]
+SLOW_SHAPES = [
+    "grouped", "volume",  # Keras compiles grouped convolutions on the CPU
+    "rnn_of_a_cell", "masked_rnn", "gru_without_bias",
+]  # fmt: skip
+OTHERS = some(SHAPES, [name for name in SHAPES if name not in SLOW_SHAPES])
 
 
 @pytest.mark.parametrize("name", [*REGISTERED, *OTHERS])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from optimizers import OPTIMIZERS
+from selection import some
 
 import keras_curvature as kc
 
@@ -55,14 +56,10 @@ CASES = [
     *[(name, "bfloat16", 1) for name in OPTIMIZERS],
     *[(name, "float32", 2) for name in OPTIMIZERS],
 ]
-BY_DEFAULT = [("neumann_resets", "float32", 2), ("curveball", "bfloat16", 1), ("hessian_free", "float32", 1)]
+BY_DEFAULT = [("curveball", "bfloat16", 1)]
 
 
-@pytest.mark.parametrize(
-    ("name", "policy", "micro_batches"),
-    [case if case in BY_DEFAULT else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
-    indirect=["policy"],
-)
+@pytest.mark.parametrize(("name", "policy", "micro_batches"), some(CASES, BY_DEFAULT), indirect=["policy"])
 def test_the_whole_step_is_one_program_without_the_host(name, policy, micro_batches):
     model = compiled(name, micro_batches)
     random = np.random.default_rng(0)
