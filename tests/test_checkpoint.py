@@ -1,6 +1,7 @@
 """A run that was stopped or killed, at whatever step, goes on bit for bit."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from selection import some
 from test_properties import assert_same
 
 import keras_curvature as kc
@@ -43,6 +45,14 @@ def compiled(optimizer=quick, curve=True, units=6, **options):
     model = kc.curved(model) if curve else model
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer(), loss, **{"metrics": ["accuracy"], "jit_compile": False, **options})
+    return model
+
+
+def small(**options):
+    """A model that needs no tracing, for what does not depend on the model."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)], name="small")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, run_eagerly=True, **options)
     return model
 
 
@@ -83,6 +93,7 @@ def fit(model, *callbacks, epochs=4, **options):
     ).history  # fmt: skip
 
 
+@functools.cache
 def whole(**options):
     """`(model, note, history)` of a run that nothing happens to."""
     keras.utils.set_random_seed(0)
@@ -117,7 +128,12 @@ def assert_goes_on(directory, stops, event, expected, every=1, **options):
     return resumed
 
 
-@pytest.mark.parametrize("optimizer", [kc.CurveBall, lambda: kc.Neumann(warmup_steps=1, reset_every=4)])
+def resets():
+    """Neumann with a reset in between."""
+    return kc.Neumann(warmup_steps=1, reset_every=4)
+
+
+@pytest.mark.parametrize("optimizer", some([kc.CurveBall, resets], [resets]))
 def test_a_killed_run_goes_on_inside_the_epoch(tmp_path, optimizer):
     assert_goes_on(tmp_path, [5, 3], kill, whole(optimizer=optimizer), optimizer=optimizer)  # in epochs 2 and 3
 
@@ -128,7 +144,7 @@ def test_a_run_goes_on_from_the_last_checkpoint(tmp_path):
     assert_goes_on(tmp_path / "epochs", [5], kill, expected, every=None)
 
 
-@pytest.mark.parametrize("at", [4, pytest.param(6, marks=SLOW), pytest.param(12, marks=SLOW)])  # last steps, too
+@pytest.mark.parametrize("at", some([4, 6, 12], [4]))  # last steps, too
 def test_a_signal_saves_and_ends_fit(tmp_path, at):
     before = signal.getsignal(signal.SIGTERM)
     assert_goes_on(tmp_path, [at], ask, whole(), every=None)
@@ -137,7 +153,7 @@ def test_a_signal_saves_and_ends_fit(tmp_path, at):
 
 def test_the_end_by_a_signal_is_the_programs(tmp_path):
     with pytest.raises(SystemExit, match="after 4 steps") as raised:
-        fit(compiled(), Checkpoint(tmp_path), Note(4, ask))
+        fit(small(), Checkpoint(tmp_path), Note(4, ask))
     assert raised.value.code == 143
     assert Checkpoint(tmp_path).position == Position(1, 1)
 
@@ -147,9 +163,9 @@ def test_a_second_signal_is_not_caught(tmp_path):
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
     try:
         with pytest.raises(Terminated):
-            fit(compiled(), Checkpoint(tmp_path), Note(4, lambda: [ask(), ask()]))
+            fit(small(), Checkpoint(tmp_path), Note(4, lambda: [ask(), ask()]))
         assert heard == [1]
-        fit(compiled(), Checkpoint(tmp_path / "other", on_signal=False), Note(4, ask), epochs=2)
+        fit(small(), Checkpoint(tmp_path / "other", on_signal=False), Note(4, ask), epochs=2)
         assert heard == [1, 1]
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -215,7 +231,7 @@ def test_a_model_that_its_first_batch_builds(tmp_path):
     def late():
         model = kc.curved(Late())
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(kc.CurveBall(), loss, metrics=["accuracy"])
+        model.compile(quick(), loss, metrics=["accuracy"])
         return model
 
     keras.utils.set_random_seed(0)
@@ -245,7 +261,7 @@ def stream(epoch, step):
     return tf.data.Dataset.from_generator(batches, output_signature=spec)
 
 
-@pytest.mark.parametrize("skip", [pytest.param(True, marks=SLOW), False])
+@pytest.mark.parametrize("skip", some([True, False], [False]))
 def test_streams_go_on_from_the_position(tmp_path, skip):
     def run(directory, note):
         checkpoint = Checkpoint(directory, every=1, skip_batches=skip)
@@ -279,22 +295,37 @@ def test_a_run_that_is_over_stays_as_it_is(tmp_path):
 
 
 def test_so_many_are_kept(tmp_path):
-    fit(compiled(), Checkpoint(tmp_path, every=1, keep=2))
+    fit(small(), Checkpoint(tmp_path, every=1, keep=2))
     assert sorted(path.name for path in tmp_path.glob("*.index")) == ["ckpt-11.index", "ckpt-12.index"]
 
 
 def test_half_a_checkpoint_is_none(tmp_path):
     with pytest.raises(Killed):
-        fit(compiled(), Checkpoint(tmp_path, every=1), Note(5, kill))
+        fit(small(), Checkpoint(tmp_path, every=1), Note(5, kill))
     newest = tf.train.latest_checkpoint(tmp_path)
     (tmp_path / "ckpt-6.data-00000-of-00001").write_bytes(b"cut off")
     (tmp_path / "ckpt-6.index").write_bytes(b"")
     assert tf.train.latest_checkpoint(tmp_path) == newest
-    fit(compiled(), Checkpoint(tmp_path, every=1))
+    fit(small(), Checkpoint(tmp_path, every=1))
     assert Checkpoint(tmp_path).position == Position(4, 0)
 
 
 # Refusals.
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The directory of a run that was killed after five steps, to be copied."""
+    directory = tmp_path_factory.mktemp("killed")
+    with pytest.raises(Killed):
+        fit(compiled(), Checkpoint(directory, every=1), Note(5, kill))
+    return directory
+
+
+@pytest.fixture
+def copied(killed, tmp_path):
+    """A copy of it, whose checkpoints are found there."""
+    return shutil.copytree(killed, tmp_path / "copied")
 
 
 def contents(folder):
@@ -310,64 +341,52 @@ def contents(folder):
         ({"optimizer": lambda: kc.Neumann(use_ema=True)}, "another optimizer: variable 2 of "),
     ],
 )  # fmt: skip
-def test_a_checkpoint_of_something_else_is_refused(tmp_path, options, message):
-    with pytest.raises(Killed):
-        fit(compiled(), Checkpoint(tmp_path, every=1), Note(5, kill))
-    before = contents(tmp_path)
+def test_a_checkpoint_of_something_else_is_refused(copied, options, message):
+    before = contents(copied)
     model = compiled(**options)
     weights = model.get_weights()
     with pytest.raises(ValueError, match=message):
-        fit(model, Checkpoint(tmp_path, every=1))
-    assert contents(tmp_path) == before
+        fit(model, Checkpoint(copied, every=1))
+    assert contents(copied) == before
     assert_same(model.get_weights(), weights)
 
 
-def test_an_epoch_of_another_length_is_refused(tmp_path):
+def test_an_epoch_of_another_length_is_refused(copied):
     x, y = data()
-    with pytest.raises(Killed):
-        fit(compiled(), Checkpoint(tmp_path, every=1), Note(5, kill))
-    before = contents(tmp_path)
+    before = contents(copied)
     with pytest.raises(ValueError, match="after 2 of the 3 steps of epoch 1. Received: epochs of 6 steps"):
-        compiled().fit(x, y, batch_size=4, epochs=4, verbose=0, callbacks=[Checkpoint(tmp_path)])
-    assert contents(tmp_path) == before
+        compiled().fit(x, y, batch_size=4, epochs=4, verbose=0, callbacks=[Checkpoint(copied)])
+    assert contents(copied) == before
 
 
 def test_another_first_epoch_or_other_metrics_are_refused(tmp_path):
     with pytest.raises(Killed):
-        fit(compiled(), Checkpoint(tmp_path, every=1), Note(2, kill))  # in epoch 0, which Keras takes for "not given"
+        fit(small(), Checkpoint(tmp_path, every=1), Note(2, kill))  # in epoch 0, which Keras takes for "not given"
     with pytest.raises(ValueError, match="continues in epoch 0. Received: `fit` begins with epoch 2"):
-        fit(compiled(), Checkpoint(tmp_path), initial_epoch=2)
-    model = compiled(metrics=["accuracy", "sparse_top_k_categorical_accuracy"])
+        fit(small(), Checkpoint(tmp_path), initial_epoch=2)
+    model = small(metrics=["accuracy", "sparse_top_k_categorical_accuracy"])
     with pytest.raises(ValueError, match="another metric"):
         fit(model, Checkpoint(tmp_path))
-    fit(compiled(), Checkpoint(tmp_path))  # and a refusal leaves nothing behind
+    fit(small(), Checkpoint(tmp_path))  # and a refusal leaves nothing behind
 
 
 def test_a_fit_that_fails_as_it_begins_leaves_nothing_behind(tmp_path):
     with pytest.raises(Killed):
-        fit(compiled(), Checkpoint(tmp_path / "one", every=1), Note(2, kill))
+        fit(small(), Checkpoint(tmp_path / "one", every=1), Note(2, kill))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     with pytest.raises(ValueError, match="two of these callbacks"):
-        fit(compiled(), Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "two"))
+        fit(small(), Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "two"))
     after = Note()
-    fit(compiled(), after, epochs=1)
+    fit(small(), after, epochs=1)
     assert [batch for batch, _ in after.seen] == [0, 1, 2]
     with pytest.raises(Killed):
-        fit(compiled(), Checkpoint(tmp_path / "one"), keras.callbacks.LambdaCallback(on_epoch_begin=lambda *_: kill()))
+        fit(small(), Checkpoint(tmp_path / "one"), keras.callbacks.LambdaCallback(on_epoch_begin=lambda *_: kill()))
     after = Note()
-    fit(compiled(), Checkpoint(tmp_path / "two"), after)
+    fit(small(), Checkpoint(tmp_path / "two"), after)
     assert after.seen[0][0] == 2
 
 
 # A `fit` that fails.
-
-
-def small(name="small"):
-    """A model that needs no tracing."""
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)], name=name)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile("sgd", loss, run_eagerly=True)
-    return model
 
 
 def interrupted(directory, steps=2):
@@ -419,7 +438,10 @@ def test_a_callback_may_evaluate_before_a_resumed_epoch_begins(tmp_path):
     assert [batch for batch, _ in noted.seen] == [2]
 
 
-@pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin", "on_train_batch_end", "on_epoch_end"])
+HOOKS = ["on_train_begin", "on_epoch_begin", "on_train_batch_end", "on_epoch_end"]
+
+
+@pytest.mark.parametrize("hook", some(HOOKS, ["on_epoch_begin", "on_train_batch_end"]))
 def test_a_fit_that_fails_leaves_the_handler_and_the_next_fit_as_they_were(tmp_path, hook):
     interrupted(tmp_path)
     shutil.copytree(tmp_path, tmp_path / "later")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from optimizers import prepare
+from selection import some
 from test_properties import assert_same, compiled, crossentropy, data, losses, network, state, values
 
 import keras_curvature as kc
@@ -275,7 +276,7 @@ def test_weights_decay_but_for_those_excluded(make):
     np.testing.assert_array_equal(model.get_weights()[1], bias)
 
 
-@pytest.mark.parametrize("make", [kc.Neumann, kc.CurveBall])
+@pytest.mark.parametrize("make", some([kc.Neumann, kc.CurveBall], [kc.Neumann]))
 def test_the_average_of_the_weights_is_left_at_the_end_of_fit(make):
     seen = []
     note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(model.get_weights()))
@@ -289,7 +290,10 @@ def test_the_average_of_the_weights_is_left_at_the_end_of_fit(make):
         np.testing.assert_array_equal(average.numpy(), final)
 
 
-@pytest.mark.parametrize(("make", "curve"), [(kc.Neumann, True), (kc.CurveBall, True), (neumann, False)])
+@pytest.mark.parametrize(
+    ("make", "curve"),
+    some([(kc.Neumann, True), (kc.CurveBall, True), (neumann, False)], [(kc.Neumann, True), (neumann, False)]),
+)
 def test_constraints_hold_after_every_step(make, curve):
     layer = keras.layers.Dense(1, kernel_constraint=keras.constraints.UnitNorm())
     make = make if make is neumann else lambda make=make: make(0.5)
@@ -301,12 +305,12 @@ def test_constraints_hold_after_every_step(make, curve):
 
 
 def test_a_clone_trains_as_the_original():
-    for model in (compiled("curveball", network(dropout=0)), compiled("curveball", network(kc.CurvatureModel, 0))):
+    for model in (compiled("neumann", network(dropout=0)), compiled("neumann", network(kc.CurvatureModel, 0))):
         clone = keras.models.clone_model(model)
         clone.set_weights(model.get_weights())
         if not isinstance(clone, kc.CurvatureModel):
             kc.curved(clone)
-        clone.compile(kc.CurveBall.from_config(model.optimizer.get_config()), crossentropy())
+        clone.compile(kc.Neumann.from_config(model.optimizer.get_config()), crossentropy())
         assert losses(clone, *data(8)) == losses(model, *data(8))
 
 
@@ -325,6 +329,7 @@ def test_plain_keras_loads_the_file_of_a_curved_model(tmp_path):
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
 
 
+@pytest.mark.slow
 def test_weights_alone_bring_the_state_of_the_optimizer_back(tmp_path):
     x, y = data()
     model = compiled("curveball", network(dropout=0))
@@ -336,7 +341,7 @@ def test_weights_alone_bring_the_state_of_the_optimizer_back(tmp_path):
     assert_same(state(other), state(model))
 
 
-@pytest.mark.parametrize("name", ["curveball", "plain_neumann_resets"])
+@pytest.mark.parametrize("name", some(["curveball", "plain_neumann_resets"], ["plain_neumann_resets"]))
 def test_a_state_that_waits_for_the_first_step_is_saved_too(name, tmp_path):
     x, y = data()
     model, waiting = compiled(name, network(dropout=0)), compiled(name, network(dropout=0, seed=5))
@@ -354,7 +359,7 @@ def test_a_state_that_waits_for_the_first_step_is_saved_too(name, tmp_path):
         assert_same(state(again), state(model))
 
 
-@pytest.mark.parametrize("file", ["1.weights.h5", "1.keras"])
+@pytest.mark.parametrize("file", some(["1.weights.h5", "1.keras"], ["1.keras"]))
 def test_neumann_goes_on_from_the_middle_of_a_fit(file, tmp_path):
     whole = simple(neumann, curve=False)
     save = keras.callbacks.ModelCheckpoint(
@@ -441,15 +446,15 @@ def test_the_end_of_fit_leaves_the_answer():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_a_further_fit_goes_on_as_one_longer_fit_would():
-    swap = {"callbacks": [SwapNeumannWeights()]}
-    for curve, options in ((False, swap), (True, {})):
-        whole, parts = simple(neumann, curve), simple(neumann, curve)
-        trained(whole, 4)
-        for _ in range(2):
-            trained(parts, 2, **options)
-        for a, b in zip(whole.get_weights(), parts.get_weights()):
-            np.testing.assert_allclose(a, b, atol=1e-6)
+@pytest.mark.parametrize("curve", some([False, True], [False]))
+def test_a_further_fit_goes_on_as_one_longer_fit_would(curve):
+    options = {} if curve else {"callbacks": [SwapNeumannWeights()]}
+    whole, parts = simple(neumann, curve), simple(neumann, curve)
+    trained(whole, 4)
+    for _ in range(2):
+        trained(parts, 2, **options)
+    for a, b in zip(whole.get_weights(), parts.get_weights()):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_swapped_weights_are_validated_and_saved(tmp_path):
@@ -477,7 +482,7 @@ def test_validation_with_swapped_weights_changes_nothing_of_the_training():
     assert_same(state(one), state(two))
 
 
-@pytest.mark.parametrize("make", [kc.Neumann, kc.CurveBall])
+@pytest.mark.parametrize("make", some([kc.Neumann, kc.CurveBall], [kc.CurveBall]))
 def test_a_fixed_loss_scale_changes_no_step(make):
     plain, scaled = (trained(simple(lambda f=factor: make(0.1, loss_scale_factor=f))) for factor in (None, 1024.0))
     for a, b in zip(plain.get_weights(), scaled.get_weights()):
@@ -500,8 +505,13 @@ def test_a_plain_model_is_traced_once(name):
     assert traces == [1]
 
 
-@pytest.mark.parametrize("optimizer", [kc.Neumann, kc.CurveBall, kc.KFAC, keras.optimizers.Adam])
-@pytest.mark.parametrize("make", ["simple", "late"])
+CURVED = [kc.Neumann, kc.CurveBall, kc.KFAC, keras.optimizers.Adam]
+ONCE = [("simple", keras.optimizers.Adam), ("simple", kc.KFAC), ("late", kc.Neumann), ("late", kc.CurveBall)]
+
+
+@pytest.mark.parametrize(
+    ("make", "optimizer"), some([(make, optimizer) for make in ("simple", "late") for optimizer in CURVED], ONCE)
+)
 def test_a_curved_model_is_traced_once(optimizer, make, monkeypatch):
     traces, real = [], CurvedStep.train_step
     monkeypatch.setattr(CurvedStep, "train_step", lambda model, data: (traces.append(1), real(model, data))[1])

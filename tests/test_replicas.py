@@ -22,13 +22,11 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 ALL = [*OPTIMIZERS, *KERAS]
 # each kind once and each optimizer several times
 PAIRS = [f"{ALL[i % len(ALL)]}:{kind}" for i, kind in enumerate(MODELS)]
-FEW = [
-    "neumann_resets:batch_normalization", "curveball:dropout", "hessian_free_chunk:spatial_dropout",
-    "adam_accumulating:several_outputs", "adam_averaging:gaussian_noise",
-]
+FEW = ["neumann_resets:batch_normalization", "curveball:dropout", "adam_accumulating:several_outputs"]
 MORE = [
-    "hessian_free:recurrent_dropout", "hessian_free_hessian:attention", "two_loop_convexified:embedding_lstm",
-    "curveball_fixed:masked_outputs", "sgd:nested",
+    "hessian_free_chunk:spatial_dropout", "adam_averaging:gaussian_noise", "hessian_free:recurrent_dropout",
+    "hessian_free_hessian:attention", "two_loop_convexified:embedding_lstm", "curveball_fixed:masked_outputs",
+    "sgd:nested",
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 import pytest
+from selection import some
 
 TPU = pathlib.Path(__file__).parent.parent / "tpu"
 sys.path.insert(0, str(TPU))  # a folder of programs, and no package
@@ -11,11 +12,19 @@ sys.path.insert(0, str(TPU))  # a folder of programs, and no package
 import costs  # noqa: E402
 import scaling  # noqa: E402
 
+FEW = ["sgd", "curveball"]
+
 
 @pytest.fixture(scope="module")
 def found():
     """The counts of all optimizers on small perceptrons, from one process."""
     return scaling.traced(["tiny", "sliced", "wide", "tall"])
+
+
+@pytest.fixture(scope="module")
+def few():
+    """The counts of `FEW` on the smallest perceptron."""
+    return scaling.traced(["tiny"], *FEW)
 
 
 def models(found, name):
@@ -28,14 +37,16 @@ def test_a_formula_belongs_to_an_optimizer_that_is_traced():
     assert list(costs.METHODS) == list(counting.OPTIMIZERS)
 
 
-@pytest.mark.parametrize("name", costs.METHODS)
-def test_the_traced_step_is_as_the_formula_says(name, found):
+@pytest.mark.parametrize("name", some(costs.METHODS, FEW))
+def test_the_traced_step_is_as_the_formula_says(name, request):
+    found = request.getfixturevalue("few" if name in FEW else "found")
     model = models(found, "tiny")
     counts = found["tiny"]["optimizers"][name]
     expected = scaling.predicted(costs.METHODS[name], model)
     assert {key: counts[key] for key in expected} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", costs.METHODS)
 def test_a_step_holds_as_many_vectors_as_the_formula_says(name, found):
     counts, model = found["wide"]["optimizers"][name], models(found, "wide")
@@ -44,6 +55,7 @@ def test_a_step_holds_as_many_vectors_as_the_formula_says(name, found):
     assert costs.METHODS[name].vectors <= held < costs.METHODS[name].vectors + 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", costs.METHODS)
 def test_a_step_holds_as_many_activations_as_the_formula_says(name, found):
     counts, model = found["tall"]["optimizers"][name], models(found, "tall")
@@ -51,20 +63,22 @@ def test_a_step_holds_as_many_activations_as_the_formula_says(name, found):
     assert costs.METHODS[name].recordings <= held < costs.METHODS[name].recordings + 0.5
 
 
-def test_counts_by_hand(found):
+def test_counts_by_hand(few):
     """5-7-6-4 with 8 examples: weights, the products of a pass, what tanh and the squared error keep."""
-    model = models(found, "tiny")
+    model = models(few, "tiny")
     assert model.weights == 5 * 7 + 7 + 7 * 6 + 6 + 6 * 4 + 4
     assert model.layers == (2 * 8 * 5 * 7, 2 * 8 * 7 * 6, 2 * 8 * 6 * 4)
     # outputs of two hidden layers, and the error of the last; a number beside
     assert 4 * 8 * (7 + 6 + 4) <= model.activations <= 4 * 8 * (7 + 6 + 4) + 16
 
 
+@pytest.mark.slow
 def test_conjugate_gradients_reduce_one_vector_per_iteration(found):
     counts = found["tiny"]["optimizers"]["hessian_free"]["collectives"]
     assert counts["while"][2] == found["tiny"]["weights"]
 
 
+@pytest.mark.slow
 def test_micro_batches_reduce_nothing_more(found):
     """The loops over the slices have no collectives in them; the other loops have other names beside them."""
     assert len(found["sliced"]["optimizers"]) == 4
@@ -94,6 +108,7 @@ def test_a_transformer_of_a_billion_weights():
     assert model.backward == 2 * model.forward
 
 
+@pytest.mark.slow
 def test_a_table_says_where_a_count_is_not_the_formula(found):
     model = models(found, "tiny")
     lines = list(scaling.table_of_counts(model, found["tiny"]))
@@ -103,8 +118,8 @@ def test_a_table_says_where_a_count_is_not_the_formula(found):
     assert [line.split()[0] for line in scaling.table_of_counts(model, wrong) if line.endswith("NO")] == ["sgd"]
 
 
-def test_figure(found, tmp_path):
+def test_figure(few, tmp_path):
     pytest.importorskip("matplotlib")
-    model = models(found, "tiny")
+    model = models(few, "tiny")
     scaling.figure([(model, costs.MACHINES[0])] * 2, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000

@@ -12,7 +12,7 @@ import pytest
 from optimizers import OPTIMIZERS
 from workers import KERAS
 
-FEW = ["neumann_resets", "hessian_free", "adam_accumulating"]
+FEW = ["curveball", "adam_accumulating"]
 HERE = pathlib.Path(__file__).parent
 ENVIRONMENT = {
     **os.environ,
