@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 from boards import Clock, arrays, boarded, numbers, read, tags, texts
 from cases import float64
+from selection import some
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 import keras_curvature as kc
@@ -439,12 +440,11 @@ TRAININGS = {
         lambda x, y: {"x": x, "y": y, "sample_weight": np.linspace(0, 1, len(x)), "batch_size": 16, "epochs": 2}, {},
     ),
 }  # fmt: skip
+SLOW_TRAININGS = ["curved", "steps_per_execution"]
 
 
 @pytest.mark.filterwarnings("ignore:.shuffle=True. was passed:UserWarning")
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow) if name == "curved" else name for name in TRAININGS
-])  # fmt: skip
+@pytest.mark.parametrize("name", some(TRAININGS, [name for name in TRAININGS if name not in SLOW_TRAININGS]))
 def test_training_with_the_board_is_bit_for_bit_training_without_it(name, tmp_path):
     make, fit, arguments = TRAININGS[name]
     x, y = digits()
@@ -956,7 +956,8 @@ def on_replicas(folder, name):
     return json.loads(run.stdout.splitlines()[-1])[name]
 
 
-@pytest.mark.parametrize("name", ["Adam", pytest.param("CurveBall", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Adam", "CurveBall"])
 def test_two_replicas_show_what_one_device_shows(name, tmp_path):
     found = on_replicas(tmp_path, name)
     one, two = found["one"], found["two"]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from cases import LOSSES, MODELS, flat, float64
+from selection import some
 
 import keras_curvature as kc
 from keras_curvature import Linearization
@@ -43,7 +44,7 @@ def test_the_exact_diagonal_is_that_of_the_dense_hessian():
     np.testing.assert_allclose(flat(lin.hessian_diagonal(probe="exact")), expected, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("probe", some(["rademacher", "gaussian"], ["rademacher"]))
 def test_probes_average_to_the_diagonal(probe):
     lin = linearized("mse")
     H = np.asarray(dense(lin.hessian(), lin.variables))

@@ -6,6 +6,7 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+from selection import some
 from test_soap import random_gradients, stepper, trajectory
 
 from keras_curvature.optimizers.kl_shampoo import KLShampoo
@@ -22,7 +23,7 @@ SHAPES = [(6, 6), (5, 5)]
 pytestmark = pytest.mark.usefixtures("in_float64")
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", some(RUNS, ["plain_every2", "clamped_every2"]))
 def test_trajectory_is_that_of_the_authors_code(run):
     scale = 1e-3 if run.startswith("clamped") else 1.0
     start, gradients = REFERENCE["plain_start"], scale * REFERENCE["plain_gradients"]
@@ -87,7 +88,7 @@ def test_a_factor_that_is_not_finite_leaves_the_last_basis_and_is_reported():
     assert all(np.isfinite(v.numpy()).all() for v in variables)
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e-10, 1e10, 1e15])
+@pytest.mark.parametrize("scale", some([1e-25, 1e-10, 1e10, 1e15], [1e-25, 1e15]))
 def test_singular_factors_of_any_size_do_no_harm(scale):
     variables, step = stepper(KLShampoo(every=1), [(6, 5)])
     random = np.random.default_rng(0)

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from cases import BATCH, LOSSES, MODELS, Case, flat, float64, normal
 from keras import layers
+from selection import some
 
 import keras_curvature
 from keras_curvature import Linearization
@@ -33,6 +34,9 @@ LIKELY = [
     "categorical_from_logits", "categorical_from_softmax", "categorical_smoothed", "sparse_from_logits",
     "sparse_from_softmax",
 ]  # fmt: skip
+USUAL = [
+    "mse_sum", "mae", "poisson", "kl_divergence", "binary_from_sigmoid", "categorical_smoothed", "sparse_from_logits",
+]  # fmt: skip
 UNLIKELY = ["hinge", "huber", "focal", "cosine_similarity", "own_compute_loss"]
 # Where the second derivative of the loss in what it reads does not depend on the labels, it is the Fisher information.
 GAUSS_NEWTON = [
@@ -40,7 +44,11 @@ GAUSS_NEWTON = [
     "loss_categorical_from_logits", "loss_categorical_from_softmax", "loss_categorical_smoothed",
     "loss_sparse_from_logits", "loss_sparse_from_softmax", "loss_sample_weights", "loss_loss_weights_list",
     "loss_one_output_without_loss", "loss_added_loss", "loss_activity_regularized", "several_outputs", "masked",
-    *[pytest.param(name, marks=pytest.mark.slow) for name in ("masked_outputs", "embedding_lstm")],
+    "masked_outputs", "embedding_lstm",
+]  # fmt: skip
+USUAL_GAUSS_NEWTON = [
+    "loss_mse_sum", "loss_binary_from_logits", "loss_categorical_smoothed", "loss_sparse_from_softmax",
+    "loss_sample_weights", "loss_loss_weights_list", "several_outputs", "masked",
 ]  # fmt: skip
 
 
@@ -99,7 +107,7 @@ def by_the_books(name, case):
     return mean * sum(j.T @ information(name, s) @ j for j, s in zip(J, says.numpy()))
 
 
-@pytest.mark.parametrize("name", LIKELY)
+@pytest.mark.parametrize("name", some(LIKELY, USUAL))
 def test_exact_cotangents_make_up_the_fisher_matrix(name):
     case = LOSSES[name]().compile()
     _, recording = recorded(case)
@@ -110,7 +118,7 @@ def test_exact_cotangents_make_up_the_fisher_matrix(name):
     np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", GAUSS_NEWTON)
+@pytest.mark.parametrize("name", some(GAUSS_NEWTON, USUAL_GAUSS_NEWTON))
 def test_exact_cotangents_make_up_the_gauss_newton_matrix_with_all_its_weights(name):
     lin, recording = recorded(CASES[name]().compile())
     found = sum(outer(recording, c) for c in recording.cotangents("exact"))
@@ -128,7 +136,7 @@ def many(name, examples=40000):
     return Case(case.model, x, np.tile(case.y, [repeat] + [1] * (case.y.ndim - 1)), case.loss).compile()
 
 
-@pytest.mark.parametrize("name", LIKELY)
+@pytest.mark.parametrize("name", some(LIKELY, USUAL))
 def test_sampled_cotangents_have_the_fisher_information_as_their_mean(name):
     case = many(name)
     _, recording = recorded(case)

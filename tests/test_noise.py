@@ -411,6 +411,7 @@ def test_standard_errors_of_traces():
 # Several replicas, in a process of its own: two strategies in one process collide.
 
 
+@pytest.mark.slow
 def test_two_replicas_give_the_numbers_of_one():
     script = pathlib.Path(__file__).with_name("noise_on_replicas.py")
     ran = subprocess.run(

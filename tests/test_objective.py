@@ -10,8 +10,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import LOSSES, MODELS, flat, float64
+from cases import LOSSES, MODELS, flat, float64, usual
 from keras import layers
+from selection import some
 
 from keras_curvature import replicas
 from keras_curvature.linearization.fisher import convexity, of_losses
@@ -401,7 +402,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some(CASES, ["dense", "sample_weights"]))
 def test_ragged_batches_make_up_the_hessian_of_the_whole(name):
     case = CASES[name]().compile()
     objective = Objective(case.model, tuple(a for a in case.batch if a is not None), batch_size=4)
@@ -684,7 +685,7 @@ def test_every_weight_is_in_one_layer_whatever_the_layers_are_called():
     assert [tuple(v.shape) for v in c.block(next(iter(c.layers))).variables] == [(2,)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(MODELS, usual(MODELS)))
 def test_layers_have_every_weight_once(name):
     case = MODELS[name]().compile()
     functional.build_for(case.model, *case.batch)

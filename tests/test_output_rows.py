@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from cases import flat, float64
+from selection import some
 
 import keras_curvature as kc
 from keras_curvature import Linearization
@@ -122,8 +123,15 @@ def lin_of(model):
     return Linearization(model, X, Y)
 
 
-@pytest.mark.parametrize("make", [kc.HessianFree, lambda: kc.KFAC(fisher="empirical")])
-@pytest.mark.parametrize("cls", [Boundary, Folded])
+def empirical():
+    """K-FAC with a Fisher matrix of single examples."""
+    return kc.KFAC(fisher="empirical")
+
+
+PAIRS = [(cls, make) for cls in (Boundary, Folded) for make in (kc.HessianFree, empirical)]
+
+
+@pytest.mark.parametrize(("cls", "make"), some(PAIRS, [(Boundary, kc.HessianFree), (Folded, empirical)]))
 def test_such_models_train_on_batches_of_unknown_size(cls, make):
     model = made(cls, make())
     data = tf.data.Dataset.from_tensor_slices((X32, Y32)).batch(4)
@@ -159,6 +167,13 @@ def test_outputs_with_the_batch_last_are_refused_in_words(make):
         made(Transposed, make()).train_on_batch(X32, Y32)
 
 
-@pytest.mark.parametrize("make", [lambda: kc.HessianFree(preconditioner=0.0), kc.CurveBall, kc.AdaHessian, kc.SophiaH])
+def unconditioned():
+    """Hessian-free without the preconditioner, which needs gradients of single examples."""
+    return kc.HessianFree(preconditioner=0.0)
+
+
+@pytest.mark.parametrize(
+    "make", some([unconditioned, kc.CurveBall, kc.AdaHessian, kc.SophiaH], [kc.CurveBall, kc.AdaHessian])
+)
 def test_the_methods_that_the_refusal_names_train_with_the_batch_last(make):
     assert np.isfinite(made(Transposed, make()).train_on_batch(X32, Y32)).all()

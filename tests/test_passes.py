@@ -79,7 +79,10 @@ def test_the_hessian_before_or_after_the_gradient_costs_the_same(problem):
     np.testing.assert_allclose(flat(gradient_first[0]["hessian"]), flat(hessian_first[0]["hessian"]), 1e-4, 1e-6)
 
 
-@pytest.mark.parametrize("needs", [None, Needs(products=True, hessian=True)], ids=["everything", "products"])
+@pytest.mark.parametrize("needs", [
+    pytest.param(None, marks=pytest.mark.slow, id="everything"),
+    pytest.param(Needs(products=True, hessian=True), id="products"),
+])  # fmt: skip
 def test_no_order_of_the_questions_costs_more_than_another(problem, needs):
     options = {} if needs is None else {"needs": needs}
     names = [name for name in QUESTIONS if needs is None or not name.startswith("kronecker")]

@@ -6,6 +6,7 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+from selection import some
 
 import keras_curvature as kc
 
@@ -14,7 +15,7 @@ SAVED = pathlib.Path(__file__).parent / "data" / "saved"
 LOSSES = json.loads((SAVED / "losses.json").read_text())
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", some(LOSSES, ["Neumann", "CurveBall", "KFAC"]))
 def test_a_file_of_the_former_layout_goes_on(name):
     model = keras.models.load_model(SAVED / f"{name}.keras")
     assert type(model.optimizer) is getattr(kc, name)

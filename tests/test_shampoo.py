@@ -5,6 +5,7 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+from selection import some
 from test_soap import random_gradients, stepper, trajectory
 
 from keras_curvature.optimizers.shampoo import Shampoo
@@ -41,7 +42,7 @@ def assert_close(seen, expected, start):
     np.testing.assert_allclose(seen, expected, rtol=0, atol=1e-8 * moved)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", some(RUNS, ["none_average", "sgd_blocked", "adam_every3", "rmsprop", "half", "newton"]))
 def test_trajectory_is_that_of_the_reference(run):
     start = REFERENCE["plain_start"]
     seen = trajectory(Shampoo(**{**PLAIN, **RUNS[run]}), start, REFERENCE["plain_gradients"], SHAPES)
@@ -146,7 +147,7 @@ def test_a_failed_root_leaves_the_last_good_one_and_is_reported(root):
 
 
 @pytest.mark.parametrize("root", [EigenRoot(), CoupledNewton()])
-@pytest.mark.parametrize("scale", [1e-25, 1e-10, 1e10, 1e15])
+@pytest.mark.parametrize("scale", some([1e-25, 1e-10, 1e10, 1e15], [1e-25, 1e15]))
 def test_singular_factors_of_any_size_do_no_harm(root, scale):
     variables, step = stepper(Shampoo(every=1, root=root), [(6, 5)])
     random = np.random.default_rng(0)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from selection import some
 
 from keras_curvature.linearization import Gradients
 from keras_curvature.optimizers.kl_shampoo import KLShampoo
@@ -49,7 +50,7 @@ def trajectory(optimizer, start, gradients, shapes, jit_compile=False, dtype="fl
     return np.array(seen)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", some(RUNS, ["plain_every10", "plain_betas", "merged_every2", "large_every2"]))
 def test_trajectory_is_that_of_the_authors_code(run):
     problem = run.split("_")[0]
     start, gradients = REFERENCE[f"{problem}_start"], REFERENCE[f"{problem}_gradients"]
@@ -118,7 +119,7 @@ def test_a_factor_that_is_not_finite_leaves_the_last_basis_and_is_reported():
     assert all(np.isfinite(v.numpy()).all() for v in variables)
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e-10, 1e10, 1e15])
+@pytest.mark.parametrize("scale", some([1e-25, 1e-10, 1e10, 1e15], [1e-25, 1e15]))
 def test_singular_factors_of_any_size_do_no_harm(scale):
     optimizer = SOAP(every=1)
     variables, step = stepper(optimizer, [(6, 5)])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from selection import some
 from test_lanczos import network_like, operator, pieces, random, reflected, rows
 
 from keras_curvature.monitor.spectra import traces
@@ -35,7 +36,7 @@ def estimators(A):
 
 
 @pytest.mark.parametrize("name", ["hutchinson", "deflated", "xtrace"])
-@pytest.mark.parametrize("kind", ["spiked", "symmetric"])
+@pytest.mark.parametrize("kind", some(["spiked", "symmetric"], ["spiked"]))
 def test_trace_is_unbiased_and_its_standard_error_honest(name, kind):
     A = reflected(network_like(0, 60)) if kind == "spiked" else symmetric(0, 60)
     estimator = estimators(A)[name]
