@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from keras_curvature.operators.tiles import Tiles
 from keras_curvature.solvers import eigenbases
-from keras_curvature.solvers.roots import CoupledNewton, EigenRoot, in_stacks
+from keras_curvature.solvers.dealing import in_stacks
+from keras_curvature.solvers.roots import CoupledNewton, EigenRoot
 
 EXACT = {"eigen": EigenRoot(), "newton": CoupledNewton(relative_epsilon=0.0, tolerance=1e-12)}
 XLA_ACCURACY = 1e-5  # its eigendecomposition stops at 1e-6, in float64 too
@@ -112,7 +113,23 @@ def test_matrices_of_one_size_are_computed_together_and_come_back_in_order():
     pairs = [(tf.constant(A), tf.constant(float(i) * np.ones_like(A))) for i, A in enumerate(matrices)]
     for i, (found, A) in enumerate(zip(in_stacks(inverse, pairs), matrices)):
         np.testing.assert_allclose(found, np.linalg.inv(A) + i, rtol=1e-9)
-    assert sorted(calls) == [(1, 4, 4), (2, 5, 5), (3, 3, 3)]
+    assert sorted(calls) == [(2, 5, 5), (3, 3, 3), (4, 4)]
+
+
+def test_groups_are_joined_along_their_axis_and_large_items_stay_alone():
+    counts, calls = [2, 3, 1, 4], []
+    items = [(tf.constant(np.stack([positive(2, seed=9 * i + j) for j in range(n)])), tf.range(n)) for i, n in enumerate(counts)]
+
+    def scaled(item):
+        calls.append(item[0].shape[0])
+        return tf.linalg.inv(item[0]), item[1]
+
+    for largest, expected in ((None, [10]), (15, [4, 6])):
+        calls.clear()
+        for (inverse, same), (A, numbers) in zip(in_stacks(scaled, items, [True] * 4, largest), items):
+            np.testing.assert_allclose(inverse, np.linalg.inv(A), rtol=1e-9)
+            np.testing.assert_array_equal(same, numbers)
+        assert sorted(calls) == expected
 
 
 # Bases of eigenvectors.

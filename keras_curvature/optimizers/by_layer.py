@@ -13,6 +13,7 @@ from keras_curvature.linearization.layers.reasons import reasons
 from keras_curvature.solvers import dealing, direct
 
 DECAY = 0.95  # Martens and Grosse (2015), section 5
+STACKED = 2**18  # blocks with more entries in their factors are not copied into a stack with others
 
 
 def warn_of(optimizer, model, indices, instead):
@@ -73,42 +74,53 @@ def averaged(old, new, counts):
         counts: Number of estimates in each average of `old`, a vector.
     """
     kept = tf.minimum(1.0 - 1.0 / (tf.cast(counts, tf.float64) + 1.0), DECAY)
-    averages = [
-        tf.cast(k, n.dtype) * tf.cast(o, n.dtype) + tf.cast(1.0 - k, n.dtype) * n
-        for o, n, k in zip(old, new, tf.unstack(kept))
-    ]
+    shares = {n.dtype: list(zip(tf.unstack(tf.cast(kept, n.dtype)), tf.unstack(tf.cast(1.0 - kept, n.dtype)))) for n in new}
+    averages = []
+    for i, (o, n) in enumerate(zip(old, new)):
+        of_old, of_new = shares[n.dtype][i]
+        averages.append(of_old * tf.cast(o, n.dtype) + of_new * n)
     return averages, tf.stack([trees.has_finite_sum(average) for average in averages])
 
 
-def deal(function, blocks, items):
-    """`{i: function(items[i])}` for the factors that are matrices; the replicas share the work.
+def computed(function, blocks, factors, *more):
+    """`[A', G', A', G', ...]` of `function(A, G, ...) -> (A', G')`, small blocks of one shape in one call.
+
+    Each replica computes some of them.
 
     Args:
-        function: A function of one item.
+        function: Of the two factors of a block, of which one may be a diagonal, with any leading axis in addition.
         blocks: The blocks.
-        items: One for each factor in `[A, G, A, G, ...]`: a matrix, or a tuple that begins with a matrix.
+        factors: `[A, G, A, G, ...]`.
+        *more: Lists of further arguments, a scalar for each block.
     """
-    places = matrices(blocks)
-    chosen = [items[i] for i in places]
-    costs = [_cubes(item[0] if isinstance(item, tuple) else item) for item in chosen]
-    return dict(zip(places, dealing.deal(function, chosen, costs)))
+    grouped = [len(block.shape) == 3 for block in blocks]
+    items = []
+    for block, has_groups, both, *scalars in zip(blocks, grouped, pairs(factors), *more):
+        items.append((*both, *(tf.fill(block.shape[:1], c) if has_groups else c for c in scalars)))
+    found = dealing.in_stacks(lambda item: function(*item), items, grouped, largest=STACKED)
+    return [factor for both in found for factor in both]
 
 
 def inverses(blocks, factors, dampings):
     """Inverses of `[A, G, A, G, ...]`, with the damping of each block split between its two factors."""
-    split = []
-    for block, both, damping in zip(blocks, pairs(factors), dampings):
-        means = [_mean_eigenvalue(factor, kind) for factor, kind in zip(both, block.kinds)]
-        split += direct.split_damping(*means, damping)
-    items = list(zip(factors, split))
-    found = deal(lambda item: direct.inverse(*item), blocks, items)
-    return [found[i] if i in found else direct.inverse_of_diagonal(*item) for i, item in enumerate(items)]
+    return [] if not blocks else computed(_inverses, blocks, factors, dampings)
 
 
-def _cubes(matrix):
-    """The cost of inverting or decomposing matrices `(..., d, d)`."""
-    return matrix.shape.num_elements() * matrix.shape[-1]
+def is_diagonal(factor, other):
+    """Whether a factor is the diagonal of a matrix, where the other one of its block is a matrix."""
+    return factor.shape.rank < other.shape.rank
 
 
-def _mean_eigenvalue(factor, kind):
-    return direct.mean_eigenvalue(factor) if kind == "matrix" else tf.reduce_mean(factor, -1)
+def _inverses(A, G, damping):
+    """Of both factors of a block."""
+    means = _mean_eigenvalue(A, G), _mean_eigenvalue(G, A)
+    of_A, of_G = direct.split_damping(*means, damping)
+    return _inverse(A, G, of_A), _inverse(G, A, of_G)
+
+
+def _mean_eigenvalue(factor, other):
+    return tf.reduce_mean(factor, -1) if is_diagonal(factor, other) else direct.mean_eigenvalue(factor)
+
+
+def _inverse(factor, other, damping):
+    return (direct.inverse_of_diagonal if is_diagonal(factor, other) else direct.inverse)(factor, damping)

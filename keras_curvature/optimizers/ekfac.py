@@ -85,7 +85,7 @@ class EKFAC(KFAC):
 
         def compute():
             decomposed = self._decomposed(factors, old)
-            good = [trees.sums_up(U) for U in decomposed]
+            good = [trees.has_finite_sum(U) for U in decomposed]
             fresh = tf.stack([self._is_due & _all(both) for both in self._of_blocks(good)])
             bases = self._chosen(fresh, decomposed, old)
             seed, pairs = tf.cast(self.iterations, tf.int32), self._of_blocks(bases)
@@ -109,7 +109,8 @@ class EKFAC(KFAC):
         """Eigenvectors of all factors that are matrices, where they are due; each replica computes some."""
 
         def anew():
-            return list(by_layer.deal(eigenbases.decompose, self._blocks, factors).values())
+            found = by_layer.computed(_decomposed, self._blocks, factors)
+            return [found[i] for i in by_layer.matrices(self._blocks)]
 
         return anew() if self.inverses_every == self.factors_every else tf.cond(self._is_due, anew, lambda: old)
 
@@ -122,6 +123,12 @@ class EKFAC(KFAC):
         """Of bases, those of `new` in the blocks whose condition holds."""
         places = [i // 2 for i in by_layer.matrices(self._blocks)]
         return [tf.where(conditions[i], a, b) for i, a, b in zip(places, new, old)]
+
+
+def _decomposed(A, G):
+    """The eigenvectors of both factors of a block; a diagonal as it is."""
+    both = [(A, G), (G, A)]
+    return tuple(X if by_layer.is_diagonal(X, other) else eigenbases.decompose(X) for X, other in both)
 
 
 def _all(conditions):

@@ -8,28 +8,24 @@ of Newton type the loss went to 1e14. Training begins with the first batch that 
 import numpy as np
 import tensorflow as tf
 
-from keras_curvature import trees
-
 
 def loss_has_gradient(linearization):
     """Whether the gradient differs from the gradient of the weight regularizers, a scalar boolean tensor."""
     regular = _of_regularizers(linearization.variables, linearization.weights)
     more = [
-        tf.reduce_any(tf.abs(g - r) > _rounding(v) * tf.abs(r))
+        tf.reduce_any(tf.cast(g, tf.bool) if r is None else tf.abs(g - r) > _rounding(v) * tf.abs(r))
         for v, g, r in zip(linearization.variables, linearization.gradient, regular)
     ]
     return tf.reduce_any(tf.stack(more))
 
 
 def _of_regularizers(variables, weights):
-    """The gradient of the weight regularizers, a vector; zeros without regularizers."""
+    """The gradient of the weight regularizers, a list with `None` for weights without one."""
     with tf.GradientTape() as tape:
         tape.watch(weights)
         pairs = [(getattr(v, "regularizer", None), w) for v, w in zip(variables, weights)]
         terms = [tf.cast(regularizer(w), tf.float64) for regularizer, w in pairs if regularizer is not None]
-    if not terms:
-        return trees.zeros_like(weights)
-    return tape.gradient(terms, weights, unconnected_gradients="zero")
+    return tape.gradient(terms, weights) if terms else [None] * len(weights)
 
 
 def _rounding(variable):

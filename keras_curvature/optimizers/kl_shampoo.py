@@ -10,7 +10,7 @@ from keras_curvature.operators import axes
 from keras_curvature.optimizers.by_axis import ByAxis
 from keras_curvature.optimizers.limits import LinearStep, averaged
 from keras_curvature.solvers import eigenbases
-from keras_curvature.solvers.roots import in_stacks
+from keras_curvature.solvers.dealing import in_stacks
 
 # Largest weight of a direction, at the start and where the gradient vanishes (the authors' `max_clamp_value`).
 LARGEST_WEIGHT = 4000

@@ -7,7 +7,8 @@ from keras_curvature.component import check, check_component, check_count, check
 from keras_curvature.operators import axes
 from keras_curvature.optimizers.by_axis import ByAxis
 from keras_curvature.optimizers.limits import LinearStep, NotLinear, averaged
-from keras_curvature.solvers.roots import EigenRoot, in_stacks
+from keras_curvature.solvers.dealing import in_stacks
+from keras_curvature.solvers.roots import EigenRoot
 
 # Of the grafted step (the reference's example scripts; Keras' own Adam has 1e-7).
 GRAFTING_EPSILON = 1e-8

@@ -8,7 +8,7 @@ from keras_curvature.operators import axes
 from keras_curvature.optimizers.by_axis import ByAxis
 from keras_curvature.optimizers.limits import LinearStep, averaged
 from keras_curvature.solvers import eigenbases
-from keras_curvature.solvers.roots import in_stacks
+from keras_curvature.solvers.dealing import in_stacks
 
 
 @register

@@ -3,12 +3,14 @@
 Every replica has all items. Each item is computed on one replica, and one sum over replicas distributes all results.
 """
 
+import functools
+
 import tensorflow as tf
 
 from keras_curvature import replicas
 
 
-def deal(fn, items, costs=None):
+def deal(fn, items, costs=None, at_once=None):
     """`[fn(item) for item in items]`, each item computed on one replica only.
 
     Use it for expensive work on items that are the same on all replicas.
@@ -27,6 +29,62 @@ def deal(fn, items, costs=None):
         return [_on_one(owner, fn, item) for owner, item in zip(owners, items)]
 
     return replicas.total(share, list(items))
+
+
+def in_stacks(fn, items, grouped=None, largest=None):
+    """`[fn(item) for item in items]`: items of one size in one call, and the calls dealt to the replicas.
+
+    One call for many small matrices keeps the graph small: the first step of a training waits for the graph.
+
+    Args:
+        fn: A function of an item, with any leading axis in addition: of matrices `(..., n, n)`, of diagonals
+            `(..., n)`, of numbers `(...)`. It returns a nest of tensors with the same leading axis.
+        items: Tensors or tuples of tensors, the same on all replicas.
+        grouped: For each item, whether its tensors begin with an axis of groups. Defaults to none.
+        largest: Items with more entries are not stacked, which would copy them, and only two of all items are computed
+            at the same time. Defaults to no limit.
+    """
+    grouped = grouped or [False] * len(items)
+    parts = _parts(items, grouped, largest)
+    stacks = [_joined([items[i] for i in part], grouped[part[0]]) for part in parts]
+    costs, found = [_cubes(stack) for stack in stacks], {}
+    for part, result in zip(parts, deal(fn, stacks, costs, at_once=largest and 2)):
+        found.update(zip(part, _parted(result, [items[i] for i in part], grouped[part[0]])))
+    return [found[i] for i in range(len(items))]
+
+
+def _parts(items, grouped, largest):
+    """The positions of the items of each stack."""
+    by_size = {}
+    for i, (item, has_groups) in enumerate(zip(items, grouped)):
+        tensors = tf.nest.flatten(item)
+        alone = largest is not None and sum(t.shape.num_elements() for t in tensors) > largest
+        key = has_groups, tuple((t.dtype, tuple(t.shape[int(has_groups) :])) for t in tensors), alone and i
+        by_size.setdefault(key, []).append(i)
+    shares = [(positions, -(-len(positions) // replicas.count())) for positions in by_size.values()]
+    return [positions[i : i + size] for positions, size in shares for i in range(0, len(positions), size)]
+
+
+def _joined(items, grouped):
+    """Items as one, along their axes of groups or a new axis; one item as it is."""
+    if len(items) == 1:
+        return items[0]
+    return tf.nest.map_structure(lambda *each: tf.concat(each, 0) if grouped else tf.stack(each), *items)
+
+
+def _parted(result, items, grouped):
+    """The results of the items, from what was computed of all together."""
+    if len(items) == 1:
+        return [result]
+    lengths = [tf.nest.flatten(item)[0].shape[0] for item in items]
+    cut = [tf.split(t, lengths) if grouped else tf.unstack(t) for t in tf.nest.flatten(result)]
+    return [tf.nest.pack_sequence_as(result, list(each)) for each in zip(*cut)]
+
+
+def _cubes(item):
+    """The cost of inverting or decomposing all matrices of an item."""
+    matrices = [t.shape for t in tf.nest.flatten(item) if t.shape.rank >= 2]
+    return sum(shape.num_elements() * shape[-1] for shape in matrices)
 
 
 def _owners(costs):

@@ -33,8 +33,24 @@ def inverse(matrix, damping):
     unit = tf.eye(matrix.shape[-1], dtype=matrix.dtype)
     lower = tf.linalg.cholesky(symmetric(matrix) + damping[..., tf.newaxis, tf.newaxis] * unit)
     # from the triangle's inverse, not `cholesky_solve`: this product is symmetric to the last bit
-    half = tf.linalg.triangular_solve(lower, tf.broadcast_to(unit, matrix.shape))
+    half = _inverse_of_triangle(lower)
     return tf.matmul(half, half, transpose_a=True)
+
+
+def _inverse_of_triangle(lower, largest=1280):
+    """The inverse of lower triangular matrices, large ones by halves: products are faster than substitution.
+
+        [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1  C^-1]
+    """
+    n = lower.shape[-1]
+    if n <= largest:
+        return tf.linalg.triangular_solve(lower, tf.eye(n, batch_shape=lower.shape[:-2], dtype=lower.dtype))
+    half = (n + 1) // 2
+    A = _inverse_of_triangle(lower[..., :half, :half], largest)
+    C = _inverse_of_triangle(lower[..., half:, half:], largest)
+    B = -tf.matmul(C, tf.matmul(lower[..., half:, :half], A))
+    upper = tf.concat([A, tf.zeros([*lower.shape[:-2], half, n - half], lower.dtype)], -1)
+    return tf.concat([upper, tf.concat([B, C], -1)], -2)
 
 
 def inverse_of_diagonal(entries, damping):

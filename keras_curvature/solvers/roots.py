@@ -9,9 +9,7 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from keras_curvature import replicas
 from keras_curvature.component import Component, check, check_count, check_number, register
-from keras_curvature.solvers import dealing
 
 # An iteration has failed if it ends farther than this from the identity (the limit in the reference's check).
 FAILED = 0.1
@@ -142,28 +140,6 @@ def in_units(matrices):
 def failed_as_nan(good, matrices):
     """The stack, with NaN for the failed matrices."""
     return tf.where(good, matrices, tf.constant(float("nan"), matrices.dtype))
-
-
-def in_stacks(fn, items):
-    """`[fn(item) for item in items]`, with one call for each size of matrix; the replicas share the stacks.
-
-    Args:
-        fn: A function of a stack `(count, n, n)`, or of a tuple of stacks, that returns a stack.
-        items: Matrices, or tuples of matrices of the same size, a list; the same on all replicas.
-    """
-    by_size = {}
-    for position, item in enumerate(items):
-        by_size.setdefault(int(tf.nest.flatten(item)[0].shape[-1]), []).append(position)
-    shares = [(n, part) for n, positions in by_size.items() for part in _parts(positions, replicas.count())]
-    stacks = [tf.nest.map_structure(lambda *each: tf.stack(each), *[items[i] for i in part]) for _, part in shares]
-    results = dealing.deal(fn, stacks, [len(part) * n**3 for n, part in shares])
-    found = {i: result for (_, part), stack in zip(shares, results) for i, result in zip(part, tf.unstack(stack))}
-    return [found[i] for i in range(len(items))]
-
-
-def _parts(positions, count):
-    size = -(-len(positions) // count)
-    return [positions[i : i + size] for i in range(0, len(positions), size)]
 
 
 def _ridge(matrices, epsilon):

@@ -57,7 +57,8 @@ def sum_square(parts):
 def gram(x, y):
     """`x'y` in each group; a single group uses a plain matrix product, the faster kernel."""
     if x.shape[0] == 1:
-        return tf.matmul(x[0], y[0], transpose_a=True)[tf.newaxis]
+        x, y = (tf.squeeze(x, 0),) * 2 if x is y else (tf.squeeze(x, 0), tf.squeeze(y, 0))
+        return tf.matmul(x, y, transpose_a=True)[tf.newaxis]
     return tf.matmul(x, y, transpose_a=True)
 
 
