@@ -74,9 +74,6 @@ def has_finite_sum(a):
     return tf.math.is_finite(tf.reduce_sum(a))
 
 
-sums_up = has_finite_sum
-
-
 def count(v):
     """Number of entries of `v`, a Python integer."""
     return sum(int(a.shape.num_elements()) for a in v)

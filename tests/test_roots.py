@@ -118,7 +118,8 @@ def test_matrices_of_one_size_are_computed_together_and_come_back_in_order():
 
 def test_groups_are_joined_along_their_axis_and_large_items_stay_alone():
     counts, calls = [2, 3, 1, 4], []
-    items = [(tf.constant(np.stack([positive(2, seed=9 * i + j) for j in range(n)])), tf.range(n)) for i, n in enumerate(counts)]
+    groups = [np.stack([positive(2, seed=9 * i + j) for j in range(n)]) for i, n in enumerate(counts)]
+    items = [(tf.constant(A), tf.range(n)) for A, n in zip(groups, counts)]
 
     def scaled(item):
         calls.append(item[0].shape[0])

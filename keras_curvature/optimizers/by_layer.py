@@ -74,11 +74,12 @@ def averaged(old, new, counts):
         counts: Number of estimates in each average of `old`, a vector.
     """
     kept = tf.minimum(1.0 - 1.0 / (tf.cast(counts, tf.float64) + 1.0), DECAY)
-    shares = {n.dtype: list(zip(tf.unstack(tf.cast(kept, n.dtype)), tf.unstack(tf.cast(1.0 - kept, n.dtype)))) for n in new}
+    # cast once for each dtype, not once for each factor
+    shares = {n.dtype: [tf.unstack(tf.cast(part, n.dtype)) for part in (kept, 1.0 - kept)] for n in new}
     averages = []
     for i, (o, n) in enumerate(zip(old, new)):
-        of_old, of_new = shares[n.dtype][i]
-        averages.append(of_old * tf.cast(o, n.dtype) + of_new * n)
+        of_old, of_new = shares[n.dtype]
+        averages.append(of_old[i] * tf.cast(o, n.dtype) + of_new[i] * n)
     return averages, tf.stack([trees.has_finite_sum(average) for average in averages])
 
 

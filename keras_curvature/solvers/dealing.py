@@ -3,14 +3,12 @@
 Every replica has all items. Each item is computed on one replica, and one sum over replicas distributes all results.
 """
 
-import functools
-
 import tensorflow as tf
 
 from keras_curvature import replicas
 
 
-def deal(fn, items, costs=None, at_once=None):
+def deal(fn, items, costs=None):
     """`[fn(item) for item in items]`, each item computed on one replica only.
 
     Use it for expensive work on items that are the same on all replicas.
@@ -41,14 +39,13 @@ def in_stacks(fn, items, grouped=None, largest=None):
             `(..., n)`, of numbers `(...)`. It returns a nest of tensors with the same leading axis.
         items: Tensors or tuples of tensors, the same on all replicas.
         grouped: For each item, whether its tensors begin with an axis of groups. Defaults to none.
-        largest: Items with more entries are not stacked, which would copy them, and only two of all items are computed
-            at the same time. Defaults to no limit.
+        largest: Items with more entries are not stacked, which would copy them. Defaults to no limit.
     """
     grouped = grouped or [False] * len(items)
     parts = _parts(items, grouped, largest)
     stacks = [_joined([items[i] for i in part], grouped[part[0]]) for part in parts]
     costs, found = [_cubes(stack) for stack in stacks], {}
-    for part, result in zip(parts, deal(fn, stacks, costs, at_once=largest and 2)):
+    for part, result in zip(parts, deal(fn, stacks, costs)):
         found.update(zip(part, _parted(result, [items[i] for i in part], grouped[part[0]])))
     return [found[i] for i in range(len(items))]
 
