@@ -18,6 +18,7 @@ from test_properties import assert_same, compiled, crossentropy, data, losses, n
 
 import keras_curvature as kc
 from keras_curvature.callbacks import SwapNeumannWeights
+from keras_curvature.training import first_call
 from keras_curvature.training.step import CurvedStep
 
 REPORTS = {"damping", "beta", "rho", "reduction_ratio", "step_norm", "skipped_steps"}
@@ -526,6 +527,26 @@ def late(optimizer, **options):
     model = kc.curved(Subclassed())
     model.compile(optimizer(), "mse", **options)
     return model
+
+
+class Impatient:
+    """A timer whose time is over at once."""
+
+    def __init__(self, seconds, function, args):
+        self.start = lambda: function(*args)
+
+    def cancel(self):
+        pass
+
+
+@pytest.mark.parametrize("options", [{"verbose": 2}, {"verbose": 0}])
+def test_a_long_first_step_is_announced_once_where_there_is_a_progress_bar(options, monkeypatch, capsys):
+    monkeypatch.setattr(first_call.threading, "Timer", Impatient)
+    model = simple(kc.Neumann, jit_compile=False)
+    for _ in range(2):
+        model.fit(*regression(), epochs=2, **options)
+    shown = capsys.readouterr().out.count(f"TensorFlow is compiling the train step of {model.name!r} by `Neumann`.")
+    assert shown == (1 if options["verbose"] else 0)
 
 
 def test_evaluation_builds_no_state_of_an_optimizer():

@@ -1,5 +1,6 @@
 """The rest of a curved model's trainer: when it is built, how it is traced, and the logs of an epoch."""
 
+import inspect
 import warnings
 
 import keras
@@ -7,6 +8,7 @@ import tensorflow as tf
 
 from keras_curvature import keras_internals, replicas
 from keras_curvature.linearization.pure.functional import build_for
+from keras_curvature.training.first_call import FirstCall, shows_progress
 from keras_curvature.training.reports import reports_of
 from keras_curvature.training.step import CurvedStep, unwrap
 
@@ -30,7 +32,16 @@ class CurvedTrainer(CurvedStep):
         self._prepare_reports()
         if self.micro_batches > 1 and self.get_compile_config()["jit_compile"] == "auto":
             self.jit_compile = False  # on a GPU Keras chooses XLA, which needs slices of a known size
-        return super().make_train_function(force)
+        super().make_train_function(force)
+        if not (self.run_eagerly or isinstance(self.train_function, FirstCall)):
+            trains = f"{self.name!r} by `{type(unwrap(self.optimizer)[0]).__name__}`"
+            self.train_function = FirstCall(self.train_function, trains)
+
+    def fit(self, *args, **kwargs):
+        """Keras' `fit`; with a progress bar, one line says so where the first step takes long."""
+        given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        with keras_internals.holding(shows_progress, given.get("verbose", "auto") != 0):
+            return super().fit(*args, **kwargs)
 
     def _warn_of_the_optimizer(self):
         """Say once which optimizer trains a model that was not compiled since it was curved, if its class chose it."""
