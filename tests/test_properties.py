@@ -23,7 +23,7 @@ from optimizers import (
     PLAIN_FAMILIES,
     prepare,
 )
-from selection import some
+from selection import crossed, some
 
 import keras_curvature as kc
 
@@ -357,7 +357,7 @@ def test_each_replica_decomposes_its_share_of_the_matrices(name, two_replicas):
     assert max(two.values()) < one <= sum(two.values()) < 2 * one
 
 
-# Each kind of layer with each optimizer: a few by default, all of them with `-m slow`.
+# Each kind of layer with each optimizer: a few by default, more with `-m slow`, all others with `-m cross`.
 
 PAIRS = [
     ("batch_normalization_2d", "curveball"), ("lstm", "neumann_resets"), ("several_outputs", "hessian_free_chunk"),
@@ -365,7 +365,7 @@ PAIRS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "name"), some([(kind, name) for kind in MODELS for name in OPTIMIZERS], PAIRS))
+@pytest.mark.parametrize(("kind", "name"), crossed(MODELS, OPTIMIZERS, PAIRS))
 def test_trains_every_kind_of_layer(kind, name):
     case = MODELS[kind]().compile(OPTIMIZERS[name]())
     history = kc.curved(case.model).fit(*case.batch[:2], epochs=3, verbose=0).history
