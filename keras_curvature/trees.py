@@ -81,7 +81,7 @@ def count(v):
 
 def values(variables):
     """The current values of Keras or TensorFlow variables, in float32 at least; later assignments do not move them."""
-    return [full_precision(tf.identity(tf.convert_to_tensor(v))) for v in variables]
+    return [full_precision(tf.convert_to_tensor(v)) for v in variables]
 
 
 def exactly(scalar, dtype):

@@ -13,6 +13,14 @@ def positive(seed, *shape, rank=None, dtype=np.float64):
     return (root @ np.swapaxes(root, -1, -2) / root.shape[-1]).astype(dtype)
 
 
+@pytest.mark.parametrize("shape", [(7, 7), (2, 8, 8)])
+def test_large_triangles_are_inverted_by_halves(shape):
+    lower = np.linalg.cholesky(positive(1, *shape))
+    found = direct._inverse_of_triangle(tf.constant(lower), largest=2).numpy()
+    np.testing.assert_allclose(found, np.linalg.inv(lower), atol=1e-12)
+    np.testing.assert_array_equal(found, np.tril(found))
+
+
 def split(A, G, damping):
     """The dampings of two factors."""
     return direct.split_damping(*(direct.mean_eigenvalue(tf.constant(factor)) for factor in (A, G)), damping)

@@ -15,7 +15,8 @@ Nothing is assigned while a direction is computed. `remember(variable, value)` n
 assigns all notes or none. If the loss or the direction is not finite, weights and state stay bit-identical and
 `skipped_steps` counts one. Under a dynamic loss scale a failed refresh also skips the step, so that the scale is
 halved. No step is taken until a first batch has a gradient beyond that of the weight regularizers: state from a batch
-without weight would make the next steps explode. State is kept in float32 at least, also for weights in half precision.
+without weight would make the next steps explode. This is not looked at where a direction does without the gradient.
+State is kept in float32 at least, also for weights in half precision.
 With gradient accumulation Keras takes the step, so weight decay and EMA apply even when it is not finite.
 """
 
@@ -107,11 +108,8 @@ class CurvatureOptimizer(Lifecycle):
             new = [tf.cast(value, old.dtype) for value, old in zip(compute(), kept, strict=True)]
             good = tf.stack([trees.has_finite_sum(value) for value in new])
 
-            def choose():
-                return [tf.where(fine, a, b) for fine, a, b in zip(tf.unstack(good), new, kept)]
-
-            # `where` copies, so skip it in the usual all-finite case
-            values = tf.cond(tf.reduce_all(good), lambda: new, choose)
+            # unlike `tf.where`, this operation writes into the memory of `a`
+            values = [tf.raw_ops.Select(condition=fine, x=a, y=b) for fine, a, b in zip(tf.unstack(good), new, kept)]
             return values, tf.reduce_sum(tf.cast(tf.logical_not(good), tf.float32))
 
         if every == 1:

@@ -75,7 +75,7 @@ def averaged(old, new, counts):
     """
     kept = tf.minimum(1.0 - 1.0 / (tf.cast(counts, tf.float64) + 1.0), DECAY)
     # cast once for each dtype, not once for each factor
-    shares = {n.dtype: [tf.unstack(tf.cast(part, n.dtype)) for part in (kept, 1.0 - kept)] for n in new}
+    shares = {d: [tf.unstack(tf.cast(part, d)) for part in (kept, 1.0 - kept)] for d in {n.dtype for n in new}}
     averages = []
     for i, (o, n) in enumerate(zip(old, new)):
         of_old, of_new = shares[n.dtype]

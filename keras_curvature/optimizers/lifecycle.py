@@ -63,13 +63,11 @@ class Lifecycle(SavedOptimizer):
                 return tf.cast(self.skipped_steps.value - before, tf.float32)
 
             def skip():
-                self.skipped_steps.assign_add(1)
-                return tf.constant(1.0)
+                failed = tf.logical_not(finite)  # a batch before the first gradient is passed over
+                self.skipped_steps.assign_add(tf.cast(failed, self.skipped_steps.dtype))
+                return tf.cast(failed, tf.float32)
 
-            def pass_over():
-                return tf.constant(0.0)
-
-            skipped = tf.cond(finite, lambda: tf.cond(begins, take, pass_over), skip)
+            skipped = tf.cond(finite & begins, take, skip)
         if rejected is not None:
             length = tf.where(rejected & finite, tf.zeros_like(length), length)
         self.report(step_norm=length, skipped_steps=skipped)

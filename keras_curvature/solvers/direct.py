@@ -33,21 +33,22 @@ def inverse(matrix, damping):
     unit = tf.eye(matrix.shape[-1], dtype=matrix.dtype)
     lower = tf.linalg.cholesky(symmetric(matrix) + damping[..., tf.newaxis, tf.newaxis] * unit)
     # from the triangle's inverse, not `cholesky_solve`: this product is symmetric to the last bit
-    half = _inverse_of_triangle(lower)
+    half = _inverse_of_triangle(lower, unit)
     return tf.matmul(half, half, transpose_a=True)
 
 
-def _inverse_of_triangle(lower, largest=1280):
+def _inverse_of_triangle(lower, unit=None, largest=1280):
     """The inverse of lower triangular matrices, large ones by halves: products are faster than substitution.
 
         [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1  C^-1]
     """
     n = lower.shape[-1]
     if n <= largest:
-        return tf.linalg.triangular_solve(lower, tf.eye(n, batch_shape=lower.shape[:-2], dtype=lower.dtype))
+        unit = tf.eye(n, dtype=lower.dtype) if unit is None else unit
+        return tf.linalg.triangular_solve(lower, unit if lower.shape.rank == 2 else tf.broadcast_to(unit, lower.shape))
     half = (n + 1) // 2
-    A = _inverse_of_triangle(lower[..., :half, :half], largest)
-    C = _inverse_of_triangle(lower[..., half:, half:], largest)
+    A = _inverse_of_triangle(lower[..., :half, :half], largest=largest)
+    C = _inverse_of_triangle(lower[..., half:, half:], largest=largest)
     B = -tf.matmul(C, tf.matmul(lower[..., half:, :half], A))
     upper = tf.concat([A, tf.zeros([*lower.shape[:-2], half, n - half], lower.dtype)], -1)
     return tf.concat([upper, tf.concat([B, C], -1)], -2)
