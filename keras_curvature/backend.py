@@ -2,7 +2,7 @@
 
 import importlib.util
 
-OLDEST = {"keras": (3, 15), "tensorflow": (2, 21)}
+OLDEST = {"keras": (3, 10), "tensorflow": (2, 19)}
 CHOOSE = (
     "Choose TensorFlow before Keras is imported, by the environment:\n\n    KERAS_BACKEND=tensorflow python ...\n\n"
     'or by `"backend": "tensorflow"` in `~/.keras/keras.json`.'

@@ -19,8 +19,11 @@ from keras_curvature.linearization.layers import taps
 from keras_curvature.linearization.pure import differentiable, functional, precision
 
 
-def test_keras_is_the_version_that_the_private_names_were_read_in():
-    assert keras.__version__.split(".")[:2] == ["3", "15"]
+OLDEST = keras.__version__.startswith("3.10.")  # its epochs have no last steps
+
+
+def test_keras_is_a_version_that_the_private_names_were_read_in():
+    assert (3, 10) <= tuple(int(n) for n in keras.__version__.split(".")[:2]) <= (3, 15)
     assert keras.backend.backend() == "tensorflow"
 
 
@@ -149,7 +152,10 @@ def test_an_epoch_iterator_says_what_a_batch_is_like(data):
     iterator = cls(x=x, y=y, batch_size=2, distribute_strategy=tf.distribute.get_strategy())
     specs = tf.nest.flatten(keras_internals.batch_spec(iterator))
     assert [tuple(spec.shape) for spec in specs] == [(2, 3), (2,)][: len(specs)]
-    assert [step[:2] for step in getattr(iterator, name)()] == [(0, 0), (1, 1)]
+    seen = []
+    steps = keras_internals.changed_steps(getattr(iterator, name)(), iterator, lambda s: [seen.append(n) or n for n in s])
+    assert [len(step) for step in steps] == [3 - OLDEST] * 2
+    assert [step[:2] for step in seen] == [(0, 0), (1, 1)]
     assert inspect.isgeneratorfunction(inspect.unwrap(getattr(cls, name)))
 
 
@@ -215,7 +221,7 @@ def test_a_model_is_pickled_as_the_bytes_of_its_file(model):
 
 def test_functional_is_the_class_behind_inputs_and_outputs():
     inputs = keras.Input((3,))
-    assert isinstance(keras.Model(inputs, inputs), keras_internals.Functional)
+    assert isinstance(keras.Model(inputs, layers.Dense(1)(inputs)), keras_internals.Functional)
 
 
 def test_a_model_clears_its_train_function_by_none(model):
@@ -307,7 +313,7 @@ def test_outputs_carry_their_mask_and_the_loss_reads_it():
     assert keras_internals.logits_of(y) is None
     y_pred, loss = tf.constant([[1.0], [5.0]]), keras.losses.MeanSquaredError()
     keras_internals.carry(y_pred, {"_keras_mask": tf.constant([True, False])})
-    assert loss(tf.zeros((2, 1)), y_pred) == 1.0
+    np.testing.assert_allclose(loss(tf.zeros((2, 1)), y_pred), 1.0, rtol=1e-6)
 
 
 # Of layers.

@@ -2,8 +2,8 @@
 
 A name is private if it begins with an underscore or is imported from below `keras.src`, `tensorflow.python` or
 `tf.__internal__`. The rest of the package calls the functions below. `tests/test_keras_internals.py` tests each of
-them, and `tests/test_private_names.py` fails if another file uses a private name. The names are those of Keras 3.15 and
-TensorFlow 2.21.
+them, and `tests/test_private_names.py` fails if another file uses a private name. The names are those of Keras 3.10 to
+3.15 and TensorFlow 2.19 to 2.21.
 
 | private name | function | why not a public name |
 | --- | --- | --- |
@@ -36,6 +36,7 @@ TensorFlow 2.21.
 | **epochs.py** |  |  |
 | `TFEpochIterator._distributed_dataset` | `batch_spec` | callbacks do not get the data |
 | `PerReplicaSpec._value_specs` | `batch_spec` | the spec of one replica |
+| `TFEpochIterator._enumerate_iterator` | `changed_steps`, `last_step` | Keras 3.10 has no last steps |
 | **tensorflow.py** |  |  |
 | `tensor_util.constant_value_as_shape` | `static_shape` | `get_static_value` fails for partly known shapes |
 | `op_def_registry.get` | `is_continuous` | the dtypes that an operation takes and returns |
@@ -58,7 +59,14 @@ Private methods of Keras that the package overrides:
 `twin`, which replace them.
 """
 
-from keras_curvature.keras_internals.epochs import FIT, NEW_ITERATOR, STEPS_OF_EPOCH, batch_spec
+from keras_curvature.keras_internals.epochs import (
+    FIT,
+    NEW_ITERATOR,
+    STEPS_OF_EPOCH,
+    batch_spec,
+    changed_steps,
+    last_step,
+)  # fmt: skip
 from keras_curvature.keras_internals.guards import guard, guard_attribute, holding, twin
 from keras_curvature.keras_internals.layers import batch_moments
 from keras_curvature.keras_internals.losses import (
@@ -94,9 +102,10 @@ from keras_curvature.keras_internals.tensorflow import (
 )  # fmt: skip
 
 __all__ = [
-    "FIT", "LOGITS", "NEW_ITERATOR", "STEPS_OF_EPOCH", "Functional", "batch_moments", "batch_spec", "begin_at_epoch",
-    "build", "carried", "carry", "changed_losses", "compute_loss", "function_of", "guard", "guard_attribute",
-    "has_several_workers", "holding", "is_built", "is_compiled", "is_continuous", "is_under_strategy", "keys_of",
-    "layers_of", "logits_of", "loss_tracker", "losses_of", "options_of", "own_weights", "places_of", "state",
-    "static_shape", "strategy_of", "takes_training", "trained_by", "twin", "unpickled", "uses_merge_calls",
+    "FIT", "LOGITS", "NEW_ITERATOR", "STEPS_OF_EPOCH", "Functional", "batch_moments", "batch_spec",
+    "begin_at_epoch", "build", "carried", "carry", "changed_losses", "changed_steps", "compute_loss", "function_of",
+    "guard", "guard_attribute", "has_several_workers", "holding", "is_built", "is_compiled", "is_continuous",
+    "is_under_strategy", "keys_of", "last_step", "layers_of", "logits_of", "loss_tracker", "losses_of",
+    "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of", "takes_training",
+    "trained_by", "twin", "unpickled", "uses_merge_calls",
 ]  # fmt: skip

@@ -24,3 +24,18 @@ FIT = (next(cls for cls in keras.Model.__mro__ if "fit" in vars(cls)), "fit")
 NEW_ITERATOR = (TFEpochIterator, "__init__")
 # The generator of `(first step, last step, iterator)` that `fit`, `evaluate` and `predict` loop over.
 STEPS_OF_EPOCH = (TFEpochIterator, "_enumerate_iterator")
+# Keras 3.10 has `(first step, iterator)`, and callbacks get the first step at the end of a batch too.
+HAS_LAST_STEPS = not keras.__version__.startswith("3.10.")
+
+
+def changed_steps(steps, epoch_iterator, change):
+    """What `STEPS_OF_EPOCH` yields, after `change` of a generator of `(first step, last step, iterator)`."""
+    if HAS_LAST_STEPS:
+        return change(steps)
+    at_once = epoch_iterator.steps_per_execution
+    return ((first, iterator) for first, _, iterator in change((a, a + at_once - 1, b) for a, b in steps))
+
+
+def last_step(batch, model):
+    """The last step of an execution, from the number that `on_train_batch_end` gets."""
+    return batch if HAS_LAST_STEPS else batch + model.steps_per_execution - 1

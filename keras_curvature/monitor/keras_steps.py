@@ -102,15 +102,17 @@ OF_KERAS = {
     keras.optimizers.Adagrad: _adagrad,
     keras.optimizers.Adadelta: _adadelta,
 }
-REASONS = {
-    keras.optimizers.Lion: "steps by the sign of its momentum, equally far for any size of the gradient: there is no "
-    "curvature at which its steps begin to diverge",
-    keras.optimizers.Muon: "makes all singular values of its momentum equal, and steps equally far for any size of the "
-    "gradient: there is no curvature at which its steps begin to diverge",
-    keras.optimizers.Lamb: "gives each step a length in proportion to the weights, for any size of the gradient: "
-    "there is no curvature at which its steps begin to diverge",
-    keras.optimizers.Ftrl: "computes the weights from the sums of all gradients so far, not a step from the last one",
-    keras.optimizers.ScheduleFreeAdamW: "takes its gradients at an average of all its steps, and each step changes "
-    "that average less than the one before: there is no fixed linear step",
-    keras.optimizers.Adafactor: "limits the length of each step in proportion to the weights",
+# by name: an older Keras may lack one
+_REASONS = {
+    "Lion": "steps by the sign of its momentum, equally far for any size of the gradient: there is no curvature at which "
+    "its steps begin to diverge",
+    "Muon": "makes all singular values of its momentum equal, and steps equally far for any size of the gradient: there "
+    "is no curvature at which its steps begin to diverge",
+    "Lamb": "gives each step a length in proportion to the weights, for any size of the gradient: there is no curvature "
+    "at which its steps begin to diverge",
+    "Ftrl": "computes the weights from the sums of all gradients so far, not a step from the last one",
+    "ScheduleFreeAdamW": "takes its gradients at an average of all its steps, and each step changes that average less "
+    "than the one before: there is no fixed linear step",
+    "Adafactor": "limits the length of each step in proportion to the weights",
 }
+REASONS = {getattr(keras.optimizers, name): why for name, why in _REASONS.items() if hasattr(keras.optimizers, name)}

@@ -205,7 +205,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         """Save every `every` steps."""
-        done = min(batch + 1, self.params.get("steps") or batch + 1)  # Keras overshoots with `steps_per_execution`
+        done = keras_internals.last_step(batch, self.model) + 1
+        done = min(done, self.params.get("steps") or done)  # Keras overshoots with `steps_per_execution`
         before, self._steps, self._step = self._steps, self._steps + done - self._step, done
         due = self.every is not None and self._steps // self.every > before // self.every
         if due and self._step != self.params.get("steps"):  # the end of the epoch saves

@@ -100,7 +100,9 @@ def _steps_of_epoch(original, epoch_iterator):
     fit = _under_way.get()
     if fit is None or fit._iterator is not epoch_iterator:
         return original(epoch_iterator)
-    return fit._steps(original(epoch_iterator), epoch_iterator)
+    return keras_internals.changed_steps(
+        original(epoch_iterator), epoch_iterator, lambda steps: fit._steps(steps, epoch_iterator)
+    )
 
 
 keras_internals.guard(*keras_internals.FIT, _fit)
