@@ -86,7 +86,7 @@ OPTIMIZERS = {
     "curveball_fixed": Method(kc.CurveBall, {"damping": 0.1, "beta": 0.1, "rho": 0.9}),
     "hessian_free": Method(kc.HessianFree, CG, family=True, amplifies=True),
     "hessian_free_hessian": Method(kc.HessianFree, {**CG, "curvature": "hessian"}, amplifies=True),
-    "hessian_free_chunk": Method(kc.HessianFree, {**CG, "curvature_batch": 0.5}),
+    "hessian_free_chunk": Method(kc.HessianFree, {**CG, "curvature_batch": 0.5}, amplifies=True),
     "shampoo": Method(kc.Shampoo, {"learning_rate": 0.01, "every": 2, "epsilon": 1e-3}, {"learning_rate": 0.3}),
     "shampoo_newton": Method(
         kc.Shampoo,

@@ -36,9 +36,16 @@ def by_slices(kind):
     )
 
 
-def trained(name, kind, micro_batches=1):
-    """What is left after `STEPS` steps: how far the weights have come, they themselves, batch statistics, the loss."""
+def trained(name, kind, micro_batches=1, rounding=None):
+    """What is left after `STEPS` steps: how far the weights have come, they themselves, batch statistics, the loss.
+
+    With `rounding`, a seed, from weights that differ by the rounding of a number.
+    """
     case = MODELS[kind]()
+    if rounding is not None:
+        random = np.random.default_rng(rounding)
+        for v in case.model.trainable_variables:
+            v.assign(v.numpy() * (1 + np.finfo(v.dtype).eps * random.choice([-1, 1], v.shape)))
     if name in KERAS:
         model, optimizer = kc.curved(case.model), KERAS[name]()
     else:
@@ -56,16 +63,26 @@ def trained(name, kind, micro_batches=1):
 
 
 def compared(strategy, item):
-    """`{"one": what is left, "many": what is left}` of an item `optimizer:kind`."""
+    """`{"one": what is left, "many": what is left, "rounding": number}` of an item `optimizer:kind`.
+
+    `rounding`: how much the weights of one device differ at the end if they differ by their rounding at the start; 0,
+    not computed, where those of many replicas differ by less than ten roundings.
+    """
     name, kind = item.split(":")
     slices = strategy.num_replicas_in_sync if by_slices(kind) else 1
-    one = trained(name, kind, micro_batches=slices)
+    one = trained(name, kind, slices)
     with strategy.scope():
-        return {"one": one, "many": trained(name, kind)}
+        many = trained(name, kind)
+    found = {"one": one, "many": many, "rounding": 0.0}
+    weights, few = np.array(one["weights"]), 10 * np.finfo(keras.config.floatx()).eps
+    if not np.allclose(many["weights"], weights, rtol=few, atol=few):
+        others = [trained(name, kind, slices, rounding=seed) for seed in range(2)]
+        found["rounding"] = max(float(np.abs(other["weights"] - weights).max()) for other in others)
+    return found
 
 
 def main(replicas, floatx, *items):
-    """Prints `{item: {"one": what is left, "many": what is left}}`."""
+    """Prints `{item: {"one": what is left, "many": what is left, "rounding": number}}`."""
     warnings.filterwarnings("ignore")
     replicas = int(replicas)
     tf.config.set_logical_device_configuration(

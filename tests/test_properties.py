@@ -83,6 +83,7 @@ def assert_passed_over(model, x, y, expected):
     model.optimizer.build(model.trainable_variables)
     counter = model.optimizer.skipped_steps
     rest = [v for v in [*model.variables, *model.optimizer.variables] if v is not counter]
+    model.reset_metrics()  # Keras 3.10 does not
     before = values(rest)
     logs = model.train_on_batch(x, y, return_dict=True)
     assert_same(values(rest), before)
@@ -220,9 +221,10 @@ def mixed(request):
 def test_trains_in_mixed_precision(name, mixed):
     x, y = data()
     model = compiled(name, network(dropout=0, normalized=False))
-    seen = losses(model, x, y, epochs=5)
-    assert np.isfinite(seen).all()
-    assert np.mean(seen[-3:]) < np.mean(seen[:3])
+    seen = np.array(losses(model, x, y, epochs=5))
+    counted = seen[np.isfinite(seen)]  # the mean of an epoch is NaN as long as all its batches overflowed
+    assert len(counted) >= len(seen) - (2 if mixed == "mixed_float16" else 0)
+    assert np.mean(counted[-3:]) < np.mean(counted[:3])
     if mixed == "mixed_float16":
         scaler = model.optimizer
         assert isinstance(scaler, keras.optimizers.LossScaleOptimizer)
@@ -365,6 +367,7 @@ PAIRS = [
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*knows no Kronecker factors")
 @pytest.mark.parametrize(("kind", "name"), crossed(MODELS, OPTIMIZERS, PAIRS))
 def test_trains_every_kind_of_layer(kind, name):
     case = MODELS[kind]().compile(OPTIMIZERS[name]())
