@@ -1,8 +1,14 @@
-"""A check, before anything else is imported, that Keras runs on a TensorFlow that the package works with."""
+"""A check, before anything else is imported, that Keras runs on a TensorFlow that the package works with.
+
+The package does not require TensorFlow, which comes in several distributions of one module: `tensorflow`,
+`tensorflow-cpu`, `tensorflow-tpu` and others. A requirement would install one of them over another.
+"""
 
 import importlib.util
 
-OLDEST = {"keras": (3, 10), "tensorflow": (2, 19)}
+# The first version that works, and the first one that nobody has tried: private names are read from both.
+RANGES = {"keras": ((3, 10), (3, 16)), "tensorflow": ((2, 19), (2, 22))}
+INSTALL = "pip install 'keras_curvature[tensorflow]'    # on a Cloud TPU: 'keras_curvature[tpu]'"
 CHOOSE = (
     "Choose TensorFlow before Keras is imported, by the environment:\n\n    KERAS_BACKEND=tensorflow python ...\n\n"
     'or by `"backend": "tensorflow"` in `~/.keras/keras.json`.'
@@ -10,12 +16,12 @@ CHOOSE = (
 
 
 def check():
-    """Raise an `ImportError` with the remedy unless Keras runs on TensorFlow, both recent enough."""
+    """Raise an `ImportError` with the remedy unless Keras runs on TensorFlow, both of versions that work."""
     for package in ("tensorflow", "keras"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(
                 f"`keras_curvature` needs Keras on TensorFlow, and `{package}` is not installed. Install it:\n\n"
-                f"    pip install 'tensorflow>={_text(OLDEST['tensorflow'])}' 'keras>={_text(OLDEST['keras'])}'\n"
+                f"    {INSTALL}\n"
             )
     try:
         import keras
@@ -27,11 +33,12 @@ def check():
         received = f"Received: the Keras backend {keras.backend.backend()!r}"
         raise ImportError(f"`keras_curvature` needs Keras on TensorFlow. {received}. {CHOOSE}")
     for module in (keras, tensorflow):
-        name, oldest = module.__name__, OLDEST[module.__name__]
-        if _numbers(module.__version__) < oldest:
+        name, (oldest, too_new) = module.__name__, RANGES[module.__name__]
+        if not oldest <= _numbers(module.__version__) < too_new:
+            wanted = f">={_text(oldest)},<{_text(too_new)}"
             raise ImportError(
-                f"`keras_curvature` needs {name} {_text(oldest)} or newer. Received: {name} {module.__version__}. "
-                f"Install a newer one:\n\n    pip install --upgrade '{name}>={_text(oldest)}'\n"
+                f"`keras_curvature` needs {name}{wanted}. Received: {name} {module.__version__}. Install one of these:"
+                f"\n\n    pip install '{name}{wanted}'\n"
             )
 
 

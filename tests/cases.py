@@ -6,6 +6,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 
 import keras
 import numpy as np
@@ -13,6 +14,8 @@ import tensorflow as tf
 from keras import layers
 
 BATCH = 6
+# `tensorflow-tpu` has no XLA compiler for the host: Keras' default of `jit_compile` does not train there
+HAS_XLA = not any(d.metadata["Name"].replace("_", "-") == "tensorflow-tpu" for d in importlib.metadata.distributions())
 MODELS, LOSSES = {}, {}
 # Tests that are dear for every kind run these with `-m slow` alone: another kind does the same, or nearly the same.
 ALIKE = {
@@ -407,10 +410,11 @@ def one_output_without_loss(random):
 @loss_case
 def regularized(random):
     """L1, L2 and both, on kernels and a bias."""
+    L1L2 = keras.regularizers.L1L2  # in Keras 3.10 `L1` and `L2` are float32 always
     model = keras.Sequential([
         keras.Input((3,)),
-        layers.Dense(4, activation="tanh", kernel_regularizer=keras.regularizers.L2(0.03), bias_regularizer="l1"),
-        layers.Dense(2, kernel_regularizer=keras.regularizers.L1L2(0.02, 0.05)),
+        layers.Dense(4, activation="tanh", kernel_regularizer=L1L2(l2=0.03), bias_regularizer=L1L2(0.01)),
+        layers.Dense(2, kernel_regularizer=L1L2(0.02, 0.05)),
     ])  # fmt: skip
     return Case(model, normal(random, BATCH, 3), normal(random, BATCH, 2))
 

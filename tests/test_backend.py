@@ -3,6 +3,7 @@
 import configparser
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -52,27 +53,40 @@ def test_a_backend_that_is_not_installed_is_refused_with_the_remedy(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keras", "tensorflow", "old"), [("3.9.2", "2.21.0", "keras"), ("3.15.1", "2.4", "tensorflow")]
+    ("keras", "tensorflow", "wrong", "wanted"),
+    [
+        ("3.9.2", "2.21.0", "keras", ">=3.10,<3.16"),
+        ("3.16.0", "2.21.0", "keras", ">=3.10,<3.16"),
+        ("3.15.1", "2.4", "tensorflow", ">=2.19,<2.22"),
+        ("3.10.0", "2.22.0-rc0", "tensorflow", ">=2.19,<2.22"),
+    ],
 )
-def test_old_versions_are_refused_with_the_remedy(tmp_path, keras, tensorflow, old):
+def test_versions_out_of_range_are_refused_with_the_remedy(tmp_path, keras, tensorflow, wrong, wanted):
     stub(tmp_path, "keras", keras_on("tensorflow", keras))
     stub(tmp_path, "tensorflow", f"__version__ = {tensorflow!r}\n")
-    received = {"keras": keras, "tensorflow": tensorflow}[old]
+    received = {"keras": keras, "tensorflow": tensorflow}[wrong]
     message = imported(tmp_path)
-    assert f"Received: {old} {received}" in message and f"pip install --upgrade '{old}>=" in message
+    assert f"Received: {wrong} {received}" in message and f"pip install '{wrong}{wanted}'" in message
 
 
 @pytest.mark.parametrize("missing", ["tensorflow", "keras"])
 def test_what_is_not_installed_is_named(monkeypatch, missing):
     found = types.SimpleNamespace(find_spec=lambda name: None if name == missing else name)
     monkeypatch.setattr(backend.importlib, "util", found)
-    with pytest.raises(ImportError, match=f"`{missing}` is not installed. Install it:\\n\\n    pip install"):
+    with pytest.raises(ImportError, match=f"`{missing}` is not installed. Install it:\n\n    pip install") as error:
         backend.check()
+    for extra in re.findall(r"\[(\w+)\]", str(error.value)):
+        assert extra in setup_cfg()["options.extras_require"]
 
 
-def test_the_oldest_versions_are_those_that_are_installed_with_the_package():
+def setup_cfg():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    required = config["options"]["install_requires"]
-    for name, oldest in backend.OLDEST.items():
-        assert f"{name}>={'.'.join(map(str, oldest))}" in required
+    return config
+
+
+def test_the_ranges_are_those_of_the_requirements():
+    config = setup_cfg()
+    ranges = {name: f"{name}>={a[0]}.{a[1]},<{b[0]}.{b[1]}" for name, (a, b) in backend.RANGES.items()}
+    assert config["options"]["install_requires"].split() == [ranges["keras"], "numpy"]
+    assert config["options.extras_require"]["tensorflow"].split() == [ranges["tensorflow"]]

@@ -11,7 +11,7 @@ from cases import BATCH, LOSSES, MODELS, float64, normal
 from keras import layers
 from selection import some
 
-from keras_curvature import Linearization
+from keras_curvature import Linearization, keras_internals
 from keras_curvature.linearization.pure import slices
 
 CASES = {**MODELS, **{f"loss_{name}": build for name, build in LOSSES.items()}}
@@ -19,10 +19,11 @@ CASES = {**MODELS, **{f"loss_{name}": build for name, build in LOSSES.items()}}
 OF_SLICES = ["batch_normalization", "batch_normalization_2d", "masked_outputs"]
 # Both that and dropout, whose masks are those of the whole.
 MIXED = ["nested", "subclassed", "subclassed_passing_training", "frozen"]
-WHOLE = [name for name in CASES if name not in [*OF_SLICES, *MIXED]]
+SUMMED = [] if keras_internals.ACTIVITY_IS_A_MEAN else ["loss_activity_regularized"]
+WHOLE = [name for name in CASES if name not in [*OF_SLICES, *MIXED, *SUMMED]]
 USUAL = [
-    "conv2d", "spatial_dropout", "simple_rnn", "several_outputs", "loss_sample_weights", "loss_activity_regularized",
-    "loss_sparse_from_softmax", "loss_own_compute_loss",
+    "conv2d", "spatial_dropout", "simple_rnn", "several_outputs", "loss_sample_weights", "loss_sparse_from_softmax",
+    "loss_own_compute_loss", *({"loss_activity_regularized"} - set(SUMMED)),
 ]  # fmt: skip
 TRACED = [("dropout", 3), ("spatial_dropout", 2), ("loss_sparse_from_softmax", 4)]
 
@@ -436,3 +437,18 @@ def test_a_loss_of_one_number_counts_by_the_share_of_the_slice():
             found.append([lin.loss, *lin.gradient, *(lin.gauss_newton() @ lin.gradient)])
     for expected, got in zip(*found):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_activity_regularizer_that_keras_adds_up_is_warned_of():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activity_regularizer="l2", name="regularized")])
+    model.compile("sgd", "mse")
+    x = np.ones((6, 3))
+    slices._warned.clear()
+    warned = pytest.warns(UserWarning, match="adds the `activity_regularizer` of 'regularized' up.*Use Keras 3.14")
+    with contextlib.nullcontext() if keras_internals.ACTIVITY_IS_A_MEAN else warned:
+        cut = Linearization(model, x, x[:, :2], micro_batches=2)
+        found = [cut.loss, *cut.gradient]
+    whole = Linearization(model, x, x[:, :2])
+    for a, b in zip(found, [whole.loss, *whole.gradient]):
+        assert np.allclose(a, b, rtol=1e-5) == keras_internals.ACTIVITY_IS_A_MEAN
+    assert whole.loss > 0

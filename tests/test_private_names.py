@@ -14,6 +14,7 @@ from keras_curvature import keras_internals
 from keras_curvature.keras_internals import replaced
 from keras_curvature.training.models import CurvedMixin
 
+pytestmark = pytest.mark.versions
 ROOT = pathlib.Path(keras_curvature.__file__).parent
 FILES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 OTHERS = [name for name in FILES if not name.startswith("keras_internals")]
@@ -27,6 +28,7 @@ OVERRIDDEN = {
     (keras.optimizers.Optimizer, "_distributed_tf_update_step"): [
         "self", "distribution", "grads_and_vars", "learning_rate",
     ],
+    (keras.optimizers.Optimizer, "_update_model_variables_moving_average"): ["self", "trainable_variables"],
     (keras.optimizers.Optimizer, "_overwrite_model_variables_with_average_value"): ["self", "trainable_variables"],
 }  # fmt: skip
 

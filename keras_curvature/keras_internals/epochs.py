@@ -4,6 +4,8 @@ import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TFEpochIterator
 
+from keras_curvature.keras_internals.versions import HAS_LAST_STEPS
+
 
 def batch_spec(epoch_iterator):
     """The spec of a batch, a nest of `tf.TensorSpec`; under a strategy, of one replica's share.
@@ -24,8 +26,6 @@ FIT = (next(cls for cls in keras.Model.__mro__ if "fit" in vars(cls)), "fit")
 NEW_ITERATOR = (TFEpochIterator, "__init__")
 # The generator of `(first step, last step, iterator)` that `fit`, `evaluate` and `predict` loop over.
 STEPS_OF_EPOCH = (TFEpochIterator, "_enumerate_iterator")
-# Keras 3.10 has `(first step, iterator)`, and callbacks get the first step at the end of a batch too.
-HAS_LAST_STEPS = not keras.__version__.startswith("3.10.")
 
 
 def changed_steps(steps, epoch_iterator, change):

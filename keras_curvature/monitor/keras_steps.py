@@ -104,12 +104,12 @@ OF_KERAS = {
 }
 # by name: an older Keras may lack one
 _REASONS = {
-    "Lion": "steps by the sign of its momentum, equally far for any size of the gradient: there is no curvature at which "
-    "its steps begin to diverge",
-    "Muon": "makes all singular values of its momentum equal, and steps equally far for any size of the gradient: there "
-    "is no curvature at which its steps begin to diverge",
-    "Lamb": "gives each step a length in proportion to the weights, for any size of the gradient: there is no curvature "
-    "at which its steps begin to diverge",
+    "Lion": "steps by the sign of its momentum, equally far for any size of the gradient: there is no curvature at "
+    "which its steps begin to diverge",
+    "Muon": "makes all singular values of its momentum equal, and steps equally far for any size of the gradient: "
+    "there is no curvature at which its steps begin to diverge",
+    "Lamb": "gives each step a length in proportion to the weights, for any size of the gradient: there is no "
+    "curvature at which its steps begin to diverge",
     "Ftrl": "computes the weights from the sums of all gradients so far, not a step from the last one",
     "ScheduleFreeAdamW": "takes its gradients at an average of all its steps, and each step changes that average less "
     "than the one before: there is no fixed linear step",

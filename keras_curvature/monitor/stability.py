@@ -123,7 +123,7 @@ def stability(optimizer, variables=None):
     """
     check(stability, "optimizer", optimizer, isinstance(optimizer, keras.optimizers.Optimizer), "a Keras optimizer")
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+    if isinstance(optimizer, keras_internals.MULTI_OPTIMIZER):
         return Stability(math.nan, reason="`MultiOptimizer` trains with several optimizers, each with its own limit.")
     rate = replicas.read(optimizer.learning_rate)
     own = keras_internals.trained_by(optimizer) if optimizer.built else []

@@ -107,16 +107,6 @@ class Lifecycle(SavedOptimizer):
             known = handed is not linearization.gradient
         return handed, finite & trees.is_finite(linearization.gradient) if known else finite
 
-    def _overwrite_model_variables_with_average_value(self, trainable_variables):
-        """Keras'; weights in half precision take their averages, which are kept in float32, rounded."""
-        if all(trees.wide(v.dtype) == v.dtype for v in trainable_variables):
-            super()._overwrite_model_variables_with_average_value(trainable_variables)
-            return
-        update = keras_internals.strategy_of(self).extended.update
-        averages = keras_internals.state(self, "model_variables_moving_average")
-        for variable, average in zip(trainable_variables, averages):
-            update(variable.value, lambda v, a: v.assign(tf.cast(a, v.dtype)), args=(average.value,))
-
     def _clip_gradients(self, grads):
         """Keras' clipping, except for a step that was made from clipped gradients."""
         return grads if self._hands_a_step else super()._clip_gradients(grads)

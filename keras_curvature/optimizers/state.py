@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_curvature import component
+from keras_curvature.optimizers.averages import AveragedWeights
 
 # The entry that holds the class name, as bytes. As in Keras' files, the variables' entries are named by their numbers.
 OWNER = "owner"
@@ -74,7 +75,7 @@ def _is_integer(dtype):
     return "int" in str(dtype)
 
 
-class SavedOptimizer(keras.optimizers.Optimizer):
+class SavedOptimizer(AveragedWeights):
     """The part of `CurvatureOptimizer` that Keras calls to save and load."""
 
     def __init__(self, learning_rate, **kwargs):

@@ -162,7 +162,9 @@ def _normalized(tap):
         moving = (tf.cast(tf.convert_to_tensor(v), x.dtype) for v in (layer.moving_mean, layer.moving_variance))
         mean, variance = keras_internals.batch_moments(layer, x, tap.options.get("mask")) if of_batch else moving
         return keras.ops.batch_normalization(x, mean, variance, layer.axis, epsilon=layer.epsilon)
-    names = {"scale": None} if isinstance(layer, keras.layers.RMSNormalization) else {"gamma": None, "beta": None}
+    names = {"gamma": None, "beta": None}
+    if isinstance(layer, keras.layers.RMSNormalization):  # Keras 3.10 cannot do without a scale
+        names = {"scale": tf.ones(layer.scale.shape, layer.compute_dtype)}
     if isinstance(layer, keras.layers.GroupNormalization):
         names = {"scale": False, "center": False}
     return twin(layer, **names).call(x)

@@ -91,6 +91,8 @@ class PureModel:
     def __init__(self, model, batch, place, state=None, training=True, seeds=None):
         self.model, self.batch, self.place, self.training, self.evaluation = model, batch, place, training, None
         self.x, self.y, self.sample_weight = batch
+        if not place.is_whole:
+            slices.warn_of_sums(model)
         self._arguments = {"training": training} if keras_internals.takes_training(model) else {}
         self.stateful, self.counting = model.non_trainable_variables, model.metrics_variables
         # read once: every evaluation begins with the same seeds and batch statistics

@@ -111,6 +111,22 @@ def warn_of_coupled(loss):
     )
 
 
+def warn_of_sums(model):
+    """Warn once per name of a layer whose activity regularizer this Keras adds up over the batch."""
+    if keras_internals.ACTIVITY_IS_A_MEAN:
+        return
+    for layer in keras_internals.layers_of(model):
+        if getattr(layer, "activity_regularizer", None) is not None and layer.name not in _warned:
+            _warned.add(layer.name)
+            warnings.warn(
+                f"The batch is cut into slices (micro-batches, replicas or a curvature batch), and Keras "
+                f"{keras.__version__} adds the `activity_regularizer` of {layer.name!r} up over the examples of a "
+                "slice. Added losses are averaged over the slices, so it counts less. Use Keras 3.14 or newer, which "
+                "takes the mean over the examples, or micro_batches=1 on one replica.",
+                stacklevel=2,
+            )
+
+
 def graph():
     """The graph that is being traced; `None` in eager execution."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()

@@ -2,8 +2,6 @@
 
 import math
 
-import keras
-
 from keras_curvature import keras_internals, replicas
 from keras_curvature.monitor.board import layout
 from keras_curvature.training.reports import reports_of
@@ -63,7 +61,7 @@ class Live:
 def learning_rate(model):
     """The learning rate of the next step, a float; NaN for several optimizers, or for none."""
     optimizer, _ = unwrap(model.optimizer)
-    no_one = optimizer is None or isinstance(optimizer, keras.optimizers.MultiOptimizer)
+    no_one = optimizer is None or isinstance(optimizer, keras_internals.MULTI_OPTIMIZER)
     return math.nan if no_one else replicas.read(optimizer.learning_rate)
 
 
