@@ -36,7 +36,7 @@ class GaussNewton(LinearOperator):
     not_convex: tuple[str, ...]
 
     @property
-    def psd(self) -> bool:
+    def psd(self) -> bool:  # type: ignore[override]
         """Whether the compiled loss is convex in the outputs."""
         return not self.not_convex
 

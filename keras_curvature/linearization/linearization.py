@@ -132,7 +132,7 @@ class Linearization:
         """Whether the loss depends on each of `variables`, a tuple of bools; Keras skips the others."""
         if self._reached is None:
             _ = self.gradient
-        return self._reached
+        return self._reached  # type: ignore[return-value]
 
     @property
     def l2(self) -> tuple[float, ...]:
@@ -224,7 +224,7 @@ class Linearization:
         that one replica would take. A mean over examples (Keras' default loss) becomes the mean over the piece. A batch
         of fewer than `size` is used whole.
         """
-        how = {"needs": self.needs, "loss_scale": self.loss_scale, "part": (size, index), **self._how}
+        how: dict[str, Any] = {"needs": self.needs, "loss_scale": self.loss_scale, "part": (size, index), **self._how}
         return Linearization(self.model, *self._batch, **how)
 
     def commit(self) -> None:

@@ -107,7 +107,7 @@ class Sum(LinearOperator):
     right: LinearOperator
 
     @property
-    def psd(self) -> bool:
+    def psd(self) -> bool:  # type: ignore[override]
         return self.left.psd and self.right.psd
 
     def multiply(self, vector: Vector) -> Vector:
@@ -135,7 +135,7 @@ class Scaled(LinearOperator):
         _require_scalar(self.scalar)
 
     @property
-    def psd(self) -> bool:
+    def psd(self) -> bool:  # type: ignore[override]
         known = _is_nonnegative(self.scalar) if self.nonnegative is None else self.nonnegative
         return self.operator.psd and known
 

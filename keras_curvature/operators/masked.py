@@ -26,7 +26,7 @@ class Masked(LinearOperator):
     like: Vector | Variables
 
     @property
-    def psd(self) -> bool:
+    def psd(self) -> bool:  # type: ignore[override]
         """Whether `A` is positive semi-definite."""
         return self.operator.psd
 

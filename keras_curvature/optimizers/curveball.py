@@ -115,7 +115,7 @@ class CurveBall(CurvatureOptimizer):
 
     def linear_step(self) -> LinearStep | NotLinear:
         """With fixed `beta` and `rho`, momentum on the quadratic itself; else no known limit."""
-        if self.beta is None:
+        if self.beta is None or self.rho is None:
             return NotLinear(
                 "`CurveBall` sets the length of each step, and its momentum, by the curvature of the batch: it takes "
                 "curvature into account, however large. Watch its `reduction_ratio` and `damping`."

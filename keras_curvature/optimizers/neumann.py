@@ -84,8 +84,7 @@ class Neumann(CurvatureOptimizer):
         reset_growth: int = 2, name: str = "neumann", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
-        self.alpha, self.beta, self.gamma = alpha, beta, gamma
-        self.mu_start, self.mu_end = mu_start, mu_end
+        self.alpha, self.beta, self.gamma, self.mu_start, self.mu_end = alpha, beta, gamma, mu_start, mu_end
         self.warmup_steps, self.reset_every, self.reset_growth = warmup_steps, reset_every, reset_growth
         check_number(self, "alpha", alpha, low=0)
         check_number(self, "beta", beta, low=0)
@@ -105,7 +104,8 @@ class Neumann(CurvatureOptimizer):
                 "Train without clipping.",
                 stacklevel=2,
             )
-        self._stores_base, self._mode = False, None
+        self._stores_base = False
+        self._mode: Any = None
 
     @classmethod
     def from_epochs(
@@ -130,7 +130,7 @@ class Neumann(CurvatureOptimizer):
         """`m`, `v` (which the first step puts at the weights), the next reset and the period after it."""
         self._m = self.add_optimizer_variables(variables, "m")
         self._v = self.add_optimizer_variables(variables, "v")
-        counter = {"shape": (), "dtype": "int", "aggregation": "none"}
+        counter: dict[str, Any] = {"shape": (), "dtype": "int", "aggregation": "none"}
         self._next_reset = self.add_variable(initializer="ones", name="next_reset", **counter)
         period = keras.initializers.Constant(self.reset_every or 0)
         self._period = self.add_variable(initializer=period, name="reset_period", **counter)

@@ -84,7 +84,7 @@ def synthetic(
     random = np.random.RandomState(seed)
     if kind == "images":
         return _images(random, samples, shape, classes)
-    return _TEACHERS[kind](random, samples)
+    return _TEACHERS[kind](random, samples)  # type: ignore[operator]
 
 
 def _digits(name, data_dir, download):

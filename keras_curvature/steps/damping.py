@@ -110,7 +110,7 @@ class LevenbergMarquardt(Component):
         return tf.where(bad, grown, tf.where(ratio > self.high, shrunk, value))
 
 
-def as_damping(owner: Any, damping: float | Damping) -> Damping:
+def as_damping(owner: Any, damping: Any) -> Damping:
     """The component for the argument `damping`: itself, or a `ConstantDamping` for a number."""
     if is_number(damping):
         check_number(owner, "damping", damping, low=0)

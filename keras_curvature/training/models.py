@@ -150,7 +150,7 @@ def curved(model: Model, micro_batches: int | None = None) -> Model:
             f"`curved`: `{type(model).__name__}` has its own `train_step`, which a curved model replaces. Compute "
             "the loss in `compute_loss(self, x, y, y_pred, sample_weight, training)` instead of `train_step`."
         )
-    model.__class__ = _curved_class(type(model))
+    model.__class__ = _curved_class(type(model))  # type: ignore[arg-type]
     model.train_function = None  # traced again, with the new step
     model.micro_batches = 1 if micro_batches is None else micro_batches
     model._compiled_by_class = _is_compiled_by_class(model)

@@ -49,7 +49,7 @@ def hessian_diagonal(lin, seed: Integer = 0, probe: Probe = "rademacher", probes
         z = draw(weights, probes * seed + i, probe)
         estimate = [a * b for a, b in zip(z, H @ z)]
         total = estimate if total is None else trees.add(total, estimate)
-    return total if probes == 1 else trees.scale(1.0 / probes, total)
+    return total if probes == 1 else trees.scale(1.0 / probes, total)  # type: ignore[return-value]
 
 
 def draw(like, seed, probe="rademacher"):
