@@ -11,12 +11,12 @@ from keras_curvature.steps import Damping
 from keras_curvature.typing import LearningRate, Vector
 
 
-class Lion(kc.CurvatureOptimizer):
-    """A method of gradients, as in the guide."""
+class SignDescent(kc.CurvatureOptimizer):
+    """A method of gradients."""
 
     needs = kc.Needs(only_gradients=True)
 
-    def __init__(self, learning_rate: LearningRate = 1e-4, beta_1: float = 0.9, name: str = "lion") -> None:
+    def __init__(self, learning_rate: LearningRate = 1e-4, beta_1: float = 0.9, name: str = "sign_descent") -> None:
         super().__init__(learning_rate, name=name)
         self.beta_1 = beta_1
 
@@ -30,7 +30,7 @@ class Lion(kc.CurvatureOptimizer):
 
 
 class DampedGaussNewton(kc.CurvatureOptimizer):
-    """A method of curvature, as in the guide."""
+    """A method of curvature."""
 
     needs = kc.Needs(products=True)
     reports = {"solver_steps": "mean", "skipped_steps": "sum"}
@@ -66,7 +66,7 @@ def optimizers() -> list[kc.CurvatureOptimizer]:
         kc.SophiaH(gamma=0.02),
         kc.SquareRootFreeAdam(fisher="sampled"),
         kc.TwoLoopNeumann(solver=kc.NeumannSeries(steps=20, rate=0.01)),
-        Lion(),
+        SignDescent(),
         DampedGaussNewton(1.0),
     ]
 
