@@ -24,7 +24,7 @@ from keras_curvature.training.models import CurvatureModel, curved
 __version__ = "0.1.0"
 
 __all__ = [
-    *optimizers.__all__,
+    *optimizers.__all__,  # type: ignore[attr-defined]
     "ArmijoLineSearch",
     "ConjugateGradient",
     "ConstantDamping",

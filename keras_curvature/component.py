@@ -5,8 +5,13 @@ numbers and other components, never a tensor, a variable or a model, so its fiel
 """
 
 import dataclasses
+from typing import Self, TypeVar
 
 import keras
+
+from keras_curvature.typing import Config
+
+Class = TypeVar("Class")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,17 +26,17 @@ class Component:
     ```
     """
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The fields, as given; nested components in Keras' serialized form."""
         return {field.name: serialize(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Self:
         """The component that `get_config` described."""
         return cls(**{name: deserialize(value) for name, value in config.items()})
 
 
-def register(cls):
+def register(cls: type[Class]) -> type[Class]:
     """Make `cls` known to Keras' saving under the package's name, so that a saved file finds it again."""
     return keras.saving.register_keras_serializable(package="keras_curvature")(cls)
 

@@ -14,6 +14,7 @@ ROOT = pathlib.Path(keras_curvature.__file__).parent
 FLOORS = {
     "backend": 0,
     "keras_internals": 0,  # below all others, which see Keras' and TensorFlow's private names through it
+    "typing": 0,
     "trees": 1, "replicas": 1, "component": 1,
     "operators": 2, "steps": 2,
     "linearization": 3, "solvers": 3,

@@ -74,7 +74,7 @@ def of_keras_kind():
         module = importlib.import_module("keras_curvature." + file[:-3].replace("/", ".").removesuffix(".__init__"))
         for node in (node for node in FILES[file].body if isinstance(node, ast.ClassDef)):
             cls, names = getattr(module, node.name), {name for name in defined(node) if is_private(name)}
-            if issubclass(cls, CurvedMixin) or issubclass(CurvedMixin, cls):
+            if issubclass(cls, CurvedMixin) or cls in CurvedMixin.__mro__:
                 yield MADE[0], cls, names
             for kind in (keras.layers.Layer, keras.optimizers.Optimizer, keras.callbacks.Callback):
                 if issubclass(cls, kind):

@@ -1,6 +1,7 @@
 """The generalized Gauss-Newton matrix as an operator with access to its factors."""
 
 import dataclasses
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -9,15 +10,16 @@ from keras_curvature import replicas, trees
 from keras_curvature.linearization import products
 from keras_curvature.linearization.passes import Passes
 from keras_curvature.operators import LinearOperator
+from keras_curvature.typing import Scalar, Variables, Vector
 
 
 @dataclasses.dataclass(frozen=True)
 class Tangent:
     """`v` pushed through the model: `J v` and `H_L J v` on every replica, beside `v` itself."""
 
-    vector: list
-    pushed: object
-    curved: object
+    vector: Vector
+    pushed: Any
+    curved: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,45 +29,45 @@ class GaussNewton(LinearOperator):
     A quadratic form `u'Gv = (Ju)' H_L (Jv)` needs no backward pass, and `G v + g` needs one instead of two.
     """
 
-    variables: list
+    variables: Variables
     passes: Passes
-    loss_scale: object
-    l2: tuple
-    not_convex: tuple
+    loss_scale: Scalar | None
+    l2: tuple[float, ...]
+    not_convex: tuple[str, ...]
 
     @property
-    def psd(self):
+    def psd(self) -> bool:  # type: ignore[override]
         """Whether the compiled loss is convex in the outputs."""
         return not self.not_convex
 
-    def multiply(self, vector):
+    def multiply(self, vector: Vector) -> Vector:
         """`G v`: one forward-mode and one backward pass."""
         trees.check("vector", vector, self.variables)
         product = self.passes.total(lambda recorded, v: recorded.gauss_newton_product(v), [list(vector)])
         return self._add_l2(product, vector)
 
-    def push(self, vector):
+    def push(self, vector: Vector) -> Tangent:
         """The `Tangent` of `vector`: one forward-mode pass."""
         trees.check("vector", vector, self.variables)
         pushed, curved = self.passes.rows(lambda recorded, v: recorded.push(v), [list(vector)])
         return Tangent(vector, pushed, curved)
 
-    def pull(self, tangent):
+    def pull(self, tangent: Tangent) -> Vector:
         """`G v` of the vector that was pushed: one backward pass."""
         pulled = self.passes.total(lambda recorded, c: recorded.pull(c), tangents=[tangent.curved])
         return self._add_l2(pulled, tangent.vector)
 
-    def pull_with_gradient(self, tangent):
+    def pull_with_gradient(self, tangent: Tangent) -> Vector:
         """`G v + g`, the gradient of the quadratic model at `v`: the same one backward pass."""
         pulled = self.passes.total(lambda recorded, c: recorded.gradient(c), tangents=[tangent.curved])
         return self._add_l2(pulled, tangent.vector)
 
-    def inner(self, left, right):
+    def inner(self, left: Tangent, right: Tangent) -> tf.Tensor:
         """`u' G v` from two tangents, a scalar: no pass at all."""
         product = replicas.total(lambda u, c: products.inner(u, c, self.loss_scale), left.pushed, right.curved)
         return self._with_l2(product, left, right)
 
-    def gram(self, *tangents):
+    def gram(self, *tangents: Tangent) -> tf.Tensor:
         """All `u_i' G u_j` of some tangents, a symmetric matrix: no pass, and one sum over the replicas."""
         pairs = [(i, j) for i in range(len(tangents)) for j in range(i, len(tangents))]
 
@@ -77,7 +79,7 @@ class GaussNewton(LinearOperator):
         rows = range(len(tangents))
         return tf.stack([tf.stack([entry[min(i, j), max(i, j)] for j in rows]) for i in rows])
 
-    def quadratic_form(self, u, v):
+    def quadratic_form(self, u: Vector, v: Vector) -> tf.Tensor:
         """`u' G v`: two forward-mode passes, one where `u` is `v`."""
         left = self.push(u)
         return self.inner(left, left if v is u else self.push(v))

@@ -1,7 +1,10 @@
 """The substitute for a `Linearization` on a plain `keras.Model`."""
 
+from typing import Any
+
 from keras_curvature import trees
 from keras_curvature.linearization.linearization import Linearization
+from keras_curvature.typing import Variables, Vector
 
 
 class Gradients:
@@ -13,15 +16,15 @@ class Gradients:
         variables: The variables that it belongs to.
     """
 
-    def __init__(self, asked_by, gradient, variables):
+    def __init__(self, asked_by: str, gradient: Vector, variables: Variables) -> None:
         self._asked_by, self.gradient, self.variables = asked_by, gradient, list(variables)
 
     @property
-    def weights(self):
+    def weights(self) -> Vector:
         """The current weights."""
         return trees.values(self.variables)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(Linearization, name):
             raise AttributeError(f"`Gradients` has no attribute {name!r}")
         raise ValueError(needs_a_curved_model(self._asked_by, f"asked for the `{name}` of the loss"))

@@ -10,8 +10,11 @@ questions changes neither the numbers nor the number of passes.
 """
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import keras
+import tensorflow as tf
 
 from keras_curvature import replicas, trees
 from keras_curvature.component import check, check_count
@@ -19,12 +22,13 @@ from keras_curvature.linearization import matrices, products
 from keras_curvature.linearization.estimates import diagonals, factors, sampled
 from keras_curvature.linearization.gauss_newton import l2_of
 from keras_curvature.linearization.layers import kronecker, taps
-from keras_curvature.linearization.needs import EVERYTHING
+from keras_curvature.linearization.needs import EVERYTHING, Needs
 from keras_curvature.linearization.passes import Passes
 from keras_curvature.linearization.pure import slices
 from keras_curvature.linearization.pure.differentiable import differentiable_keras
 from keras_curvature.linearization.pure.functional import build_for, check_model
 from keras_curvature.linearization.pure.on_replicas import OnReplicas
+from keras_curvature.typing import Integer, Scalar, Vector
 
 
 class Linearization:
@@ -86,9 +90,10 @@ class Linearization:
     """
 
     def __init__(
-        self, model, x, y=None, sample_weight=None, *,
-        needs=EVERYTHING, shift=None, loss_scale=None, part=None, micro_batches=1, training=True, seeds=None,
-    ):  # fmt: skip
+        self, model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, *, needs: Needs = EVERYTHING,
+        shift: Vector | None = None, loss_scale: Scalar | None = None, part: tuple[float, Integer] | None = None,
+        micro_batches: int = 1, training: bool = True, seeds: tf.Tensor | None = None,
+    ) -> None:  # fmt: skip
         check_model(Linearization, model)
         check_count(Linearization, "micro_batches", micro_batches)
         check(Linearization, "training", training, isinstance(training, bool), "True or False")
@@ -97,60 +102,59 @@ class Linearization:
         self.loss_scale, self._reached, self._batch = loss_scale, None, (x, y, sample_weight)
         self._how = {"shift": shift, "micro_batches": micro_batches, "training": training, "seeds": seeds}
         self._on_replicas = OnReplicas(model, self._batch, part=part, **self._how)
-        self.examples = self._on_replicas.examples
         # `cached_property` holds a lock while it computes: the threads of replicas would wait for each other
-        self._known, self._graph = {}, slices.graph()
+        self.examples, self._known, self._graph = self._on_replicas.examples, {}, slices.graph()
 
     # At the weights.
 
     @property
-    def weights(self):
+    def weights(self) -> Vector:
         """`w`, plus the shift, a list of tensors."""
         return self._once("weights", self._on_replicas.weights)
 
     @property
-    def loss(self):
+    def loss(self) -> tf.Tensor:
         """`f(w)`, a scalar."""
         return self._evaluated()[0]
 
     @property
-    def outputs(self):
+    def outputs(self) -> Any:
         """The model's outputs, in its own structure; under a strategy, one slice per replica."""
         return self._evaluated()[1]
 
     @property
-    def gradient(self):
+    def gradient(self) -> Vector:
         """`df/dw`, a vector; one backward pass, however often it is asked for."""
         return self._once("gradient", lambda: self._gradient_and()[0])
 
     @property
-    def reached(self):
+    def reached(self) -> tuple[bool, ...]:
         """Whether the loss depends on each of `variables`, a tuple of bools; Keras skips the others."""
         if self._reached is None:
             _ = self.gradient
-        return self._reached
+        return self._reached  # type: ignore[return-value]
 
     @property
-    def l2(self):
+    def l2(self) -> tuple[float, ...]:
         """Second derivative of the L2 regularizer of each variable, a tuple of floats; 0 where there is none."""
         return l2_of(self.variables)
 
-    def is_known(self, name):
+    def is_known(self, name: str) -> bool:
         """Whether `"loss"` or `"gradient"` has been computed already."""
         return name in self._known
 
     # At other weights.
 
-    def loss_at(self, step):
+    def loss_at(self, step: Vector) -> tf.Tensor:
         """`f(w + step)`, a scalar; one forward pass with the same masks and seeds, and no weight is assigned."""
         trees.check("step", step, self.variables)
         return self.total(lambda pure, weights, step: pure.evaluate(trees.add(weights, step)).loss, step)
 
-    def gradient_at(self, step):
+    def gradient_at(self, step: Vector) -> Vector:
         """`df/dw` at `w + step`, a vector; one forward and one backward pass."""
         return self.loss_and_gradient_at(step)[1]
 
-    def loss_and_gradient_at(self, step):
+    def loss_and_gradient_at(self, step: Vector) -> tuple[tf.Tensor, Vector]:
         """`(f, df/dw)` at `w + step`."""
         trees.check("step", step, self.variables)
 
@@ -160,7 +164,7 @@ class Linearization:
 
         return self.total(both, step)
 
-    def total(self, fn, *vectors):
+    def total(self, fn: Callable[..., Any], *vectors: Vector) -> Any:
         """The sum over replicas and micro-batches of a function of the model on one slice of the batch.
 
         Args:
@@ -182,7 +186,6 @@ class Linearization:
         total, loss = lin.total(squares)
         ```
         """
-
         on_replicas = self._on_replicas
 
         def here(*vectors):
@@ -210,7 +213,7 @@ class Linearization:
 
     # The batch and the model.
 
-    def chunk(self, size, index=0):
+    def chunk(self, size: float, index: Integer = 0) -> "Linearization":
         """The linearization of a part of the batch: of each replica's slice, the `index`-th piece, taken in turn.
 
         Args:
@@ -221,11 +224,10 @@ class Linearization:
         that one replica would take. A mean over examples (Keras' default loss) becomes the mean over the piece. A batch
         of fewer than `size` is used whole.
         """
-        return Linearization(
-            self.model, *self._batch, needs=self.needs, loss_scale=self.loss_scale, part=(size, index), **self._how
-        )  # fmt: skip
+        how: dict[str, Any] = {"needs": self.needs, "loss_scale": self.loss_scale, "part": (size, index), **self._how}
+        return Linearization(self.model, *self._batch, **how)
 
-    def commit(self):
+    def commit(self) -> None:
         """Write the batch statistics, random seeds and loss counters of this batch into the model, once."""
         passes, pure = self.passes, self._on_replicas
         self._evaluated()
@@ -234,11 +236,11 @@ class Linearization:
     # One forward pass, recorded on every replica.
 
     @property
-    def passes(self):
+    def passes(self) -> Passes:
         """The recorded forward pass of each slice, `Passes`."""
         return self._once("passes", self._recorded)
 
-    def record(self, make, tapping=contextlib.nullcontext):
+    def record(self, make: Callable[..., Any], tapping: Callable[[], Any] = contextlib.nullcontext) -> Passes:
         """`Passes` of `make(pure, weights)` on each slice, while the context `tapping()` is open."""
 
         @contextlib.contextmanager
@@ -249,13 +251,13 @@ class Linearization:
         on_replicas = self._on_replicas
         return Passes(on_replicas.here, lambda pure: make(pure, on_replicas.weights()), around)
 
-    def kernels(self):
+    def kernels(self) -> contextlib.AbstractContextManager[None]:
         """The context in which Keras uses kernels that the `needs` can differentiate."""
         # tapped recurrent layers do not use cuDNN
         in_steps, needs = any(isinstance(layer, keras.layers.RNN) for layer in self._tapped()), self.needs
         return differentiable_keras(twice=needs.hessian, products=needs.hessian or needs.products or in_steps)
 
-    def with_gradient(self, question):
+    def with_gradient(self, question: Callable[[products.Pass], Any]) -> Any:
         """The sum of `question(pass)`, in the same pass as the `gradient` if that is not known yet."""
         if self.is_known("gradient"):
             return self.passes.total(question)
@@ -291,9 +293,7 @@ class Linearization:
         return self._once("loss", self.passes.evaluated)
 
     def _once(self, name, compute):
-        if name in self._known:
-            return self._known[name]
-        value = compute()
+        value = self._known[name] if name in self._known else compute()
         if slices.graph() is self._graph:  # a tensor made inside a loop or condition cannot be used outside
             self._known[name] = value
         return value

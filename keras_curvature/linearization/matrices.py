@@ -1,5 +1,7 @@
 """The curvature matrices of a `Linearization`, as operators. Each function is a method of that class."""
 
+from typing import Literal
+
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
@@ -9,10 +11,10 @@ from keras_curvature.linearization.fisher import convexity
 from keras_curvature.linearization.gauss_newton import GaussNewton
 from keras_curvature.linearization.layers import taps
 from keras_curvature.linearization.needs import require
-from keras_curvature.operators import Function
+from keras_curvature.operators import Function, LinearOperator
 
 
-def hessian(lin):
+def hessian(lin) -> LinearOperator:
     """The Hessian `H` of the loss, a `LinearOperator`; not positive semi-definite in general.
 
     One product costs about as much as a gradient. It shares the forward and the backward pass of the loss and the
@@ -27,7 +29,7 @@ def hessian(lin):
     return Function(_product(lin, passes, lambda recorded, v: recorded.hessian_product(v)))
 
 
-def gauss_newton(lin):
+def gauss_newton(lin) -> GaussNewton:
     """The generalized Gauss-Newton matrix `J' H_L J`, a `GaussNewton` operator.
 
     `J` is the Jacobian of the model's outputs (of its logits, if the loss reads them) and `H_L` the second derivative
@@ -43,7 +45,7 @@ def gauss_newton(lin):
     return GaussNewton(lin.variables, lin.passes, lin.loss_scale, lin.l2, not_convex)
 
 
-def fisher(lin, kind="exact"):
+def fisher(lin, kind: Literal["exact", "empirical"] = "exact") -> LinearOperator:
     """A Fisher matrix of the loss, a `LinearOperator`; always positive semi-definite.
 
         "exact"      F = sum_n J_n' E_y[s_n s_n'] J_n,    labels y drawn from the model
@@ -66,7 +68,7 @@ def fisher(lin, kind="exact"):
     return Function(_product(lin, lin.passes, lambda recorded, v: recorded.fisher_product(v, kind)), psd=True)
 
 
-def hidden_gauss_newton(lin):
+def hidden_gauss_newton(lin) -> LinearOperator:
     """`J_h' J_h / N`, for `h` the hidden states of the recurrent layers and `N` the number of examples.
 
     The Gauss-Newton matrix of `1/2 |h(w) - h(w_0)|^2`, summed over units and time, mean over the examples. Structural

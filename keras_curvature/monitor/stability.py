@@ -14,6 +14,8 @@ stability" (2021); Cohen et al., "Adaptive gradient methods at the edge of stabi
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
@@ -50,13 +52,13 @@ class Stability:
     note: str | None = None
 
     @property
-    def sharpness_limit(self):
+    def sharpness_limit(self) -> float | None:
         """The largest stable eigenvalue of `M H`, `limit / rate`; `None` where there is no limit."""
         if self.limit is None:
             return None
         return self.limit / self.rate if self.rate else math.inf
 
-    def gauge(self, sharpness):
+    def gauge(self, sharpness: Any) -> Any:
         """`rate * sharpness / limit`: 1 at the edge; above 1, steps diverge along the sharpest direction.
 
         Args:
@@ -70,7 +72,7 @@ class Stability:
         return self.rate * sharpness / self.limit
 
 
-def stability(optimizer, variables=None):
+def stability(optimizer: keras.Optimizer, variables: Sequence[keras.Variable] | None = None) -> Stability:
     """The largest curvature that is stable for an optimizer's learning rate, and the metric that it is measured in.
 
     On a quadratic with the Hessian `H`, and with a fixed optimizer state, every direction shrinks while

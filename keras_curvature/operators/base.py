@@ -16,6 +16,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from keras_curvature import trees
+from keras_curvature.typing import Scalar, Vector
 
 
 class LinearOperator:
@@ -37,7 +38,7 @@ class LinearOperator:
 
     psd = False
 
-    def multiply(self, vector):
+    def multiply(self, vector: Vector) -> Vector:
         """`A v`, a vector.
 
         Args:
@@ -48,24 +49,24 @@ class LinearOperator:
         """
         raise NotImplementedError(f"`{type(self).__name__}` must implement `multiply(vector)`.")
 
-    def __matmul__(self, vector):
+    def __matmul__(self, vector: Vector) -> Vector:
         return self.multiply(vector)
 
-    def __add__(self, other):
+    def __add__(self, other: "LinearOperator") -> "Sum":
         _require_operator(other)
         return Sum(self, other)
 
-    def __radd__(self, other):
+    def __radd__(self, other: "LinearOperator") -> "Sum":
         _require_operator(other)
         return Sum(other, self)
 
-    def __rmul__(self, scalar):
+    def __rmul__(self, scalar: Scalar) -> "Scaled":
         return Scaled(scalar, self)
 
     __mul__ = __rmul__
     __array_ufunc__ = None  # makes `np.float32(2) * A` an operator, not an array of operators
 
-    def quadratic_form(self, u, v):
+    def quadratic_form(self, u: Vector, v: Vector) -> tf.Tensor:
         """`u' A v`, a scalar."""
         return trees.dot(u, self @ v)
 
@@ -81,10 +82,10 @@ class Function(LinearOperator):
     Example: `Function(lambda v: [2.0 * a for a in v], psd=True)`
     """
 
-    product: Callable
+    product: Callable[[Vector], Vector]
     psd: bool = False
 
-    def multiply(self, vector):
+    def multiply(self, vector: Vector) -> Vector:
         return self.product(vector)
 
 
@@ -94,7 +95,7 @@ class Identity(LinearOperator):
 
     psd = True
 
-    def multiply(self, vector):
+    def multiply(self, vector: Vector) -> Vector:
         return vector
 
 
@@ -106,10 +107,10 @@ class Sum(LinearOperator):
     right: LinearOperator
 
     @property
-    def psd(self):
+    def psd(self) -> bool:  # type: ignore[override]
         return self.left.psd and self.right.psd
 
-    def multiply(self, vector):
+    def multiply(self, vector: Vector) -> Vector:
         return trees.add(self.left @ vector, self.right @ vector)
 
 
@@ -126,7 +127,7 @@ class Scaled(LinearOperator):
         nonnegative: Whether `s >= 0`; `None`: read from the value, and false if it is not known. Defaults to `None`.
     """
 
-    scalar: object
+    scalar: Scalar
     operator: LinearOperator
     nonnegative: bool | None = None
 
@@ -134,11 +135,11 @@ class Scaled(LinearOperator):
         _require_scalar(self.scalar)
 
     @property
-    def psd(self):
+    def psd(self) -> bool:  # type: ignore[override]
         known = _is_nonnegative(self.scalar) if self.nonnegative is None else self.nonnegative
         return self.operator.psd and known
 
-    def multiply(self, vector):
+    def multiply(self, vector: Vector) -> Vector:
         product = vector if isinstance(self.operator, Identity) else self.operator @ vector
         return trees.scale(self.scalar, product)
 
@@ -175,7 +176,7 @@ def _is_nonnegative(scalar):
     return scalar is not None and bool(scalar >= 0)
 
 
-def dense(operator, like):
+def dense(operator: LinearOperator, like: Vector) -> tf.Tensor:
     """The matrix of an operator, `(n, n)`, from `n` products; for tests and small models.
 
     Args:

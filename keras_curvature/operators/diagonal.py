@@ -3,6 +3,7 @@
 import dataclasses
 
 from keras_curvature.operators.base import LinearOperator
+from keras_curvature.typing import Vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,12 +16,12 @@ class Diagonal(LinearOperator):
     Example: `Diagonal([tf.square(g) for g in gradient]) @ vector`
     """
 
-    entries: list
+    entries: Vector
     psd = True
 
-    def multiply(self, vector):
+    def multiply(self, vector: Vector) -> Vector:
         return [d * v for d, v in zip(self.entries, vector)]
 
-    def inverse(self):
+    def inverse(self) -> "Diagonal":
         """The inverse operator, `v -> v / d`; the entries must be positive."""
         return Diagonal([1.0 / d for d in self.entries])

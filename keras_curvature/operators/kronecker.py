@@ -10,10 +10,12 @@ groups, with one product for each group.
 """
 
 import dataclasses
+from typing import Any
 
 import tensorflow as tf
 
 from keras_curvature.operators.base import LinearOperator
+from keras_curvature.typing import Vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class KroneckerProduct(LinearOperator):
     G: tf.Tensor
     psd: bool = True
 
-    def multiply(self, vector):
+    def multiply(self, vector: Vector) -> Vector:
         (W,) = vector
         return [times(from_left(self.A, W), self.G)]
 
@@ -46,12 +48,12 @@ class InEigenbasis(LinearOperator):
         psd: Whether no eigenvalue is negative. Defaults to `True`.
     """
 
-    U_A: object
-    U_G: object
+    U_A: tf.Tensor | None
+    U_G: tf.Tensor | None
     values: tf.Tensor
     psd: bool = True
 
-    def multiply(self, vector):
+    def multiply(self, vector: Vector) -> Vector:
         (W,) = vector
         return [out_of_basis(self.values * into_basis(W, self.U_A, self.U_G), self.U_A, self.U_G)]
 
@@ -69,12 +71,12 @@ class BlockDiagonal(LinearOperator):
         psd: Whether all operators and the diagonal are positive semi-definite. Defaults to `True`.
     """
 
-    blocks: list
-    operators: list
-    diagonal: dict
+    blocks: list[Any]
+    operators: list[LinearOperator]
+    diagonal: dict[int, tf.Tensor]
     psd: bool = True
 
-    def multiply(self, vector):
+    def multiply(self, vector: Vector) -> Vector:
         product = [tf.zeros_like(v) for v in vector]
         for index, entries in self.diagonal.items():
             product[index] = entries * vector[index]

@@ -5,6 +5,7 @@ import dataclasses
 import tensorflow as tf
 
 from keras_curvature.operators.base import LinearOperator
+from keras_curvature.typing import Vector
 
 
 def columns(vector):
@@ -32,20 +33,20 @@ class LowRankSquare(LinearOperator):
         d: A list of columns `(n_i, 1)`.
     """
 
-    U: list
-    V: list
-    d: list
+    U: Vector
+    V: Vector
+    d: Vector
     psd = True
 
-    def multiply(self, vector):
+    def multiply(self, vector: Vector) -> Vector:
         product = self.transposed_root(self.root(columns(vector)))
         return [tf.reshape(p, a.shape) for p, a in zip(product, vector)]
 
-    def root(self, x):
+    def root(self, x: Vector) -> Vector:
         """`Q x`, for and as a list of columns."""
         return _plus(self.U, self.V, [d * a for d, a in zip(self.d, x)])
 
-    def transposed_root(self, y):
+    def transposed_root(self, y: Vector) -> Vector:
         """`Q' y`, for and as a list of columns."""
         return [d * a for d, a in zip(self.d, _plus(self.V, self.U, y))]
 

@@ -5,6 +5,7 @@ import dataclasses
 import tensorflow as tf
 
 from keras_curvature.operators.base import LinearOperator
+from keras_curvature.typing import Variables, Vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,23 +22,23 @@ class Masked(LinearOperator):
     """
 
     operator: LinearOperator
-    indices: list
-    like: list
+    indices: list[int]
+    like: Vector | Variables
 
     @property
-    def psd(self):
+    def psd(self) -> bool:  # type: ignore[override]
         """Whether `A` is positive semi-definite."""
         return self.operator.psd
 
-    def multiply(self, vector):
+    def multiply(self, vector: Vector) -> Vector:
         """`S' A S v`."""
         return self.restrict(self.operator @ self.extend(vector))
 
-    def extend(self, vector):
+    def extend(self, vector: Vector) -> Vector:
         """`S v`."""
         own = dict(zip(self.indices, vector, strict=True))
         return [own[i] if i in own else tf.zeros(a.shape, a.dtype) for i, a in enumerate(self.like)]
 
-    def restrict(self, vector):
+    def restrict(self, vector: Vector) -> Vector:
         """`S' v`."""
         return [vector[i] for i in self.indices]

@@ -1,7 +1,9 @@
 """One method per file: a direction, carried to the weights by Keras. A new method adds one line here."""
 
+from typing import TYPE_CHECKING
+
 from keras_curvature.optimizers.adahessian import AdaHessian as AdaHessian
-from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.base import CurvatureOptimizer as CurvatureOptimizer
 from keras_curvature.optimizers.curveball import CurveBall as CurveBall
 from keras_curvature.optimizers.diagonal_newton import DiagonalNewton as DiagonalNewton
 from keras_curvature.optimizers.ekfac import EKFAC as EKFAC
@@ -19,6 +21,9 @@ from keras_curvature.optimizers.sophia import SophiaH as SophiaH
 from keras_curvature.optimizers.square_root_free_adam import SquareRootFreeAdam as SquareRootFreeAdam
 from keras_curvature.optimizers.two_loop_neumann import TwoLoopNeumann as TwoLoopNeumann
 
-__all__ = [
-    name for name, value in list(vars().items()) if isinstance(value, type) and issubclass(value, CurvatureOptimizer)
-]
+# A type checker cannot compute this list. Without it, it takes all names above as public.
+if not TYPE_CHECKING:
+    __all__ = [
+        name for name, value in list(vars().items())
+        if isinstance(value, type) and issubclass(value, CurvatureOptimizer)
+    ]  # fmt: skip

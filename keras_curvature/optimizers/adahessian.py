@@ -1,14 +1,18 @@
 """AdaHessian: Adam with the diagonal of the Hessian in the second moment."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number, register
 from keras_curvature.linearization.estimates import diagonals
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal
 from keras_curvature.optimizers.by_weight import DiagonalOptimizer
 from keras_curvature.optimizers.limits import LinearStep, averaged
+from keras_curvature.typing import LearningRate, Shape, Variables, Vector
 
 
 @register
@@ -54,9 +58,10 @@ class AdaHessian(DiagonalOptimizer):
     reports = {"curvature_norm": "mean", "failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(
-        self, learning_rate=0.15, beta_1=0.9, beta_2=0.999, epsilon=1e-4, hessian_power=1.0, spatial_averaging=True,
-        every=1, name="adahessian", **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 0.15, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-4,
+        hessian_power: float = 1.0, spatial_averaging: bool = True, every: int = 1, name: str = "adahessian",
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.beta_1, self.beta_2, self.epsilon, self.hessian_power = beta_1, beta_2, epsilon, hessian_power
         self.spatial_averaging, self.every = spatial_averaging, every
@@ -67,11 +72,11 @@ class AdaHessian(DiagonalOptimizer):
         check(self, "spatial_averaging", spatial_averaging, isinstance(spatial_averaging, bool), "True or False")
         check_count(self, "every", every)
 
-    def shapes(self, variables):
+    def shapes(self, variables: Variables) -> list[Shape]:
         """One entry for each kernel instead of each weight."""
         return [s.shape for s in self._shared(trees.values(variables))]
 
-    def direction(self, lin):
+    def direction(self, lin: Linearization) -> Vector:
         """`-m^ / (sqrt(s^)^k + epsilon)`."""
 
         product = self.product(lin, "rademacher")
@@ -96,7 +101,7 @@ class AdaHessian(DiagonalOptimizer):
         bias = tf.pow(share, 0.5 * self.hessian_power)
         return tf.math.divide_no_nan(m * (-bias / taken), root + bias * self.epsilon)
 
-    def linear_step(self):
+    def linear_step(self) -> LinearStep:
         """Momentum as of Adam; the denominator of the last step."""
         return LinearStep(averaged(self.beta_1), self._preconditioner)
 

@@ -20,12 +20,17 @@ State is kept in float32 at least, also for weights in half precision.
 With gradient accumulation Keras takes the step, so weight decay and EMA apply even when it is not finite.
 """
 
+from collections.abc import Callable
+
+import keras
 import tensorflow as tf
 
 from keras_curvature import trees
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.lifecycle import Lifecycle
-from keras_curvature.optimizers.limits import NotLinear
+from keras_curvature.optimizers.limits import LinearStep, NotLinear
+from keras_curvature.typing import Integer, Scalar, Variables, Vector
 
 
 class CurvatureOptimizer(Lifecycle):
@@ -44,27 +49,27 @@ class CurvatureOptimizer(Lifecycle):
         idle_steps: The number of first steps that fill the state and do not move the weights.
     """
 
-    reports = {"skipped_steps": "sum"}
+    reports: dict[str, str] = {"skipped_steps": "sum"}
     needs = Needs(products=True, hessian=True)
     idle_steps = 0
 
     # A method implements these.
 
-    def create_state(self, variables):
+    def create_state(self, variables: Variables) -> None:
         """Create the optimizer's variables; called once, by `build`."""
 
-    def direction(self, linearization):
+    def direction(self, linearization: Linearization) -> Vector:
         """The step to take before the learning rate, a vector."""
         raise NotImplementedError(
             f"`{type(self).__name__}` must implement `direction(linearization)`; or, if it needs only gradients, "
             "`precondition(gradients)` with `needs = Needs(only_gradients=True)`."
         )
 
-    def precondition(self, gradients):
+    def precondition(self, gradients: Vector) -> Vector:
         """The step to take before the learning rate, from the gradients of all variables, both vectors."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `precondition(gradients)`.")
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: Scalar) -> None:
         """`variable += learning_rate * direction`; Keras passes the direction as `gradient`."""
         dtype = trees.wide(variable.dtype)
         rate, direction = tf.cast(learning_rate, dtype), tf.cast(gradient, dtype)
@@ -76,25 +81,27 @@ class CurvatureOptimizer(Lifecycle):
 
     # A method calls these.
 
-    def remember(self, variable, value):
+    def remember(self, variable: keras.Variable | Variables, value: tf.Tensor | Vector) -> None:
         """Note the next value of `variable`, or of each of a list of variables; assigned if the step is taken."""
         if isinstance(variable, list):
             self._noted.extend(zip(variable, value))
         else:
             self._noted.append((variable, value))
 
-    def report(self, **numbers):
+    def report(self, **numbers: Scalar) -> None:
         """Report scalars by the names in `reports`; NaN means no report in this step."""
         self._reported.update(numbers)
 
-    def reject(self, rejected):
+    def reject(self, rejected: tf.Tensor) -> None:
         """Leave the weights bit-identical if the scalar `rejected` is true; noted state is stored.
 
         Keras counts the step but applies no weight decay or averaging. The report `step_norm` is 0.
         """
         self._rejected = rejected
 
-    def refresh(self, variables, every, compute, phase=0):
+    def refresh(
+        self, variables: Variables, every: int, compute: Callable[[], Vector], phase: Integer = 0
+    ) -> Vector:  # fmt: skip
         """The next values of a list of variables: `compute()` at steps `phase`, `phase + every`, ..., else unchanged.
 
         A non-finite result is discarded and the old value kept; the report `failed_refreshes` counts these. The values
@@ -121,11 +128,11 @@ class CurvatureOptimizer(Lifecycle):
         self.report(failed_refreshes=failed + self._reported.get("failed_refreshes", 0.0))
         return values
 
-    def linear_step(self):
+    def linear_step(self) -> LinearStep | NotLinear:
         """The description of the step for `stability`: a `LinearStep` or a `NotLinear` of `limits.py`."""
         return NotLinear(f"For `{type(self).__name__}` no limit on the curvature is known.")
 
-    def shift(self):
+    def shift(self) -> Vector:
         """The point to linearize at, a vector relative to the stored weights; called if `needs.shifted`."""
         raise NotImplementedError(f"`{type(self).__name__}` has `needs.shifted`, so it must implement `shift()`.")
 
@@ -133,7 +140,7 @@ class CurvatureOptimizer(Lifecycle):
     def _preconditions(self):
         return self.needs.only_gradients and type(self).precondition is not CurvatureOptimizer.precondition
 
-    def add_scalar(self, value, name):
+    def add_scalar(self, value: float, name: str) -> keras.Variable:
         """A scalar variable of the optimizer's state, with its initial value."""
 
         def initial(shape, dtype):  # Keras' `Constant` would round to float32

@@ -6,15 +6,18 @@ Lists of factors are flat, in the order of `_places`, which holds the tile and t
 """
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.linearization.needs import Needs
-from keras_curvature.operators import Function
+from keras_curvature.operators import Function, LinearOperator
 from keras_curvature.operators.tiles import Tiles
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.typing import Integer, Variables, Vector
 
 
 class ByAxis(CurvatureOptimizer):
@@ -23,7 +26,10 @@ class ByAxis(CurvatureOptimizer):
     needs = Needs(only_gradients=True)
     reports = {"failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
 
-    def create_tiles(self, variables, merge, size=None, longest=None, vectors=True):
+    def create_tiles(
+        self, variables: Variables, merge: int, size: int | None = None, longest: int | None = None,
+        vectors: bool = True,
+    ) -> None:  # fmt: skip
         """Choose the tiles and the axes that get a matrix.
 
         Axes longer than `longest` (before the cut) get no matrix; vectors get one only if `vectors`. For `merge` and
@@ -41,66 +47,68 @@ class ByAxis(CurvatureOptimizer):
             if (longest is None or n <= longest) and (vectors or len(shape) > 1)
         ]  # fmt: skip
 
-    def add_moments(self, name, tiles=None):
+    def add_moments(self, name: str, tiles: Iterable[int] | None = None) -> Variables:
         """A variable of zeros for each tile, or for the tiles with the given numbers."""
         tiles = range(len(self._shapes)) if tiles is None else tiles
         return [self.add_variable(self._shapes[i], dtype=self._dtype, name=f"{name}_{i}") for i in tiles]
 
-    def add_matrices(self, name, initializer="zeros"):
+    def add_matrices(self, name: str, initializer: str = "zeros") -> Variables:
         """A square variable for each axis that gets a matrix."""
         return [
             self.add_variable((self._shapes[i][k],) * 2, initializer, self._dtype, name=f"{name}_{i}_{k}")
             for i, k in self._places
         ]
 
-    def taken(self):
+    def taken(self) -> tf.Tensor:
         """The number of gradients in the state, a tensor; this step increases it by one."""
         taken = tf.identity(tf.convert_to_tensor(self._taken))
         self.remember(self._taken, taken + 1)
         return taken
 
-    def renew(self, variables, compute, taken, phase=0):
+    def renew(
+        self, variables: Variables, compute: Callable[[], Vector], taken: tf.Tensor, phase: Integer = 0
+    ) -> Vector:  # fmt: skip
         """`refresh` every `every` gradients in the state, instead of every `every` `iterations`."""
         phase += tf.cast(self.iterations, taken.dtype) - taken
         return self.refresh(variables, self.every, compute, tf.cast(phase % self.every, self.iterations.dtype))
 
-    def split(self, gradients):
+    def split(self, gradients: Vector) -> Vector:
         """The tiles of the gradients, in the dtype of the state."""
         return [tf.cast(tile, self._dtype) for tile in self._tiles.split(gradients)]
 
-    def join(self, tiles, like):
+    def join(self, tiles: Vector, like: Vector) -> Vector:
         """The vector that the tiles were cut from, in the dtypes of `like`."""
         return [tf.cast(tensor, other.dtype) for tensor, other in zip(self._tiles.join(tiles), like)]
 
-    def operator(self, product):
+    def operator(self, product: Callable[[Vector], Vector]) -> LinearOperator:
         """A positive definite operator on vectors, from `product`, a function of their tiles."""
         return Function(lambda vector: self.join(product(self.split(vector)), vector), psd=True)
 
-    def by_tile(self, flat):
+    def by_tile(self, flat: Iterable[Any]) -> list[list[Any]]:
         """Values in the order of `_places` as a list for each tile, with `None` for axes without a matrix."""
         found = [[None] * len(shape) for shape in self._shapes]
         for (i, k), value in zip(self._places, flat):
             found[i][k] = value
         return found
 
-    def correction(self, beta, steps):
+    def correction(self, beta: float, steps: tf.Tensor) -> tf.Tensor:
         """Adam's bias correction `1 - beta^steps`; 1 if `beta` is 1, which means a sum instead of an average."""
         if beta in (0.0, 1.0):
             return tf.constant(1.0, self._dtype)
         return -tf.math.expm1(tf.cast(steps, self._dtype) * math.log(beta))  # `expm1` is exact for beta close to 1
 
-    def average(self, old, new, beta, begun=None):
+    def average(self, old: Variables, new: Vector, beta: float, begun: tf.Tensor | None = None) -> Vector:
         """`beta old + (1 - beta) new`, or the sum of both if `beta` is 1; if `begun` is false, `beta old`."""
         share = 1.0 if beta == 1 else 1.0 - beta
         if begun is not None:
             share *= tf.cast(begun, self._dtype)
         return [beta * m + share * n for m, n in zip(old, new)]
 
-    def adam(self, m, v, steps):
+    def adam(self, m: Vector, v: Vector, steps: tf.Tensor) -> Vector:
         """Adam's step from its two moments after `steps` gradients, as Keras computes it."""
         rate = -tf.sqrt(self.correction(self.beta_2, steps)) / self.correction(self.beta_1, steps)
         return [rate * m_ / (tf.sqrt(v_) + self.epsilon) for m_, v_ in zip(m, v)]
 
-    def adam_scales(self, v):
+    def adam_scales(self, v: Vector) -> Vector:
         """The positive factor on each entry of the gradient in Adam's last step."""
         return trees.negative(self.adam([tf.ones_like(a) for a in v], v, tf.identity(self._taken.value) - 1))

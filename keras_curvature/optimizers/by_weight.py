@@ -1,10 +1,14 @@
 """Shared code of the diagonal methods: momentum over a running average of squares or curvatures."""
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.linearization.estimates import diagonals
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.typing import Integer, Probe, Shape, Variables, Vector
 
 
 class DiagonalOptimizer(CurvatureOptimizer):
@@ -17,7 +21,7 @@ class DiagonalOptimizer(CurvatureOptimizer):
     has the attributes `beta_1`, `beta_2` and `every`; with `beta_2=None` the average is the mean of all estimates.
     """
 
-    def create_state(self, variables):
+    def create_state(self, variables: Variables) -> None:
         """Create `m` (unless `beta_1` is 0), `D`, and the number of estimates in the average of each variable."""
         self._m = self.add_optimizer_variables(variables, "m") if self.beta_1 else []
         self._D = [
@@ -26,16 +30,16 @@ class DiagonalOptimizer(CurvatureOptimizer):
         ]
         self._counts = self.add_variable((len(variables),), name="estimates", aggregation="none")
 
-    def shapes(self, variables):
+    def shapes(self, variables: Variables) -> list[Shape]:
         """The shape of the diagonal of each variable."""
         return [v.shape for v in variables]
 
     @property
-    def seed(self):
+    def seed(self) -> tf.Tensor:
         """The seed of this step, the same on every replica: the number of steps before it."""
         return tf.cast(self.iterations, tf.int32)
 
-    def product(self, lin, probe):
+    def product(self, lin: Linearization, probe: Probe) -> Callable[[], tuple[Vector, Vector]]:
         """A function that returns `(z, H z)` for a random vector `z`; the Hessian shares the gradient's passes."""
         # outside the condition on the step: a Hessian inside it would need its own passes
         H, weights = lin.hessian(), lin.weights
@@ -46,7 +50,9 @@ class DiagonalOptimizer(CurvatureOptimizer):
 
         return product
 
-    def follow(self, gradient, estimate):
+    def follow(
+        self, gradient: Callable[[], Vector], estimate: Callable[[], Vector]
+    ) -> tuple[Vector, Vector, Vector]:  # fmt: skip
         """`(m, D, counts)` after this step: the averages, and the numbers of estimates in `D`.
 
         Args:
@@ -86,6 +92,6 @@ class DiagonalOptimizer(CurvatureOptimizer):
             return average + (estimate - average) / tf.cast(count + 1.0, average.dtype)
         return average * self.beta_2 + estimate * (1.0 - self.beta_2)
 
-    def share(self, beta, count, dtype):
+    def share(self, beta: float, count: Integer, dtype: tf.DType) -> tf.Tensor:
         """`1 - beta^count`, the bias correction of an average that began at zero."""
         return 1.0 - tf.pow(tf.constant(beta, dtype), tf.cast(count, dtype))

@@ -1,14 +1,18 @@
 """CurveBall: one heavy-ball step on the damped quadratic per batch."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_number, register
 from keras_curvature.linearization.gauss_newton import require_convex
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import LinearStep, NotLinear, OnTheQuadratic
-from keras_curvature.steps import LevenbergMarquardt, Trial, as_damping, quadratic
+from keras_curvature.steps import Damping, LevenbergMarquardt, Trial, as_damping, quadratic
+from keras_curvature.typing import LearningRate, Variables, Vector
 
 
 @register
@@ -54,8 +58,9 @@ class CurveBall(CurvatureOptimizer):
     }  # fmt: skip
 
     def __init__(
-        self, learning_rate=1.0, damping=LevenbergMarquardt(), beta=None, rho=None, name="curveball", **kwargs
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 1.0, damping: float | Damping = LevenbergMarquardt(),
+        beta: float | None = None, rho: float | None = None, name: str = "curveball", **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.damping, self.beta, self.rho = damping, beta, rho
         self._rule = as_damping(self, damping)
@@ -65,12 +70,12 @@ class CurveBall(CurvatureOptimizer):
                 check_number(self, name, value)
         check(self, "rho", rho, (beta is None) == (rho is None), f"given together with `beta` ({beta}), or neither")
 
-    def create_state(self, variables):
+    def create_state(self, variables: Variables) -> None:
         """`z`, and the damping."""
         self._z = self.add_optimizer_variables(variables, "z")
         self._damping = self.add_scalar(self._rule.initial, "damping")
 
-    def direction(self, lin):
+    def direction(self, lin: Linearization) -> Vector:
         """The next `z`."""
         G = lin.gauss_newton()
         require_convex(G, "CurveBall", "Choose another loss, or an optimizer that does not need a convex loss.")
@@ -108,9 +113,9 @@ class CurveBall(CurvatureOptimizer):
         )  # fmt: skip
         return z
 
-    def linear_step(self):
+    def linear_step(self) -> LinearStep | NotLinear:
         """With fixed `beta` and `rho`, momentum on the quadratic itself; else no known limit."""
-        if self.beta is None:
+        if self.beta is None or self.rho is None:
             return NotLinear(
                 "`CurveBall` sets the length of each step, and its momentum, by the curvature of the batch: it takes "
                 "curvature into account, however large. Watch its `reduction_ratio` and `damping`."

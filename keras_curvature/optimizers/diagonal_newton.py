@@ -1,12 +1,16 @@
 """Newton's method with the clipped diagonal of the Hessian."""
 
+from typing import Any, Literal
+
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_number, register
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
+from keras_curvature.typing import LearningRate, Vector
 
 
 @register
@@ -48,9 +52,9 @@ class DiagonalNewton(CurvatureOptimizer):
     reports = {"step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(
-        self, learning_rate=0.1, curvature_min=0.5, curvature_max=3.0, step_max=0.5, probes=1, name="diagonal_newton",
-        **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 0.1, curvature_min: float = 0.5, curvature_max: float = 3.0,
+        step_max: float | None = 0.5, probes: int | Literal["exact"] = 1, name: str = "diagonal_newton", **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.curvature_min, self.curvature_max = curvature_min, curvature_max
         self.step_max, self.probes = step_max, probes
@@ -61,7 +65,7 @@ class DiagonalNewton(CurvatureOptimizer):
         counted = isinstance(probes, int) and not isinstance(probes, bool) and probes >= 1
         check(self, "probes", probes, counted or probes == "exact", 'an integer >= 1, or "exact"')
 
-    def direction(self, lin):
+    def direction(self, lin: Linearization) -> Vector:
         """`-clip(g / h)`."""
         if self.probes == "exact":
             found = lin.hessian_diagonal(probe="exact")
@@ -74,7 +78,7 @@ class DiagonalNewton(CurvatureOptimizer):
         # clipping turns an infinite estimate into a finite step; adding `0 * estimate` keeps the step non-finite
         return trees.add(steps, [0.0 * x for x in found])
 
-    def linear_step(self):
+    def linear_step(self) -> NotLinear:
         """`NotLinear`: the method keeps no preconditioner."""
         return NotLinear(
             "`DiagonalNewton` divides each gradient by the curvature of its own batch and keeps no preconditioner: no "

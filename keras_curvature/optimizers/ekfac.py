@@ -1,5 +1,7 @@
 """EKFAC: K-FAC with measured second moments in the eigenbasis of its factors."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_curvature import trees
@@ -8,6 +10,8 @@ from keras_curvature.operators.kronecker import InEigenbasis
 from keras_curvature.optimizers import by_layer
 from keras_curvature.optimizers.kfac import KFAC
 from keras_curvature.solvers import eigenbases
+from keras_curvature.steps import Damping
+from keras_curvature.typing import Fisher, LearningRate, Sharing
 
 
 @register
@@ -49,9 +53,10 @@ class EKFAC(KFAC):
     """
 
     def __init__(
-        self, learning_rate=0.01, damping=0.03, momentum=0.9, factors_every=10, inverses_every=100, fisher="sampled",
-        sharing="expand", kl_clip=1e-3, curvature_batch=None, name="ekfac", **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 0.01, damping: float | Damping = 0.03, momentum: float | None = 0.9,
+        factors_every: int = 10, inverses_every: int = 100, fisher: Fisher = "sampled", sharing: Sharing = "expand",
+        kl_clip: float | None = 1e-3, curvature_batch: float | None = None, name: str = "ekfac", **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(
             learning_rate, damping, momentum, factors_every, inverses_every, fisher, sharing, kl_clip, curvature_batch,
             name, **kwargs,

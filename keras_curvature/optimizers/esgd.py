@@ -1,13 +1,17 @@
 """Equilibrated stochastic gradient descent."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check_count, check_number, register
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal
 from keras_curvature.optimizers.by_weight import DiagonalOptimizer
 from keras_curvature.optimizers.limits import LinearStep, Rule
+from keras_curvature.typing import LearningRate, Vector
 
 
 @register
@@ -43,13 +47,16 @@ class ESGD(DiagonalOptimizer):
     reports = {"failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
     beta_1, beta_2 = 0.0, None
 
-    def __init__(self, learning_rate=0.01, epsilon=1e-3, every=20, name="esgd", **kwargs):
+    def __init__(
+        self, learning_rate: LearningRate = 0.01, epsilon: float = 1e-3, every: int = 20, name: str = "esgd",
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.epsilon, self.every = epsilon, every
         check_number(self, "epsilon", epsilon, 0.0, open_low=True)
         check_count(self, "every", every)
 
-    def direction(self, lin):
+    def direction(self, lin: Linearization) -> Vector:
         """`-g / (sqrt(D) + epsilon)`."""
 
         product = self.product(lin, "gaussian")
@@ -64,7 +71,7 @@ class ESGD(DiagonalOptimizer):
         # no step while there is no draw
         return [tf.cast(n > 0, d.dtype) / (tf.sqrt(d) + self.epsilon) for d, n in zip(D, counts)]
 
-    def linear_step(self):
+    def linear_step(self) -> LinearStep:
         """No momentum; the denominator of the last step."""
         return LinearStep(Rule(), self._preconditioner)
 

@@ -1,10 +1,13 @@
 """Eva: K-FAC with vectors instead of matrices."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check_number, register
 from keras_curvature.linearization.layers import kronecker
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Function
 from keras_curvature.operators.kronecker import BlockDiagonal
@@ -13,6 +16,7 @@ from keras_curvature.optimizers.by_layer import pairs, warn_of
 from keras_curvature.optimizers.limits import KL_CLIPPED, LinearStep, heavy_ball
 from keras_curvature.solvers import direct
 from keras_curvature.steps.trust_region import kl_clip as clip
+from keras_curvature.typing import LearningRate, Variables, Vector
 
 
 @register
@@ -55,8 +59,9 @@ class Eva(CurvatureOptimizer):
     reports = {"kl_clip": "mean", "step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(
-        self, learning_rate=0.01, damping=0.1, momentum=0.9, beta=0.05, kl_clip=1e-3, name="eva", **kwargs
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 0.01, damping: float = 0.1, momentum: float = 0.9, beta: float = 0.05,
+        kl_clip: float | None = 1e-3, name: str = "eva", **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.damping, self.momentum, self.beta, self.kl_clip = damping, momentum, beta, kl_clip
         check_number(self, "damping", damping, low=0, open_low=True)
@@ -65,7 +70,7 @@ class Eva(CurvatureOptimizer):
         if kl_clip is not None:
             check_number(self, "kl_clip", kl_clip, low=0, open_low=True)
 
-    def create_state(self, variables):
+    def create_state(self, variables: Variables) -> None:
         """The last step, and two vectors for each layer."""
         self._blocks, self._others, _ = kronecker.blocks(self.trained_model())
         warn_of(self, self.trained_model(), self._others, "the gradient as it is")
@@ -77,7 +82,7 @@ class Eva(CurvatureOptimizer):
             for *groups, d, letter in ((*block.shape[:-1], "a"), (*block.shape[:-2], block.shape[-1], "b"))
         ]  # fmt: skip
 
-    def direction(self, lin):
+    def direction(self, lin: Linearization) -> Vector:
         """The next `v`."""
         vectors = self._averaged(lin.kronecker_means(self._blocks))
         g = lin.gradient
@@ -87,7 +92,7 @@ class Eva(CurvatureOptimizer):
         self.remember(self._vectors, vectors)
         return step
 
-    def linear_step(self):
+    def linear_step(self) -> LinearStep:
         """Heavy ball, times the inverse of the last step."""
         note = None if self.kl_clip is None else KL_CLIPPED
         return LinearStep(heavy_ball(self.momentum), lambda: self._operator(trees.values(self._vectors)), note)

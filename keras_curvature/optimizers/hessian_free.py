@@ -1,18 +1,21 @@
 """Hessian-free optimization: conjugate gradients on the curvature of each batch."""
 
 import dataclasses
+from typing import Any, Literal
 
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_component, check_number, check_part, register
 from keras_curvature.linearization.gauss_newton import require_convex
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal, Identity, Scaled
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers import ConjugateGradient
-from keras_curvature.steps import ArmijoLineSearch, LevenbergMarquardt, Trial, as_damping
+from keras_curvature.steps import ArmijoLineSearch, Damping, LevenbergMarquardt, Trial, as_damping
+from keras_curvature.typing import LearningRate, Variables, Vector
 
 
 @register
@@ -71,10 +74,12 @@ class HessianFree(CurvatureOptimizer):
     }  # fmt: skip
 
     def __init__(
-        self, learning_rate=1.0, damping=LevenbergMarquardt.martens(), solver=ConjugateGradient(),
-        line_search=ArmijoLineSearch(), curvature="gauss_newton", curvature_batch=None, warm_start=0.95,
-        preconditioner=0.75, structural_damping=0.0, name="hessian_free", **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 1.0, damping: float | Damping = LevenbergMarquardt.martens(),
+        solver: ConjugateGradient = ConjugateGradient(), line_search: ArmijoLineSearch | None = ArmijoLineSearch(),
+        curvature: Literal["gauss_newton", "hessian"] = "gauss_newton", curvature_batch: float | None = None,
+        warm_start: float = 0.95, preconditioner: float = 0.75, structural_damping: float = 0.0,
+        name: str = "hessian_free", **kwargs: Any,
+    ) -> None:  # fmt: skip
         check(self, "curvature", curvature, curvature in ("gauss_newton", "hessian"), '"gauss_newton" or "hessian"')
         hessian = curvature == "hessian"
         needs = Needs(hessian=hessian, products=not hessian or structural_damping != 0.0)
@@ -92,12 +97,12 @@ class HessianFree(CurvatureOptimizer):
         check_number(self, "preconditioner", preconditioner, low=0, high=1)
         check_number(self, "structural_damping", structural_damping, low=0)
 
-    def create_state(self, variables):
+    def create_state(self, variables: Variables) -> None:
         """The last end point of conjugate gradients, and the damping."""
         self._last = self.add_optimizer_variables(variables, "solution")
         self._damping = self.add_scalar(self._rule.initial, "damping")
 
-    def direction(self, lin):
+    def direction(self, lin: Linearization) -> Vector:
         """The accepted step."""
         damping, g = tf.identity(self._damping.value), lin.gradient
         batch = lin if self.curvature_batch is None else lin.chunk(self.curvature_batch, self.iterations)
@@ -130,7 +135,7 @@ class HessianFree(CurvatureOptimizer):
         # an overflowed product ends the iteration: the step is skipped, not taken with length zero
         return trees.where(solution.finite, step, [a + float("nan") for a in step])
 
-    def linear_step(self):
+    def linear_step(self) -> NotLinear:
         """None: each step solves anew."""
         return NotLinear(
             "`HessianFree` solves for the minimum of a quadratic model of each batch and tests the step on the loss: "

@@ -1,5 +1,7 @@
 """K-FAC: natural-gradient steps with a Kronecker-factored Fisher matrix."""
 
+from typing import Any, Self
+
 import tensorflow as tf
 
 from keras_curvature import trees
@@ -7,13 +9,15 @@ from keras_curvature.component import check, check_count, check_number, check_pa
 from keras_curvature.linearization.fisher.sampling import FISHER
 from keras_curvature.linearization.gauss_newton import l2_of, require_convex
 from keras_curvature.linearization.layers import kronecker
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators.kronecker import BlockDiagonal, KroneckerProduct
 from keras_curvature.optimizers import by_layer
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import KL_CLIPPED, LinearStep, NotLinear, heavy_ball
-from keras_curvature.steps import LevenbergMarquardt, Trial, as_damping, quadratic
+from keras_curvature.steps import Damping, LevenbergMarquardt, Trial, as_damping, quadratic
 from keras_curvature.steps.trust_region import kl_clip as clip
+from keras_curvature.typing import Fisher, LearningRate, Sharing, Variables, Vector
 
 
 @register
@@ -88,9 +92,10 @@ class KFAC(CurvatureOptimizer):
     }  # fmt: skip
 
     def __init__(
-        self, learning_rate=0.01, damping=0.03, momentum=0.9, factors_every=10, inverses_every=100, fisher="sampled",
-        sharing="expand", kl_clip=1e-3, curvature_batch=None, name="kfac", **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 0.01, damping: float | Damping = 0.03, momentum: float | None = 0.9,
+        factors_every: int = 10, inverses_every: int = 100, fisher: Fisher = "sampled", sharing: Sharing = "expand",
+        kl_clip: float | None = 1e-3, curvature_batch: float | None = None, name: str = "kfac", **kwargs: Any,
+    ) -> None:  # fmt: skip
         rule, free = as_damping(self, damping), momentum is None
         # only the damping limits the step in the null space of a part of the batch, so every step is checked
         watches = free and curvature_batch is not None
@@ -115,7 +120,10 @@ class KFAC(CurvatureOptimizer):
         check_part(self, "curvature_batch", curvature_batch)
 
     @classmethod
-    def adaptive(cls, learning_rate=1.0, damping=None, factors_every=5, inverses_every=20, **kwargs):
+    def adaptive(
+        cls, learning_rate: LearningRate = 1.0, damping: float | Damping | None = None, factors_every: int = 5,
+        inverses_every: int = 20, **kwargs: Any,
+    ) -> Self:  # fmt: skip
         """The form of Martens and Grosse (2015), for large batches and hard problems.
 
         Args:
@@ -135,7 +143,7 @@ class KFAC(CurvatureOptimizer):
         chosen = {"momentum": None, "factors_every": factors_every, "inverses_every": inverses_every}
         return cls(learning_rate, damping, **{**chosen, **kwargs})
 
-    def create_state(self, variables):
+    def create_state(self, variables: Variables) -> None:
         """Factors and what is made of them, the last step, and the damping."""
         self._blocks, self._diagonal, _ = kronecker.blocks(self.trained_model(), self.sharing)
         by_layer.warn_of(self, self.trained_model(), self._diagonal, "the diagonal of the Fisher matrix")
@@ -146,7 +154,7 @@ class KFAC(CurvatureOptimizer):
         self._counts = self.add_variable((len(self._factors + self._diagonals),), name="looks", aggregation="none")
         self._create_inverses()
 
-    def direction(self, lin):
+    def direction(self, lin: Linearization) -> Vector:
         """The next `v`."""
         g, v, damping = lin.gradient, trees.values(self._velocity), tf.identity(self._damping.value)
         batch = lin if self.curvature_batch is None else lin.chunk(self.curvature_batch, self.iterations)
@@ -206,7 +214,7 @@ class KFAC(CurvatureOptimizer):
         self.reject(rejected)
         return tf.cond(rejected, lambda: v, lambda: step)
 
-    def linear_step(self):
+    def linear_step(self) -> LinearStep | NotLinear:
         """With a fixed `momentum` heavy ball, times the inverse of the last step; else none."""
         if self.momentum is None:
             return NotLinear(

@@ -1,6 +1,7 @@
 """KL-Shampoo: Shampoo whose factors are the best Kronecker-factored covariance in the Kullback-Leibler sense."""
 
 import math
+from typing import Any
 
 import tensorflow as tf
 
@@ -11,6 +12,7 @@ from keras_curvature.optimizers.by_axis import ByAxis
 from keras_curvature.optimizers.limits import LinearStep, averaged
 from keras_curvature.solvers import eigenbases
 from keras_curvature.solvers.dealing import in_stacks
+from keras_curvature.typing import LearningRate, Variables, Vector
 
 # Largest weight of a direction, at the start and where the gradient vanishes (the authors' `max_clamp_value`).
 LARGEST_WEIGHT = 4000
@@ -60,9 +62,10 @@ class KLShampoo(ByAxis):
     idle_steps = 1
 
     def __init__(
-        self, learning_rate=3e-3, beta_1=0.9, beta_2=0.98, epsilon=1e-8, every=10, initial=0.1, max_dimension=1000,
-        merge=1000, name="kl_shampoo", **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 3e-3, beta_1: float = 0.9, beta_2: float = 0.98, epsilon: float = 1e-8,
+        every: int = 10, initial: float = 0.1, max_dimension: int = 1000, merge: int = 1000, name: str = "kl_shampoo",
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         for argument, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
             check_number(self, argument, beta, low=0, high=1, open_high=True)
@@ -73,7 +76,7 @@ class KLShampoo(ByAxis):
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
         self.initial, self.max_dimension, self.merge = initial, max_dimension, merge
 
-    def create_state(self, variables):
+    def create_state(self, variables: Variables) -> None:
         """The momentum, the factors with their bases and eigenvalues; a second moment for the vectors."""
         self.create_tiles(variables, self.merge, longest=self.max_dimension, vectors=False)
         self._m = self.add_moments("m")
@@ -90,7 +93,7 @@ class KLShampoo(ByAxis):
             for i, k in self._places
         ]  # fmt: skip
 
-    def precondition(self, gradients):
+    def precondition(self, gradients: Vector) -> Vector:
         """The negative whitened momentum."""
         G, taken = self.split(gradients), self.taken()
         begun = taken > 0
@@ -110,7 +113,7 @@ class KLShampoo(ByAxis):
         self._refresh_bases(bases, factors, taken)
         return self.join(direction, gradients)
 
-    def linear_step(self):
+    def linear_step(self) -> LinearStep:
         """An average of gradients, whitened by the current factors; for vectors, Adam's step."""
         return LinearStep(averaged(self.beta_1), self._preconditioner)
 

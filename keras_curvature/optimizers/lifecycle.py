@@ -5,6 +5,7 @@
 
 import warnings
 import weakref
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -12,15 +13,17 @@ import tensorflow as tf
 from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.linearization.gradients import Gradients, needs_a_curved_model
 from keras_curvature.linearization.linearization import Linearization
+from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers import first_batch
 from keras_curvature.optimizers.arguments import check_keras_arguments
 from keras_curvature.optimizers.state import SavedOptimizer
+from keras_curvature.typing import LearningRate, Shape, Tensors, Variables
 
 
 class Lifecycle(SavedOptimizer):
     """The part of `CurvatureOptimizer` that Keras calls."""
 
-    def __init__(self, learning_rate, needs=None, **kwargs):
+    def __init__(self, learning_rate: LearningRate, needs: Needs | None = None, **kwargs: Any) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
         if needs is not None:
             self.needs = needs
@@ -31,7 +34,7 @@ class Lifecycle(SavedOptimizer):
     # The step. Under `tf.function` AutoGraph would first translate everything that it calls.
 
     @tf.autograph.experimental.do_not_convert
-    def step(self, linearization, overwriting=()):
+    def step(self, linearization: Linearization | Gradients, overwriting: Tensors = ()) -> dict[str, tf.Tensor]:
         """Take one step on the batch of a `Linearization` (or `Gradients`).
 
         Args:
@@ -140,7 +143,7 @@ class Lifecycle(SavedOptimizer):
         self._hands_a_step = False
 
     @tf.autograph.experimental.do_not_convert
-    def apply(self, grads, trainable_variables=None):
+    def apply(self, grads: list[tf.Tensor | None], trainable_variables: Variables | None = None) -> tf.Tensor:
         """Step on the gradients of each replica; what Keras calls on a plain model."""
         if trainable_variables is None and not self.built:
             raise ValueError(
@@ -188,19 +191,19 @@ class Lifecycle(SavedOptimizer):
                 )
         return [tf.cast(trees.shaped(g, v.shape), trees.wide(v.dtype)) for g, v in zip(values, variables)]
 
-    def meet(self, model):
+    def meet(self, model: keras.Model | None) -> None:
         """Remember the model, if the state is built from its layers."""
         if self.needs.layers and model is not None and self.trained_model() is not model:
             self._model = weakref.ref(model)
 
-    def trained_model(self):
+    def trained_model(self) -> keras.Model | None:
         """The curved model that the optimizer trains, if `needs.layers`; `None` before the optimizer has seen it.
 
         A method, because Keras saves and loads every attribute of an optimizer, and would come back to the model.
         """
         return self._model()
 
-    def require(self, variables):
+    def require(self, variables: Variables) -> None:
         """Build for these variables; refuse other variables than those that the state belongs to."""
         if not variables:
             raise ValueError(f"`{type(self).__name__}`: the model has no trainable weights. Set `trainable = True`.")
@@ -220,11 +223,11 @@ class Lifecycle(SavedOptimizer):
             )
 
     @property
-    def trained(self):
+    def trained(self) -> Variables:
         """The variables that the optimizer was built for and steps, a list; without those that gradients overwrite."""
         return [v for v in self._built_for if not overwrites(v)]
 
-    def place_of(self, variable):
+    def place_of(self, variable: keras.Variable) -> int:
         """Where a variable stands in `trained`."""
         (key,) = keras_internals.keys_of(self, [variable])
         return keras_internals.keys_of(self, self.trained).index(key)
@@ -243,12 +246,14 @@ class Lifecycle(SavedOptimizer):
         with keras.name_scope(self.name, caller=self):
             self.build(variables)
 
-    def add_variable(self, shape, initializer="zeros", dtype=None, **kwargs):
+    def add_variable(
+        self, shape: Shape, initializer: Any = "zeros", dtype: str | tf.DType | None = None, **kwargs: Any
+    ) -> keras.Variable:  # fmt: skip
         """Keras'; state is kept in float32 at least, also that of weights in half precision."""
         dtype = trees.wide(dtype or keras.config.floatx()).name if dtype != "int" else dtype
         return super().add_variable(shape, initializer, dtype, **kwargs)
 
-    def build(self, variables):
+    def build(self, variables: Variables) -> None:
         """Create all state for `variables`; called by Keras. Does nothing while a needed model is unknown."""
         unknown = self.needs.layers and self.trained_model() is None
         if self.built or unknown or not variables:  # Keras builds for no variables while it loads a model from HDF5

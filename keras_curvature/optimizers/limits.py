@@ -20,7 +20,10 @@ Nesterov's momentum p = b / (1 - b) and q = 1; Adam's p = 1 and q = 0.
 import dataclasses
 from collections.abc import Callable
 
+import keras
+
 from keras_curvature import replicas
+from keras_curvature.operators import LinearOperator
 
 KL_CLIPPED = "Where `kl_clip` makes a step shorter, the gauge is an upper bound."
 
@@ -37,32 +40,32 @@ class Rule:
     factor: float = 1.0
     text: str = ""
 
-    def limit(self, rate, decay):
+    def limit(self, rate: float, decay: float) -> float:
         """The limit on `rate` times the largest eigenvalue of `M H`; `decay` is the decoupled weight decay."""
         return (2.0 - rate * decay) * self.factor
 
-    def formula(self, rate, decay):
+    def formula(self, rate: float, decay: float) -> str:
         """The limit over `rate`, the largest stable eigenvalue, as a formula with numbers."""
         two = f"(2-{number(rate)}·{number(decay)})" if decay else "2"
         return f"{two}{self.text}/{number(rate)}"
 
 
-def heavy_ball(b):
+def heavy_ball(b: float) -> Rule:
     """`m <- b m - learning_rate g,  w <- w + m`; gradient descent if `b` is 0."""
     return Rule(1.0 + b, f"(1+{number(b)})" if b else "")
 
 
-def nesterov(b):
+def nesterov(b: float) -> Rule:
     """`m <- b m - learning_rate g,  w <- w + b m - learning_rate g`, Keras' form of Nesterov's momentum."""
     return Rule((1.0 + b) / (1.0 + 2.0 * b), f"(1+{number(b)})/(1+2·{number(b)})" if b else "")
 
 
-def averaged(b):
+def averaged(b: float) -> Rule:
     """`m <- b m + (1 - b) g,  w <- w - learning_rate M m`."""
     return Rule((1.0 + b) / (1.0 - b), f"(1+{number(b)})/(1-{number(b)})" if b else "")
 
 
-def combined(b, p, q):
+def combined(b: float, p: float, q: float) -> Rule:
     """`m <- b m + (1 - b) g,  w <- w - learning_rate M (p m + q g)`."""
     text = f"(1+{number(b)})/({number(p)}(1-{number(b)})+{number(q)}(1+{number(b)}))"
     return Rule((1.0 + b) / (p * (1.0 - b) + q * (1.0 + b)), text)
@@ -79,12 +82,12 @@ class OnTheQuadratic:
     beta: float
     damping: float
 
-    def limit(self, rate, decay):
+    def limit(self, rate: float, decay: float) -> float:
         """See `Rule`."""
         two = 2.0 - rate * decay
         return rate * two * (1.0 + self.rho - self.beta * self.damping) / (self.beta * (two + rate))
 
-    def formula(self, rate, decay):
+    def formula(self, rate: float, decay: float) -> str:
         """See `Rule`."""
         two = f"(2-{number(rate)}·{number(decay)})" if decay else "2"
         beta = number(self.beta)
@@ -103,8 +106,8 @@ class LinearStep:
         note: A sentence on when the limit does not hold, or `None`.
     """
 
-    rule: Rule
-    preconditioner: Callable | None = None
+    rule: Rule | OnTheQuadratic
+    preconditioner: Callable[[], LinearOperator] | None = None
     note: str | None = None
 
 
@@ -119,12 +122,12 @@ class NotLinear:
     reason: str
 
 
-def steps_taken(optimizer):
+def steps_taken(optimizer: keras.Optimizer) -> int:
     """`iterations + 1` of the last step, a Python integer; with gradient accumulation Keras counts every batch."""
     batches = replicas.read(optimizer.iterations)
     return batches - batches % (optimizer.gradient_accumulation_steps or 1)
 
 
-def number(value):
+def number(value: float) -> str:
     """A number with six significant digits and no trailing zeros."""
     return f"{value:.6g}"

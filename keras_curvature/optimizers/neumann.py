@@ -1,16 +1,19 @@
 """The Neumann optimizer: gradients at displaced weights, for large batches."""
 
 import warnings
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
 from keras_curvature.component import check, check_count, check_number, register
+from keras_curvature.linearization.gradients import Gradients
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import LinearStep, nesterov
+from keras_curvature.typing import LearningRate, Scalar, Tensors, Variables, Vector
 
 
 @register
@@ -76,12 +79,12 @@ class Neumann(CurvatureOptimizer):
     needs = Needs(only_gradients=True, shifted=True)
 
     def __init__(
-        self, learning_rate=0.05, alpha=1e-7, beta=1e-5, gamma=0.99, mu_start=0.5, mu_end=0.9, warmup_steps=1000,
-        reset_every=None, reset_growth=2, name="neumann", **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 0.05, alpha: float = 1e-7, beta: float = 1e-5, gamma: float = 0.99,
+        mu_start: float = 0.5, mu_end: float = 0.9, warmup_steps: int = 1000, reset_every: int | None = None,
+        reset_growth: int = 2, name: str = "neumann", **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
-        self.alpha, self.beta, self.gamma = alpha, beta, gamma
-        self.mu_start, self.mu_end = mu_start, mu_end
+        self.alpha, self.beta, self.gamma, self.mu_start, self.mu_end = alpha, beta, gamma, mu_start, mu_end
         self.warmup_steps, self.reset_every, self.reset_growth = warmup_steps, reset_every, reset_growth
         check_number(self, "alpha", alpha, low=0)
         check_number(self, "beta", beta, low=0)
@@ -101,10 +104,13 @@ class Neumann(CurvatureOptimizer):
                 "Train without clipping.",
                 stacklevel=2,
             )
-        self._stores_base, self._mode = False, None
+        self._stores_base = False
+        self._mode: Any = None
 
     @classmethod
-    def from_epochs(cls, steps_per_epoch, warmup_epochs=5, reset_epochs=10, **kwargs):
+    def from_epochs(
+        cls, steps_per_epoch: int, warmup_epochs: float = 5, reset_epochs: float | None = 10, **kwargs: Any
+    ) -> Self:  # fmt: skip
         """The optimizer with its periods in epochs, as in the paper.
 
         Args:
@@ -120,15 +126,14 @@ class Neumann(CurvatureOptimizer):
         reset_every = None if reset_epochs is None else round(reset_epochs * steps_per_epoch)
         return cls(warmup_steps=round(warmup_epochs * steps_per_epoch), reset_every=reset_every, **kwargs)
 
-    def create_state(self, variables):
+    def create_state(self, variables: Variables) -> None:
         """`m`, `v` (which the first step puts at the weights), the next reset and the period after it."""
         self._m = self.add_optimizer_variables(variables, "m")
         self._v = self.add_optimizer_variables(variables, "v")
-        counter = {"shape": (), "dtype": "int", "aggregation": "none"}
+        counter: dict[str, Any] = {"shape": (), "dtype": "int", "aggregation": "none"}
         self._next_reset = self.add_variable(initializer="ones", name="next_reset", **counter)
-        self._period = self.add_variable(
-            initializer=keras.initializers.Constant(self.reset_every or 0), name="reset_period", **counter
-        )
+        period = keras.initializers.Constant(self.reset_every or 0)
+        self._period = self.add_variable(initializer=period, name="reset_period", **counter)
         # 1 where the stored weights are the displaced w, 0 where they are the solution w - mu m
         self._displaced = self.add_scalar(0.0, "displaced")
         self._count = trees.count(variables)
@@ -146,19 +151,19 @@ class Neumann(CurvatureOptimizer):
         # the cap also takes off the rounding of the ramp, so that mu_start == mu_end is that number exactly
         return tf.where(t < 1, tf.zeros_like(ramp), tf.clip_by_value(ramp, self.mu_start, self.mu_end))
 
-    def linear_step(self):
+    def linear_step(self) -> LinearStep:
         """Nesterov's momentum `mu(t)`, at the displaced weights."""
         note = "The forces `alpha` and `beta` towards and from the average of the weights are left out of the limit."
         return LinearStep(nesterov(float(self._mu(self._t))), note=note if self.alpha or self.beta else None)
 
     # On a curved model.
 
-    def shift(self):
+    def shift(self) -> Vector:
         """`mu m`: from the stored weights to the displaced ones, where the gradient belongs."""
         back = self._mu(self._t - 1) * (1.0 - tf.cast(self._displaced.value, tf.float64))
         return trees.scale(back, trees.values(self._m))
 
-    def step(self, linearization, overwriting=()):
+    def step(self, linearization: Linearization | Gradients, overwriting: Tensors = ()) -> dict[str, tf.Tensor]:
         """One step; on a curved model the stored weights are the solution, on a plain one the displaced weights."""
         self._stores_base = isinstance(linearization, Linearization)
         mu = self._mu(self._t)
@@ -226,7 +231,7 @@ class Neumann(CurvatureOptimizer):
         w = trees.full_precision(tf.convert_to_tensor(w))
         return w if back is None else w + tf.cast(back, w.dtype) * m
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: Scalar) -> None:
         """Algorithm 2, lines 6-12, for one variable."""
         index = self.place_of(variable)
         m, v, mode = self._m[index].value, self._v[index].value, self._mode
@@ -263,27 +268,27 @@ class Neumann(CurvatureOptimizer):
             w.assign(self._current(w, m, mu))  # Keras rounds to the weights' precision
 
     @property
-    def is_displaced(self):
+    def is_displaced(self) -> bool:
         """Whether the model's weights are the displaced ones."""
         return self.built and float(self._displaced.numpy()) > 0.0
 
-    def displace(self):
+    def displace(self) -> None:
         """Assign the displaced weights to a plain model that has the solution; do nothing if it has them."""
         if self.built and not self.is_displaced:
             self._displace(self._mu(self._t - 1))
             self.mark_displaced()
 
-    def restore(self):
+    def restore(self) -> None:
         """Assign the solution `w - mu m` to a model that has the displaced weights; do nothing if it has it."""
         if self.is_displaced:
             self._displace(-self._mu(self._t - 1))
             self._displaced.assign(0.0)
 
-    def mark_displaced(self):
+    def mark_displaced(self) -> None:
         """Record that the displaced weights were assigned to the model."""
         self._displaced.assign(1.0)
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(self, var_list: Variables) -> None:
         """Keras calls this at the end of `fit`: `return w_T - mu(T) m_T`, or the average where `use_ema` is set."""
         if self.use_ema:
             super().finalize_variable_values(var_list)

@@ -1,16 +1,20 @@
 """PSGD: a preconditioner fitted by stochastic descent, one step per update."""
 
+from typing import Any, Literal
+
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_component, check_count, check_number, is_number, register
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Function
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import LinearStep, averaged, steps_taken
 from keras_curvature.solvers.kronecker_geometry import KroneckerGeometry
 from keras_curvature.solvers.low_rank import LowRankGeometry
-from keras_curvature.solvers.whitening import Draws
+from keras_curvature.solvers.whitening import Draws, Geometry
+from keras_curvature.typing import LearningRate, Variables, Vector
 
 GEOMETRIES = {"kronecker": KroneckerGeometry, "low_rank": LowRankGeometry}
 # The reference's learning rate, and its bounds on the mean and on the largest entry of a step.
@@ -67,9 +71,11 @@ class PSGD(CurvatureOptimizer):
     needs = Needs(only_gradients=True)
 
     def __init__(
-        self, learning_rate=None, geometry="kronecker", kind="whitening", momentum=0.0, every=1, clip="auto",
-        name="psgd", **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate | None = None,
+        geometry: Literal["kronecker", "low_rank"] | Geometry = "kronecker",
+        kind: Literal["whitening", "momentum", "newton"] = "whitening", momentum: float = 0.0, every: int = 1,
+        clip: tuple[float, float] | list[float] | Literal["auto"] | None = "auto", name: str = "psgd", **kwargs: Any,
+    ) -> None:  # fmt: skip
         check(self, "kind", kind, kind in tuple(KINDS), f"one of {tuple(KINDS)}")
         rate, bounds = KINDS[kind]
         needs = Needs(hessian=True) if kind == "newton" else type(self).needs
@@ -96,7 +102,7 @@ class PSGD(CurvatureOptimizer):
         check(self, "clip", clip, valid, '`"auto"`, `None`, or two positive numbers such as `(2.0, 10.0)`')
         return clip
 
-    def create_state(self, variables):
+    def create_state(self, variables: Variables) -> None:
         """The moving average, and the preconditioner."""
         self._m = self.add_optimizer_variables(variables, "m") if self.momentum else []
         dtype = trees.scalar_dtype(variables).name
@@ -105,13 +111,13 @@ class PSGD(CurvatureOptimizer):
             for name, shape, initial in self._geometry.specs(_shapes(variables))
         ]
 
-    def precondition(self, gradients):
+    def precondition(self, gradients: Vector) -> Vector:
         """The whitening kinds."""
         m, draws = self._averaged(gradients), Draws(self.iterations)
         h = m if self.kind == "momentum" else gradients
         return self._step(m, lambda state: self._geometry.fit(state, None, self._cast(h), draws))
 
-    def direction(self, lin):
+    def direction(self, lin: Linearization) -> Vector:
         """The Newton type."""
         m, draws = self._averaged(lin.gradient), Draws(self.iterations)
 
@@ -143,7 +149,7 @@ class PSGD(CurvatureOptimizer):
     def _decay(self, t):
         return tf.minimum(t / (1 + t), self.momentum)
 
-    def linear_step(self):
+    def linear_step(self) -> LinearStep:
         """An average of gradients, times the preconditioner of the last step."""
         last = tf.constant(max(steps_taken(self) - 1, 0), tf.float64)
         note = None if self._clip is None else "Where `clip` cuts a step, the gauge is an upper bound."

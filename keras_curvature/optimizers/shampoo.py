@@ -1,5 +1,7 @@
 """Shampoo: the gradient multiplied along each axis by the inverse root of its second moment."""
 
+from typing import Any, Literal
+
 import tensorflow as tf
 
 from keras_curvature import trees
@@ -8,7 +10,8 @@ from keras_curvature.operators import axes
 from keras_curvature.optimizers.by_axis import ByAxis
 from keras_curvature.optimizers.limits import LinearStep, NotLinear, averaged
 from keras_curvature.solvers.dealing import in_stacks
-from keras_curvature.solvers.roots import EigenRoot
+from keras_curvature.solvers.roots import CoupledNewton, EigenRoot
+from keras_curvature.typing import LearningRate, Variables, Vector
 
 # Of the grafted step (the reference's example scripts; Keras' own Adam has 1e-7).
 GRAFTING_EPSILON = 1e-8
@@ -67,9 +70,11 @@ class Shampoo(ByAxis):
     """
 
     def __init__(
-        self, learning_rate=1e-3, beta_1=0.9, beta_2=0.999, epsilon=1e-12, every=10, block_size=512,
-        max_dimension=None, grafting="adam", root=EigenRoot(), name="shampoo", **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 1e-3, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-12,
+        every: int = 10, block_size: int = 512, max_dimension: int | None = None,
+        grafting: Literal["adam", "rmsprop", "sgd"] | None = "adam", root: EigenRoot | CoupledNewton = EigenRoot(),
+        name: str = "shampoo", **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         check_number(self, "beta_1", beta_1, low=0, high=1, open_high=True)
         check_number(self, "beta_2", beta_2, low=0, high=1, open_low=True)
@@ -83,7 +88,7 @@ class Shampoo(ByAxis):
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
         self.block_size, self.max_dimension, self.grafting, self.root = block_size, max_dimension, grafting, root
 
-    def create_state(self, variables):
+    def create_state(self, variables: Variables) -> None:
         """The momentum, the second moment of the grafted method, the factors and their roots."""
         merge = min(self.block_size, self.max_dimension or self.block_size)
         self.create_tiles(variables, merge, self.block_size, self.max_dimension)
@@ -92,7 +97,7 @@ class Shampoo(ByAxis):
         self._factors = self.add_matrices("factor")
         self._roots = self.add_matrices("root", "identity")
 
-    def precondition(self, gradients):
+    def precondition(self, gradients: Vector) -> Vector:
         """The negative grafted step."""
         G, taken = self.split(gradients), self.taken()
         steps = taken + 1
@@ -109,7 +114,7 @@ class Shampoo(ByAxis):
         P = [axes.multiply(m, root) for m, root in zip(M, roots)]
         return self.join(trees.negative(self._graft(P, M, G, steps)), gradients)
 
-    def linear_step(self):
+    def linear_step(self) -> LinearStep | NotLinear:
         """An average of gradients, times the roots of the last step; no known limit with grafting."""
         if self.grafting is not None:
             return NotLinear(

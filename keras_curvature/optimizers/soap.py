@@ -1,5 +1,7 @@
 """SOAP: Adam in the eigenbasis of Shampoo's preconditioner."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_curvature import trees
@@ -9,6 +11,7 @@ from keras_curvature.optimizers.by_axis import ByAxis
 from keras_curvature.optimizers.limits import LinearStep, averaged
 from keras_curvature.solvers import eigenbases
 from keras_curvature.solvers.dealing import in_stacks
+from keras_curvature.typing import LearningRate, Variables, Vector
 
 
 @register
@@ -54,9 +57,9 @@ class SOAP(ByAxis):
     idle_steps = 1
 
     def __init__(
-        self, learning_rate=3e-3, beta_1=0.95, beta_2=0.95, epsilon=1e-8, every=10, max_dimension=1000, merge=1000,
-        name="soap", **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 3e-3, beta_1: float = 0.95, beta_2: float = 0.95, epsilon: float = 1e-8,
+        every: int = 10, max_dimension: int = 1000, merge: int = 1000, name: str = "soap", **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         for argument, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
             check_number(self, argument, beta, low=0, high=1, open_high=True)
@@ -66,14 +69,14 @@ class SOAP(ByAxis):
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
         self.max_dimension, self.merge = max_dimension, merge
 
-    def create_state(self, variables):
+    def create_state(self, variables: Variables) -> None:
         """Both moments in the basis, the factors, the basis."""
         self.create_tiles(variables, self.merge, longest=self.max_dimension, vectors=False)
         self._m, self._v = self.add_moments("m"), self.add_moments("v")
         self._factors = self.add_matrices("factor")
         self._bases = self.add_matrices("basis", "identity")
 
-    def precondition(self, gradients):
+    def precondition(self, gradients: Vector) -> Vector:
         """The negative of Adam's step in the basis, transformed back."""
         G, bases, taken = self.split(gradients), trees.values(self._bases), self.taken()
         Q = self.by_tile(bases)
@@ -89,7 +92,7 @@ class SOAP(ByAxis):
         self.remember([*self._m, *self._v, *self._factors], [*m, *v, *factors])
         return self.join(direction, gradients)
 
-    def linear_step(self):
+    def linear_step(self) -> LinearStep:
         """Adam's momentum, between the current bases."""
         return LinearStep(averaged(self.beta_1), self._preconditioner)
 

@@ -1,12 +1,17 @@
 """Sophia: momentum divided by a rarely estimated diagonal of the curvature, and clipped."""
 
+from collections.abc import Callable
+from typing import Any
+
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check_count, check_number, register
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.by_weight import DiagonalOptimizer
 from keras_curvature.optimizers.limits import NotLinear
+from keras_curvature.typing import LearningRate, Vector
 
 
 class Sophia(DiagonalOptimizer):
@@ -14,7 +19,10 @@ class Sophia(DiagonalOptimizer):
 
     reports = {"unclipped": "mean", "failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
 
-    def __init__(self, learning_rate, beta_1, beta_2, gamma, epsilon, every, **kwargs):
+    def __init__(
+        self, learning_rate: LearningRate, beta_1: float, beta_2: float, gamma: float, epsilon: float, every: int,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate, **kwargs)
         self.beta_1, self.beta_2, self.gamma, self.epsilon, self.every = beta_1, beta_2, gamma, epsilon, every
         check_number(self, "beta_1", beta_1, 0.0, 1.0, open_high=True)
@@ -23,18 +31,18 @@ class Sophia(DiagonalOptimizer):
         check_number(self, "epsilon", epsilon, 0.0, open_low=True)
         check_count(self, "every", every)
 
-    def estimator(self, lin):
+    def estimator(self, lin: Linearization) -> Callable[[], Vector]:
         """A function that returns an estimate of the diagonal of the curvature, a vector."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `estimator(lin)`.")
 
-    def direction(self, lin):
+    def direction(self, lin: Linearization) -> Vector:
         """`-clip(m / max(gamma h, epsilon), 1)`."""
         m, h, _ = self.follow(lambda: lin.gradient, self.estimator(lin))
         steps = [a / tf.minimum(-self.gamma * b, -self.epsilon) for a, b in zip(m, h)]
         self.report(unclipped=self._when_due(lambda: _unclipped(steps)))
         return [tf.clip_by_value(s, -1.0, 1.0) for s in steps]
 
-    def linear_step(self):
+    def linear_step(self) -> NotLinear:
         """None, because of the clipping."""
         return NotLinear(
             f"`{type(self).__name__}` clips each entry of its steps to the learning rate, so the length of a clipped "
@@ -91,12 +99,12 @@ class SophiaH(Sophia):
     needs = Needs(hessian=True)
 
     def __init__(
-        self, learning_rate=1e-3, beta_1=0.96, beta_2=0.99, gamma=0.01, epsilon=1e-12, every=10, name="sophia_h",
-        **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 1e-3, beta_1: float = 0.96, beta_2: float = 0.99, gamma: float = 0.01,
+        epsilon: float = 1e-12, every: int = 10, name: str = "sophia_h", **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate, beta_1, beta_2, gamma, epsilon, every, name=name, **kwargs)
 
-    def estimator(self, lin):
+    def estimator(self, lin: Linearization) -> Callable[[], Vector]:
         """`u * (H u)`."""
         product = self.product(lin, "gaussian")
         return lambda: [u * Hu for u, Hu in zip(*product())]
@@ -148,11 +156,11 @@ class SophiaG(Sophia):
     needs = Needs()
 
     def __init__(
-        self, learning_rate=1e-3, beta_1=0.965, beta_2=0.99, gamma=0.05, epsilon=1e-12, every=10, name="sophia_g",
-        **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 1e-3, beta_1: float = 0.965, beta_2: float = 0.99, gamma: float = 0.05,
+        epsilon: float = 1e-12, every: int = 10, name: str = "sophia_g", **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate, beta_1, beta_2, gamma, epsilon, every, name=name, **kwargs)
 
-    def estimator(self, lin):
+    def estimator(self, lin: Linearization) -> Callable[[], Vector]:
         """`N g^ * g^`."""
         return lambda: lin.fisher_diagonal(self.seed)

@@ -1,13 +1,17 @@
 """Adam without the square root, read as natural gradient descent with a diagonal Fisher matrix."""
 
+from typing import Any, Literal
+
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_number, register
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal
 from keras_curvature.optimizers.by_weight import DiagonalOptimizer
 from keras_curvature.optimizers.limits import LinearStep, averaged, steps_taken
+from keras_curvature.typing import LearningRate, Vector
 
 
 @register
@@ -55,9 +59,9 @@ class SquareRootFreeAdam(DiagonalOptimizer):
     every = 1
 
     def __init__(
-        self, learning_rate=1e-3, beta_1=0.9, beta_2=0.999, epsilon=1e-3, fisher="empirical",
-        name="square_root_free_adam", **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 1e-3, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-3,
+        fisher: Literal["empirical", "sampled"] = "empirical", name: str = "square_root_free_adam", **kwargs: Any,
+    ) -> None:  # fmt: skip
         check(self, "fisher", fisher, fisher in ("empirical", "sampled"), '"empirical" or "sampled"')
         needs = Needs(only_gradients=fisher == "empirical")
         super().__init__(learning_rate, needs=needs, name=name, **kwargs)
@@ -66,11 +70,11 @@ class SquareRootFreeAdam(DiagonalOptimizer):
         check_number(self, "beta_2", beta_2, 0.0, 1.0, open_high=True)
         check_number(self, "epsilon", epsilon, 0.0, open_low=True)
 
-    def precondition(self, gradients):
+    def precondition(self, gradients: Vector) -> Vector:
         """With the squares of the gradients themselves."""
         return self._divide(gradients, lambda: gradients)
 
-    def direction(self, lin):
+    def direction(self, lin: Linearization) -> Vector:
         """With the squares of gradients of drawn labels."""
         return self._divide(lin.gradient, lambda: lin.sampled_gradient(self.seed))
 
@@ -87,7 +91,7 @@ class SquareRootFreeAdam(DiagonalOptimizer):
             found.append(tf.math.divide_no_nan(a * (share / taken), b + share * self.epsilon))
         return found
 
-    def linear_step(self):
+    def linear_step(self) -> LinearStep:
         """Momentum as of Adam; the denominator of the last step."""
         return LinearStep(averaged(self.beta_1), self._preconditioner)
 

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -9,6 +10,7 @@ import tensorflow as tf
 
 from keras_curvature import component
 from keras_curvature.optimizers.averages import AveragedWeights
+from keras_curvature.typing import Config, LearningRate
 
 # The entry that holds the class name, as bytes. As in Keras' files, the variables' entries are named by their numbers.
 OWNER = "owner"
@@ -78,12 +80,12 @@ def _is_integer(dtype):
 class SavedOptimizer(AveragedWeights):
     """The part of `CurvatureOptimizer` that Keras calls to save and load."""
 
-    def __init__(self, learning_rate, **kwargs):
+    def __init__(self, learning_rate: LearningRate, **kwargs: Any) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
         self._waiting = StoredState()  # loaded, but not assigned before `build`
         self._unbuilt_count = len(self.variables)  # iterations, and a learning rate that is no schedule
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Load the state; before `build`, keep it and assign it in `build`.
 
         The state of another optimizer, or of one with other settings, is skipped as a whole, with Keras' warning.
@@ -125,14 +127,14 @@ class SavedOptimizer(AveragedWeights):
             stacklevel=3,
         )
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """Save the state; before `build`, save the state that was loaded."""
         if self._waiting.values:
             self._waiting.write(store)
         else:
             StoredState(owner_name(type(self)), [variable.numpy() for variable in self.variables]).write(store)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """Keras' config and the arguments of `__init__`, with components in serialized form."""
         config = super().get_config()
         for name in inspect.signature(type(self).__init__).parameters:
@@ -141,7 +143,7 @@ class SavedOptimizer(AveragedWeights):
         return config
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Config, custom_objects: dict[str, Any] | None = None) -> Self:
         """A new optimizer from a config, without the state."""
         own = inspect.signature(cls.__init__).parameters
         config = {k: component.deserialize(v) if k in own and k != "learning_rate" else v for k, v in config.items()}

@@ -1,14 +1,18 @@
 """The idealised Neumann optimizer: an inner loop of gradients at shifted points of one batch."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check_component, check_number, register
+from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Function
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers import NeumannSeries
+from keras_curvature.typing import LearningRate, Variables, Vector
 
 
 @register
@@ -55,9 +59,10 @@ class TwoLoopNeumann(CurvatureOptimizer):
     reports = {"step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(
-        self, learning_rate=0.05, solver=NeumannSeries(steps=10, rate=0.05), mu=1.0, alpha=0.0, beta=0.0, gamma=0.99,
-        name="two_loop_neumann", **kwargs,
-    ):  # fmt: skip
+        self, learning_rate: LearningRate = 0.05, solver: NeumannSeries = NeumannSeries(steps=10, rate=0.05),
+        mu: float = 1.0, alpha: float = 0.0, beta: float = 0.0, gamma: float = 0.99, name: str = "two_loop_neumann",
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.solver, self.mu, self.alpha, self.beta, self.gamma = solver, mu, alpha, beta, gamma
         check_component(self, "solver", solver, "rate", "NeumannSeries(steps=10)")
@@ -66,11 +71,11 @@ class TwoLoopNeumann(CurvatureOptimizer):
         check_number(self, "beta", beta, low=0)
         check_number(self, "gamma", gamma, low=0, high=1, open_high=True)
 
-    def create_state(self, variables):
+    def create_state(self, variables: Variables) -> None:
         """`v`, if a regularizer is centred on it; the first step initializes it with the weights."""
         self._v = self.add_optimizer_variables(variables, "v") if self.alpha or self.beta else []
 
-    def direction(self, lin):
+    def direction(self, lin: Linearization) -> Vector:
         """`m_K`, the sum of the series for `A = mu (grad g(w + x) - grad g(w)) + (1 - mu)/eta x`."""
         eta, mu = self.solver.rate, self.mu
         regularizer = self._regularizer(lin)
@@ -92,7 +97,7 @@ class TwoLoopNeumann(CurvatureOptimizer):
             self.remember(self._v, trees.add(after, trees.subtract(v, after), self.gamma))
         return direction
 
-    def linear_step(self):
+    def linear_step(self) -> NotLinear:
         """None: the inner loop is a polynomial in the curvature."""
         return NotLinear(
             "`TwoLoopNeumann` makes each step of several gradients at shifted points, and its limit is that of this "

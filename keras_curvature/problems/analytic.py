@@ -14,7 +14,7 @@ from keras_curvature.problems.losses import SumSquares
 from keras_curvature.problems.table_1 import rosenbrock_start
 
 
-def quadratic(dimension=20, condition=1e3, seed=0):
+def quadratic(dimension: int = 20, condition: float = 1e3, seed: int = 0) -> Problem:
     """A quadratic `f(w) = 1/2 (w - w*)' A (w - w*)`, eigenvalues of `A` log-spaced from 1 to `1 / condition`.
 
     With `A = Q diag(l) Q'` the residuals are `phi = diag(l / 2)^(1/2) Q' (w - w*)`, which are linear in the weights, so
@@ -60,7 +60,7 @@ def quadratic(dimension=20, condition=1e3, seed=0):
     )
 
 
-def rosenbrock(noise=0.0):
+def rosenbrock(noise: float = 0.0) -> Problem:
     """Rosenbrock's function of two weights, with the multiplicative noise of the CurveBall paper's Table 1.
 
         f(u, v) = (1 - u)^2 + 100 eps^2 (v - u^2)^2
@@ -107,7 +107,7 @@ def rosenbrock(noise=0.0):
     )
 
 
-def rahimi_recht(seed=0):
+def rahimi_recht(seed: int = 0) -> Problem:
     """A linear network with two layers that learns a linear map `A` from R^6 to R^10.
 
         f(W1, W2) = mean_i |W2 W1 x_i - A x_i|^2

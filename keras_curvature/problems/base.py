@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import random
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -47,21 +48,21 @@ class Problem:
     name: str
     model: Callable[..., keras.Model]
     loss: Callable[[], keras.losses.Loss]
-    data: Callable[..., tuple]
+    data: Callable[..., tuple[Any, Any]]
     batch_size: int
-    metrics: tuple = ()
+    metrics: tuple[Any, ...] = ()
     minimum: float | None = None
     solution: Callable[[], list[np.ndarray]] | None = None
     hessian: Callable[[], np.ndarray] | None = None
-    stand_in: Callable[..., tuple] | None = None
+    stand_in: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None
 
-    def compiled(self, optimizer, seed=0, **options):
+    def compiled(self, optimizer: keras.Optimizer | str, seed: int = 0, **options: Any) -> keras.Model:
         """A new model compiled with `optimizer`; `options` are passed to `keras.Model.compile`."""
         model = self.model(seed)
         model.compile(optimizer, loss=self.loss(), metrics=list(self.metrics), **options)
         return model
 
-    def sample(self, samples, seed=0):
+    def sample(self, samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """At most `samples` training examples `(x, y)`: from `stand_in` if there is one, else the first of `data()`."""
         if self.stand_in is not None:
             return self.stand_in(samples, seed)
@@ -70,7 +71,7 @@ class Problem:
         return x[:samples], y[:samples]
 
 
-def seeded(build):
+def seeded(build: Callable[[], keras.Model]) -> Callable[..., keras.Model]:
     """Turn `build()`, which returns a model, into `model(seed=0)`: equal seeds give equal weights.
 
     The model has the dtype `keras.config.floatx()`. Seeds and dtypes of anything built later do not change.

@@ -5,12 +5,17 @@ random inputs, so the labels can be learned. Equal seeds give equal arrays on ev
 """
 
 import os
+from typing import Literal, TypeAlias
 
 import keras
 import numpy as np
 
+Examples: TypeAlias = tuple[np.ndarray, np.ndarray]
 
-def data(name, data_dir=None, download=False):
+
+def data(
+    name: Literal["digits", "mnist", "cifar10"], data_dir: str | os.PathLike | None = None, download: bool = False
+) -> tuple[Examples, Examples]:  # fmt: skip
     """Read a data set, with inputs in [0, 1] and int32 labels `(samples,)`.
 
     | name      | x              | train | test  | from                                          |
@@ -42,7 +47,10 @@ def data(name, data_dir=None, download=False):
     return _READERS[name](name, data_dir, download)
 
 
-def synthetic(kind, samples=2048, seed=0, shape=(28, 28, 1), classes=10):
+def synthetic(
+    kind: Literal["images", "tokens", "adding"], samples: int = 2048, seed: int = 0,
+    shape: tuple[int, int, int] = (28, 28, 1), classes: int = 10,
+) -> Examples:  # fmt: skip
     """Generate synthetic examples `(x, y)` with int32 labels `(samples,)`.
 
     * `"images"`: `(samples, *shape)` in [0, 1]. An image is a combination of sixteen coarse patterns with coefficients
@@ -76,7 +84,7 @@ def synthetic(kind, samples=2048, seed=0, shape=(28, 28, 1), classes=10):
     random = np.random.RandomState(seed)
     if kind == "images":
         return _images(random, samples, shape, classes)
-    return _TEACHERS[kind](random, samples)
+    return _TEACHERS[kind](random, samples)  # type: ignore[operator]
 
 
 def _digits(name, data_dir, download):

@@ -8,7 +8,7 @@ import numpy as np
 from keras_curvature.problems.base import Problem, seeded
 
 
-def logistic(samples=20_000, seed=0):
+def logistic(samples: int = 20_000, seed: int = 0) -> Problem:
     """The ill-conditioned logistic regression of the Neumann paper (Krishnan et al. 2018, Appendix B).
 
         f(w) = mean_i log(1 + exp(-s_i x_i' w)) + 1e-6 |w|^2

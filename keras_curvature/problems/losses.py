@@ -1,9 +1,11 @@
 """The sum of squared residuals: a loss, and the usual error of autoencoders."""
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from keras_curvature.linearization.fisher.likelihoods import Gaussian
+from keras_curvature.typing import Config
 
 
 @keras.saving.register_keras_serializable(package="keras_curvature")
@@ -27,13 +29,15 @@ class SumSquares(keras.losses.Loss):
     convex_in_outputs = True  # so its Gauss-Newton matrix is positive semi-definite
     likelihood = Gaussian  # with variance 1/2; methods that draw labels need it
 
-    def __init__(self, name="sum_squares", reduction="sum_over_batch_size", dtype=None):
+    def __init__(
+        self, name: str = "sum_squares", reduction: str | None = "sum_over_batch_size", dtype: str | None = None
+    ) -> None:  # fmt: skip
         super().__init__(name=name, reduction=reduction, dtype=dtype)
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
         return _sum_per_sample(ops.square(y_pred - ops.cast(y_true, y_pred.dtype)))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {"name": self.name, "reduction": self.reduction, "dtype": self.dtype}
 
 

@@ -8,7 +8,10 @@ import math
 import random
 
 import keras
+import tensorflow as tf
 from keras import layers, ops
+
+from keras_curvature.typing import Config, Shape
 
 
 def mlp(widths, activation="relu", name="mlp"):
@@ -142,13 +145,13 @@ class SparseNormal(keras.initializers.Initializer):
     >>> layer = keras.layers.Dense(500, activation="sigmoid", kernel_initializer=SparseNormal())
     """
 
-    def __init__(self, incoming=15, stddev=1.0, seed=None):
+    def __init__(self, incoming: int = 15, stddev: float = 1.0, seed: int | None = None) -> None:
         if incoming < 1:
             raise ValueError(f"`SparseNormal`: `incoming` must be at least 1. Received: incoming={incoming}")
         self.incoming, self.stddev, self.seed = incoming, stddev, seed
         self._drawn = random.randint(1, 10**9) if seed is None else seed
 
-    def __call__(self, shape, dtype=None):
+    def __call__(self, shape: Shape, dtype: str | None = None) -> tf.Tensor:
         dtype = dtype or keras.config.floatx()
         flat = (math.prod(shape[:-1]), shape[-1])  # (incoming, units)
         values = keras.random.normal(flat, stddev=self.stddev, dtype=dtype, seed=self._drawn)
@@ -156,7 +159,7 @@ class SparseNormal(keras.initializers.Initializer):
         rank = ops.argsort(ops.argsort(lottery, axis=0), axis=0)  # a random permutation in every column
         return ops.reshape(values * ops.cast(rank < self.incoming, dtype), shape)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {"incoming": self.incoming, "stddev": self.stddev, "seed": self.seed}
 
 

@@ -32,7 +32,7 @@ from keras_curvature.problems.logistic_regression import logistic
 from keras_curvature.problems.losses import squared_error_of_logits
 
 
-def get(name):
+def get(name: str) -> Problem:
     """The problem of this name in `PROBLEMS`.
 
     Raises:
@@ -120,4 +120,4 @@ _ALL = [
     _classifier("transformer", networks.transformer, _tokens, 64, _tokens),
     _classifier("lstm", networks.lstm, _adding, 64, _adding),
 ]
-PROBLEMS = {problem.name: problem for problem in _ALL}
+PROBLEMS: dict[str, Problem] = {problem.name: problem for problem in _ALL}

@@ -6,10 +6,12 @@ with its noise. Runs that never reach 1e-4 are left out of the mean. CurveBall's
 of 0.5 and a fixed damping of 0.1 on Rosenbrock, and 1 and 1 on Rahimi-Recht.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
-def table_1_starts(n=100, seed=0):
+def table_1_starts(n: int = 100, seed: int = 0) -> np.ndarray:
     """The starting points of the Rosenbrock columns, float64, `(n, 2)`.
 
     A point is `[-1/4, -1/4] + (U[0, 1) - 1/2) / 2` with one draw for both coordinates, so the points are on the
@@ -30,12 +32,12 @@ def table_1_starts(n=100, seed=0):
     return np.array([-0.25, -0.25]) + shift  # (n, 2)
 
 
-def rosenbrock_start(seed=0):
+def rosenbrock_start(seed: int = 0) -> np.ndarray:
     """The starting point of `problems.get("rosenbrock").model(seed)`, float64, `(2,)`."""
     return table_1_starts(1, seed)[0]
 
 
-def first_below(losses, tolerance=1e-4):
+def first_below(losses: Sequence[float], tolerance: float = 1e-4) -> int | None:
     """The 1-based index of the first loss below `tolerance`; `None` if there is none.
 
     Args:

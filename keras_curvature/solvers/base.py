@@ -10,6 +10,8 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from keras_curvature.component import Component
+from keras_curvature.operators import LinearOperator
+from keras_curvature.typing import Integer, Vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +29,21 @@ class Solution:
             none. Defaults to `None`.
     """
 
-    value: list
+    value: Vector
     steps: tf.Tensor
     residual: tf.Tensor
     finite: tf.Tensor = True
     count: tf.Tensor = 0
-    iterate: Callable | None = None
+    iterate: Callable[[Integer], Vector] | None = None
 
 
 class Solver(Component):
     """Base of the solvers. A subclass is a frozen dataclass with `solve`."""
 
-    def solve(self, operator, rhs, start=None, preconditioner=None):
+    def solve(
+        self, operator: LinearOperator, rhs: Vector, start: Vector | None = None,
+        preconditioner: LinearOperator | None = None,
+    ) -> Solution:  # fmt: skip
         """Solve `operator @ x = rhs`.
 
         Args:

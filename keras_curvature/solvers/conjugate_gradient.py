@@ -12,7 +12,9 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number, register
+from keras_curvature.operators import LinearOperator
 from keras_curvature.solvers.base import Solution, Solver, require_psd
+from keras_curvature.typing import Vector
 
 
 @register
@@ -60,7 +62,10 @@ class ConjugateGradient(Solver):
         check_number(self, "residual_tolerance", self.residual_tolerance, low=0)
         check(self, "truncate", self.truncate, isinstance(self.truncate, bool), "True or False")
 
-    def solve(self, operator, rhs, start=None, preconditioner=None):
+    def solve(
+        self, operator: LinearOperator, rhs: Vector, start: Vector | None = None,
+        preconditioner: LinearOperator | None = None,
+    ) -> Solution:  # fmt: skip
         """The `Solution`, with the stored iterates. See `Solver.solve` for the arguments."""
         if not self.truncate:
             require_psd(

@@ -7,8 +7,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_curvature.component import check_count, check_number, register
-from keras_curvature.operators import Function, axes
-from keras_curvature.solvers.whitening import Geometry, all_or_none
+from keras_curvature.operators import Function, LinearOperator, axes
+from keras_curvature.solvers.whitening import Draws, Geometry, Spec, all_or_none
+from keras_curvature.typing import Shape, Vector
 
 
 @register
@@ -43,7 +44,7 @@ class KroneckerGeometry(Geometry):
             check_count(self, "max_size", self.max_size)
         check_number(self, "max_skew", self.max_skew, low=0)
 
-    def specs(self, shapes):
+    def specs(self, shapes: list[Shape]) -> list[Spec]:
         """For each weight, `L` with an entry for each axis, and the factors."""
         return [spec for i, shape in enumerate(shapes) for spec in self._specs(i, lengths(shape))]
 
@@ -60,7 +61,7 @@ class KroneckerGeometry(Geometry):
         fits = self.max_size is None or length <= self.max_size
         return length > 1 and fits and length**2 <= self.max_skew * entries
 
-    def fitted(self, state, v, h, draws):
+    def fitted(self, state: Vector, v: Vector | None, h: Vector, draws: Draws) -> Vector:
         """One step for every weight."""
         weights = _by_weight(state, [a.shape for a in h])
         begins = [tf.equal(L[0], 0) for L, *_ in weights]
@@ -94,7 +95,7 @@ class KroneckerGeometry(Geometry):
         # at random, one step in 100: only the product of the factors' scales is determined
         return [tf.stack(bounds), *_balance(factors, draws.uniform(h.dtype) < 0.01)]
 
-    def operator(self, state, shapes):
+    def operator(self, state: Vector, shapes: list[Shape]) -> LinearOperator:
         """`P = Q'Q`."""
         factors = [Q for _, *Q in _by_weight(state, shapes)]
 
@@ -104,7 +105,7 @@ class KroneckerGeometry(Geometry):
 
         return Function(product, psd=True)
 
-    def groups(self, vector):
+    def groups(self, vector: Vector) -> list[Vector]:
         """Each weight on its own."""
         return [[a] for a in vector]
 

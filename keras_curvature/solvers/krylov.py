@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_curvature import trees
 from keras_curvature.solvers import flat
+from keras_curvature.typing import Vector
 
 # A beta below this many rounding errors of the norm of T counts as zero.
 ROUNDINGS = 10
@@ -35,13 +36,13 @@ class Eigenpairs:
     """
 
     values: np.ndarray
-    vectors: list = dataclasses.field(repr=False)  # as long as a model
+    vectors: list[Vector] = dataclasses.field(repr=False)  # as long as a model
     residuals: np.ndarray
     products: int
     converged: np.ndarray
     exhausted: bool = False
 
-    def beside(self, other):
+    def beside(self, other: "Eigenpairs") -> "Eigenpairs":
         """These pairs followed by other pairs of the same operator, such as those of the other end of the spectrum."""
         arrays = (np.append(getattr(self, name), getattr(other, name)) for name in ("values", "residuals", "converged"))
         values, residuals, converged = arrays
@@ -63,16 +64,16 @@ class Tridiagonal:
 
     alpha: np.ndarray
     beta: np.ndarray
-    basis: list | None = dataclasses.field(repr=False)  # as long as a model
+    basis: list[Vector] | None = dataclasses.field(repr=False)  # as long as a model
     products: int
     exhausted: bool = False
 
     @property
-    def matrix(self):
+    def matrix(self) -> np.ndarray:
         """`T`, `(steps, steps)`."""
         return np.diag(self.alpha) + np.diag(self.beta[:-1], 1) + np.diag(self.beta[:-1], -1)
 
-    def quadrature(self, steps=None):
+    def quadrature(self, steps: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """`(nodes, weights)` with `v'f(A)v ~ sum_i weights_i f(nodes_i)`, `v` the first vector of `V`.
 
         Args:

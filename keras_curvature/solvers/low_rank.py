@@ -7,8 +7,10 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check_count, register
+from keras_curvature.operators import LinearOperator
 from keras_curvature.operators.low_rank import LowRankSquare, columns, gram, times
-from keras_curvature.solvers.whitening import Draws, Geometry, all_or_none
+from keras_curvature.solvers.whitening import Draws, Geometry, Spec, all_or_none
+from keras_curvature.typing import Shape, Vector
 
 SIZE = 0.1  # expected |U|^2 and |V|^2 at the start
 
@@ -42,7 +44,7 @@ class LowRankGeometry(Geometry):
         super().__post_init__()
         check_count(self, "rank", self.rank)
 
-    def specs(self, shapes):
+    def specs(self, shapes: list[Shape]) -> list[Spec]:
         """`L`, with an entry for each of `d`, `U` and `V`; then for each weight its rows of `U`, of `V` and of `d`."""
         sizes = [math.prod(shape) for shape in shapes]
         rank = min(self.rank, sum(sizes))
@@ -57,7 +59,7 @@ class LowRankGeometry(Geometry):
         ]  # fmt: skip
         return [("L", (3,), "zeros"), *matrices, *[(f"d_{i}", (n, 1), "ones") for i, n in enumerate(sizes)]]
 
-    def fitted(self, state, v, h, draws):
+    def fitted(self, state: Vector, v: Vector | None, h: Vector, draws: Draws) -> Vector:
         """The state after one step of `d`, and one of `U` or `V`."""
         L, U, V, d = _parts(state)
         begins = tf.equal(L[0], 0)
@@ -105,12 +107,12 @@ class LowRankGeometry(Geometry):
         V = [q - tf.matmul(x, right) + tf.matmul(y, left) - tf.matmul(q, inner) for q, x, y in zip(V, a, b)]
         return L[0], bound, U, V
 
-    def operator(self, state, shapes):
+    def operator(self, state: Vector, shapes: list[Shape]) -> LinearOperator:
         """`P = Q'Q`."""
         _, U, V, d = _parts(state)
         return LowRankSquare(U, V, d)
 
-    def groups(self, vector):
+    def groups(self, vector: Vector) -> list[Vector]:
         """All weights together."""
         return [vector]
 

@@ -6,7 +6,9 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check_count, check_number, register
+from keras_curvature.operators import LinearOperator
 from keras_curvature.solvers.base import Solution, Solver
+from keras_curvature.typing import Vector
 
 
 @register
@@ -36,7 +38,10 @@ class NeumannSeries(Solver):
         check_count(self, "steps", self.steps)
         check_number(self, "rate", self.rate, low=0, open_low=True)
 
-    def solve(self, operator, rhs, start=None, preconditioner=None):
+    def solve(
+        self, operator: LinearOperator, rhs: Vector, start: Vector | None = None,
+        preconditioner: LinearOperator | None = None,
+    ) -> Solution:  # fmt: skip
         """Take `K` steps and return the `Solution`. A preconditioner `P` replaces `rate * I` by `rate * P`."""
 
         def scaled(vector):

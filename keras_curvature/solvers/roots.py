@@ -42,7 +42,7 @@ class EigenRoot(Component):
         if self.exponent is not None:
             check_number(self, "exponent", self.exponent, low=0, open_low=True)
 
-    def inverse_root(self, matrices, p, epsilon):
+    def inverse_root(self, matrices: tf.Tensor, p: float, epsilon: float) -> tf.Tensor:
         """`(A + epsilon I)^(-1/p)` of a stack `(..., n, n)`; NaN where it failed."""
         finite, matrices = without_failures(matrices)
         values, vectors = tf.linalg.eigh(_ridge(matrices, epsilon))
@@ -93,7 +93,7 @@ class CoupledNewton(Component):
         check_number(self, "tolerance", self.tolerance, low=0, open_low=True)
         check_count(self, "max_steps", self.max_steps)
 
-    def inverse_root(self, matrices, p, epsilon):
+    def inverse_root(self, matrices: tf.Tensor, p: float, epsilon: float) -> tf.Tensor:
         """`(A + epsilon I)^(-1/p)` of a stack `(..., n, n)`; NaN where it failed."""
         p = round(p)
         finite, matrices = without_failures(matrices)

@@ -17,12 +17,19 @@ Reference: Li, "Preconditioned stochastic gradient descent" (arXiv:1512.04202), 
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import Component, check_number
+from keras_curvature.operators import LinearOperator
+from keras_curvature.typing import Integer, Shape, Vector
+
+# name, shape and initializer of a tensor of the state
+Spec: TypeAlias = tuple[str, Shape, str | Callable[..., tf.Tensor]]
 
 
 class Draws:
@@ -34,18 +41,18 @@ class Draws:
         seed: An integer or integer tensor. The numbers depend on it and on the number of earlier draws.
     """
 
-    def __init__(self, seed):
+    def __init__(self, seed: Integer) -> None:
         self._seed, self._drawn = tf.cast(seed, tf.int32), 0
 
-    def normal(self, shape, dtype):
+    def normal(self, shape: Shape, dtype: tf.DType) -> tf.Tensor:
         """Standard normal numbers, by the inverse of their distribution function."""
         return 2.0**0.5 * tf.math.erfinv(self._symmetric(shape, dtype))
 
-    def normal_like(self, vector):
+    def normal_like(self, vector: Vector) -> Vector:
         """A vector of standard normal numbers."""
         return [self.normal(a.shape, a.dtype) for a in vector]
 
-    def uniform(self, dtype):
+    def uniform(self, dtype: tf.DType) -> tf.Tensor:
         """A scalar in (0, 1)."""
         return 0.5 + 0.5 * self._symmetric((), dtype)
 
@@ -83,11 +90,11 @@ class Geometry(Component):
         if self.initial is not None:
             check_number(self, "initial", self.initial, low=0, open_low=True)
 
-    def specs(self, shapes):
+    def specs(self, shapes: list[Shape]) -> list[Spec]:
         """A list of `(name, shape, initializer)`, one for each tensor of the state, for weights of the given shapes."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `specs(shapes)`.")
 
-    def fit(self, state, v, h, draws):
+    def fit(self, state: Vector, v: Vector | None, h: Vector, draws: Draws) -> Vector:
         """The state after the pair `(v, h)`; NaN if the fit fails. A pair with `h = 0` leaves the state unchanged.
 
         Args:
@@ -102,15 +109,15 @@ class Geometry(Component):
         nothing = tf.reduce_all([tf.reduce_all(tf.equal(a, 0)) for a in h])
         return tf.cond(nothing, lambda: [tf.identity(a) for a in state], lambda: self.fitted(state, v, h, draws))
 
-    def fitted(self, state, v, h, draws):
+    def fitted(self, state: Vector, v: Vector | None, h: Vector, draws: Draws) -> Vector:
         """`fit` for an `h` that is not zero."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `fitted(state, v, h, draws)`.")
 
-    def operator(self, state, shapes):
+    def operator(self, state: Vector, shapes: list[Shape]) -> LinearOperator:
         """`P`, a `LinearOperator` on weights of the given shapes."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `operator(state, shapes)`.")
 
-    def groups(self, vector):
+    def groups(self, vector: Vector) -> list[Vector]:
         """The parts of a vector that share a preconditioner, a list of vectors."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `groups(vector)`.")
 

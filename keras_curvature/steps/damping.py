@@ -5,10 +5,26 @@ gives a shorter step. The records here are pure functions of the present damping
 """
 
 import dataclasses
+from typing import Any, Protocol, Self
 
 import tensorflow as tf
 
 from keras_curvature.component import Component, check, check_count, check_number, is_number, register
+
+
+class Damping(Protocol):
+    """What a component must have to be a damping."""
+
+    @property
+    def initial(self) -> float:
+        """The damping at the first step."""
+
+    @property
+    def every(self) -> int | None:
+        """Steps between two checks of the reduction ratio; `None`: no check."""
+
+    def update(self, value: tf.Tensor, ratio: tf.Tensor) -> tf.Tensor:
+        """The next damping, from the present damping and the reduction ratio, both scalar tensors."""
 
 
 @register
@@ -28,11 +44,11 @@ class ConstantDamping(Component):
         check_number(self, "initial", self.initial, low=0)
 
     @property
-    def every(self):
+    def every(self) -> None:
         """`None`: the reduction ratio is not needed and not computed."""
         return None
 
-    def update(self, value, ratio):
+    def update(self, value: tf.Tensor, ratio: tf.Tensor) -> tf.Tensor:
         """The damping, unchanged."""
         return value
 
@@ -78,14 +94,14 @@ class LevenbergMarquardt(Component):
         check_number(self, "minimum", self.minimum, low=0)
 
     @classmethod
-    def martens(cls, initial=1.0, **kwargs):
+    def martens(cls, initial: float = 1.0, **kwargs: Any) -> Self:
         """The rule of Martens (2010): times 2/3 if the ratio is above 3/4, divided by 2/3 if below 1/4, in every step.
 
         Example: `HessianFree(damping=LevenbergMarquardt.martens(initial=45.0))`
         """
         return cls(**{"initial": initial, "decay": 2 / 3, "low": 0.25, "high": 0.75, "every": 1, **kwargs})
 
-    def update(self, value, ratio):
+    def update(self, value: tf.Tensor, ratio: tf.Tensor) -> tf.Tensor:
         """The next damping, from the present damping and the reduction ratio, both scalar tensors."""
         ratio, factor = tf.cast(ratio, value.dtype), self.decay**self.every
         # the damping could never leave 0 or infinity again
@@ -94,7 +110,7 @@ class LevenbergMarquardt(Component):
         return tf.where(bad, grown, tf.where(ratio > self.high, shrunk, value))
 
 
-def as_damping(owner, damping):
+def as_damping(owner: Any, damping: Any) -> Damping:
     """The component for the argument `damping`: itself, or a `ConstantDamping` for a number."""
     if is_number(damping):
         check_number(owner, "damping", damping, low=0)

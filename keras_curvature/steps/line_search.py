@@ -4,6 +4,7 @@ The records are pure: they take the loss as a function of the step length, and r
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -37,7 +38,9 @@ class ArmijoLineSearch(Component):
         check_number(self, "shrink", self.shrink, low=0, high=1, open_low=True, open_high=True)
         check_count(self, "max_steps", self.max_steps)
 
-    def search(self, loss_along, loss, slope, first):
+    def search(
+        self, loss_along: Callable[[tf.Tensor], tf.Tensor], loss: tf.Tensor, slope: tf.Tensor, first: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:  # fmt: skip
         """Find the first length that meets the condition.
 
         Args:

@@ -15,10 +15,13 @@ Optimization" (2006), Algorithm 4.1.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Literal
 
 import tensorflow as tf
 
 from keras_curvature.component import check
+from keras_curvature.steps.damping import Damping
 
 ACCEPTS = ("lower", "finite", "any")
 
@@ -60,9 +63,9 @@ class Trial:
     ```
     """
 
-    rule: object
-    accepts: str = "lower"
-    at: str = "first"
+    rule: Damping
+    accepts: Literal["lower", "finite", "any"] = "lower"
+    at: Literal["first", "last"] = "first"
     always: bool = False
 
     def __post_init__(self):
@@ -70,11 +73,14 @@ class Trial:
         check(self, "at", self.at, self.at in ("first", "last"), '"first" or "last"')
 
     @property
-    def looks(self):
+    def looks(self) -> bool:
         """Whether any step is checked."""
         return bool(self.rule.every) or self.always
 
-    def check(self, iterations, value, before, after, predicted):
+    def check(
+        self, iterations: tf.Tensor, value: tf.Tensor, before: tf.Tensor, after: Callable[[], tf.Tensor],
+        predicted: Callable[[], tf.Tensor],
+    ) -> Checked:  # fmt: skip
         """Check the step that is about to be taken.
 
         Args:

@@ -2,6 +2,7 @@
 
 import abc
 import functools
+from typing import Any, Self
 
 import keras
 
@@ -11,6 +12,7 @@ from keras_curvature.keras_internals import Functional
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.training.step import unwrap
 from keras_curvature.training.trainer import CurvedTrainer
+from keras_curvature.typing import Config, Model
 
 
 class CurvedMixin(CurvedTrainer):
@@ -59,7 +61,7 @@ class CurvatureModel(CurvedMixin, keras.Model, metaclass=abc.ABCMeta):
     ```
     """
 
-    def __init__(self, *args, micro_batches=1, **kwargs):
+    def __init__(self, *args: Any, micro_batches: int = 1, **kwargs: Any) -> None:
         if len(args) == 2 or "outputs" in kwargs:
             # otherwise Keras would make this class itself functional, and so every later subclass
             self.__class__ = _functional_class(type(self))
@@ -68,13 +70,13 @@ class CurvatureModel(CurvedMixin, keras.Model, metaclass=abc.ABCMeta):
             super().__init__(*args, **kwargs)
         self.micro_batches = micro_batches
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """Keras' config, and the number of micro-batches if it is not 1."""
         config = super().get_config()
         return config if self.micro_batches == 1 else {**config, "micro_batches": self.micro_batches}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Config, custom_objects: dict[str, Any] | None = None) -> Self:
         """A new model from a config."""
         config = dict(config)
         micro_batches = config.pop("micro_batches", 1)
@@ -98,7 +100,7 @@ keras.saving.register_keras_serializable(package="keras_curvature", name="Functi
 )
 
 
-def curved(model, micro_batches=None):
+def curved(model: Model, micro_batches: int | None = None) -> Model:
     """Give `model` the train step that second-order optimizers need, in place, and return it.
 
     The model keeps its layers, weights and compiled state, and remains an instance of its class; it becomes an instance
@@ -148,7 +150,7 @@ def curved(model, micro_batches=None):
             f"`curved`: `{type(model).__name__}` has its own `train_step`, which a curved model replaces. Compute "
             "the loss in `compute_loss(self, x, y, y_pred, sample_weight, training)` instead of `train_step`."
         )
-    model.__class__ = _curved_class(type(model))
+    model.__class__ = _curved_class(type(model))  # type: ignore[arg-type]
     model.train_function = None  # traced again, with the new step
     model.micro_batches = 1 if micro_batches is None else micro_batches
     model._compiled_by_class = _is_compiled_by_class(model)

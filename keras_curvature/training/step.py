@@ -1,5 +1,7 @@
 """The train step of a curved model: linearize the batch, take the optimizer's step, update layer states once."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -19,12 +21,12 @@ class CurvedStep:
     _curved_micro_batches = 1
 
     @property
-    def micro_batches(self):
+    def micro_batches(self) -> int:
         """Number of slices of each replica's share of a batch, which are computed one after the other."""
         return self._curved_micro_batches
 
     @micro_batches.setter
-    def micro_batches(self, value):
+    def micro_batches(self, value: int) -> None:
         check_count(self, "micro_batches", value)
         if value == self._curved_micro_batches:
             return
@@ -41,7 +43,7 @@ class CurvedStep:
             self._curved_reports.of(optimizer, self.distribute_strategy)
         return self._curved_reports
 
-    def train_step(self, data):
+    def train_step(self, data: Any) -> dict[str, Any]:
         """Linearize the batch, take the step, update layer states; or Keras' own step if its result is the same."""
         if not self._steps_by_linearization():
             return super().train_step(data)

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -19,13 +20,13 @@ class CurvedTrainer(CurvedStep):
     _curved_batch = staticmethod(lambda: None)
     _compiled_by_class = False
 
-    def reset_metrics(self):
+    def reset_metrics(self) -> None:
         """Reset Keras' metrics and the reports."""
         super().reset_metrics()
         if "_curved_reports" in self.__dict__:
             self._curved_reports.reset()
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> None:
         """Keras' train function. All variables are created before, so that TensorFlow traces it only once."""
         self._warn_of_the_optimizer()
         self._build_for_training()
@@ -37,7 +38,7 @@ class CurvedTrainer(CurvedStep):
             trains = f"{self.name!r} by `{type(unwrap(self.optimizer)[0]).__name__}`"
             self.train_function = FirstCall(self.train_function, trains)
 
-    def fit(self, *args, **kwargs):
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         """Keras' `fit`; with a progress bar, one line says so where the first step takes long."""
         given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
         with keras_internals.holding(shows_progress, given.get("verbose", "auto") != 0):

@@ -20,12 +20,13 @@ from keras_curvature.linearization.fisher import sampling
 from keras_curvature.linearization.layers import taps
 from keras_curvature.linearization.products import Pass
 from keras_curvature.linearization.pure import batch_axis, randomness, slices
+from keras_curvature.typing import Fisher, Integer, Probe, Vector
 
 PROBES = ("rademacher", "gaussian", "exact")
 _BITS = [1, 2, 4, 8, 16, 32, 64, -128]  # the bits of a byte
 
 
-def hessian_diagonal(lin, seed=0, probe="rademacher", probes=1):
+def hessian_diagonal(lin, seed: Integer = 0, probe: Probe = "rademacher", probes: int = 1) -> Vector:
     """An unbiased estimate of the diagonal of the Hessian, a vector: the mean of `z * (H z)` over some `probes`.
 
     Args:
@@ -48,7 +49,7 @@ def hessian_diagonal(lin, seed=0, probe="rademacher", probes=1):
         z = draw(weights, probes * seed + i, probe)
         estimate = [a * b for a, b in zip(z, H @ z)]
         total = estimate if total is None else trees.add(total, estimate)
-    return total if probes == 1 else trees.scale(1.0 / probes, total)
+    return total if probes == 1 else trees.scale(1.0 / probes, total)  # type: ignore[return-value]
 
 
 def draw(like, seed, probe="rademacher"):
@@ -93,7 +94,7 @@ def _exactly(H, weights):
     return diagonal
 
 
-def squared_gradients(lin, seed=0, fisher="empirical"):
+def squared_gradients(lin, seed: Integer = 0, fisher: Fisher = "empirical") -> Vector:
     """The mean over the examples of the squared gradient of each, a vector, for a loss that is a mean over examples.
 
     Exact for `Dense` layers, an unbiased estimate for others; see `estimates/diagonals.py`. Costs one forward and two

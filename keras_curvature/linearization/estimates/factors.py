@@ -13,6 +13,8 @@ optimization with Kronecker-vectorized approximation" (2023), section 3.1.
 """
 
 import math
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import tensorflow as tf
 
@@ -28,14 +30,19 @@ from keras_curvature.linearization.estimates.seen import (
     sum_square,
     total,
 )
+from keras_curvature.linearization.layers.kronecker import Block
 from keras_curvature.linearization.layers.weights import product
 from keras_curvature.linearization.needs import require
+from keras_curvature.typing import Fisher, Integer, Vector
 
+Pair: TypeAlias = tuple[tf.Tensor, tf.Tensor]
 # Most entries of per-example gradients kept at a time, for examples with several positions.
 AT_A_TIME = 2**23
 
 
-def kronecker_factors(lin, blocks, diagonal=(), fisher="sampled", seed=0):
+def kronecker_factors(
+    lin, blocks: Sequence[Block], diagonal: Sequence[int] = (), fisher: Fisher = "sampled", seed: Integer = 0
+) -> tuple[list[Pair], Vector]:  # fmt: skip
     """Kronecker factors of blocks of the Fisher matrix of the loss; see `layers/kronecker.py`.
 
     `A (x) G` approximates the block of each layer; L2 regularizers (`l2`) are not included. Costs one backward pass to
@@ -60,7 +67,10 @@ def kronecker_factors(lin, blocks, diagonal=(), fisher="sampled", seed=0):
     return _summed(lin, blocks, diagonal, fisher, seed, _factors)
 
 
-def kronecker_second_moments(lin, blocks, bases, diagonal=(), fisher="sampled", seed=0):
+def kronecker_second_moments(
+    lin, blocks: Sequence[Block], bases: Sequence[Pair], diagonal: Sequence[int] = (), fisher: Fisher = "sampled",
+    seed: Integer = 0,
+) -> tuple[Vector, Vector]:  # fmt: skip
     """The diagonal of the Fisher matrix in the eigenbases of Kronecker factors; see `estimates/factors.py`.
 
     The exact sum over the examples of `(U_A' g U_G)^2`, with `g` the per-example gradient. Costs one backward pass, as
@@ -86,7 +96,7 @@ def kronecker_second_moments(lin, blocks, bases, diagonal=(), fisher="sampled", 
     return _summed(lin, blocks, diagonal, fisher, seed, of_block)
 
 
-def kronecker_means(lin, blocks):
+def kronecker_means(lin, blocks: Sequence[Block]) -> list[Pair]:
     """The mean input of the layers of some blocks, and the loss' mean slope in their outputs.
 
     Uses the true labels, in the pass that gives the `gradient`. For a loss that is a mean over the examples, the slopes

@@ -2,8 +2,10 @@
 
 import tensorflow as tf
 
+from keras_curvature.typing import Integer, Vector
 
-def sampled_gradient(lin, seed=0):
+
+def sampled_gradient(lin, seed: Integer = 0) -> Vector:
     """The gradient of the loss with labels drawn from the model, a vector; one backward pass.
 
     Args:
@@ -15,7 +17,7 @@ def sampled_gradient(lin, seed=0):
     return lin.passes.total(lambda recorded: recorded.pull(recorded.sampled_slope(seed)))
 
 
-def fisher_diagonal(lin, seed=0):
+def fisher_diagonal(lin, seed: Integer = 0) -> Vector:
     """An unbiased, non-negative estimate of the diagonal of the Fisher matrix, a vector.
 
     The square of `sum_i J_i' c_i`, with the cotangents `c` of labels drawn from the model; see

@@ -11,6 +11,7 @@ have a matrix each (a depthwise convolution, the heads of an einsum); most layer
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import keras
 import tensorflow as tf
@@ -44,7 +45,7 @@ class Weights:
     order: tuple = ()
     bias_row: object = None
     kinds = (MATRIX, MATRIX)
-    sharing = None
+    sharing: ClassVar[str | None] = None
 
     @property
     def variables(self):

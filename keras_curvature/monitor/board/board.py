@@ -2,6 +2,7 @@
 
 import os
 import time
+from typing import Any, Literal
 
 import keras
 
@@ -20,6 +21,7 @@ from keras_curvature.monitor.report.drawing import png
 from keras_curvature.monitor.report.measure import measure
 from keras_curvature.monitor.report.reporting import Report
 from keras_curvature.training.callbacks.chief import is_chief
+from keras_curvature.typing import Kind, Logs
 
 # Share of the wall time for the numbers that training already computes, beside the budget.
 LIVE_SHARE = 0.005
@@ -79,7 +81,10 @@ class CurvatureBoard(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, log_dir, data=None, budget=0.05, examples=1024, kind="hessian", report_at="end"):
+    def __init__(
+        self, log_dir: str | os.PathLike, data: Any = None, budget: float = 0.05, examples: int = 1024,
+        kind: Kind = "hessian", report_at: Literal["end", "epoch"] | None = "end",
+    ) -> None:  # fmt: skip
         super().__init__()
         check(self, "log_dir", log_dir, bool(log_dir) and isinstance(log_dir, (str, os.PathLike)), "a path")
         check_number(self, "budget", budget, low=0, high=1, open_high=True)
@@ -91,14 +96,13 @@ class CurvatureBoard(keras.callbacks.Callback):
         self.kind, self.report_at = kind, report_at
         folder = os.path.join(self.log_dir, "curvature")
         make_folder(self, "log_dir", folder)
-        self._pages = Pages(folder)
-        self._clock = time.perf_counter
+        self._pages, self._clock = Pages(folder), time.perf_counter
         self._lively = self._in_epoch = False  # until training begins
 
     # What Keras calls. A step is looked at where the next one begins: the weights are the same as where it ended, and
     # Keras need not wait for the numbers of each step to hand them to its callbacks.
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Start the clock."""
         strategy = self.model.distribute_strategy
         self._works, self._alone = is_chief(strategy), not replicas.of_several_workers(strategy)
@@ -115,7 +119,7 @@ class CurvatureBoard(keras.callbacks.Callback):
                 "curvature is not measured where several processes train. Live numbers go on, once an epoch."
             )
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Keras' metrics restart, and changes of the weights between epochs are no step."""
         self._live.epoch()
         self._before = self._after = None
@@ -123,7 +127,7 @@ class CurvatureBoard(keras.callbacks.Callback):
         if self._measures and self._batch is None:
             first_batch.watch(self.model, lambda batch: self._measuring(lambda: self._keep(batch)))
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """Look at the step before this one."""
         if self._measures:
             self._failures.guard("the update of the weights", self._write_updates)
@@ -135,13 +139,13 @@ class CurvatureBoard(keras.callbacks.Callback):
                 self._measuring(self._measure)
         self._calls += 1
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: Logs = None) -> None:
         """Look at the last step of an epoch, before validation takes the metrics."""
         if self._in_epoch and self._lively and self._alone:
             self._show_live()
         self._in_epoch = False
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Look at the last step of an epoch, and write the spectrum and a report where asked for."""
         if self._in_epoch and self._lively:
             if self._alone and self._live.agrees(logs or {}):
@@ -159,7 +163,7 @@ class CurvatureBoard(keras.callbacks.Callback):
                 self._failures.guard("the report", self._write_report)
         self._writing(self._pages.flush)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         """Write what is shown once, and a spectrum of the final weights."""
         if self._measures and self._panels is not None:
             self._failures.guard("the spectrum", lambda: self._budget.timed("report", self._draw_spectrum, once=True))
@@ -209,9 +213,8 @@ class CurvatureBoard(keras.callbacks.Callback):
             self._failures.guard("the spectrum", draw)
 
     def _begin(self):
-        given = self.data is not None
-        batch_size = self._batch_size if given and mixes_examples(self.model) else None
-        data = self.data if given else self._batch
+        data = self._batch if self.data is None else self.data
+        batch_size = None if self.data is None or not mixes_examples(self.model) else self._batch_size
         measured = curvature(self.model, data, self.kind, None, self.examples, batch_size, training=True)
         self._panels = Panels(measured, self._batch_size)
 

@@ -48,13 +48,13 @@ class Noise:
     noise: float
     curvature: float | None
     curved_noise: float | None
-    stderr: dict
+    stderr: dict[str, float]
     examples: int
     micro_batches: int
     products: int
 
     @property
-    def simple(self):
+    def simple(self) -> float:
         """The noise scale `tr(S) / |G|^2`, in examples: the mean gradient of so many is as long as its error.
 
         Infinite where `signal` is not positive: these examples are too few to see the gradient. NaN where the gradient
@@ -63,12 +63,12 @@ class Noise:
         return scale_of(self.signal, self.noise)
 
     @property
-    def with_curvature(self):
+    def with_curvature(self) -> float | None:
         """`tr(HS) / G'HG`, in examples; `None` where not measured, NaN where `G'HG` is not positive."""
         return None if self.curvature is None else _over(self.curved_noise, self.curvature)
 
     @property
-    def critical_batch(self):
+    def critical_batch(self) -> float:
         """The batch size at which one step with its best learning rate gains half of what a step along `G` would.
 
         This is `with_curvature` where it was measured and is positive, else `simple`, which is the same where `H` is a
@@ -80,21 +80,22 @@ class Noise:
         return curved if curved is not None and curved > 0 else self.simple
 
     @property
-    def best_rate(self):
+    def best_rate(self) -> float | None:
         """`|G|^2 / G'HG`, the learning rate at which a gradient descent step without momentum lowers the loss most.
 
         `None` where not measured; NaN where one of the two is not positive.
         """
         return None if self.curvature is None else _rate(self.signal, self.curvature)
 
-    def rate(self, batch_size):
+    def rate(self, batch_size: float) -> float | None:
         """The best learning rate for one step with `batch_size` examples: `best_rate / (1 + B_noise / B)`.
 
         Args:
             batch_size: `B`, a number of examples.
         """
         check_number(Noise.rate, "batch_size", batch_size, low=0, open_low=True)
-        return None if self.curvature is None else self.best_rate / (1.0 + self.with_curvature / batch_size)
+        best, scale = self.best_rate, self.with_curvature
+        return None if best is None or scale is None else best / (1.0 + scale / batch_size)
 
 
 def noise(objective, micro_batch=8, parts=16, curvature=True):

@@ -16,6 +16,8 @@ batch size. In inference mode it uses the moving statistics, and the batch size 
 """
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -30,6 +32,7 @@ from keras_curvature.linearization.pure import functional
 from keras_curvature.linearization.pure.precision import without_half_precision
 from keras_curvature.monitor.objective import checks, reading, shapes
 from keras_curvature.monitor.objective.kinds import KINDS
+from keras_curvature.typing import Kind, Vector
 
 
 class Objective:
@@ -86,8 +89,9 @@ class Objective:
     """
 
     def __init__(
-        self, model, data, kind="hessian", examples=None, batch_size=None, training=False, seed=0, asked_by=None,
-    ):  # fmt: skip
+        self, model: keras.Model, data: Any, kind: Kind = "hessian", examples: int | None = None,
+        batch_size: int | None = None, training: bool = False, seed: int = 0, asked_by: Any = None,
+    ) -> None:  # fmt: skip
         owner = asked_by or Objective
         checks.check_arguments(owner, model, kind, examples, batch_size, training, seed)
         self.model, self.kind, self.training, self.seed = model, kind, training, seed
@@ -116,7 +120,7 @@ class Objective:
         self._batches = [replicas.scatter(self._strategy, _flat(batch)) for batch in read]
         self._seeds = [self._seeds_of(i) for i in range(len(read))]
 
-    def in_mode(self, training):
+    def in_mode(self, training: bool) -> "Objective":
         """An `Objective` on the same examples in the same batches, in training mode or in inference mode."""
         check(Objective.in_mode, "training", training, isinstance(training, bool), "True or False")
         if training == self.training:
@@ -127,59 +131,59 @@ class Objective:
         return other
 
     @property
-    def examples(self):
+    def examples(self) -> int:
         """Number of examples."""
         return sum(self.counts)
 
     @property
-    def batches(self):
+    def batches(self) -> int:
         """Number of batches."""
         return len(self.counts)
 
     @property
-    def batch_size(self):
+    def batch_size(self) -> int:
         """Number of examples of the largest batch."""
         return max(self.counts)
 
     @property
-    def psd(self):
+    def psd(self) -> bool:
         """Whether the matrix is positive semi-definite: every kind but the Hessian."""
         return KINDS[self.kind].psd
 
     @property
-    def is_sum(self):
+    def is_sum(self) -> bool:
         """Whether a compiled loss sums over the batch (`reduction="sum"`), and so grows with it."""
         return "sum" in checks.reductions(self.model)
 
     @property
-    def mixes_examples(self):
+    def mixes_examples(self) -> bool:
         """Whether an output depends on the other examples of the batch; see `mixes_examples`."""
         return self.training and mixes_examples(self.model)
 
     @property
-    def weights(self):
+    def weights(self) -> Vector:
         """The model's current weights, a vector."""
         return trees.values(self.variables)
 
-    def loss(self):
+    def loss(self) -> tf.Tensor:
         """`f(w)`, a scalar."""
         return self.total("loss", lambda lin: lin.loss)
 
-    def gradient(self):
+    def gradient(self) -> Vector:
         """`df/dw`, a vector."""
         return self.total("gradient", lambda lin: lin.gradient)
 
-    def loss_at(self, step):
+    def loss_at(self, step: Vector) -> tf.Tensor:
         """`f(w + step)`, a scalar; the model's weights stay as they are."""
         trees.check("step", step, self.variables)
         return self.total("loss_at", lambda lin, step: lin.loss_at(step), list(step))
 
-    def product(self, vector):
+    def product(self, vector: Vector) -> Vector:
         """`B v`, a vector, with the matrix `B` of `kind`."""
         trees.check("vector", vector, self.variables)
         return self.total(self.kind, KINDS[self.kind].product, list(vector))
 
-    def total(self, name, fn, *args):
+    def total(self, name: str, fn: Callable[..., Any], *args: Any) -> Any:
         """`sum_b s_b fn(lin_b, *args)`, a nest of tensors, with `lin_b` the `Linearization` of batch `b`.
 
         Args:
@@ -195,7 +199,7 @@ class Objective:
             total = found if total is None else tf.nest.map_structure(tf.add, total, found)
         return total
 
-    def on_batch(self, number, name, fn, *args):
+    def on_batch(self, number: int, name: str, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(lin_b, *args)` of batch `number`; the other arguments are those of `total`."""
         batch, seeds = self._batches[number], self._seeds[number]
         args = tf.nest.map_structure(tf.convert_to_tensor, args)

@@ -10,6 +10,8 @@ import dataclasses
 import itertools
 import math
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -19,6 +21,10 @@ from keras_curvature import keras_internals, trees
 from keras_curvature.component import check, check_count, check_number
 from keras_curvature.monitor.operator import curvature
 from keras_curvature.monitor.report.drawing import RED, blank, draw_lines, png
+from keras_curvature.typing import Vector
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 NAMES = ("sharpest", "random", "gradient")
 # weights that a random direction does not move: Li et al. leave biases, scales and shifts in place
@@ -39,12 +45,12 @@ class Landscape:
     """
 
     axis: np.ndarray
-    loss: dict
-    quadratic: dict
-    directions: dict
+    loss: dict[str, np.ndarray]
+    quadratic: dict[str, np.ndarray]
+    directions: dict[str, Vector]
     header: str = ""
 
-    def figure(self):
+    def figure(self) -> "matplotlib.figure.Figure":
         """The lines in one panel, and each plane in one of its own, a `matplotlib.figure.Figure`."""
         planes = [name for name, values in self.loss.items() if values.ndim == 2]
         lines = [name for name in self.loss if name not in planes]
@@ -62,9 +68,10 @@ class Landscape:
 
 
 def landscape(
-    model, data, directions="sharpest+random", points=41, span=1.0, *,
-    training=False, examples=1024, batch_size=None, seed=0,
-):  # fmt: skip
+    model: keras.Model, data: Any, directions: str | Sequence[Vector] | dict[str, Vector] = "sharpest+random",
+    points: int = 41, span: float = 1.0, *, training: bool = False, examples: int | None = 1024,
+    batch_size: int | None = None, seed: int = 0,
+) -> Landscape:  # fmt: skip
     """The loss `f(w + t d)` along lines through the weights, beside its quadratic model.
 
         q(t) = f(w) + t g'd + t^2/2 d'H d,        g, H: gradient and Hessian of the loss at `w`

@@ -62,10 +62,10 @@ class _Asked:
     measured: object
     products: int = 0
     parts: dict = dataclasses.field(default_factory=dict)
-    gradient: list = None
+    gradient: list | None = None
     top: object = None
     known: object = None  # `Eigenpairs` of both ends
-    layers: dict = None
+    layers: dict | None = None
 
     @property
     def objective(self):

@@ -8,6 +8,9 @@ import json
 import math
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+import keras
 
 from keras_curvature.component import check
 from keras_curvature.monitor.operator import curvature
@@ -15,11 +18,15 @@ from keras_curvature.monitor.report.drawing import MISSING, png
 from keras_curvature.monitor.report.figures import figure
 from keras_curvature.monitor.report.measure import measure
 from keras_curvature.monitor.report.table import table
+from keras_curvature.typing import Kind
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 SUFFIXES = (".txt", ".json", ".png")
 
 
-class Report(dict):
+class Report(dict[str, Any]):
     """The result of `report`: plain numbers by name, nested by layer; `str` gives the table.
 
     Every number has its error beside it: `residual` for eigenvalues, `stderr` for estimates. `layers` is
@@ -29,17 +36,17 @@ class Report(dict):
     Example: `Report(json.load(open("curvature.json"))).figure()`
     """
 
-    def __str__(self):
+    def __str__(self) -> str:
         return table(self)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<Report of {self['model']}: sharpness {self['sharpness']['value']:.4g}>"
 
-    def figure(self):
+    def figure(self) -> "matplotlib.figure.Figure":
         """Spectral density, shares of the layers, and lines through the loss, a `matplotlib.figure.Figure`."""
         return figure(self)
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write `path.txt`, `path.json` and, where matplotlib is installed, `path.png`."""
         path, image = _stem(path), png(self)
         if image is None:
@@ -57,7 +64,10 @@ class Report(dict):
         return png(self)
 
 
-def report(model, data, path=None, kind="hessian", training=False, examples=1024, seed=0, *, batch_size=None):
+def report(
+    model: keras.Model, data: Any, path: str | os.PathLike[str] | None = None, kind: Kind = "hessian",
+    training: bool = False, examples: int | None = 1024, seed: int = 0, *, batch_size: int | None = None,
+) -> Report:  # fmt: skip
     """Measure the curvature of a model's loss, print it as a table, and draw it.
 
     The report has the sharpness `lambda_1(B)` against the optimizer's limit, the most negative eigenvalue, the trace,

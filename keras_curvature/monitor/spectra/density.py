@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -37,11 +39,11 @@ class Density:
     weights: np.ndarray
     size: int
     products: int = 0
-    runs: tuple = dataclasses.field(default=(), repr=False)
-    known: np.ndarray = dataclasses.field(default=(), repr=False)
+    runs: tuple[Tridiagonal, ...] = dataclasses.field(default=(), repr=False)
+    known: np.ndarray = dataclasses.field(default=(), repr=False)  # type: ignore[arg-type]
 
     @classmethod
-    def of_runs(cls, runs, size, known=()):
+    def of_runs(cls, runs: Sequence[Tridiagonal], size: int, known: Any = ()) -> Self:
         """The `Density` of Lanczos runs from random unit vectors, beside known eigenvalues."""
         known = np.asarray(known, np.float64)
         longest = max(len(run.alpha) for run in runs)
@@ -58,22 +60,22 @@ class Density:
         return cls(np.array(nodes), np.array(weights), size, products, tuple(runs), known)
 
     @classmethod
-    def of_eigenvalues(cls, values, products=None):
+    def of_eigenvalues(cls, values: Any, products: int | None = None) -> Self:
         """The `Density` where all eigenvalues are known: exact."""
         values = np.sort(np.asarray(values, np.float64))
         products = len(values) if products is None else products
         return cls(values[np.newaxis], np.full((1, len(values)), 1 / len(values)), len(values), products, (), values)
 
-    def mass(self, low=-math.inf, high=math.inf):
+    def mass(self, low: float = -math.inf, high: float = math.inf) -> float:
         """The share of the eigenvalues in `[low, high]`, a number in `[0, 1]`."""
         inside = (self.nodes >= low) & (self.nodes <= high)
         return float((self.weights * inside).sum() / len(self.nodes))
 
-    def count(self, low=-math.inf, high=math.inf):
+    def count(self, low: float = -math.inf, high: float = math.inf) -> float:
         """About how many eigenvalues are in `[low, high]`: `n` times `mass`."""
         return self.size * self.mass(low, high)
 
-    def quantile(self, q):
+    def quantile(self, q: Any) -> Any:
         """The eigenvalue below which a share `q` of all eigenvalues is, a float; for an array of shares, an array."""
         q = np.asarray(q, np.float64)
         check(Density.quantile, "q", q.tolist(), bool(np.all((q >= 0) & (q <= 1))), "in [0, 1]")
@@ -83,12 +85,12 @@ class Density:
         found = nodes[np.minimum(at, len(nodes) - 1)]
         return float(found) if q.ndim == 0 else found
 
-    def moment(self, order=1):
+    def moment(self, order: int = 1) -> float:
         """The mean of `l^order` over the eigenvalues, `tr(A^order) / n`, a float."""
         return float((self.weights * self.nodes**order).sum() / len(self.nodes))
 
     @property
-    def negative(self):
+    def negative(self) -> Estimate:
         """The share of the negative eigenvalues in `sum |l_i|`, an `Estimate` in `[0, 1]`.
 
         Most eigenvalues of a network are near zero, where `|l|` has its kink, and quadratures with an even and an odd
@@ -104,31 +106,31 @@ class Density:
         return Estimate(float(shares.mean()), math.hypot(spread, np.std(shares)), self.products)
 
     @property
-    def effective_rank(self):
+    def effective_rank(self) -> float:
         """`tr(A)^2 / |A|_F^2`: the rank of a matrix with this trace and norm whose nonzero eigenvalues are equal."""
         second = self.moment(2)
         return self.size * self.moment(1) ** 2 / second if second else 0.0
 
     @property
-    def linear(self):
+    def linear(self) -> float:
         """The eigenvalue up to which the symmetric-logarithmic axis is linear: 1e-3 of the largest `|l|`."""
         return LINEAR * float(np.abs(self.nodes).max()) or 1.0
 
-    def scale(self, values):
+    def scale(self, values: Any) -> np.ndarray:
         """Positions on the symmetric-logarithmic axis, in decades: `asinh(l / linear) / ln 10`."""
         return np.arcsinh(np.asarray(values, np.float64) / self.linear) / math.log(10)
 
-    def unscale(self, positions):
+    def unscale(self, positions: Any) -> np.ndarray:
         """The inverse of `scale`."""
         return self.linear * np.sinh(np.asarray(positions, np.float64) * math.log(10))
 
-    def axis(self, points=400, margin=0.3):
+    def axis(self, points: int = 400, margin: float = 0.3) -> np.ndarray:
         """Eigenvalues evenly spaced on the symmetric-logarithmic axis, `margin` decades beyond both ends."""
         check_count(Density.axis, "points", points, low=2)
         ends = self.scale([self.nodes.min(), self.nodes.max()])
         return self.unscale(np.linspace(ends[0] - margin, ends[1] + margin, points))
 
-    def smooth(self, axis, width=0.08):
+    def smooth(self, axis: Any, width: float = 0.08) -> np.ndarray:
         """The density at the eigenvalues `axis`, per decade of the symmetric-logarithmic axis.
 
         Each node becomes a Gaussian of one width on that axis, so the integral over `scale(axis)` is 1. (On a linear

@@ -15,6 +15,7 @@ from keras_curvature.training.callbacks.fits import Fit
 from keras_curvature.training.callbacks.shares import Shares
 from keras_curvature.training.callbacks.sigterm import Sigterm, Terminated
 from keras_curvature.training.callbacks.state import About, described, refuse_another, state_of
+from keras_curvature.typing import Logs
 
 # With several processes, SIGTERM to one of them stops all. They check for it together every so many steps.
 AGREE_EVERY = 10
@@ -76,7 +77,10 @@ class Checkpoint(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, directory, every=None, keep=3, on_signal=True, skip_batches=True):
+    def __init__(
+        self, directory: str | os.PathLike, every: int | None = None, keep: int = 3, on_signal: bool = True,
+        skip_batches: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         check(self, "directory", directory, bool(directory) and isinstance(directory, (str, os.PathLike)), "a path")
         check_count(self, "keep", keep)
@@ -86,7 +90,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.on_signal, self.skip_batches = on_signal, skip_batches
 
     @property
-    def position(self):
+    def position(self) -> Position:
         """The `Position` of the newest checkpoint, from which `fit` continues; `(0, 0)` without a checkpoint."""
         about = self._newest()
         return Position(*about["position"]) if about else Position(0, 0)
@@ -98,7 +102,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     # The start of a run.
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Continue from the newest checkpoint."""
         self._fit, self._sigterm = Fit.of(self.model), Sigterm()
         self._saved, self._looked_around, self._shares = None, 0, None
@@ -123,7 +127,7 @@ class Checkpoint(keras.callbacks.Callback):
         keras_internals.begin_at_epoch(self.model, None)  # otherwise another `fit` would begin there
         self._sigterm.stop()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Skip the steps that are done of the epoch in which the run continues."""
         keras_internals.begin_at_epoch(self.model, None)
         self._epoch, self._step = epoch, 0
@@ -197,13 +201,13 @@ class Checkpoint(keras.callbacks.Callback):
 
     # Saving.
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """Save and stop if SIGTERM has arrived; here all callbacks have seen the last step."""
         if self._asked_to_stop():
             self._save(Position(self._epoch, self._step))
             self._stop()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Save every `every` steps."""
         done = keras_internals.last_step(batch, self.model) + 1
         done = min(done, self.params.get("steps") or done)  # Keras overshoots with `steps_per_execution`
@@ -212,11 +216,11 @@ class Checkpoint(keras.callbacks.Callback):
         if due and self._step != self.params.get("steps"):  # the end of the epoch saves
             self._save(Position(self._epoch, self._step))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Save, with the beginning of the next epoch as position."""
         self._save(Position(epoch + 1, 0))
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         """Stop handling SIGTERM."""
         self._let_go()
         if self._asked_to_stop(now=True):

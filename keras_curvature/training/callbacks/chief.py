@@ -1,5 +1,7 @@
 """Callbacks that only the chief of several processes runs."""
 
+from typing import Any
+
 import keras
 
 from keras_curvature.component import check
@@ -35,27 +37,27 @@ class ChiefOnly(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, callback):
+    def __init__(self, callback: keras.callbacks.Callback) -> None:
         super().__init__()
         valid = isinstance(callback, keras.callbacks.Callback)
         check(self, "callback", callback, valid, "a `keras.callbacks.Callback`")
         self.callback, self._works = callback, True
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         """Find out from the model's strategy whether this process is the chief."""
         super().set_model(model)
         self._works = is_chief(model.distribute_strategy)
         if self._works:
             self.callback.set_model(model)
 
-    def set_params(self, params):
+    def set_params(self, params: dict[str, Any]) -> None:
         """Pass the parameters of `fit` to `callback`."""
         super().set_params(params)
         self.callback.set_params(params)
 
 
 def _forwarding(hook):
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> None:
         if self._works:
             getattr(self.callback, hook)(*args, **kwargs)
 

@@ -33,7 +33,7 @@ class Sigterm:
 class Terminated(SystemExit):
     """Raised when `fit` has saved and stopped on SIGTERM. If it is not caught, the process ends with the code 143."""
 
-    def __init__(self, message):
+    def __init__(self, message: str) -> None:
         super().__init__(128 + signal.SIGTERM)
         self.message = message
 

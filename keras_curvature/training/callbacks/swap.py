@@ -5,6 +5,7 @@ import keras
 from keras_curvature.optimizers.neumann import Neumann
 from keras_curvature.training.models import CurvedMixin
 from keras_curvature.training.step import unwrap
+from keras_curvature.typing import Logs
 
 
 class SwapNeumannWeights(keras.callbacks.Callback):
@@ -31,7 +32,7 @@ class SwapNeumannWeights(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, swap_on_epoch=False):
+    def __init__(self, swap_on_epoch: bool = False) -> None:
         super().__init__()
         self.swap_on_epoch = swap_on_epoch
         self._displaced = None
@@ -49,7 +50,7 @@ class SwapNeumannWeights(keras.callbacks.Callback):
             unwrap(self.model.optimizer)[0].mark_displaced()
             self._displaced = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Assign the displaced weights."""
         optimizer, _ = unwrap(self.model.optimizer)
         if not isinstance(optimizer, Neumann):
@@ -61,23 +62,23 @@ class SwapNeumannWeights(keras.callbacks.Callback):
         if not isinstance(self.model, CurvedMixin):
             optimizer.displace()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         """Keep the solution, which `Neumann` has assigned by now."""
         self._displaced = None
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Assign the displaced weights again, if the last epoch ended with the solution."""
         self._swap_out()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Assign the solution for the callbacks that follow, if `swap_on_epoch`."""
         if self.swap_on_epoch:
             self._swap_in()
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: Logs = None) -> None:
         """Assign the solution."""
         self._swap_in()
 
-    def on_test_end(self, logs=None):
+    def on_test_end(self, logs: Logs = None) -> None:
         """Assign the displaced weights again."""
         self._swap_out()
