@@ -62,20 +62,19 @@ def started(options, folder, stop_after=None):
     What it says beside its output, TensorFlow's warnings or a traceback, is in `folder`/stderr.txt.
     """
     paths = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    with open(folder / "stderr.txt", "a") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "train.py"), *options], stdout=subprocess.PIPE, stderr=stderr, text=True,
-            env={**os.environ, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        )  # fmt: skip
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        print("  " + line, end="", flush=True)
-        step = found([line], r"^step +(\d+)")
-        if stop_after is not None and step is not None and int(step) >= stop_after:
-            process.send_signal(signal.SIGTERM)
-            stop_after = None
-    return lines, process.wait()
+    with open(folder / "stderr.txt", "a") as stderr, subprocess.Popen(
+        [sys.executable, str(HERE / "train.py"), *options], stdout=subprocess.PIPE, stderr=stderr, text=True,
+        env={**os.environ, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            lines.append(line)
+            print("  " + line, end="", flush=True)
+            step = found([line], r"^step +(\d+)")
+            if stop_after is not None and step is not None and int(step) >= stop_after:
+                process.send_signal(signal.SIGTERM)
+                stop_after = None
+    return lines, process.returncode
 
 
 def found(lines, pattern):
