@@ -8,7 +8,6 @@ import importlib.util
 
 # The first version that works, and the first one that nobody has tried: private names are read from both.
 RANGES = {"keras": ((3, 10), (3, 16)), "tensorflow": ((2, 19), (2, 22))}
-INSTALL = "pip install 'keras_curvature[tensorflow]'    # on a Cloud TPU: 'keras_curvature[tpu]'"
 CHOOSE = (
     "Choose TensorFlow before Keras is imported, by the environment:\n\n    KERAS_BACKEND=tensorflow python ...\n\n"
     'or by `"backend": "tensorflow"` in `~/.keras/keras.json`.'
@@ -21,7 +20,8 @@ def check():
         if importlib.util.find_spec(package) is None:
             raise ImportError(
                 f"`keras_curvature` needs Keras on TensorFlow, and `{package}` is not installed. Install it:\n\n"
-                f"    {INSTALL}\n"
+                f"    pip install 'keras{_text('keras')}' 'tensorflow{_text('tensorflow')}'\n\n"
+                f"On a Cloud TPU: 'tensorflow-tpu{_text('tensorflow')}' 'libtpu>=0.0.14,<0.0.18'.\n"
             )
     try:
         import keras
@@ -35,10 +35,10 @@ def check():
     for module in (keras, tensorflow):
         name, (oldest, too_new) = module.__name__, RANGES[module.__name__]
         if not oldest <= _numbers(module.__version__) < too_new:
-            wanted = f">={_text(oldest)},<{_text(too_new)}"
+            wanted = name + _text(name)
             raise ImportError(
-                f"`keras_curvature` needs {name}{wanted}. Received: {name} {module.__version__}. Install one of these:"
-                f"\n\n    pip install '{name}{wanted}'\n"
+                f"`keras_curvature` needs {wanted}. Received: {name} {module.__version__}. Install one of these:"
+                f"\n\n    pip install '{wanted}'\n"
             )
 
 
@@ -47,8 +47,10 @@ def _numbers(version):
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-def _text(numbers):
-    return ".".join(str(number) for number in numbers)
+def _text(package):
+    """The range of a package as `pip` writes it."""
+    oldest, too_new = (".".join(str(number) for number in numbers) for numbers in RANGES[package])
+    return f">={oldest},<{too_new}"
 
 
 check()

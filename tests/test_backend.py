@@ -75,8 +75,10 @@ def test_what_is_not_installed_is_named(monkeypatch, missing):
     monkeypatch.setattr(backend.importlib, "util", found)
     with pytest.raises(ImportError, match=f"`{missing}` is not installed. Install it:\n\n    pip install") as error:
         backend.check()
-    for extra in re.findall(r"\[(\w+)\]", str(error.value)):
-        assert extra in setup_cfg()["options.extras_require"]
+    extras = setup_cfg()["options.extras_require"]
+    assert f"'{extras['tensorflow'].strip()}'" in str(error.value)
+    on_a_tpu = [line for line in extras["tpu"].split("\n") if line and not line.startswith("#")]
+    assert re.findall(r"'(.*?)'", str(error.value).splitlines()[-1]) == on_a_tpu
 
 
 def setup_cfg():
