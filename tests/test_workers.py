@@ -83,7 +83,9 @@ def test_two_workers_fit_as_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_two_workers_fit_as_one_process_with_every_optimizer(tmp_path):
-    compare([name for name in [*OPTIMIZERS, *KERAS] if name not in FEW], tmp_path)
+    # the last batch is uneven, and parts of uneven slices are another part of the batch: see `Linearization.chunk`
+    others = [name for name in [*OPTIMIZERS, *KERAS] if name not in [*FEW, "hessian_free_chunk"]]
+    compare(others, tmp_path)
 
 
 @pytest.mark.slow
