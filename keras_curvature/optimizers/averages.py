@@ -14,8 +14,9 @@ class AveragedWeights(keras.optimizers.Optimizer):
             momentum = tf.where(self.iterations.value == 0, 0.0, self.ema_momentum)
             averages = keras_internals.state(self, "model_variables_moving_average")
             for variable, average in zip(trainable_variables, averages):
-                m = tf.cast(momentum, average.dtype)
-                average.assign(m * average + (1.0 - m) * tf.cast(variable, average.dtype))
+                if average is not None:  # of a variable that its gradient overwrites
+                    m = tf.cast(momentum, average.dtype)
+                    average.assign(m * average + (1.0 - m) * tf.cast(variable, average.dtype))
 
     def _overwrite_model_variables_with_average_value(self, trainable_variables):
         if all(trees.wide(v.dtype) == v.dtype for v in trainable_variables):
@@ -24,4 +25,5 @@ class AveragedWeights(keras.optimizers.Optimizer):
         update = keras_internals.strategy_of(self).extended.update
         averages = keras_internals.state(self, "model_variables_moving_average")
         for variable, average in zip(trainable_variables, averages):
-            update(variable.value, lambda v, a: v.assign(tf.cast(a, v.dtype)), args=(average.value,))
+            if average is not None:
+                update(variable.value, lambda v, a: v.assign(tf.cast(a, v.dtype)), args=(average.value,))
