@@ -19,7 +19,7 @@ from selection import some
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 import keras_curvature as kc
-from keras_curvature import replicas
+from keras_curvature import keras_internals, replicas
 from keras_curvature.monitor.board import axis, failures, first_batch, layout, pages, panels
 from keras_curvature.monitor.board import board as board_module
 from keras_curvature.monitor.board.advice import Advice
@@ -736,6 +736,7 @@ def test_a_report_after_each_epoch(tmp_path, monkeypatch):
     assert written == [4, 8]
 
 
+@pytest.mark.skipif(not keras_internals.MULTI_OPTIMIZER, reason="this Keras has no `MultiOptimizer`")
 def test_several_optimizers_have_no_one_rate(tmp_path):
     def chosen(variable):
         return first if "hidden" in variable.path else second

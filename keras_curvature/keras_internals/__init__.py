@@ -44,7 +44,7 @@ them, and `tests/test_private_names.py` fails if another file uses a private nam
 | `strategy_supports_no_merge_call` | `uses_merge_calls` | how replicas synchronize |
 | `extended._in_multi_worker_mode` | `has_several_workers` | the class also runs with one worker |
 
-`versions.py` says what differs between the versions of Keras: `HAS_LAST_STEPS`, `ACTIVITY_IS_A_MEAN`,
+`versions.py` says what differs between the versions of Keras: `KERAS`, `HAS_LAST_STEPS`, `ACTIVITY_IS_A_MEAN`,
 `MULTI_OPTIMIZER`.
 
 Private methods of Keras that the package overrides:
@@ -104,13 +104,13 @@ from keras_curvature.keras_internals.tensorflow import (
     static_shape,
     uses_merge_calls,
 )  # fmt: skip
-from keras_curvature.keras_internals.versions import ACTIVITY_IS_A_MEAN, HAS_LAST_STEPS, MULTI_OPTIMIZER
+from keras_curvature.keras_internals.versions import ACTIVITY_IS_A_MEAN, HAS_LAST_STEPS, KERAS, MULTI_OPTIMIZER
 
 __all__ = [
-    "ACTIVITY_IS_A_MEAN", "FIT", "HAS_LAST_STEPS", "LOGITS", "MULTI_OPTIMIZER", "NEW_ITERATOR", "STEPS_OF_EPOCH",
-    "Functional", "batch_moments", "batch_spec", "begin_at_epoch", "build", "carried", "carry", "changed_losses",
-    "changed_steps", "compute_loss", "function_of", "guard", "guard_attribute", "has_several_workers", "holding",
-    "is_built", "is_compiled", "is_continuous", "is_under_strategy", "keys_of", "last_step", "layers_of",
-    "logits_of", "loss_tracker", "losses_of", "options_of", "own_weights", "places_of", "state", "static_shape",
-    "strategy_of", "takes_training", "trained_by", "twin", "unpickled", "uses_merge_calls",
+    "ACTIVITY_IS_A_MEAN", "FIT", "HAS_LAST_STEPS", "KERAS", "LOGITS", "MULTI_OPTIMIZER", "NEW_ITERATOR",
+    "STEPS_OF_EPOCH", "Functional", "batch_moments", "batch_spec", "begin_at_epoch", "build", "carried", "carry",
+    "changed_losses", "changed_steps", "compute_loss", "function_of", "guard", "guard_attribute",
+    "has_several_workers", "holding", "is_built", "is_compiled", "is_continuous", "is_under_strategy", "keys_of",
+    "last_step", "layers_of", "logits_of", "loss_tracker", "losses_of", "options_of", "own_weights", "places_of",
+    "state", "static_shape", "strategy_of", "takes_training", "trained_by", "twin", "unpickled", "uses_merge_calls",
 ]  # fmt: skip
