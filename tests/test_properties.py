@@ -298,7 +298,7 @@ OTHERS = [name for name in REPLICATED if name not in FEW_PLAIN_OR_CURVED]
 
 
 @functools.cache
-def _on_two_replicas(*names):
+def on_two_replicas(*names):
     """`{name: {"one": numbers, "two": numbers}}` of training on one device and on two replicas."""
     here = pathlib.Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
@@ -313,7 +313,7 @@ def _on_two_replicas(*names):
 @pytest.fixture(scope="module")
 def two_replicas():
     """`two_replicas(name)`: what was found of a name, in a run for the few or in a run for all other optimizers."""
-    return lambda name: _on_two_replicas(*(OTHERS if name in OTHERS else FEW_PLAIN_OR_CURVED))[name]
+    return lambda name: on_two_replicas(*(OTHERS if name in OTHERS else FEW_PLAIN_OR_CURVED))[name]
 
 
 # All of them, with all kinds of layers: test_replicas.py.

@@ -5,10 +5,7 @@ the newest Keras, and the losses to which their training went on.
 """
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -19,12 +16,12 @@ from cases import HAS_XLA, MODELS, flat, float64
 from optimizers import AMPLIFY, FAMILIES
 from saved_versions import FIT, X, Y, goes_on, made
 from selection import some
+from test_properties import on_two_replicas
 
 import keras_curvature as kc
 
 pytestmark = pytest.mark.versions
-HERE = pathlib.Path(__file__).parent
-SAVED = HERE / "data" / "versions"
+SAVED = pathlib.Path(__file__).parent / "data" / "versions"
 LOSSES = {folder.name: json.loads((folder / "losses.json").read_text())["losses"] for folder in SAVED.iterdir()}
 
 
@@ -94,13 +91,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(name, steps, tmp_path):
 
 
 def test_two_replicas_train_as_one_device():
-    paths = os.pathsep.join([str(HERE), str(pathlib.Path(kc.__file__).parent.parent)])
-    run = subprocess.run(
-        [sys.executable, HERE / "two_replicas.py", *FAMILIES],
-        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = on_two_replicas(*FAMILIES)
     for name in FAMILIES:
         np.testing.assert_allclose(found[name]["two"], found[name]["one"], rtol=1e-5, err_msg=name)
 
@@ -145,7 +136,6 @@ def test_the_default_of_compile_trains(name):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.filterwarnings("ignore:the data are repeated:UserWarning")
 def test_the_report_says_the_largest_eigenvalue():
     model = made("curveball")
     hessian = kc.Linearization(model, X, Y).hessian()

@@ -98,16 +98,12 @@ _warned = set()
 
 def warn_of_coupled(loss):
     """Warn once per name of a loss that its value on slices may differ from its value on the whole batch."""
-    if loss in _warned:
-        return
-    _warned.add(loss)
-    warnings.warn(
+    _warn_once(
         f"The loss {loss!r} does not return an independent value for each example, and the batch is cut into slices "
         "(micro-batches, replicas or a curvature batch). The result is the mean of the slices' losses. It is the loss "
         "of the whole batch if the loss is a mean over examples. If the loss couples examples (contrastive losses, "
         "`Circle`, `Dice` over the batch, the root of a mean), use micro_batches=1 on one replica, or a loss that "
-        "returns one value for each example.",
-        stacklevel=2,
+        "returns one value for each example."
     )
 
 
@@ -116,15 +112,19 @@ def warn_of_sums(model):
     if keras_internals.ACTIVITY_IS_A_MEAN:
         return
     for layer in keras_internals.layers_of(model):
-        if getattr(layer, "activity_regularizer", None) is not None and layer.name not in _warned:
-            _warned.add(layer.name)
-            warnings.warn(
+        if getattr(layer, "activity_regularizer", None) is not None:
+            _warn_once(
                 f"The batch is cut into slices (micro-batches, replicas or a curvature batch), and Keras "
                 f"{keras.__version__} adds the `activity_regularizer` of {layer.name!r} up over the examples of a "
                 "slice. Added losses are averaged over the slices, so it counts less. Use Keras 3.14 or newer, which "
-                "takes the mean over the examples, or micro_batches=1 on one replica.",
-                stacklevel=2,
+                "takes the mean over the examples, or micro_batches=1 on one replica."
             )
+
+
+def _warn_once(message):
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def graph():
