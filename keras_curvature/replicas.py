@@ -218,6 +218,14 @@ def identity():
     return 0 if static is None else int(static)  # a TPU traces one program for all its replicas
 
 
+def on_each_copy(variable, fn, *args):
+    """`fn(copy, *args)` for the copy of a variable on every device, where the operation has no form for all of them."""
+    if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+        tf.distribute.get_strategy().extended.update(variable, fn, args=args, group=False)
+    else:
+        fn(variable, *args)
+
+
 def strategy_of(model):
     """The strategy that a Keras model was made under, or the default strategy.
 

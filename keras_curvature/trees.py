@@ -79,6 +79,17 @@ def count(v):
     return sum(int(a.shape.num_elements()) for a in v)
 
 
+def flatten(v):
+    """All entries of `v` in one float64 tensor `(n,)`, for dense matrices of small models."""
+    return tf.concat([tf.reshape(tf.cast(a, tf.float64), [-1]) for a in v], 0)
+
+
+def unflatten(flat, like):
+    """The vector of a flat tensor, with the shapes and dtypes of `like`."""
+    parts = tf.split(flat, [a.shape.num_elements() for a in like])
+    return [tf.cast(tf.reshape(part, a.shape), a.dtype) for part, a in zip(parts, like)]
+
+
 def values(variables):
     """The current values of Keras or TensorFlow variables, in float32 at least; later assignments do not move them."""
     return [full_precision(tf.convert_to_tensor(v)) for v in variables]

@@ -115,6 +115,12 @@ OPTIMIZERS = {
     "kfac_adaptive": Method(kc.KFAC.adaptive, {"damping": kc.LevenbergMarquardt(every=2), "inverses_every": 2}),
     "ekfac": Method(kc.EKFAC, LAZY),
     "eva": Method(kc.Eva, {}, {"damping": 0.3, "kl_clip": None}),
+    "lbfgs": Method(kc.LBFGS, family=True, amplifies=True),
+    "lbfgs_wolfe": Method(kc.LBFGS, {"memory": 3, "search": kc.StrongWolfe(), "update": "damped"}, amplifies=True),
+    "lbfgs_fixed": Method(kc.LBFGS, {"learning_rate": 0.1, "search": None}, {"learning_rate": 1.0}),
+    "bfgs": Method(kc.BFGS, amplifies=True),
+    "bfgs_self_scaled": Method(kc.BFGS, {"scaling": "self_scaled", "search": kc.ArmijoLineSearch()}, amplifies=True),
+    "bfgs_broyden": Method(kc.BFGS, {"scaling": "broyden"}, amplifies=True),
     # the methods of the guide
     "lion": Method(Lion, {"learning_rate": 0.01}, FALLING, steps=600),
     "damped_gauss_newton": Method(DampedGaussNewton, {"learning_rate": 0.5}),

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from keras_curvature.optimizers.adahessian import AdaHessian as AdaHessian
 from keras_curvature.optimizers.base import CurvatureOptimizer as CurvatureOptimizer
+from keras_curvature.optimizers.bfgs import BFGS as BFGS
 from keras_curvature.optimizers.curveball import CurveBall as CurveBall
 from keras_curvature.optimizers.diagonal_newton import DiagonalNewton as DiagonalNewton
 from keras_curvature.optimizers.ekfac import EKFAC as EKFAC
@@ -12,6 +13,7 @@ from keras_curvature.optimizers.eva import Eva as Eva
 from keras_curvature.optimizers.hessian_free import HessianFree as HessianFree
 from keras_curvature.optimizers.kfac import KFAC as KFAC
 from keras_curvature.optimizers.kl_shampoo import KLShampoo as KLShampoo
+from keras_curvature.optimizers.lbfgs import LBFGS as LBFGS
 from keras_curvature.optimizers.neumann import Neumann as Neumann
 from keras_curvature.optimizers.psgd import PSGD as PSGD
 from keras_curvature.optimizers.shampoo import Shampoo as Shampoo

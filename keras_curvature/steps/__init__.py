@@ -1,7 +1,18 @@
 """The length of a step: damping, checked steps, line search, the minimum of a small quadratic. Pure functions."""
 
 from keras_curvature.steps.damping import ConstantDamping, Damping, LevenbergMarquardt, as_damping
+from keras_curvature.steps.hager_zhang import HagerZhang
 from keras_curvature.steps.line_search import ArmijoLineSearch
+from keras_curvature.steps.strong_wolfe import StrongWolfe
 from keras_curvature.steps.trial import Trial
 
-__all__ = ["ArmijoLineSearch", "ConstantDamping", "Damping", "LevenbergMarquardt", "Trial", "as_damping"]
+__all__ = [
+    "ArmijoLineSearch",
+    "ConstantDamping",
+    "Damping",
+    "HagerZhang",
+    "LevenbergMarquardt",
+    "StrongWolfe",
+    "Trial",
+    "as_damping",
+]

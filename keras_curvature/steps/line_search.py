@@ -1,6 +1,7 @@
 """Line search: shorten a step until the loss decreases enough.
 
-The records are pure: they take the loss as a function of the step length, and return a length.
+The record is pure: `search` takes the loss as a function of the step length, and returns a length. `begin` and
+`advance` are the same rule as a `Search`, for methods that want the gradient at the end too.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from keras_curvature.component import Component, check_count, check_number, register
+from keras_curvature.steps.search import BUDGET, CONDITIONS_MET, KEEP, SEARCHING, TRIAL, Point, State
 
 
 @register
@@ -68,3 +70,18 @@ class ArmijoLineSearch(Component):
         )
         rejected = too_high(length, value)
         return tf.where(rejected, tf.zeros_like(length), length), tf.where(rejected, loss, value)
+
+    @property
+    def max_evaluations(self) -> int:
+        """Largest number of evaluations as a `Search`."""
+        return self.max_steps
+
+    def begin(self, start: Point, first: tf.Tensor) -> State:
+        """The state before the first evaluation."""
+        return State(first, tf.constant(KEEP), tf.constant(SEARCHING), tf.constant(1))
+
+    def advance(self, start: Point, state: State, trial: Point) -> State:
+        """The state after a trial; `memory` counts them."""
+        low = trial.loss <= start.loss + self.slope * trial.length * start.slope
+        end = tf.where(low, CONDITIONS_MET, tf.where(state.memory < self.max_steps, SEARCHING, BUDGET))
+        return State(self.shrink * trial.length, tf.where(low, TRIAL, KEEP), end, state.memory + 1)

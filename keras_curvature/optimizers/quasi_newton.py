@@ -1,0 +1,204 @@
+"""What all quasi-Newton methods share: descend along `-H g`, search for a length, learn from the two gradients.
+
+The inverse Hessian `H` is learnt from pairs
+
+    s = the step,    y = the difference of the gradients at its two ends, on the same batch
+
+The search has computed the gradient at the far end, so a pair costs nothing more, and batches may change from step to
+step. If the next step begins at the very weights where this one ended, and its loss is the same (so the batch is), the
+gradient is used again there. Training with the whole set as the batch then costs one evaluation of loss and gradient
+for each length that the search looks at, and a forward pass for Keras' logs.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check, check_component, is_number
+from keras_curvature.linearization.linearization import Linearization
+from keras_curvature.linearization.needs import Needs
+from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.limits import NotLinear
+from keras_curvature.steps.search import OneLength, Search, search_along
+from keras_curvature.typing import LearningRate, Variables, Vector
+
+# Smallest `s'y / (|g| |s|^2)` of a pair that is kept (Li and Fukushima 2001), and Powell's constants.
+CAUTION, POWELL = 1e-6, 0.2
+# How far two losses of one batch may differ by rounding, relatively.
+SAME_LOSS = {tf.float64: 1e-12, tf.float32: 2e-6}
+
+
+class Pair(NamedTuple):
+    """What a step teaches; scalars are float64.
+
+    Attributes:
+        s: The step, a vector.
+        y: The difference of the gradients, a vector.
+        sy: `s'y`.
+        sBs: `s'B s` for `B = H^-1` before the step: no product, because `B s = -length * g`.
+        learns: Whether to learn from the pair.
+    """
+
+    s: Vector
+    y: Vector
+    sy: tf.Tensor
+    sBs: tf.Tensor
+    learns: tf.Tensor
+
+
+class QuasiNewton(CurvatureOptimizer):
+    """Base of `LBFGS` and `BFGS`; see the module. A subclass keeps `H` and writes `multiply` and `learn`.
+
+    Where `-H g` does not descend, `H` is forgotten and the step is along `-g`; after a search that found no lower point,
+    the next step is.
+
+    Args:
+        learning_rate: Multiple of the step that the search found; without a search the length.
+        search: A search, or `None`.
+        update: `"cautious"` or `"damped"`.
+        initial_scale: `H` before the first pair, a number; `None`: `min(1, 1/|g|)`.
+        **kwargs: See `CurvatureOptimizer`.
+    """
+
+    needs = Needs()
+    reports = {
+        "evaluations": "sum", "step_length": "mean", "pairs": "last", "curvature": "last", "gradient_max": "last",
+        "search_end": "last", "resets": "sum", "overflows": "sum", "step_norm": "mean", "skipped_steps": "sum",
+    }  # fmt: skip
+
+    def __init__(
+        self, learning_rate: LearningRate, search: Search | None, update: Literal["cautious", "damped"],
+        initial_scale: float | None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(learning_rate, **kwargs)
+        self.search, self.update, self.initial_scale = search, update, initial_scale
+        if search is not None:
+            check_component(self, "search", search, "advance", "HagerZhang()")
+        check(self, "update", update, update in ("cautious", "damped"), '"cautious" or "damped"')
+        if initial_scale is not None:
+            valid = is_number(initial_scale) and initial_scale > 0
+            check(self, "initial_scale", initial_scale, valid, "a number above 0, or None")
+
+    # A method implements these.
+
+    def multiply(self, gradient: Vector, count: tf.Tensor, scale: tf.Tensor) -> Vector:
+        """`H g`, from `count` pairs so far; `scale * g` without any."""
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `multiply`.")
+
+    def learn(self, pair: Pair, count: tf.Tensor, scale: tf.Tensor) -> None:
+        """Remember the next `H`: as it is where `pair.learns` is false."""
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `learn`.")
+
+    def kept(self, count: tf.Tensor) -> tf.Tensor:
+        """How many of `count` pairs `H` still knows."""
+        return count
+
+    def create_state(self, variables: Variables) -> None:
+        """The number of pairs; the last end point, with its loss and gradient."""
+        self._count = self.add_variable((), initializer="zeros", dtype="int32", name="pairs", aggregation="none")
+        self._end = self.add_optimizer_variables(variables, "end")
+        self._gradient = self.add_optimizer_variables(variables, "gradient")
+        self._loss = self.add_scalar(float("nan"), "loss")
+
+    # The step.
+
+    def direction(self, lin: Linearization) -> Vector:
+        """The step that the search found along `-H g`."""
+        w, g = lin.weights, self._gradient_of(lin)
+        norm = tf.cast(trees.norm(g), tf.float64)
+        scale = self._first_scale(norm)
+        d, slope, count, reset = self._descent(g, norm, scale)
+        found = self._look(lin, d, slope, g)
+        accepted = found.point.length > 0
+        step = trees.scale(found.point.length, d)
+
+        pair = self._pair(step, g, slope, norm, found)
+        self.learn(pair, count, scale)
+        stuck = ~accepted & (norm > 0)
+        self.remember(self._count, tf.where(stuck, 0, count + tf.cast(pair.learns, count.dtype)))
+        self.remember(self._end, trees.where(accepted, trees.add(w, step), w))
+        self.remember(self._gradient, found.gradient)
+        self.remember(self._loss, found.point.loss)
+        self.reject(~accepted)
+        self._tell(found, pair, count, reset | stuck)
+        # without a search Keras multiplies by the length; a gradient that is not finite must skip the step
+        otherwise = tf.where(tf.math.is_finite(norm), 0.0, float("nan"))
+        step = d if self.search is None else step
+        return [tf.where(accepted, a, tf.cast(otherwise, a.dtype) * tf.ones_like(a)) for a in step]
+
+    def _gradient_of(self, lin):
+        """The gradient; that of the last end point if weights and loss are the same."""
+        loss = lin.loss
+        last = tf.cast(self._loss.value, loss.dtype)
+        same = tf.abs(loss - last) <= SAME_LOSS.get(loss.dtype, SAME_LOSS[tf.float32]) * tf.abs(last)
+        for here, end in zip(lin.weights, trees.values(self._end)):
+            same &= tf.reduce_all(tf.equal(here, end))
+        return tf.cond(same, lambda: trees.values(self._gradient), lambda: _full_precision(lin.gradient))
+
+    def _first_scale(self, norm):
+        """`H` before the first pair, a float64 scalar."""
+        if self.initial_scale is not None:
+            return tf.constant(self.initial_scale, tf.float64)
+        return tf.where(norm > 1.0, 1.0 / norm, 1.0)
+
+    def _descent(self, g, norm, scale):
+        """`(direction, slope, count of pairs, whether H was forgotten)`."""
+        count = tf.identity(self._count.value)
+        d = trees.negative(self.multiply(g, count, scale))
+        slope = tf.cast(trees.dot(g, d), tf.float64)
+        descends = (slope < 0) & trees.is_finite(d)
+        d = trees.where(descends, d, trees.scale(-scale, g))
+        return d, tf.where(descends, slope, -scale * norm**2), tf.where(descends, count, 0), ~descends & (norm > 0)
+
+    def _look(self, lin, d, slope, g):
+        """What the search found; without a search, the point at the learning rate if it is finite."""
+
+        def along(length):
+            loss, gradient = lin.loss_and_gradient_at(trees.scale(length, d))
+            return loss, _full_precision(gradient)
+
+        # from a loss that is not finite no search begins, and the step is skipped
+        slope = tf.where(tf.math.is_finite(lin.loss), slope, float("nan"))
+        rule = OneLength() if self.search is None else self.search
+        first = tf.cast(self.learning_rate, tf.float64) if self.search is None else 1.0
+        return search_along(rule, along, d, lin.loss, slope, g, first)
+
+    def _pair(self, s, g, slope, norm, found):
+        """The `Pair` of a step."""
+        y, length = trees.subtract(found.gradient, g), found.point.length
+        sy, ss = tf.cast(trees.dot(s, y), tf.float64), tf.cast(trees.squared_norm(s), tf.float64)
+        sBs = -(length**2) * slope
+        if self.update == "damped":
+            short = sy < POWELL * sBs
+            theta = tf.where(short, (1.0 - POWELL) * sBs / tf.where(short, sBs - sy, 1.0), 1.0)
+            y = trees.add(trees.scale(theta, y), trees.scale(-length * (1.0 - theta), g))
+            sy = theta * sy + (1.0 - theta) * sBs
+        curved = (sy >= CAUTION * norm * ss) if self.update == "cautious" else (sy > 0)
+        return Pair(s, y, sy, sBs, (length > 0) & curved & (sy > 0) & tf.math.is_finite(sy))
+
+    def _tell(self, found, pair, count, reset):
+        ss = tf.cast(trees.squared_norm(pair.s), tf.float64)
+        self.report(
+            evaluations=found.evaluations, step_length=found.point.length, pairs=self.kept(count),
+            curvature=tf.where(ss > 0, pair.sy / tf.where(ss > 0, ss, 1.0), float("nan")),
+            gradient_max=_largest(found.gradient), search_end=found.end, resets=tf.cast(reset, tf.float32),
+            overflows=found.overflows,
+        )  # fmt: skip
+
+    def linear_step(self) -> NotLinear:
+        """None: each step tests its length on the loss."""
+        return NotLinear(
+            f"`{type(self).__name__}` learns the curvature from gradients and searches for the length of each step: it "
+            "takes curvature into account, however large. Watch its `search_end` and `step_length`."
+        )
+
+
+def _full_precision(vector):
+    return [trees.full_precision(a) for a in vector]
+
+
+def _largest(vector):
+    """The largest absolute entry, a scalar."""
+    sized = [a for a in vector if a.shape.num_elements() != 0]
+    return tf.reduce_max(tf.stack([tf.cast(tf.reduce_max(tf.abs(a)), tf.float32) for a in sized]))
