@@ -17,7 +17,7 @@ MOST_BYTES = 4e9
 
 @register
 class BFGS(QuasiNewton):
-    """BFGS and the self-scaled Broyden family, with a dense inverse Hessian: for full batches and some thousand weights.
+    """BFGS and the self-scaled Broyden family, with a dense inverse Hessian: for full batches, some thousand weights.
 
         H <- ( H - H y y'H / (y'H y) + phi (y'H y) v v' ) / tau + s s' / s'y,      v = s / s'y - H y / (y'H y)
 
@@ -73,8 +73,8 @@ class BFGS(QuasiNewton):
         needed = 8.0 * size**2
         if needed > MOST_BYTES:
             raise ValueError(
-                f"`BFGS` keeps a dense matrix of float64 numbers, {needed / 1e9:.1f} GB for this model. Received: a model "
-                f"with {size} trainable weights; at most {int((MOST_BYTES / 8) ** 0.5)} fit. Use `LBFGS()`."
+                f"`BFGS` keeps a dense matrix of float64 numbers, {needed / 1e9:.1f} GB for this model. Received: a "
+                f"model with {size} trainable weights; at most {int((MOST_BYTES / 8) ** 0.5)} fit. Use `LBFGS()`."
             )
         self._H = self.add_variable((size, size), dtype="float64", name="inverse_hessian", aggregation="none")
 

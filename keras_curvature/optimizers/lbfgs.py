@@ -15,12 +15,13 @@ from keras_curvature.typing import LearningRate, Variables, Vector
 
 @register
 class LBFGS(QuasiNewton):
-    """Limited-memory BFGS, for full batches: quadratic convergence's neighbour at the cost of a gradient.
+    """Limited-memory BFGS, for full batches: a quasi-Newton step for little more than a gradient.
 
-        w <- w - s H g,     H = V' H V + rho s s',  V = I - rho y s',  rho = 1 / s'y,    for the last `memory` pairs (s, y),
-                            from H = gamma I with gamma = s'y / y'y of the newest pair (two-loop recursion)
+        w <- w - length * H g
+        H <- V' H V + rho s s',   V = I - rho y s',   rho = 1 / s'y         for the last `memory` pairs (s, y),
+                                          from H = gamma I, gamma = s'y / y'y of the newest pair (two-loop recursion)
 
-    with `s` the length that the line search finds. A pair is kept if `s'y >= 1e-6 |g| |s|^2` (cautious), or is damped
+    with the length that the line search finds. A pair is kept if `s'y >= 1e-6 |g| |s|^2` (cautious), or is damped
     towards the present model so that `s'y >= 0.2 s'Bs`. Make the whole set one batch (`batch_size=len(x)`): one step of
     `fit` is then one iteration, and the memory goes on over calls of `fit` and through files. Both gradients of a pair
     are of one batch, so mini-batches work too, where they are large; `search=None` with a small `learning_rate` is for
@@ -43,9 +44,9 @@ class LBFGS(QuasiNewton):
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `evaluations` (of loss and gradient, summed over an epoch), `step_length`, `pairs` in memory, `curvature`
-    (`s'y / s's`), `gradient_max` (largest entry at the end of the step), `search_end` (1: conditions met; 2: evaluations
-    used up; 3: interval as small as rounding; 4: no slope), `resets`, `overflows` (points of a search that were not
-    finite), `step_norm`, `skipped_steps`.
+    (`s'y / s's`), `gradient_max` (largest entry at the end of the step), `search_end` (1: conditions met; 2:
+    evaluations used up; 3: interval as small as rounding; 4: no slope), `resets`, `overflows` (points of a search that
+    were not finite), `step_norm`, `skipped_steps`.
 
     Example:
 

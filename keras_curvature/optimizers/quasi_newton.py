@@ -50,8 +50,8 @@ class Pair(NamedTuple):
 class QuasiNewton(CurvatureOptimizer):
     """Base of `LBFGS` and `BFGS`; see the module. A subclass keeps `H` and writes `multiply` and `learn`.
 
-    Where `-H g` does not descend, `H` is forgotten and the step is along `-g`; after a search that found no lower point,
-    the next step is.
+    Where `-H g` does not descend, `H` is forgotten and the step is along `-g`; after a search that found no lower
+    point, the next step is.
 
     Args:
         learning_rate: Multiple of the step that the search found; without a search the length.

@@ -8,8 +8,8 @@ import tensorflow as tf
 from keras_curvature.component import Component, check, check_count, check_number, register
 from keras_curvature.steps.search import CONDITIONS_MET, INTERVAL, KEEP, SEARCHING, START, TRIAL, Point, State, pick
 
-# Which point was asked for: to bracket, the middle of a bracket whose loss is too high at its right end (U3), the secant
-# point, the second secant point (S1-S4), the middle of an interval that did not shrink (L2).
+# Which point was asked for: one to bracket, the middle of a bracket whose loss is too high at its right end (U3), the
+# secant point, the second secant point (S1-S4), the middle of an interval that did not shrink (L2).
 BRACKET, BISECT, SECANT, SECOND, MIDDLE = range(5)
 
 

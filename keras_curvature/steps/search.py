@@ -106,7 +106,7 @@ def search_along(
         A `Found`.
     """
     start = Point(tf.zeros((), tf.float64), tf.cast(loss, tf.float64), tf.cast(slope, tf.float64))
-    state = rule.begin(start, tf.cast(first, tf.float64))
+    state = rule.begin(start, trees.exactly(first, tf.float64))
     descends = start.slope < 0  # false for a NaN
     state = state._replace(end=tf.where(descends, state.end, NO_SLOPE))
 
@@ -126,6 +126,8 @@ def search_along(
         goes_on, look, (tf.constant(0), tf.constant(0), state, start, list(gradient)), parallel_iterations=1
     )
     end = tf.where(tf.equal(state.end, SEARCHING), BUDGET, state.end)
+    serves = tf.equal(end, CONDITIONS_MET) | (kept.loss < start.loss)  # without the conditions, a lower loss at least
+    kept, kept_gradient = pick(serves, (kept, kept_gradient), (start, list(gradient)))
     return Found(kept, kept_gradient, evaluations, overflows, end)
 
 

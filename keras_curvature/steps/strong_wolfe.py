@@ -29,8 +29,8 @@ class StrongWolfe(Component):
 
         phi(s) <= phi(0) + decrease * s * phi'(0)      and      |phi'(s)| <= curvature * |phi'(0)|
 
-    with `phi(s) = f(w + s d)`. The length doubles until an interval is bracketed; the interval shrinks by the minimum of
-    a cubic through three points, else of a parabola, else by half. At the end of the budget the best point with the
+    with `phi(s) = f(w + s d)`. The length doubles until an interval is bracketed; the interval shrinks to the minimum
+    of a cubic through three points, else of a parabola, else by half. At the end of the budget the best point with the
     first condition is taken. In float32 the first condition is lost in rounding near a minimum: use `HagerZhang`.
 
     Reference: Nocedal and Wright, "Numerical Optimization" (2006), Algorithms 3.5 and 3.6; interpolation and constants

@@ -29,7 +29,8 @@ class FirstCall:
         """The function's result."""
         if self._called or not shows_progress.get():
             return self._function(iterator)
-        timer = threading.Timer(SECONDS, _say, [self._name])
+        message = f"TensorFlow is compiling the train step of {self._name}. Only the first step waits for it."
+        timer = threading.Timer(SECONDS, say, [message])
         timer.daemon = True
         timer.start()
         try:
@@ -39,9 +40,8 @@ class FirstCall:
             self._called = True
 
 
-def _say(name):
+def say(message: str) -> None:
     """Print where Keras' progress bar is shown: on the screen, or in the log without interactive logging."""
-    message = f"TensorFlow is compiling the train step of {name}. Only the first step waits for it."
     if keras.config.is_interactive_logging_enabled():
         print(message, flush=True)
     else:
