@@ -18,7 +18,14 @@ from keras_curvature.solvers import (
     LowRankGeometry,
     NeumannSeries,
 )
-from keras_curvature.steps import ArmijoLineSearch, ConstantDamping, HagerZhang, LevenbergMarquardt, StrongWolfe
+from keras_curvature.steps import (
+    ArmijoLineSearch,
+    ConstantDamping,
+    HagerZhang,
+    LevenbergMarquardt,
+    StrongWolfe,
+    TrustRegion,
+)
 from keras_curvature.training.models import CurvatureModel, curved
 
 __version__ = "0.1.0"
@@ -41,6 +48,7 @@ __all__ = [
     "Needs",
     "NeumannSeries",
     "StrongWolfe",
+    "TrustRegion",
     "callbacks",
     "curvature",
     "curved",

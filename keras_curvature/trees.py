@@ -74,6 +74,12 @@ def has_finite_sum(a):
     return tf.math.is_finite(tf.reduce_sum(a))
 
 
+def largest(v):
+    """The largest absolute entry, a float32 scalar."""
+    sized = [a for a in v if a.shape.num_elements() != 0]
+    return tf.reduce_max(tf.stack([tf.cast(tf.reduce_max(tf.abs(a)), tf.float32) for a in sized]))
+
+
 def count(v):
     """Number of entries of `v`, a Python integer."""
     return sum(int(a.shape.num_elements()) for a in v)

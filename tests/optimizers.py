@@ -121,6 +121,17 @@ OPTIMIZERS = {
     "bfgs": Method(kc.BFGS, amplifies=True),
     "bfgs_self_scaled": Method(kc.BFGS, {"scaling": "self_scaled", "search": kc.ArmijoLineSearch()}, amplifies=True),
     "bfgs_broyden": Method(kc.BFGS, {"scaling": "broyden"}, amplifies=True),
+    "newton_cg": Method(kc.NewtonCG, {"max_steps": 8}, {"max_steps": 100}, amplifies=True, family=True),
+    "newton_cg_gauss_newton": Method(kc.NewtonCG, {"max_steps": 8, "curvature": "gauss_newton"}, amplifies=True),
+    "newton": Method(kc.Newton, amplifies=True),
+    "newton_trust_region": Method(kc.Newton, {"trust_region": kc.TrustRegion()}, amplifies=True),
+    "saddle_free_newton": Method(kc.SaddleFreeNewton, {"rank": 6}, amplifies=True),
+    "nys_newton_cg": Method(
+        kc.NysNewtonCG, {"rank": 4, "every": 2, "solver": ConjugateGradient(8, 0.0)}, amplifies=True
+    ),
+    "lissa": Method(kc.LiSSA, {"learning_rate": 0.3, "steps": 4, "damping": 1.0, "power_steps": 4}, {
+        "learning_rate": 1.0, "steps": 20, "curvature_batch": 1.0, "damping": 0.0, "power_steps": 10,
+    }),
     # the methods of the guide
     "lion": Method(Lion, {"learning_rate": 0.01}, FALLING, steps=600),
     "damped_gauss_newton": Method(DampedGaussNewton, {"learning_rate": 0.5}),

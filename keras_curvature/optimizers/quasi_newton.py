@@ -182,7 +182,7 @@ class QuasiNewton(CurvatureOptimizer):
         self.report(
             evaluations=found.evaluations, step_length=found.point.length, pairs=self.kept(count),
             curvature=tf.where(ss > 0, pair.sy / tf.where(ss > 0, ss, 1.0), float("nan")),
-            gradient_max=_largest(found.gradient), search_end=found.end, resets=tf.cast(reset, tf.float32),
+            gradient_max=trees.largest(found.gradient), search_end=found.end, resets=tf.cast(reset, tf.float32),
             overflows=found.overflows,
         )  # fmt: skip
 
@@ -196,9 +196,3 @@ class QuasiNewton(CurvatureOptimizer):
 
 def _full_precision(vector):
     return [trees.full_precision(a) for a in vector]
-
-
-def _largest(vector):
-    """The largest absolute entry, a scalar."""
-    sized = [a for a in vector if a.shape.num_elements() != 0]
-    return tf.reduce_max(tf.stack([tf.cast(tf.reduce_max(tf.abs(a)), tf.float32) for a in sized]))

@@ -5,6 +5,7 @@ from keras_curvature.steps.hager_zhang import HagerZhang
 from keras_curvature.steps.line_search import ArmijoLineSearch
 from keras_curvature.steps.strong_wolfe import StrongWolfe
 from keras_curvature.steps.trial import Trial
+from keras_curvature.steps.trust_region import TrustRegion
 
 __all__ = [
     "ArmijoLineSearch",
@@ -14,5 +15,6 @@ __all__ = [
     "LevenbergMarquardt",
     "StrongWolfe",
     "Trial",
+    "TrustRegion",
     "as_damping",
 ]

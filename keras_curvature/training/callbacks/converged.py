@@ -54,8 +54,8 @@ class Converged(keras.callbacks.Callback):
         if self.gradient is not None and "gradient_max" not in logs:
             raise ValueError(
                 f"`Converged`: the optimizer does not report `gradient_max`. Received: gradient={self.gradient!r}. "
-                "Train a curved model (`keras_curvature.curved(model)`) with `LBFGS` or `BFGS`, or pass `gradient=None, "
-                "loss=1e-9`."
+                "Train a curved model (`keras_curvature.curved(model)`) with `LBFGS` or `BFGS`, or pass "
+                "`gradient=None, loss=1e-9`."
             )
         self.reason = self._reason(logs)
         if self.reason is not None:

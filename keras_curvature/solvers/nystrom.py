@@ -1,0 +1,112 @@
+"""The Nyström approximation of a matrix from products with a few random vectors, and the preconditioner made of it.
+
+    Phi = orthonormal random vectors,   Y = A Phi,   A ~ Y (Phi'Y)^-1 Y' = U diag(l) U'
+
+Vectors stand in the rows of tensors `(rank, *shape)`, one tensor for each weight.
+
+Reference: Frangella, Tropp and Udell, "Randomized Nyström preconditioning" (2023), Algorithms 2.1 and 5.1. Differences:
+(1) orthonormal vectors and the factors of `Y` come from Gram matrices in float64 (Cholesky twice, eigenvalues), so that
+nothing of the size of the weights is decomposed; (2) where the sketch of an indefinite matrix has negative eigenvalues,
+the matrix is shifted by twice their size, in `Y` as in `Phi'Y`, and the shift is taken off the eigenvalues again.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.operators import LinearOperator
+from keras_curvature.typing import Scalar, Vector
+
+
+class Sketch(NamedTuple):
+    """`U diag(l) U'`.
+
+    Attributes:
+        vectors: `U`, orthonormal, in rows: a list of tensors `(rank, *shape)`.
+        values: `l >= 0`, largest first, float64 `(rank,)`.
+        finite: Whether all products were finite; if not, `vectors` and `values` are not either.
+    """
+
+    vectors: Vector
+    values: tf.Tensor
+    finite: tf.Tensor
+
+
+def sketch(operator: LinearOperator, like: Vector, rank: int, seed: tf.Tensor) -> Sketch:
+    """The Nyström approximation of a symmetric operator, from `rank` products.
+
+    Args:
+        operator: `A`.
+        like: A vector, for its shapes and dtypes.
+        rank: Number of vectors, at most the number of entries of `like`.
+        seed: An integer scalar tensor; equal seeds give equal vectors, also on all replicas.
+
+    Returns:
+        A `Sketch`.
+    """
+    seeds = [tf.stack([tf.cast(seed, tf.int32), place]) for place in range(len(like))]
+    random = [tf.random.stateless_normal((rank, *a.shape), s, a.dtype) for a, s in zip(like, seeds)]
+    phi = _orthonormal(_orthonormal(random))
+    signature = [tf.TensorSpec(a.shape, a.dtype) for a in like]
+    Y = tf.map_fn(lambda v: operator @ v, phi, fn_output_signature=signature, parallel_iterations=1)
+    core = _gram(phi, Y)
+    core = 0.5 * (core + tf.transpose(core))
+    finite = tf.math.is_finite(tf.reduce_sum(core))
+    core = tf.where(finite, core, tf.eye(rank, dtype=tf.float64))
+    size = tf.reduce_max(tf.abs(core))
+    rounding = 2.2e-16 if trees.scalar_dtype(like) == tf.float64 else 1.2e-7
+    shift = tf.maximum(10.0 * rounding * size, -2.0 * tf.linalg.eigvalsh(core)[0]) + 1e-300
+    Y = [y + tf.cast(shift, y.dtype) * p for y, p in zip(Y, phi)]
+    half = tf.linalg.cholesky(core + shift * tf.eye(rank, dtype=tf.float64))
+    B = _mix(tf.linalg.triangular_solve(half, tf.eye(rank, dtype=tf.float64)), Y)
+    squares, left = tf.linalg.eigh(_gram(B, B))
+    squares, left = tf.reverse(squares, [0]), tf.reverse(left, [1])
+    roots = tf.sqrt(tf.maximum(squares, 0.0))
+    U = _mix(tf.math.divide_no_nan(tf.transpose(left), roots[:, None]), B)
+    values = tf.maximum(squares - shift, 0.0) + tf.where(finite, tf.zeros((), tf.float64), float("nan"))
+    return Sketch(U, values, finite)
+
+
+@dataclasses.dataclass(frozen=True)
+class NystromPreconditioner(LinearOperator):
+    """`P^-1 = U diag((l_r + mu) / (l + mu)) U' + I - U U'`, close to a multiple of `(A + mu I)^-1`.
+
+    Args:
+        vectors: `U`, as in `Sketch`.
+        values: `l`, as in `Sketch`; `l_r` is the last.
+        damping: `mu`, a positive scalar.
+    """
+
+    vectors: Vector
+    values: tf.Tensor
+    damping: Scalar
+    psd = True
+
+    def multiply(self, vector: Vector) -> Vector:
+        dtype = trees.scalar_dtype(vector)
+        axes = [list(range(1, rows.shape.rank)) for rows in self.vectors]
+        parts = [tf.reduce_sum(tf.cast(rows * a[None], dtype), axis)
+                 for rows, a, axis in zip(self.vectors, vector, axes)]  # fmt: skip
+        mu = trees.exactly(self.damping, tf.float64)
+        factors = (self.values[-1] + mu) / (self.values + mu) - 1.0
+        change = tf.cast(factors, dtype) * tf.add_n(parts)
+        return [a + tf.tensordot(tf.cast(change, rows.dtype), rows, 1) for rows, a in zip(self.vectors, vector)]
+
+
+def _gram(A, B):
+    """`A B'` for vectors in rows, float64 `(rank, rank)`."""
+    flat = [(tf.reshape(a, (a.shape[0], -1)), tf.reshape(b, (b.shape[0], -1))) for a, b in zip(A, B)]
+    return tf.add_n([tf.cast(tf.matmul(a, b, transpose_b=True), tf.float64) for a, b in flat])
+
+
+def _mix(matrix, rows):
+    """`M A` for vectors in rows."""
+    return [tf.tensordot(tf.cast(matrix, a.dtype), a, 1) for a in rows]
+
+
+def _orthonormal(rows):
+    """The rows, made orthonormal by the Cholesky factor of their Gram matrix; to rounding after the second time."""
+    half = tf.linalg.cholesky(_gram(rows, rows))
+    return _mix(tf.linalg.triangular_solve(half, tf.eye(rows[0].shape[0], dtype=tf.float64)), rows)
