@@ -22,8 +22,8 @@ class LiSSA(CurvatureOptimizer):
 
     with the gradient `g` of the whole batch and the Hessian `H_j` of a part of it, another one in each term. In the
     mean over the parts `d = (1 - (1 - rate H)^steps) H^-1 g`: the error along an eigenvalue `l` is
-    `(1 - rate l)^steps`. Needs `rate < 2 / l` for the largest one. For convex problems and large batches: on a network, directions of negative
-    curvature grow. Costs `steps` products with a part of the batch, and no state.
+    `(1 - rate l)^steps`. Needs `rate < 2 / l` for the largest one. For convex problems and large batches: on a network,
+    directions of negative curvature grow. Costs `steps` products with a part of the batch, and no state.
 
     Reference: Agarwal, Bullins and Hazan, "Second-order stochastic optimization for machine learning in linear time"
     (2017), Algorithm 1, and the authors' code. Differences from the paper: (1) `rate`, where the paper scales the loss

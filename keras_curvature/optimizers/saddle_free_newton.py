@@ -19,7 +19,7 @@ class SaddleFreeNewton(CurvatureOptimizer):
     """Saddle-free Newton: repelled from saddles, by the absolute eigenvalues of the Hessian in a Krylov space.
 
         V = orthonormal basis of  g, H g, H^2 g, ...  (`rank` vectors, Lanczos),    V'H V = U diag(l) U'
-        p = -V U (|l| + lambda)^-1 U'V'g,        lambda: the one of `dampings` with the lowest loss
+        p = -V U (|l| + lambda)^-1 U'V'g,        lambda: one of `dampings` times max |l|, where the loss is lowest
         w <- w + learning_rate * p   if that loss is lower than before, else the weights stay
 
     Newton's step goes to the nearest point without slope, also if that is a saddle; with absolute eigenvalues the step
@@ -29,12 +29,14 @@ class SaddleFreeNewton(CurvatureOptimizer):
 
     Reference: Dauphin et al., "Identifying and attacking the saddle point problem in high-dimensional non-convex
     optimization" (2014), Algorithm 1. Differences from the paper: (1) Krylov vectors of the same batch as the gradient;
-    (2) a step that does not lower the loss is not taken.
+    (2) dampings relative to the largest eigenvalue, so that the scale of the loss does not matter and the largest of
+    them is always a short step; (3) a step that does not lower the loss is not taken.
 
     Args:
         learning_rate: Multiple of the accepted step. Defaults to `1.0`.
         rank: Number of Krylov vectors. Defaults to `20` (the paper: 500 on networks of some thousand weights).
-        dampings: Values of `lambda` to try, positive numbers. Defaults to `(1.0, 1e-1, 1e-2, 1e-3, 1e-4)`.
+        dampings: Multiples of the largest absolute Ritz value to try, positive numbers; each costs an evaluation of the
+            loss. Defaults to `(100.0, 10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-5)`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `lowest` (smallest Ritz value), `krylov_vectors`, `step_norm`, `skipped_steps`.
@@ -55,7 +57,8 @@ class SaddleFreeNewton(CurvatureOptimizer):
 
     def __init__(
         self, learning_rate: LearningRate = 1.0, rank: int = 20,
-        dampings: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4), name: str = "saddle_free_newton", **kwargs: Any,
+        dampings: tuple[float, ...] = (100.0, 10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-5), name: str = "saddle_free_newton",
+        **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.rank, self.dampings = rank, list(dampings) if isinstance(dampings, tuple) else dampings
@@ -74,7 +77,9 @@ class SaddleFreeNewton(CurvatureOptimizer):
         def step(damping):
             return space.combine(-tf.linalg.matvec(vectors, slopes / (tf.abs(values) + damping)))
 
-        grid = tf.constant(self.dampings, tf.float64)
+        largest = tf.reduce_max(tf.abs(values))
+        # without any curvature the gradient is the step
+        grid = tf.constant(self.dampings, tf.float64) * tf.where(largest > 0, largest, tf.ones_like(largest))
         losses = tf.map_fn(lambda damping: lin.loss_at(step(damping)), grid, lin.loss.dtype, parallel_iterations=1)
         losses = tf.where(tf.math.is_finite(losses), losses, losses.dtype.max)
         best = tf.argmin(losses)

@@ -47,14 +47,15 @@ def sketch(operator: LinearOperator, like: Vector, rank: int, seed: tf.Tensor) -
         A `Sketch`.
     """
     seeds = [tf.stack([tf.cast(seed, tf.int32), place]) for place in range(len(like))]
-    random = [tf.random.stateless_normal((rank, *a.shape), s, a.dtype) for a, s in zip(like, seeds)]
+    random = [tf.random.stateless_normal((rank, *a.shape), s, dtype=a.dtype) for a, s in zip(like, seeds)]
     phi = _orthonormal(_orthonormal(random))
     signature = [tf.TensorSpec(a.shape, a.dtype) for a in like]
     Y = tf.map_fn(lambda v: operator @ v, phi, fn_output_signature=signature, parallel_iterations=1)
     core = _gram(phi, Y)
     core = 0.5 * (core + tf.transpose(core))
     finite = tf.math.is_finite(tf.reduce_sum(core))
-    core = tf.where(finite, core, tf.eye(rank, dtype=tf.float64))
+    # LAPACK may not return from a NaN
+    core, Y = tf.where(finite, core, tf.eye(rank, dtype=tf.float64)), [tf.where(finite, y, tf.ones_like(y)) for y in Y]
     size = tf.reduce_max(tf.abs(core))
     rounding = 2.2e-16 if trees.scalar_dtype(like) == tf.float64 else 1.2e-7
     shift = tf.maximum(10.0 * rounding * size, -2.0 * tf.linalg.eigvalsh(core)[0]) + 1e-300
@@ -64,9 +65,9 @@ def sketch(operator: LinearOperator, like: Vector, rank: int, seed: tf.Tensor) -
     squares, left = tf.linalg.eigh(_gram(B, B))
     squares, left = tf.reverse(squares, [0]), tf.reverse(left, [1])
     roots = tf.sqrt(tf.maximum(squares, 0.0))
-    U = _mix(tf.math.divide_no_nan(tf.transpose(left), roots[:, None]), B)
-    values = tf.maximum(squares - shift, 0.0) + tf.where(finite, tf.zeros((), tf.float64), float("nan"))
-    return Sketch(U, values, finite)
+    known = tf.where(finite, tf.zeros((), tf.float64), float("nan"))
+    U = _mix(tf.math.divide_no_nan(tf.transpose(left), roots[:, None]) + known, B)
+    return Sketch(U, tf.maximum(squares - shift, 0.0) + known, finite)
 
 
 @dataclasses.dataclass(frozen=True)
