@@ -121,7 +121,7 @@ OPTIMIZERS = {
     "bfgs": Method(kc.BFGS, amplifies=True),
     "bfgs_self_scaled": Method(kc.BFGS, {"scaling": "self_scaled", "search": kc.ArmijoLineSearch()}, amplifies=True),
     "bfgs_broyden": Method(kc.BFGS, {"scaling": "broyden"}, amplifies=True),
-    "newton_cg": Method(kc.NewtonCG, {"max_steps": 8}, {"max_steps": 100}, amplifies=True, family=True),
+    "newton_cg": Method(kc.NewtonCG, {"max_steps": 8}, {"max_steps": 100}, amplifies=True),
     "newton_cg_gauss_newton": Method(kc.NewtonCG, {"max_steps": 8, "curvature": "gauss_newton"}, amplifies=True),
     "newton": Method(kc.Newton, amplifies=True),
     "newton_trust_region": Method(kc.Newton, {"trust_region": kc.TrustRegion()}, amplifies=True),

@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check_count, register
 from keras_curvature.optimizers.quasi_newton import Pair, QuasiNewton
-from keras_curvature.optimizers.rows import Row
+from keras_curvature.optimizers.rows import Row, add_rows
 from keras_curvature.steps import HagerZhang
 from keras_curvature.steps.search import Search
 from keras_curvature.typing import LearningRate, Variables, Vector
@@ -70,14 +70,10 @@ class LBFGS(QuasiNewton):
     def create_state(self, variables: Variables) -> None:
         """The pairs, one in each row; their `rho`, and `gamma`."""
         super().create_state(variables)
-        self._s = [self._rows(v, "s") for v in variables]
-        self._y = [self._rows(v, "y") for v in variables]
+        self._s = add_rows(self, variables, self.memory, "s")
+        self._y = add_rows(self, variables, self.memory, "y")
         self._rho = self.add_variable((self.memory,), dtype="float64", name="rho", aggregation="none")
         self._gamma = self.add_scalar(1.0, "gamma")
-
-    def _rows(self, variable, name):
-        shape, dtype = (self.memory, *variable.shape), trees.wide(variable.dtype).name
-        return self.add_variable(shape, dtype=dtype, name=f"{variable.name}_{name}", aggregation="none")
 
     def kept(self, count: tf.Tensor) -> tf.Tensor:
         """At most `memory`."""

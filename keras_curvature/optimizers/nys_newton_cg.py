@@ -13,6 +13,7 @@ from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Identity, Scaled
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
+from keras_curvature.optimizers.rows import add_rows
 from keras_curvature.solvers import ConjugateGradient
 from keras_curvature.solvers.nystrom import NystromPreconditioner, sketch
 from keras_curvature.steps import ArmijoLineSearch
@@ -87,10 +88,7 @@ class NysNewtonCG(CurvatureOptimizer):
         """The sketch, and the last solution."""
         rank = min(self.rank, trees.count(variables))
         self._last = self.add_optimizer_variables(variables, "solution")
-        self._vectors = [
-            self.add_variable((rank, *v.shape), dtype=trees.wide(v.dtype).name, name=f"{v.name}_sketch",
-                              aggregation="none") for v in variables
-        ]  # fmt: skip
+        self._vectors = add_rows(self, variables, rank, "sketch")
         self._values = self.add_variable((rank,), dtype="float64", name="eigenvalues", aggregation="none")
 
     def direction(self, lin: Linearization) -> Vector:

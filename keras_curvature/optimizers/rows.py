@@ -1,11 +1,22 @@
-"""A row of a variable, assigned in place: the rest of a memory of many vectors is not copied."""
+"""A memory of several vectors: one variable `(rows, *shape)` for each weight, whose rows are assigned in place."""
 
 import dataclasses
 
 import keras
 import tensorflow as tf
 
-from keras_curvature import replicas
+from keras_curvature import replicas, trees
+from keras_curvature.typing import Variables
+
+
+def add_rows(optimizer: keras.Optimizer, variables: Variables, rows: int, name: str) -> Variables:
+    """New variables of an optimizer, each with `rows` times the shape of one of `variables`; all zero."""
+    return [
+        optimizer.add_variable(
+            (rows, *v.shape), dtype=trees.wide(v.dtype).name, name=f"{v.path.replace('/', '_')}_{name}",
+            aggregation="none",
+        ) for v in variables
+    ]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
