@@ -123,7 +123,7 @@ OPTIMIZERS = {
     "bfgs_broyden": Method(kc.BFGS, {"scaling": "broyden"}, amplifies=True),
     "newton_cg": Method(kc.NewtonCG, {"max_steps": 8}, {"max_steps": 100}, amplifies=True),
     "newton_cg_gauss_newton": Method(kc.NewtonCG, {"max_steps": 8, "curvature": "gauss_newton"}, amplifies=True),
-    "newton": Method(kc.Newton, amplifies=True),
+    "newton": Method(kc.Newton, {"damping": 1.0}, {"damping": 0.01}, amplifies=True),
     "newton_trust_region": Method(kc.Newton, {"trust_region": kc.TrustRegion()}, amplifies=True),
     "saddle_free_newton": Method(kc.SaddleFreeNewton, {"rank": 6}, amplifies=True),
     "nys_newton_cg": Method(

@@ -139,6 +139,10 @@ class Linearization:
         """Second derivative of the L2 regularizer of each variable, a tuple of floats; 0 where there is none."""
         return l2_of(self.variables)
 
+    def take_gradient(self, gradient: Vector) -> None:
+        """Use a gradient that was computed before, at the same weights on the same batch."""
+        self._once("gradient", lambda: gradient)
+
     def is_known(self, name: str) -> bool:
         """Whether `"loss"` or `"gradient"` has been computed already."""
         return name in self._known
@@ -194,15 +198,12 @@ class Linearization:
         with self.kernels():
             return replicas.total(here, *vectors)
 
-    # Curvature: functions of a linearization.
+    # Curvature, and estimates of it: functions of a linearization.
 
     hessian = matrices.hessian
     gauss_newton = matrices.gauss_newton
     fisher = matrices.fisher
     hidden_gauss_newton = matrices.hidden_gauss_newton
-
-    # Estimates.
-
     sampled_gradient = sampled.sampled_gradient
     fisher_diagonal = sampled.fisher_diagonal
     squared_gradients = diagonals.squared_gradients

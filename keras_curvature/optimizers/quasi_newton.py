@@ -134,7 +134,9 @@ class QuasiNewton(CurvatureOptimizer):
         same = tf.abs(loss - last) <= SAME_LOSS.get(loss.dtype, SAME_LOSS[tf.float32]) * tf.abs(last)
         for here, end in zip(lin.weights, trees.values(self._end)):
             same &= tf.reduce_all(tf.equal(here, end))
-        return tf.cond(same, lambda: trees.values(self._gradient), lambda: _full_precision(lin.gradient))
+        gradient = tf.cond(same, lambda: trees.values(self._gradient), lambda: _full_precision(lin.gradient))
+        lin.take_gradient(gradient)
+        return gradient
 
     def _first_scale(self, norm):
         """`H` before the first pair, a float64 scalar."""

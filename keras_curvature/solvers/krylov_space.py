@@ -54,7 +54,7 @@ def krylov_space(operator: LinearOperator, start: Vector, size: int) -> KrylovSp
     zero = tf.zeros((size, size), tf.float64)
 
     def step(count, basis, matrix, v, live, finite):
-        basis = [tf.tensor_scatter_nd_update(rows, [[count]], a[None]) for rows, a in zip(basis, v)]
+        basis = [rows + _in_row(count, size, a) for rows, a in zip(basis, v)]
         product = operator @ v
         length = trees.norm(product)
         column, rest = _split(basis, product)
@@ -75,6 +75,11 @@ def krylov_space(operator: LinearOperator, start: Vector, size: int) -> KrylovSp
     lower = tf.linalg.band_part(matrix, -1, 0)
     matrix = lower + tf.transpose(tf.linalg.band_part(matrix, -1, 0) - tf.linalg.band_part(matrix, 0, 0))
     return KrylovSpace(basis, matrix, count, finite)
+
+
+def _in_row(row, rows, a):
+    """`a` in one of several rows, the others zero."""
+    return tf.reshape(tf.one_hot(row, rows, dtype=a.dtype), [rows] + [1] * a.shape.rank) * a[None]
 
 
 def _split(basis, vector):
