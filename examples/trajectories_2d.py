@@ -3,8 +3,8 @@
     python examples/trajectories_2d.py --out trajectories_2d.png
 
 Each row is an optimizer, each panel a run of 100 steps at the settings below: Rosenbrock's valley, Himmelblau's four
-minima, Rastrigin's many, and a random quartic. Methods that look at layers or outputs are left out: there are none. What is drawn is how a method moves, not how good it is: two weights and
-no noise are not a network.
+minima, Rastrigin's many, and a random quartic. It shows how a method moves, not how good it is: two weights without
+noise are not a network. Methods that look at layers or outputs are left out, because there are none.
 """
 
 import argparse
@@ -21,8 +21,8 @@ STEPS = 100
 RATES = {
     "Neumann": {"learning_rate": 2e-3, "warmup_steps": 5, "beta": 1e-9}, "TwoLoopNeumann": {"learning_rate": 2e-3},
     "AdaHessian": {"learning_rate": 0.1}, "ESGD": {"learning_rate": 0.1}, "SophiaG": {"learning_rate": 0.03},
-    "SophiaH": {"learning_rate": 0.03}, "SquareRootFreeAdam": {"learning_rate": 0.03}, "Shampoo": {"learning_rate": 0.1},
-    "SOAP": {"learning_rate": 0.1}, "KLShampoo": {"learning_rate": 0.1}, "PSGD": {"learning_rate": 0.05},
+    "SophiaH": {"learning_rate": 0.03}, "SquareRootFreeAdam": {"learning_rate": 0.03},
+    "Shampoo": {"learning_rate": 0.1}, "SOAP": {"learning_rate": 0.1}, "KLShampoo": {"learning_rate": 0.1}, "PSGD": {"learning_rate": 0.05},
 }  # fmt: skip
 
 
@@ -55,7 +55,8 @@ class OfTwoWeights(keras.layers.Layer):
         self.function, self.start = function, start
 
     def build(self, shape):
-        self.w = self.add_weight(shape=(2,), initializer=lambda shape, dtype=None: ops.cast(self.start, dtype), name="w")
+        self.w = self.add_weight(shape=(2,), initializer="zeros", name="w")
+        self.w.assign(self.start)
 
     def call(self, x):
         return 0.0 * x + self.function(self.w[0], self.w[1])
