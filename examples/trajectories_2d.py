@@ -19,11 +19,18 @@ import keras_curvature as kc
 STEPS = 100
 # The settings that let a method be seen on functions of this size: rates as large as the functions bear.
 RATES = {
-    "Neumann": {"learning_rate": 2e-3, "warmup_steps": 5, "beta": 1e-9}, "TwoLoopNeumann": {"learning_rate": 2e-3},
-    "AdaHessian": {"learning_rate": 0.1}, "ESGD": {"learning_rate": 0.1}, "SophiaG": {"learning_rate": 0.03},
-    "SophiaH": {"learning_rate": 0.03}, "SquareRootFreeAdam": {"learning_rate": 0.03},
-    "Shampoo": {"learning_rate": 0.1}, "SOAP": {"learning_rate": 0.1}, "KLShampoo": {"learning_rate": 0.1}, "PSGD": {"learning_rate": 0.05},
-}  # fmt: skip
+    "Neumann": {"learning_rate": 2e-3, "warmup_steps": 5, "beta": 1e-9},
+    "TwoLoopNeumann": {"learning_rate": 2e-3},
+    "AdaHessian": {"learning_rate": 0.1},
+    "ESGD": {"learning_rate": 0.1},
+    "SophiaG": {"learning_rate": 0.03},
+    "SophiaH": {"learning_rate": 0.03},
+    "SquareRootFreeAdam": {"learning_rate": 0.03},
+    "Shampoo": {"learning_rate": 0.1},
+    "SOAP": {"learning_rate": 0.1},
+    "KLShampoo": {"learning_rate": 0.1},
+    "PSGD": {"learning_rate": 0.05},
+}
 
 
 def rosenbrock(a, b):

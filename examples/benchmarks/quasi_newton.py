@@ -1,7 +1,7 @@
 """Quasi-Newton methods on three kinds of problems, in float64.
 
     python examples/benchmarks/quasi_newton.py counts          # usual functions: evaluations to a gradient of 1e-8
-    python examples/benchmarks/quasi_newton.py logistic        # regression on scikit-learn's sets, beside SciPy's L-BFGS-B
+    python examples/benchmarks/quasi_newton.py logistic        # on scikit-learn's sets, beside SciPy's L-BFGS-B
     python examples/benchmarks/quasi_newton.py pinn            # a Poisson problem, five seeds, 3000 steps
     python examples/benchmarks/quasi_newton.py pinn --float32  # what single precision costs
 

@@ -80,7 +80,9 @@ class SaddleFreeNewton(CurvatureOptimizer):
         largest = tf.reduce_max(tf.abs(values))
         # without any curvature the gradient is the step
         grid = tf.constant(self.dampings, tf.float64) * tf.where(largest > 0, largest, tf.ones_like(largest))
-        losses = tf.map_fn(lambda damping: lin.loss_at(step(damping)), grid, lin.loss.dtype, parallel_iterations=1)
+        losses = tf.map_fn(
+            lambda damping: lin.loss_at(step(damping)), grid, fn_output_signature=lin.loss.dtype, parallel_iterations=1
+        )
         losses = tf.where(tf.math.is_finite(losses), losses, losses.dtype.max)
         best = tf.argmin(losses)
         self.reject(tf.logical_not(losses[best] <= lin.loss))
