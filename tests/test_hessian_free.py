@@ -279,11 +279,11 @@ def test_backtracking_goes_back_while_the_loss_gets_no_worse(losses, chosen):
     @tf.function
     def backtrack(losses):
         solution = mock.Mock(count=tf.constant(len(losses)), iterate=lambda j: [tf.cast(j, tf.float64)])
-        lin = mock.Mock(loss_at=lambda step: tf.gather(losses, tf.cast(step[0], tf.int32)))
+        lin = mock.Mock(loss=losses[0], loss_at=lambda step: tf.gather(losses, tf.cast(step[0], tf.int32)))
         return optimizer._backtrack(lin, solution)
 
-    (step,), loss = backtrack(tf.constant(losses, tf.float64))
-    assert float(step) == chosen and float(loss) == losses[chosen]
+    index, loss = backtrack(tf.constant(losses, tf.float64))
+    assert int(index) == chosen and float(loss) == losses[chosen]
 
 
 def test_the_next_solution_begins_at_a_share_of_the_end_of_the_last_and_not_of_the_step():

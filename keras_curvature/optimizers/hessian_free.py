@@ -118,12 +118,18 @@ class HessianFree(CurvatureOptimizer):
         start = trees.scale(self.warm_start, trees.values(self._last))
         solution = solver.solve(A, trees.negative(g), start, self._preconditioner(lin, damping))
         solved = trees.where(trees.is_finite(solution.value), solution.value, trees.zeros_like(g))
-        step, loss = self._backtrack(lin, solution)
+        chosen, loss = self._backtrack(lin, solution)
+        step = solution.iterate(chosen)
+
+        def predicted():
+            if self.structural_damping:
+                return trees.dot(lin.gradient, step) + 0.5 * B.quadratic_form(step, step)
+            # what the solver minimized, without the damping: no other product
+            return solution.quadratic(chosen) - 0.5 * damping * trees.squared_norm(step)
 
         checked = self._trial.check(
             self.iterations, damping, before=batch.loss,
-            after=lambda: loss if batch is lin else batch.loss_at(step),
-            predicted=lambda: trees.dot(lin.gradient, step) + 0.5 * B.quadratic_form(step, step),
+            after=lambda: loss if batch is lin else batch.loss_at(step), predicted=predicted,
         )  # fmt: skip
         length = self._length(lin, step, loss)
         self.remember(self._last, solved)
@@ -153,18 +159,16 @@ class HessianFree(CurvatureOptimizer):
         return Diagonal([p + 0.0 * e for p, e in zip(powers, entries)])  # NaN, not 0, where a square overflowed
 
     def _backtrack(self, lin, solution):
-        """`(step, loss)`: from the last stored iterate backwards, for as long as the loss gets better."""
+        """`(index, loss)`: from the last stored iterate backwards, for as long as the loss gets better."""
 
         def back(j, loss, go_on):
             earlier = lin.loss_at(solution.iterate(j - 1))
             go_on = (loss >= earlier) | tf.math.is_nan(loss)  # not yet worse: a tie continues, and a NaN is passed over
             return tf.where(go_on, j - 1, j), tf.where(go_on, earlier, loss), go_on
 
-        last = solution.count - 1
-        j, loss, _ = tf.while_loop(
-            lambda j, loss, go_on: go_on & (j > 0), back, (last, lin.loss_at(solution.iterate(last)), True)
-        )
-        return solution.iterate(j), loss
+        # behind the last iterate stands a NaN, so that the loop evaluates the last one too: one forward pass in the graph
+        behind = solution.count, tf.constant(float("nan"), lin.loss.dtype), True
+        return tf.while_loop(lambda j, loss, go_on: go_on & (j > 0), back, behind)[:2]
 
     def _length(self, lin, step, loss):
         """The share of the step to take; zero if its loss is not finite."""
