@@ -85,8 +85,7 @@ class ConjugateGradient(Solver):
         """The state at `x_0 = 0`."""
         z, nothing = precondition(rhs), 0.0 * trees.squared_norm(rhs)
         rz = trees.dot(rhs, z)
-        begin = self._state(rz > 0, 0, rhs, z, rz, nothing)
-        return begin._replace(finite=tf.math.is_finite(rz), history=begin.history.write(0, nothing))
+        return self._state(rz > 0, tf.math.is_finite(rz), 0, rhs, z, rz, nothing)
 
     def _towards(self, start, rhs):
         """The state before a step of length one from zero to `x_0`.
@@ -94,13 +93,13 @@ class ConjugateGradient(Solver):
         It is iteration 0 of the loop, and not a product before it: the graph has one product, not two.
         """
         rz = tf.zeros((), trees.scalar_dtype(rhs))  # so that the next direction has no part of this one
-        return self._state(tf.constant(True), -1, rhs, list(start), rz, -trees.dot(start, rhs))
+        return self._state(tf.constant(True), tf.constant(True), -1, rhs, list(start), rz, -trees.dot(start, rhs))
 
-    def _state(self, live, i, r, p, rz, q):
+    def _state(self, live, finite, i, r, p, rz, q):
         stored = [self._array(a, len(self._stored_steps()) + 1) for a in r]
-        history = self._array(q, self.max_steps + 1)
+        history = self._array(q, self.max_steps + 1).write(0, q)
         return _State(
-            live, tf.constant(True), tf.constant(i), trees.zeros_like(r), list(r), p, rz, q, history, stored,
+            live, finite, tf.constant(i), trees.zeros_like(r), list(r), p, rz, q, history, stored,
             tf.constant(0),
         )  # fmt: skip
 
