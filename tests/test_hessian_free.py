@@ -18,6 +18,7 @@ from keras_curvature import (
     Linearization,
     curved,
     problems,
+    trees,
 )
 from keras_curvature.operators import Diagonal
 from keras_curvature.operators.base import dense
@@ -199,6 +200,28 @@ def test_on_a_quadratic_the_ratio_is_one_whatever_the_damping(curvature):
         assert seen["step_length"] == 1.0
 
 
+@pytest.mark.parametrize("curvature_batch", some([None, 0.5], [0.5]))
+def test_the_predicted_change_is_that_of_the_quadratic_without_the_damping(curvature_batch):
+    x, y = (tf.constant(a) for a in batch())
+    model = net((8, 7, 5), l2=0.01)
+    optimizer = HessianFree(curvature_batch=curvature_batch, solver=ConjugateGradient(max_steps=12))
+    curved(model).compile(optimizer, loss=keras.losses.CategoricalCrossentropy(from_logits=True))
+    optimizer.build(model.trainable_variables)
+    seen = []
+
+    def predicted(optimizer, gradient, B, step, quadratic, damping):
+        found = original(optimizer, gradient, B, step, quadratic, damping)
+        seen.append((found, trees.dot(gradient, step) + 0.5 * B.quadratic_form(step, step)))
+        return found
+
+    original = HessianFree._predicted
+    with mock.patch.object(HessianFree, "_predicted", predicted):
+        for _ in range(3):  # from zero, and then from a share of the last solution
+            optimizer.step(Linearization(model, x, y))
+    assert len(seen) == 3 and all(float(expected) < 0 for _, expected in seen)
+    np.testing.assert_allclose(*zip(*seen), 1e-10)
+
+
 def test_conjugate_gradients_end_early():
     optimizer = HessianFree(damping=0.1, solver=ConjugateGradient(max_steps=250))
     step, _, x, y, _, _ = quadratic(optimizer)
@@ -278,12 +301,13 @@ def test_backtracking_goes_back_while_the_loss_gets_no_worse(losses, chosen):
 
     @tf.function
     def backtrack(losses):
-        solution = mock.Mock(count=tf.constant(len(losses)), iterate=lambda j: [tf.cast(j, tf.float64)])
-        lin = mock.Mock(loss_at=lambda step: tf.gather(losses, tf.cast(step[0], tf.int32)))
+        given = {"iterate": lambda j: [tf.cast(j, tf.float64)], "quadratic": lambda j: -tf.cast(j, tf.float64)}
+        solution = mock.Mock(count=tf.constant(len(losses)), **given)
+        lin = mock.Mock(loss=losses[0], loss_at=lambda step: tf.gather(losses, tf.cast(step[0], tf.int32)))
         return optimizer._backtrack(lin, solution)
 
-    (step,), loss = backtrack(tf.constant(losses, tf.float64))
-    assert float(step) == chosen and float(loss) == losses[chosen]
+    (step,), quadratic, loss = backtrack(tf.constant(losses, tf.float64))
+    assert float(step) == chosen == -float(quadratic) and float(loss) == losses[chosen]
 
 
 def test_the_next_solution_begins_at_a_share_of_the_end_of_the_last_and_not_of_the_step():

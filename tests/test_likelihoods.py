@@ -286,6 +286,29 @@ def test_labels_are_those_of_the_whole_batch_however_it_is_cut():
         assert np.abs(a).max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_an_output_that_no_trainable_weight_reaches_adds_nothing(kind):
+    random = np.random.default_rng(0)
+    with float64():
+        inputs = keras.Input((3,))
+        outputs = layers.Dense(2)(layers.Dense(4, activation="tanh")(inputs))
+        frozen = layers.Dense(2, trainable=False)(inputs)
+        one, two = keras.Model(inputs, outputs), keras.Model(inputs, [outputs, frozen])
+        x, y = (tf.constant(normal(random, BATCH, n)) for n in (3, 2))
+        one.compile(loss="mse")
+        two.compile(loss=["mse", "mae"])
+        found, expected = Linearization(two, x, [y, y]), Linearization(one, x, y)
+        like = expected.weights
+        matrices = [dense(lin.fisher(kind), like) for lin in (found, expected)]
+        np.testing.assert_allclose(*matrices, 1e-12, 1e-14)
+        np.testing.assert_allclose(*(flat(lin.gradient) for lin in (found, expected)), 1e-12)
+        factors = [
+            [a for pair in lin.kronecker_factors(kronecker.blocks(lin.model)[0], fisher=kind)[0] for a in pair]
+            for lin in (found, expected)
+        ]
+        np.testing.assert_allclose(*map(flat, factors), 1e-12, 1e-14)
+
+
 def test_the_remedy_for_a_loss_of_ones_own():
     def half_squares(y_true, y_pred):
         return keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)

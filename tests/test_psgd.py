@@ -56,9 +56,10 @@ class Recorded:
     def normal_like(self, vector):
         return [self.normal(a.shape, a.dtype) for a in vector]
 
-    def uniform(self, dtype):
-        self.taken[1] += 1
-        return tf.cast(self._uniforms[self.taken[1] - 1], dtype)
+    def uniform(self, dtype, shape=()):
+        start, count = self.taken[1], int(np.prod(shape))
+        self.taken[1] += count
+        return tf.cast(tf.reshape(self._uniforms[start : start + count], shape), dtype)
 
 
 def network(arrays):

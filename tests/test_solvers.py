@@ -111,6 +111,38 @@ def test_really_stops_early(spd):
     assert products == steps
 
 
+@pytest.mark.parametrize("share", [None, 0.0, 0.8, -2.0])  # of the solution, to start from
+@pytest.mark.parametrize("tolerance", [5e-4, 0.0])
+def test_the_quadratic_of_each_stored_iterate_is_known_without_a_product(spd, share, tolerance):
+    A, b, x = spd
+    solver = ConjugateGradient(max_steps=11, progress_tolerance=tolerance)
+    start = None if share is None else split(share * x)
+    solution = solver.solve(matrix(A), split(b), start, Diagonal(split(1 / np.diag(A))))
+    assert int(solution.count) >= 3
+    for j in range(int(solution.count)):
+        iterate = flat(solution.iterate(j))
+        expected = 0.5 * iterate @ A @ iterate - b @ iterate
+        np.testing.assert_allclose(solution.quadratic(j), expected, 1e-10)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_graph_has_one_product(spd, started):
+    A, b, _ = spd
+    traced, products = [], tf.Variable(0)
+
+    def counted(v):
+        traced.append(1)
+        products.assign_add(1)
+        return matrix(A) @ v
+
+    @tf.function
+    def solve(b):
+        return ConjugateGradient(max_steps=7).solve(Function(counted, psd=True), b, b if started else None).steps
+
+    assert solve(split(b)) == 7
+    assert len(traced) == 1 and products == 7 + started
+
+
 def test_operators_that_are_not_psd_are_refused_with_the_remedy(spd):
     A, b, _ = spd
     with pytest.raises(ValueError, match="`ConjugateGradient` needs a positive semi-definite.*truncate=True"):

@@ -89,14 +89,16 @@ class Pass(Jacobian):
 
     def __init__(self, pure, weights, loss_scale=None, hessian=False, noted=None):
         tape, loss_tape = tf.GradientTape(persistent=True), tf.GradientTape(persistent=True)
+        slope_tape = tf.GradientTape()  # of the loss alone: `tape` would go back through the whole model
         outer = tf.GradientTape(persistent=True) if hessian else None
         with outer or contextlib.nullcontext(), tape:
             for watching in (tape, outer) if hessian else (tape,):
                 watching.watch(weights)
-            evaluation = pure.evaluate(weights, loss_tape)
+            evaluation = pure.evaluate(weights, (loss_tape, slope_tape))
             self._loss = _scaled(evaluation.loss, loss_scale)
         with loss_tape:  # entered again, to record the computation of the slope for `H_L u`
-            slopes = tape.gradient(self._loss, evaluation.leaves)
+            scale = None if loss_scale is None else tf.cast(loss_scale, evaluation.loss.dtype)
+            slopes = slope_tape.gradient(evaluation.loss, evaluation.leaves, output_gradients=scale)
         used = [(leaf, slope) for leaf, slope in zip(evaluation.leaves, slopes) if slope is not None]
         super().__init__(tape, weights, [leaf for leaf, _ in used], evaluation)
         self.slope = [slope for _, slope in used]

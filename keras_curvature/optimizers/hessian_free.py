@@ -118,12 +118,12 @@ class HessianFree(CurvatureOptimizer):
         start = trees.scale(self.warm_start, trees.values(self._last))
         solution = solver.solve(A, trees.negative(g), start, self._preconditioner(lin, damping))
         solved = trees.where(trees.is_finite(solution.value), solution.value, trees.zeros_like(g))
-        step, loss = self._backtrack(lin, solution)
+        step, quadratic, loss = self._backtrack(lin, solution)
 
         checked = self._trial.check(
             self.iterations, damping, before=batch.loss,
             after=lambda: loss if batch is lin else batch.loss_at(step),
-            predicted=lambda: trees.dot(lin.gradient, step) + 0.5 * B.quadratic_form(step, step),
+            predicted=lambda: self._predicted(lin.gradient, B, step, quadratic, damping),
         )  # fmt: skip
         length = self._length(lin, step, loss)
         self.remember(self._last, solved)
@@ -153,18 +153,23 @@ class HessianFree(CurvatureOptimizer):
         return Diagonal([p + 0.0 * e for p, e in zip(powers, entries)])  # NaN, not 0, where a square overflowed
 
     def _backtrack(self, lin, solution):
-        """`(step, loss)`: from the last stored iterate backwards, for as long as the loss gets better."""
+        """`(step, its quadratic, loss)`: from the last stored iterate backwards, as long as the loss gets better."""
 
         def back(j, loss, go_on):
             earlier = lin.loss_at(solution.iterate(j - 1))
             go_on = (loss >= earlier) | tf.math.is_nan(loss)  # not yet worse: a tie continues, and a NaN is passed over
             return tf.where(go_on, j - 1, j), tf.where(go_on, earlier, loss), go_on
 
-        last = solution.count - 1
-        j, loss, _ = tf.while_loop(
-            lambda j, loss, go_on: go_on & (j > 0), back, (last, lin.loss_at(solution.iterate(last)), True)
-        )
-        return solution.iterate(j), loss
+        # a NaN stands behind the last iterate: the loop evaluates the last one too, and the graph has one forward pass
+        behind = solution.count, tf.constant(float("nan"), lin.loss.dtype), True
+        j, loss, _ = tf.while_loop(lambda j, loss, go_on: go_on & (j > 0), back, behind)
+        return solution.iterate(j), solution.quadratic(j), loss
+
+    def _predicted(self, gradient, B, step, quadratic, damping):
+        """`g's + 1/2 s'Bs`; it is what the solver minimized without the damping, so it takes no other product."""
+        if self.structural_damping:
+            return trees.dot(gradient, step) + 0.5 * B.quadratic_form(step, step)
+        return quadratic - 0.5 * tf.cast(damping, quadratic.dtype) * trees.squared_norm(step)
 
     def _length(self, lin, step, loss):
         """The share of the step to take; zero if its loss is not finite."""

@@ -134,7 +134,7 @@ class PSGD(CurvatureOptimizer):
         P = self._geometry.operator(state, _shapes(m))
         step = trees.negative(P @ self._cast(m))
         if self._clip is not None:
-            step = [a for group in self._geometry.groups(step) for a in _clipped(group, *self._clip)]
+            step = _clipped(self._geometry.groups(step), *self._clip)
         return _with_empty(step, m)
 
     def _averaged(self, gradients):
@@ -168,11 +168,14 @@ class PSGD(CurvatureOptimizer):
         return [tf.cast(a, self._fitted[0].dtype) for a in vector if 0 not in a.shape]
 
 
-def _clipped(vector, mean, entry):
-    """A vector with a root mean square of at most `mean`, and entries of at most `entry`."""
-    size = trees.norm(vector) / trees.count(vector) ** 0.5
-    scaled = trees.scale(tf.where(size > mean, mean / size, tf.ones_like(size)), vector)
-    return [tf.clip_by_value(a, -entry, entry) for a in scaled]
+def _clipped(groups, mean, entry):
+    """The vector of some groups: of each the root mean square is at most `mean`, and no entry is above `entry`."""
+    squares = tf.stack([trees.squared_norm(group) for group in groups])
+    sizes = tf.sqrt(squares / tf.constant([trees.count(group) for group in groups], squares.dtype))
+    scales = tf.unstack(tf.where(sizes > mean, mean / sizes, tf.ones_like(sizes)))
+    scaled = [a for scale, group in zip(scales, groups) for a in trees.scale(scale, group)]
+    low, high = tf.constant(-entry, scaled[0].dtype), tf.constant(entry, scaled[0].dtype)
+    return [tf.clip_by_value(a, low, high) for a in scaled]
 
 
 def _shapes(vector):

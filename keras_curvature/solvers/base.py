@@ -27,6 +27,8 @@ class Solution:
         count: The number of stored iterates, a scalar integer tensor. Defaults to `0`.
         iterate: A function from an index in `[0, count)` to a stored iterate, oldest first; `None` if the solver stores
             none. Defaults to `None`.
+        quadratic: A function from an index in `[0, count)` to `1/2 x'A x - b'x` of that iterate, a scalar; no product.
+            Defaults to `None`.
     """
 
     value: Vector
@@ -35,6 +37,7 @@ class Solution:
     finite: tf.Tensor = True
     count: tf.Tensor = 0
     iterate: Callable[[Integer], Vector] | None = None
+    quadratic: Callable[[Integer], tf.Tensor] | None = None
 
 
 class Solver(Component):

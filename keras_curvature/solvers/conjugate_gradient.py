@@ -74,35 +74,49 @@ class ConjugateGradient(Solver):
                 "`ConjugateGradient(truncate=True)` to end at the first direction of negative curvature.",
             )  # fmt: skip
         precondition = (lambda r: r) if preconditioner is None else (lambda r: preconditioner @ r)
-        x = trees.zeros_like(rhs) if start is None else list(start)
-        r = list(rhs) if start is None else trees.subtract(rhs, operator @ x)
-        q = 0.0 * trees.squared_norm(rhs) if start is None else -0.5 * trees.dot(x, trees.add(r, rhs))
-        z = precondition(r)
-        rz = trees.dot(r, z)
         goal = self.residual_tolerance**2 * trees.squared_norm(rhs)
-        begin = _State(
-            rz > 0, tf.math.is_finite(rz), tf.constant(0), x, r, z, rz, q,
-            self._array(q, self.max_steps + 1).write(0, q),
-            [self._array(a, len(self._stored_steps()) + 1) for a in x], tf.constant(0),
-        )  # fmt: skip
+        begin = self._from_zero(rhs, precondition) if start is None else self._towards(start, rhs)
         end = tf.while_loop(
             lambda state: state.live, lambda state: (self._iterate(state, operator, precondition, goal),), (begin,)
         )[0]
         return self._solution(end, rhs)
 
+    def _from_zero(self, rhs, precondition):
+        """The state at `x_0 = 0`."""
+        z, nothing = precondition(rhs), 0.0 * trees.squared_norm(rhs)
+        rz = trees.dot(rhs, z)
+        return self._state(rz > 0, tf.math.is_finite(rz), 0, rhs, z, rz, nothing)
+
+    def _towards(self, start, rhs):
+        """The state before a step of length one from zero to `x_0`.
+
+        It is iteration 0 of the loop, and not a product before it: the graph has one product, not two.
+        """
+        rz = tf.zeros((), trees.scalar_dtype(rhs))  # so that the next direction has no part of this one
+        return self._state(tf.constant(True), tf.constant(True), -1, rhs, list(start), rz, -trees.dot(start, rhs))
+
+    def _state(self, live, finite, i, r, p, rz, q):
+        stored = [self._array(a, len(self._stored_steps()) + 1) for a in r]
+        history = self._array(q, self.max_steps + 1).write(0, q)
+        return _State(
+            live, finite, tf.constant(i), trees.zeros_like(r), list(r), p, rz, q, history, stored,
+            tf.constant(0),
+        )  # fmt: skip
+
     def _iterate(self, s, operator, precondition, goal):
         """One iteration, `_State` to `_State`."""
         Ap = operator @ s.p
-        curvature = trees.dot(s.p, Ap)
-        curved = curvature > 0
+        curvature, starts = trees.dot(s.p, Ap), s.i < 0
+        curved = starts | (curvature > 0)
         alpha = tf.where(curved, s.rz / tf.where(curved, curvature, tf.ones_like(curvature)), tf.zeros_like(s.rz))
+        alpha = tf.where(starts, tf.ones_like(alpha), alpha)
         x, r = trees.add(s.x, s.p, alpha), trees.add(s.r, Ap, -alpha)
         z = precondition(r)
         rz = trees.dot(r, z)
         p = trees.add(z, s.p, tf.math.divide_no_nan(rz, s.rz))
         i = s.i + tf.cast(curved, tf.int32)
-        # p'r = z'r, so q(x + alpha p) needs no other inner product
-        q = s.q - 0.5 * alpha * s.rz
+        # p'r = z'r, so q(x + alpha p) needs no other inner product; before the start, q is -b'p
+        q = s.q + 0.5 * tf.where(starts, curvature, -alpha * s.rz)
         history = s.history.write(i, q)
         finite = s.finite & tf.math.is_finite(curvature) & tf.math.is_finite(rz)
         live = finite & curved & (i < self.max_steps) & (rz > 0) & tf.logical_not(self._no_progress(i, q, history))
@@ -132,8 +146,12 @@ class ConjugateGradient(Solver):
         def iterate(j):
             return [tf.ensure_shape(array.read(j), a.shape) for array, a in zip(stored, rhs)]
 
+        def quadratic(j):
+            steps = tf.constant([*self._stored_steps(), 0])
+            return end.history.read(tf.where(j < end.count, tf.gather(steps, j), end.i))
+
         residual = tf.math.divide_no_nan(trees.norm(end.r), trees.norm(rhs))
-        return Solution(end.x, end.i, residual, end.finite, end.count + 1, iterate)
+        return Solution(end.x, end.i, residual, end.finite, end.count + 1, iterate, quadratic)
 
     def _stored_steps(self):
         steps = [math.ceil(5 * 1.3**j) for j in range(100)]

@@ -30,25 +30,25 @@ def inverse(matrix, damping):
         damping: A scalar, or one for each of several matrices.
     """
     damping = trees.exactly(damping, matrix.dtype)
-    unit = tf.eye(matrix.shape[-1], dtype=matrix.dtype)
-    lower = tf.linalg.cholesky(symmetric(matrix) + damping[..., tf.newaxis, tf.newaxis] * unit)
+    # one copy of the matrix: Cholesky reads its lower triangle only
+    damped = tf.linalg.set_diag(matrix, tf.linalg.diag_part(matrix) + damping[..., tf.newaxis])
     # from the triangle's inverse, not `cholesky_solve`: this product is symmetric to the last bit
-    half = _inverse_of_triangle(lower, unit)
+    half = _inverse_of_triangle(tf.linalg.cholesky(damped))
     return tf.matmul(half, half, transpose_a=True)
 
 
-def _inverse_of_triangle(lower, unit=None, largest=1280):
+def _inverse_of_triangle(lower, largest=1280):
     """The inverse of lower triangular matrices, large ones by halves: products are faster than substitution.
 
         [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1  C^-1]
     """
     n = lower.shape[-1]
     if n <= largest:
-        unit = tf.eye(n, dtype=lower.dtype) if unit is None else unit
+        unit = tf.eye(n, dtype=lower.dtype)
         return tf.linalg.triangular_solve(lower, unit if lower.shape.rank == 2 else tf.broadcast_to(unit, lower.shape))
     half = (n + 1) // 2
-    A = _inverse_of_triangle(lower[..., :half, :half], largest=largest)
-    C = _inverse_of_triangle(lower[..., half:, half:], largest=largest)
+    A = _inverse_of_triangle(lower[..., :half, :half], largest)
+    C = _inverse_of_triangle(lower[..., half:, half:], largest)
     B = -tf.matmul(C, tf.matmul(lower[..., half:, :half], A))
     upper = tf.concat([A, tf.zeros([*lower.shape[:-2], half, n - half], lower.dtype)], -1)
     return tf.concat([upper, tf.concat([B, C], -1)], -2)

@@ -52,9 +52,9 @@ class Draws:
         """A vector of standard normal numbers."""
         return [self.normal(a.shape, a.dtype) for a in vector]
 
-    def uniform(self, dtype: tf.DType) -> tf.Tensor:
-        """A scalar in (0, 1)."""
-        return 0.5 + 0.5 * self._symmetric((), dtype)
+    def uniform(self, dtype: tf.DType, shape: Shape = ()) -> tf.Tensor:
+        """Numbers in (0, 1)."""
+        return 0.5 + 0.5 * self._symmetric(shape, dtype)
 
     def _symmetric(self, shape, dtype):
         """Uniform numbers in (-1, 1): odd multiples of 2^-23, which are exact in float32 and never -1 or 1."""

@@ -98,12 +98,12 @@ class PureModel:
         # read once: every evaluation begins with the same seeds and batch statistics
         self.state = _now(self.stateful, seeds) if state is None else state
 
-    def evaluate(self, weights, loss_tape=None):
+    def evaluate(self, weights, loss_tapes=()):
         """Forward pass and loss at `weights`.
 
         Args:
             weights: Tensors, one per trainable variable of the model.
-            loss_tape: A `tf.GradientTape` to record the loss as a function of the leaves, opened only for that.
+            loss_tapes: `tf.GradientTape`s to record the loss as a function of the leaves, opened only for that.
 
         Returns:
             An `Evaluation`.
@@ -117,9 +117,9 @@ class PureModel:
             with slices.at(self.place):
                 outputs = model(self.x, **self._arguments)
             outputs, leaves = _cut(outputs)
-            with loss_tape or contextlib.nullcontext():
-                if loss_tape is not None:
-                    loss_tape.watch(leaves)
+            with contextlib.ExitStack() as opened:
+                for tape in loss_tapes:
+                    opened.enter_context(tape).watch(leaves)
                 loss = self._loss(outputs, self.y)
         _check_not_assigned(scope, model.trainable_variables, given)
         after = [scope.get_current_value(v) for v in [*self.stateful, *self.counting]]
