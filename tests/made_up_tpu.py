@@ -56,6 +56,11 @@ def strategy(cores):
 # What Keras would run.
 
 
+# operations that leave the TPU for the host, or send it something
+HOST = {"PyFunc", "EagerPyFunc", "PyFuncStateless", "Print", "PrintV2", "XlaHostCompute", "XlaSendToHost"}
+RESOURCES = (tf.resource, tf.variant)
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A traced function of Keras', as far as it is for a TPU.
@@ -63,21 +68,21 @@ class Program:
     Attributes:
         sums: How many tensors are summed over the replicas.
         operations: `{type: how many}`.
+        hosts: Types of the operations that call the host.
         unknown: Names of the tensors whose shape is not known while tracing.
-        doubles: Names of the operations that compute in float64 with more than one number.
+        doubles: Names of the tensors of float64 that hold more than `FEW` numbers; a TPU emulates float64.
         traces: How often TensorFlow traced the function.
     """
 
     sums: int
     operations: dict
+    hosts: list
     unknown: list
     doubles: list
     traces: int
 
 
-# operations that leave the TPU for the host's Python, or send it something
-HOST = ("PyFunc", "EagerPyFunc", "PyFuncStateless", "Print", "PrintV2", "XlaHostCompute", "XlaSendToHost", "WriteSummary")
-RESOURCES = (tf.resource, tf.variant)
+FEW = 32  # numbers: scalars of a step, systems of two equations, a counter for each variable
 
 
 def program(model, function, *args, **kwargs):
@@ -112,17 +117,21 @@ def read(graph, traces=1):
     """The `Program` in a graph: the operations of `strategy.run`, and of the functions that they call."""
     found = list(_for_tpus(graph))
     kinds = collections.Counter(op.type for op in found)
-    tensors = [t for op in found for t in op.outputs if t.dtype not in RESOURCES]
+    # a loop hands all its variables to its condition, which uses a few of them
+    used = [t for op in found for t in op.outputs if "redundant_placeholder" not in t.name]
+    tensors = [t for t in used if t.dtype not in RESOURCES]
     return Program(
         sums=kinds["CrossReplicaSum"],
-        operations=kinds,
+        operations=dict(kinds),
+        hosts=sorted(HOST & set(kinds)),
         unknown=[t.name for t in tensors if not t.shape.is_fully_defined()],
-        doubles=[t.name for t in tensors if t.dtype == tf.float64 and t.shape.rank],
+        doubles=[t.name for t in tensors if t.dtype == tf.float64 and (t.shape.num_elements() or FEW + 1) > FEW],
         traces=traces,
     )
 
 
 def _for_tpus(graph, inside=False):
+    """The operations that `strategy.run` marks, and those of the functions that they call."""
     for op in graph.get_operations():
         own = inside or "_tpu_replicate" in op.node_def.attr
         if own:
