@@ -25,7 +25,7 @@ def _owner(item):
     if module == "test_products":  # everything about a case is computed once
         return f"{module} {item.callspec.params.get('name') if hasattr(item, 'callspec') else ''}"
     fixtures = {"two_replicas", "logistic", "shown"} & set(item.fixturenames)
-    whole = {"test_replicas", "test_scaling", "test_slices", "test_table_1", "test_tpu"}
+    whole = {"test_replicas", "test_scaling", "test_slices", "test_table_1", "test_tpu", "test_tpu_program"}
     return module if module in whole or fixtures else None
 
 
