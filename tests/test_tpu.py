@@ -10,7 +10,7 @@ import made_up_tpu
 import numpy as np
 import pytest
 import tensorflow as tf
-from tpu_folder import data_dir  # noqa: F401
+import tpu_folder  # noqa: F401
 
 import keras_curvature as kc
 
@@ -38,7 +38,7 @@ def context(pipelines, index):
 # Data.
 
 
-def test_the_real_loader_reads_the_generated_dataset(data_dir):  # noqa: F811
+def test_the_real_loader_reads_the_generated_dataset(data_dir):
     images = imagenet(data_dir)
     assert images.sizes == {"train": 48, "validation": 11}
     assert images.classes == 1000
@@ -48,7 +48,7 @@ def test_the_real_loader_reads_the_generated_dataset(data_dir):  # noqa: F811
         generated.write(data_dir)
 
 
-def test_every_epoch_is_all_images_in_another_order(data_dir):  # noqa: F811
+def test_every_epoch_is_all_images_in_another_order(data_dir):
     records = imagenet(data_dir).records(48, epoch=0, skip=0).take(96)
     epochs, indices, jpegs, _ = zip(*[[part.numpy() for part in record] for record in records])
     assert list(epochs) == [0] * 48 + [1] * 48
@@ -58,7 +58,7 @@ def test_every_epoch_is_all_images_in_another_order(data_dir):  # noqa: F811
     assert jpegs[:48] != jpegs[48:]
 
 
-def test_a_stream_goes_on_exactly_where_it_was(data_dir):  # noqa: F811
+def test_a_stream_goes_on_exactly_where_it_was(data_dir):
     strategy = tf.distribute.get_strategy()
     whole = batches(imagenet(data_dir).training(strategy, 8), 15)  # six steps per epoch
     keras.utils.set_random_seed(5)  # nothing else has a say
@@ -76,7 +76,7 @@ def test_a_stream_goes_on_exactly_where_it_was(data_dir):  # noqa: F811
     keras.utils.set_random_seed(0)
 
 
-def test_workers_read_shares_of_their_own(data_dir):  # noqa: F811
+def test_workers_read_shares_of_their_own(data_dir):
     images, seen = imagenet(data_dir), []
     for index in range(5):  # 48 images do not divide by five; 9 each
         jpegs = [jpeg.numpy() for _, _, jpeg, _ in images.records(9, 0, 0, context(5, index)).take(18)]
@@ -85,7 +85,7 @@ def test_workers_read_shares_of_their_own(data_dir):  # noqa: F811
     assert len(set(seen)) == 45
 
 
-def test_the_evaluation_counts_every_image_once(data_dir):  # noqa: F811
+def test_the_evaluation_counts_every_image_once(data_dir):
     class Workers:
         """Three workers with two replicas each."""
 
@@ -106,7 +106,7 @@ def test_the_evaluation_counts_every_image_once(data_dir):  # noqa: F811
     assert [float(w[0]) for x, y, w in elements if not np.any(y)] == [0.0]
 
 
-def test_padding_does_not_count_in_the_metrics(data_dir):  # noqa: F811
+def test_padding_does_not_count_in_the_metrics(data_dir):
     images = imagenet(data_dir)
     model = models.build("resnet_small", 16)
     metric = keras.metrics.CategoricalCrossentropy("ce", from_logits=True)
@@ -270,7 +270,7 @@ def test_a_broken_cluster_is_said(monkeypatch, text):
 
 
 @pytest.mark.parametrize(("passes", "at_once"), [(1, 2), (2, 2)])
-def test_a_run_traces_on_a_tpu(data_dir, passes, at_once):  # noqa: F811
+def test_a_run_traces_on_a_tpu(data_dir, passes, at_once):
     """Several steps per execution, also with several passes: batches of known size, training and evaluation alike."""
     tpu, images = made_up_tpu.strategy(2), imagenet(data_dir)
     with tpu.scope():
@@ -289,7 +289,7 @@ def test_a_run_traces_on_a_tpu(data_dir, passes, at_once):  # noqa: F811
     assert (found.traces, found.hosts, found.unknown, found.doubles, found.sums) == (1, [], [], [], 0)
 
 
-def test_an_evaluation_is_whole_executions_and_counts_every_image_once(data_dir):  # noqa: F811  # noqa: F811
+def test_an_evaluation_is_whole_executions_and_counts_every_image_once(data_dir):
     images, strategy = imagenet(data_dir, evaluation_batch=2), tf.distribute.get_strategy()
     for at_once, steps in ((1, 6), (4, 8), (5, 10)):
         assert images.evaluation_steps(strategy, 1, at_once) == steps

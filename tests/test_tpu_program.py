@@ -11,7 +11,7 @@ import made_up_tpu
 import numpy as np
 import pytest
 import tensorflow as tf
-from tpu_folder import TPU, data_dir  # noqa: F401
+from tpu_folder import TPU
 
 import dry_run  # isort: skip
 import options  # isort: skip
@@ -57,7 +57,7 @@ def refused(capsys, *argv):
         (["--model", "resnet50", "--zero_last_gamma", "--batch_size", "32"], "needs `--model resnet50_v1_5`"),
     ],
 )
-def test_what_cannot_be_is_refused(capsys, tmp_path, monkeypatch, data_dir, given, message):  # noqa: F811
+def test_what_cannot_be_is_refused(capsys, tmp_path, monkeypatch, data_dir, given, message):
     monkeypatch.delenv("TPU_NAME", raising=False)
     run_dir = tmp_path / "run"
     assert message in refused(capsys, "--data_dir", data_dir, "--run_dir", str(run_dir), *given)
@@ -72,7 +72,7 @@ def test_a_directory_without_the_dataset_is_refused(capsys, tmp_path):
     assert "`--run_dir` is needed" in refused(capsys, "--data_dir", str(tmp_path))
 
 
-def test_a_folder_of_something_else_is_left_alone(capsys, tmp_path, data_dir):  # noqa: F811
+def test_a_folder_of_something_else_is_left_alone(capsys, tmp_path, data_dir):
     given = ["--data_dir", data_dir, "--run_dir", str(tmp_path), "--batch_size", "32", "--model", "resnet_small"]
     (tmp_path / "thesis.tex").write_text("mine")
     assert "is not empty and no run of this program" in refused(capsys, *given)
@@ -82,7 +82,7 @@ def test_a_folder_of_something_else_is_left_alone(capsys, tmp_path, data_dir):  
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_run_with_other_settings_is_left_alone(capsys, tmp_path, data_dir):  # noqa: F811
+def test_a_run_with_other_settings_is_left_alone(capsys, tmp_path, data_dir):
     run_dir, settings = str(tmp_path / "run"), {"optimizer": "neumann", "batch_size": 32, "seed": 0}
     options.claim(run_dir, settings, chief=False)
     assert not (tmp_path / "run").exists()
@@ -99,7 +99,7 @@ def test_a_run_with_other_settings_is_left_alone(capsys, tmp_path, data_dir):  #
         options.claim(str(tmp_path / "new"), {"shuffle_buffer": 8}, chief=True)
 
 
-def test_folders_that_do_not_answer_are_said(capsys, monkeypatch, tmp_path, data_dir):  # noqa: F811
+def test_folders_that_do_not_answer_are_said(capsys, monkeypatch, tmp_path, data_dir):
     def unreachable(path):
         raise tf.errors.UnavailableError(None, None, "Error executing an HTTP request: could not resolve host")
 
@@ -134,7 +134,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_the_program_trains_and_goes_on(capsys, tmp_path, data_dir):  # noqa: F811
+def test_the_program_trains_and_goes_on(capsys, tmp_path, data_dir):
     given = [*SMALL, "--epochs", "1", "--data_dir", data_dir, "--run_dir", str(tmp_path)]
     train.main(given)
     said = capsys.readouterr().out
@@ -173,7 +173,7 @@ class Interrupted:
         monkeypatch.setattr(train, "Progress", Signalling)
 
 
-def test_sigterm_in_a_validation_does_not_wait_for_its_end(capsys, tmp_path, data_dir, monkeypatch):  # noqa: F811
+def test_sigterm_in_a_validation_does_not_wait_for_its_end(capsys, tmp_path, data_dir, monkeypatch):
     given = [*SMALL, "--epochs", "2", "--data_dir", data_dir, "--run_dir", str(tmp_path), "--eval_batch", "2"]
     with monkeypatch.context() as patched, pytest.raises(train.Terminated):
         Interrupted(patched, "validation")

@@ -1,12 +1,13 @@
-"""Compiles the train step of `fit` by a TPU's own compiler, for chips that are only named, and says what it needs there:
+"""Compiles the train step of `fit` by a TPU's own compiler, for chips that are only named, and says what it needs:
 
     pip install ".[tensorflow,tpu-check]"
     python tpu/compile.py --topology v5e:2x2 --model cnn --optimizer neumann
     python tpu/compile.py --topology v5e:4x4 --model resnet50 --optimizer neumann,curveball --mixed_bfloat16
     python tpu/compile.py --topology v5e:1x1 --model cnn --optimizer all      # v5e:1x1: one chip
 
-For each optimizer, and for SGD beside it: memory of a chip, operations and bytes, collectives, the time of a step by the
-bound that it meets, and what does not belong on a TPU. Nothing runs: the time is an estimate.
+For each optimizer, and for SGD beside it: memory of a chip, operations and bytes, collectives, the time of a step by
+the bound that it meets, and what does not belong on a TPU. Loops and conditions count once. Nothing runs: the time is
+an estimate.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from compiler import DoesNotFit, compiled, foreign, topology  # before TensorFlow: it sets variables of libtpu
+from compiler import DoesNotFit, compiled, foreign, topology
 from methods import OPTIMIZERS
 
 HEAD = (

@@ -11,10 +11,6 @@ import os
 import re
 import time
 
-# no TPU is asked for its metadata, and JAX computes on the host
-os.environ.update(TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu", TPU_WORKER_HOSTNAMES="localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-
 import numpy as np
 from machines import MACHINES
 
@@ -68,7 +64,14 @@ def topology(name):
     return Topology(name, tuple(devices[:count]), machines[machine])
 
 
+def without_a_tpu():
+    """Tell libtpu and JAX, before they are imported, that no TPU is to be asked for anything."""
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu", TPU_WORKER_HOSTNAMES="localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+
+
 def _devices(asked, name):
+    without_a_tpu()
     try:
         from jax.experimental import topologies
     except ImportError as error:
@@ -211,7 +214,7 @@ def collectives_in(hlo):
 
 
 def foreign(text):
-    """What does not belong on a TPU: float64 in more than a few numbers, calls of the host, shapes that depend on values."""
+    """What does not belong on a TPU: float64 in more than a few numbers, calls of the host, shapes by values."""
     doubles = [dims for dims in re.findall(r"tensor<((?:\d+x)*)f64>", text) if math.prod(_dims(dims)) > FEW]
     host = re.findall(r"custom_call @(xla_python\w*|xla_ffi_python\w*|\w*[Cc]allback\w*)", text)
     host += re.findall(r"stablehlo\.(send|recv|infeed|outfeed)\b", text)

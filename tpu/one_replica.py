@@ -1,8 +1,8 @@
 """A strategy for one replica's program out of many, whose sums over the replicas are XLA's own collectives.
 
-Under `tf.distribute.TPUStrategy` TensorFlow hands a TPU one program for all replicas. Here such a program is made without
-a TPU: what is traced in the scope of `OneOfMany(n)` is the program of one of `n` replicas, for XLA to compile for as many
-chips. Methods and models do not know of it: they see a strategy without merge calls, as on a TPU.
+Under `tf.distribute.TPUStrategy` TensorFlow hands a TPU one program for all replicas. Here such a program is made
+without a TPU: what is traced in the scope of `OneOfMany(n)` is the program of one of `n` replicas, for XLA to compile
+for as many chips. Methods and models do not know of it: they see a strategy without merge calls, as on a TPU.
 """
 
 import tensorflow as tf
@@ -35,6 +35,10 @@ class _Extended(one_device_strategy.OneDeviceExtended):
         return self._replicas
 
     def _use_merge_call(self):
+        return False
+
+    @property
+    def _retrace_functions_for_each_device(self):
         return False
 
     def _replica_ctx_all_reduce(self, reduce_op, value, options=None):

@@ -79,7 +79,7 @@ def traced(optimizer, network, replicas, per_replica_batch):
     """The `Step` of one of `replicas` replicas.
 
     Args:
-        optimizer: A name in `methods.OPTIMIZERS`, or `(a function that makes an optimizer, whether the model is curved)`.
+        optimizer: A name in `methods.OPTIMIZERS`, or `(a function that makes one, whether the model is curved)`.
         network: A name in `NETWORKS`, or a function as those.
         replicas: How many.
         per_replica_batch: Examples of each.
@@ -99,7 +99,7 @@ def traced(optimizer, network, replicas, per_replica_batch):
         return strategy.run(model.train_step, args=((x, y),))
 
     began = time.perf_counter()
-    captured = [tensor for tensor in step.get_concrete_function(x, y).captured_inputs]
+    captured = list(step.get_concrete_function(x, y).captured_inputs)
     program = step.experimental_get_compiler_ir(x, y)(stage="hlo_serialized")
     text = in_mlir(program)
     # results that are variables: their number, and that of the argument whose place they take
