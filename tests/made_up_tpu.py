@@ -69,7 +69,7 @@ class Program:
         sums: How many tensors are summed over the replicas.
         operations: `{type: how many}`.
         hosts: Types of the operations that call the host.
-        unknown: Names of the tensors whose shape is not known while tracing.
+        unknown: Names of the tensors whose shape is not known while tracing, and not made of constants.
         doubles: Names of the tensors of float64 that hold more than `FEW` numbers; a TPU emulates float64.
         traces: How often TensorFlow traced the function.
     """
@@ -124,10 +124,29 @@ def read(graph, traces=1):
         sums=kinds["CrossReplicaSum"],
         operations=dict(kinds),
         hosts=sorted(HOST & set(kinds)),
-        unknown=[t.name for t in tensors if not t.shape.is_fully_defined()],
+        unknown=[t.name for t in tensors if not t.shape.is_fully_defined() and not _is_shaped_by_constants(t.op)],
         doubles=[t.name for t in tensors if t.dtype == tf.float64 and (t.shape.num_elements() or FEW + 1) > FEW],
         traces=traces,
     )
+
+
+def _is_shaped_by_constants(op):
+    """Whether an operation reshapes to a shape that is computed from constants and arguments of integers.
+
+    Gradients of gradients of normalization hand such constants to an inner function, in which TensorFlow does not know
+    them. XLA does: it compiles a function where it is called (`test_xla.py` reads the shapes of the compiled steps).
+    """
+    if op.type != "Reshape":
+        return False
+    waiting, seen = [op.inputs[1]], set()
+    while waiting:
+        tensor = waiting.pop()
+        if not tensor.dtype.is_integer:
+            return False
+        if tensor.ref() not in seen and tensor.op.type not in ("Const", "Placeholder", "Shape"):
+            waiting.extend(tensor.op.inputs)
+        seen.add(tensor.ref())
+    return True
 
 
 def _for_tpus(graph, inside=False):

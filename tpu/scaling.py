@@ -1,6 +1,7 @@
 """What a step costs on thousands of replicas: traced, checked against the formulas of `costs.py`, tables and a figure.
 
-    python tpu/scaling.py        # traces ResNet-50 (some minutes), writes results/scaling.txt and images/scaling.png
+    python tpu/scaling.py        # traces ResNet-50 (an hour), writes results/scaling.txt and images/scaling.png
+    python tpu/scaling.py sgd neumann curveball        # traces with some of the optimizers; formulas of all
 
 Nothing of this was measured on an accelerator: counts are exact, times are a model with the assumptions of `MACHINES`.
 """
@@ -70,13 +71,13 @@ def table_of_counts(model, found=None):
     yield f"{model.activations / 1e9:.2f} GB of activations kept by a first-order step"
     yield ""
     more = f" {'traced':>8}  counted = formula" if found else ""
-    yield f"{'':<16} {'collectives':>12} {'tensors':>8} {'MB':>9} {'forward = 1':>12} {'memory GB':>10}{more}"
+    yield f"{'':<30} {'collectives':>12} {'tensors':>8} {'MB':>9} {'forward = 1':>12} {'memory GB':>10}{more}"
     for name, method in METHODS.items():
         calls, tensors, numbers = method.collectives(model)
-        line = f"{name:<16} {calls:>12.1f} {tensors:>8.0f} {WORD * numbers / 1e6:>9.1f}"
+        line = f"{name:<30} {calls:>12.1f} {tensors:>8.0f} {WORD * numbers / 1e6:>9.1f}"
         line += f" {method.flops(model) / model.forward:>11.1f}{'+' if method.matrices else ' '}"
         line += f" {method.memory(model) / 1e9:>10.2f}"
-        if found:
+        if found and name in found["optimizers"]:
             counts = found["optimizers"][name]
             held = counts["peak"] + WORD * (model.weights * (1 + method.iterates) + counts["state"])
             line += f" {held / 1e9:>8.2f}  {'yes' if agrees(method, model, counts) else 'NO'}"
@@ -87,23 +88,23 @@ def table_of_times(model, machine):
     """Lines: the time of a step against the number of replicas."""
     yield f"{model.name} on {machine.name}, ms per step on n replicas, and the share that is not communication"
     yield ""
-    yield f"{'n':<16} {''.join(f'{n:>9}' for n in SHOWN)}  {f'share at {SHOWN[-1]}':>14} {'tensors unpacked':>17}"
+    yield f"{'n':<30} {''.join(f'{n:>9}' for n in SHOWN)}  {f'share at {SHOWN[-1]}':>14} {'tensors unpacked':>17}"
     for name, method in METHODS.items():
         times = "".join(f"{1e3 * sum(time_of(method, model, machine, n)):>9.1f}" for n in SHOWN)
         shares = [efficiency(method, model, machine, SHOWN[-1], packed=packed) for packed in (True, False)]
         fits = "" if method.memory(model) <= machine.memory else "  does not fit"
-        yield f"{name:<16} {times}  {shares[0]:>14.2f} {shares[1]:>17.2f}{fits}"
+        yield f"{name:<30} {times}  {shares[0]:>14.2f} {shares[1]:>17.2f}{fits}"
 
 
 def table_of_machines(model, replicas=1024):
     """Lines: the share of the time that is not communication, on every machine."""
     yield f"{model.name}, share of the time that is not communication on {replicas} replicas; -: does not fit"
     yield ""
-    yield f"{'':<16} {''.join(f'{m.name:>9}' for m in MACHINES)}"
+    yield f"{'':<30} {''.join(f'{m.name:>9}' for m in MACHINES)}"
     for name, method in METHODS.items():
         fits = [method.memory(model) <= m.memory for m in MACHINES]
         shares = [f"{efficiency(method, model, m, replicas):.2f}" for m in MACHINES]
-        yield f"{name:<16} {''.join(f'{s if fit else chr(45):>9}' for s, fit in zip(shares, fits))}"
+        yield f"{name:<30} {''.join(f'{s if fit else chr(45):>9}' for s, fit in zip(shares, fits))}"
 
 
 # Figure.
@@ -157,8 +158,8 @@ def figure(pairs, path, replicas=1024):
     plt.close(fig)
 
 
-def main():
-    found = traced(["resnet50"])["resnet50"]
+def main(names):
+    found = traced(["resnet50"], *names)["resnet50"]
     resnet, large = model_of("ResNet-50", found, utilization=RESNET_UTILIZATION), transformer()
     machines = {machine.name: machine for machine in MACHINES}
     pairs = [(resnet, machines["TPU v4"]), (large, machines["H100"])]
@@ -174,4 +175,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
