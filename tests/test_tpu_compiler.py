@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 from selection import some
@@ -161,17 +162,61 @@ def test_an_unknown_topology_is_refused(name):
         compiler.topology(name)
 
 
+def test_a_program_that_does_not_fit_is_said_in_bytes():
+    new = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+    new += "temporaries (30.52G) exceeds available HBM (15.75G). HLO module: m."
+    old = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 30.52G of 15.75G hbm. Exceeded by 14.77G."
+    for text in (new, old):
+        found = compiler.out_of_memory(text)
+        assert (found.needed, found.there) == (30.52 * 2**30, 15.75 * 2**30)
+        assert str(found) == "needs 32.77 GB of the chip's 16.91 GB"
+    assert compiler.out_of_memory("INVALID_ARGUMENT: no such operation") is None
+
+
 @needs_compiler
 @pytest.mark.slow
-def test_the_program_prints_a_table_and_says_what_does_not_fit():
+def test_the_compiler_refuses_what_is_too_large():
+    matrix = "tensor<64000x64000xf32>"
+    text = f"""module @m {{ func.func @main(%a: {matrix}) -> {matrix} {{
+      %0 = stablehlo.dot_general %a, %a, contracting_dims = [1] x [0] : ({matrix}, {matrix}) -> {matrix}
+      return %0 : {matrix} }} }}"""
+    code = "import sys, tpu_folder, compiler; compiler.compiled(sys.argv[1], compiler.topology('v5e:1x1').devices)"
+    assert "compiler.DoesNotFit: needs 32.77 GB of the chip's 16.91 GB" in program("-c", code, text).stderr
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_program_prints_a_table():
     done = program(TPU / "compile.py", "--topology", "v5e:1x1", "--optimizer", "neumann", "--per_replica_batch", "4")
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert lines[0] == "cnn, float32, 4 examples on each of 1 chips (TPU v5e, 16 GiB)"
     assert [line.split()[0] for line in lines[2:]] == ["sgd", "neumann"] and lines[3].endswith("nothing")
-    large = ["--model", "transformer", "--per_replica_batch", "4096", "--optimizer", "sgd"]
-    done = program(TPU / "compile.py", "--topology", "v5e:1x1", *large)
-    assert "does not fit: needs " in done.stdout and "`--per_replica_batch " in done.stdout
+
+
+def test_the_largest_batch_that_fits_is_said(monkeypatch, capsys):
+    """Among the halves of what was asked for; without a compiler, which here has memory for 10 examples of SGD alone."""
+    module = compile_program()
+    chip = types.SimpleNamespace(machine=compiler.MACHINES[2], devices=(None,))
+    monkeypatch.setattr(module, "topology", lambda name: chip)
+
+    def measured(name, args, chips):
+        if args.per_replica_batch > (10 if name == "sgd" else 0):
+            raise compiler.DoesNotFit(args.per_replica_batch * 1e9, 10e9)
+
+    monkeypatch.setattr(module, "measured", measured)
+    module.main(["--per_replica_batch", "64", "--optimizer", "kfac"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[2].endswith("does not fit: needs 64.00 GB of the chip's 10.00 GB; `--per_replica_batch 8` fits")
+    assert said[3].startswith("kfac ") and said[3].endswith("; no batch does")
+
+
+def compile_program():
+    """The module of `tpu/compile.py`, whose name is also that of a function of Python's."""
+    spec = importlib.util.spec_from_file_location("compile_program", TPU / "compile.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(
@@ -184,10 +229,7 @@ def test_the_program_prints_a_table_and_says_what_does_not_fit():
     ],
 )
 def test_the_program_refuses(given, message, capsys):
-    spec = importlib.util.spec_from_file_location("compile_program", TPU / "compile.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     with pytest.raises(SystemExit) as stop:
-        module.main(given)
+        compile_program().main(given)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err

@@ -18,7 +18,8 @@ from machines import MACHINES
 KINDS = {"v4": ("2x2x1", "TPU v4"), "v5e": ("2x2", "TPU v5e"), "v5p": ("2x2x1", "TPU v5p"), "v6e": ("2x2", "TPU v6e")}
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+# of libtpu 0.0.52, and of older ones
+USED = re.compile(r"(?:\(|Used )([\d.]+)([KMGT])(?:\) exceeds available HBM \(| of )([\d.]+)([KMGT])", re.I)
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 FEW = 32  # numbers in float64: scalars of a step, systems of two equations, a counter for each variable
 
@@ -152,11 +153,10 @@ def compiled(text, devices):
     try:
         program = load(text, devices)
     except Exception as error:
-        found = USED.search(str(error))
-        if found is None:
+        too_large = out_of_memory(str(error))
+        if too_large is None:
             raise
-        used, unit, there, unit_there = found.groups()
-        raise DoesNotFit(float(used) * UNITS[unit], float(there) * UNITS[unit_there]) from error
+        raise too_large from error
     memory, costs = program.get_compiled_memory_stats(), program.cost_analysis()
     costs = costs[0] if isinstance(costs, list) else costs
     return Compiled(
@@ -164,6 +164,15 @@ def compiled(text, devices):
         memory.temp_size_in_bytes, costs.get("flops", 0.0), costs.get("bytes accessed", 0.0),
         collectives_in(program.hlo_modules()[0].to_string()), time.perf_counter() - began,
     )  # fmt: skip
+
+
+def out_of_memory(text):
+    """The `DoesNotFit` of a compiler's message, or `None` if it says something else."""
+    found = USED.search(text)
+    if found is None:
+        return None
+    used, unit, there, unit_there = found.groups()
+    return DoesNotFit(float(used) * UNITS[unit], float(there) * UNITS[unit_there])
 
 
 def load(text, devices, client=None):
