@@ -195,7 +195,7 @@ def test_the_program_prints_a_table():
 
 
 def test_the_largest_batch_that_fits_is_said(monkeypatch, capsys):
-    """Among the halves of what was asked for; without a compiler, which here has memory for 10 examples of SGD alone."""
+    """Among the halves of what was asked for. The compiler is a double with memory for 10 examples of SGD alone."""
     module = compile_program()
     chip = types.SimpleNamespace(machine=compiler.MACHINES[2], devices=(None,))
     monkeypatch.setattr(module, "topology", lambda name: chip)
