@@ -148,7 +148,7 @@ class Method:
         iterates: Vectors that conjugate gradients store on the way.
         kept: A function of the model: numbers that it remembers beside the vectors. Optional.
         matrices: Whether it multiplies matrices of its own, so that `flops` is a lower bound: passes alone.
-        traffic: Vectors of weight space that the update reads and writes.
+        traffic: Vectors of weight space that the update reads and writes, an estimate by reading the method.
     """
 
     sections: dict

@@ -12,7 +12,7 @@ from tensorflow.python.distribute import one_device_strategy
 
 
 class OneOfMany(tf.distribute.OneDeviceStrategy):
-    """One of `replicas` replicas in sync; trace under it, with `jit_compile`, and do not run.
+    """One of `replicas` replicas in sync; trace under it, with `jit_compile`; one of several cannot run so.
 
     Args:
         replicas: How many there are, an integer.
@@ -42,6 +42,8 @@ class _Extended(one_device_strategy.OneDeviceExtended):
         return False
 
     def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
+        if self._replicas == 1:
+            return value
         everybody = [list(range(self._replicas))]
         share = self._replicas if reduce_op == tf.distribute.ReduceOp.MEAN else 1
 
@@ -67,7 +69,7 @@ class _Replica(tf.distribute.ReplicaContext):
 
     @property
     def replica_id_in_sync_group(self):
-        return xla.replica_id()
+        return xla.replica_id() if self.strategy.num_replicas_in_sync > 1 else 0
 
     @property
     def devices(self):

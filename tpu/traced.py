@@ -22,6 +22,7 @@ class Step:
     Attributes:
         text: The program, in the text of MLIR.
         model: The compiled Keras model.
+        inputs: Specs of the arguments `x` and `y`.
         captured: The tensors that follow the arguments: values of variables, and constants.
         updates: `{output: captured}`: which of the program's results is the next value of which captured variable.
         seconds: That tracing took.
@@ -29,6 +30,7 @@ class Step:
 
     text: str
     model: keras.Model
+    inputs: list
     captured: list
     updates: dict
     seconds: float
@@ -104,7 +106,8 @@ def traced(optimizer, network, replicas, per_replica_batch):
     text = in_mlir(program)
     # results that are variables: their number, and that of the argument whose place they take
     updates = {int(output): int(argument) - 2 for argument, output in ALIAS.findall(text)}
-    return Step(text, model, captured, updates, time.perf_counter() - began)
+    inputs = [tf.TensorSpec(a.shape, a.dtype) for a in (x, y)]
+    return Step(text, model, inputs, captured, updates, time.perf_counter() - began)
 
 
 def in_mlir(program):
