@@ -31,7 +31,7 @@ FAMILIES = ["sgd", "neumann", "shampoo", "curveball", "hessian_free", "adahessia
 def program(*arguments, timeout=3000):
     """The output of a program of its own."""
     paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": paths, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    env = {**os.environ, "PYTHONPATH": paths, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
@@ -100,6 +100,19 @@ def test_a_program_moves_the_weights_as_tensorflow_does(name, replicas):
     assert found["moved"] > 1e-4
     # iterations of conjugate gradients amplify rounding, on one replica of TensorFlow's as well
     assert found["weights"] < (5e-5 if name == "hessian_free" else 2e-6 * max(1.0, found["moved"]))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_exported_programs_give_the_weights_of_tensorflow(tmp_path):
+    """Written with TensorFlow, run by a program that imports JAX and NumPy alone."""
+    done = program(TPU / "exported.py", tmp_path, "--optimizers", "sgd,neumann", "--examples", "4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "tensorflow" not in (TPU / "run_exported.py").read_text().replace("TensorFlow", "")
+    done = program(TPU / "run_exported.py", tmp_path, "--seconds", "0.1")
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["cnn-sgd-float32", "cnn-neumann-float32"]
+    assert all(float(row[4]) < 1e-6 < float(row[5]) for row in rows)
 
 
 # What a compiler is not needed for.
