@@ -25,8 +25,15 @@ from keras_curvature.keras_internals import replaced
 
 
 def uses_merge_calls():
-    """Whether the strategy synchronizes by merge calls, so that loops and conditions must run outside the replicas."""
-    return keras_internals.uses_merge_calls()
+    """Whether the strategy synchronizes by merge calls, so that loops and conditions must run outside the replicas.
+
+    Not on TPUs: all replicas there run one program, whose loops may contain sums, and `strategy.run` cannot be nested.
+    TensorFlow says that its `TPUStrategy` uses merge calls, because the class does not answer the question.
+    """
+    return keras_internals.uses_merge_calls() and not isinstance(tf.distribute.get_strategy(), _OF_TPUS)
+
+
+_OF_TPUS = (tf.distribute.TPUStrategy, tf.distribute.experimental.TPUStrategy)
 
 
 def of_several_workers(strategy):

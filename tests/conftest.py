@@ -19,13 +19,25 @@ def in_float64():
         yield
 
 
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A folder with a generated ImageNet in four files."""
+    import tpu_folder  # noqa: F401  # so that the next import is found
+
+    import generated  # isort: skip
+
+    folder = tmp_path_factory.mktemp("tfds")
+    generated.write(folder, train=48, validation=11, sides=(40, 90))
+    return str(folder)
+
+
 def _owner(item):
     """What shares with others what one of them computes: a fixture of the module, a cached function, a case."""
     module = item.module.__name__
     if module == "test_products":  # everything about a case is computed once
         return f"{module} {item.callspec.params.get('name') if hasattr(item, 'callspec') else ''}"
     fixtures = {"two_replicas", "logistic", "shown"} & set(item.fixturenames)
-    whole = {"test_replicas", "test_scaling", "test_slices", "test_table_1", "test_tpu"}
+    whole = {"test_replicas", "test_scaling", "test_slices", "test_table_1", "test_tpu", "test_tpu_program"}
     return module if module in whole or fixtures else None
 
 

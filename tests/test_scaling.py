@@ -1,15 +1,22 @@
 """`tpu/scaling.py`: the formulas against what stands in the traced step; the counting against steps counted by hand."""
 
+import math
 import pathlib
 import sys
 
 import pytest
 from selection import some
 
+import keras_curvature as kc
+
 TPU = pathlib.Path(__file__).parent.parent / "tpu"
 sys.path.insert(0, str(TPU))  # a folder of programs, and no package
 
 import costs  # noqa: E402
+import formulas  # noqa: E402
+import machines  # noqa: E402
+import matrices  # noqa: E402
+import methods  # noqa: E402
 import scaling  # noqa: E402
 
 FEW = ["sgd", "curveball"]
@@ -32,35 +39,51 @@ def models(found, name):
 
 
 def test_a_formula_belongs_to_an_optimizer_that_is_traced():
-    import counting
-
-    assert list(costs.METHODS) == list(counting.OPTIMIZERS)
+    assert list(scaling.METHODS) == list(methods.OPTIMIZERS)
 
 
-@pytest.mark.parametrize("name", some(costs.METHODS, FEW))
+def test_every_optimizer_of_the_package_has_a_formula():
+    exported = {getattr(kc, name) for name in kc.optimizers.__all__} - {kc.CurvatureOptimizer}
+    assert exported <= set(formulas.FORMULAS)
+    assert exported <= {type(make()) for make, _ in methods.OPTIMIZERS.values()}
+
+
+def test_matrices_of_one_size_travel_together():
+    """Four of 9 and one of 4 numbers, of which two replicas compute two and one in a call, and eight one each."""
+    items = [(9,), (9,), (4,), (9,), (9,)]
+    assert sorted(matrices.stacked(items, 2)) == [4, 18, 18]
+    assert sorted(matrices.stacked(items, 3)) == [4, 18, 18]
+    assert sorted(matrices.stacked(items, 8)) == [4, 9, 9, 9, 9]
+    assert sorted(matrices.stacked(items, 2, largest=8)) == [4, 9, 9, 9, 9]
+    assert matrices.stacked([(9, 4), (9, 4), (1, 1)], 1) == [18, 8, 1, 1]
+
+
+@pytest.mark.parametrize("name", some(scaling.METHODS, FEW))
 def test_the_traced_step_is_as_the_formula_says(name, request):
     found = request.getfixturevalue("few" if name in FEW else "found")
     model = models(found, "tiny")
     counts = found["tiny"]["optimizers"][name]
-    expected = scaling.predicted(costs.METHODS[name], model)
+    method, expected = scaling.METHODS[name], scaling.predicted(scaling.METHODS[name], model)
+    if method.matrices:  # besides the passes of the formula it multiplies matrices
+        assert all(counts["flops"].get(section, 0) >= flops for section, flops in expected.pop("flops").items())
     assert {key: counts[key] for key in expected} == expected
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", costs.METHODS)
+@pytest.mark.parametrize("name", scaling.METHODS)
 def test_a_step_holds_as_many_vectors_as_the_formula_says(name, found):
     counts, model = found["wide"]["optimizers"][name], models(found, "wide")
     held = counts["peak"] / (costs.WORD * model.weights)
-    # of six equal layers one holds three tensors more while its turn is
-    assert costs.METHODS[name].vectors <= held < costs.METHODS[name].vectors + 0.6
+    # of six equal layers one holds a few tensors more while its turn is
+    assert scaling.METHODS[name].vectors <= held < scaling.METHODS[name].vectors + 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", costs.METHODS)
+@pytest.mark.parametrize("name", scaling.METHODS)
 def test_a_step_holds_as_many_activations_as_the_formula_says(name, found):
     counts, model = found["tall"]["optimizers"][name], models(found, "tall")
     held = counts["peak"] / model.activations
-    assert costs.METHODS[name].recordings <= held < costs.METHODS[name].recordings + 0.5
+    assert scaling.METHODS[name].recordings <= held < scaling.METHODS[name].recordings + 1
 
 
 def test_counts_by_hand(few):
@@ -81,22 +104,23 @@ def test_conjugate_gradients_reduce_one_vector_per_iteration(found):
 @pytest.mark.slow
 def test_micro_batches_reduce_nothing_more(found):
     """The loops over the slices have no collectives in them; the other loops have other names beside them."""
-    assert len(found["sliced"]["optimizers"]) == 4
+    assert set(found["sliced"]["optimizers"]) == {name for name, (_, curve) in methods.OPTIMIZERS.items() if curve}
     for name, counts in found["sliced"]["optimizers"].items():
         whole = found["tiny"]["optimizers"][name]["collectives"]
         assert sorted(counts["collectives"].values()) == sorted(whole.values()), name
 
 
 def test_time_of_a_step():
-    """On one replica arithmetic alone; the bytes tend to twice the vector over the bandwidth; latency by doubling."""
-    machine = costs.Machine("even", peak=1e9, memory=1e9, bandwidth=1e6, latency=1e-3)
+    """On one replica arithmetic and the update; bytes tend to twice the vector over the bandwidth."""
+    machine = machines.Machine("even", 1e9, memory=1e9, memory_bandwidth=1e9, bandwidth=1e6, latency=1e-3)
     model = costs.Model("even", 1, weights=250_000, tensors=10, layers=(0, 1_000_000), utilization=0.5)
-    sgd = costs.METHODS["sgd"]
-    assert costs.time_of(sgd, model, machine, 1) == (pytest.approx(3e6 / 5e8), 0.0, 0.0)
-    arithmetic, ring, latency = costs.time_of(sgd, model, machine, 1024)
+    sgd = scaling.METHODS["sgd"]
+    assert costs.time_of(sgd, model, machine, 1) == (pytest.approx(3e6 / 5e8), pytest.approx(5e6 / 1e9), 0.0, 0.0)
+    arithmetic, update, ring, latency = costs.time_of(sgd, model, machine, 1024)
     assert (ring, latency) == (pytest.approx(2 * 1023 / 1024), pytest.approx(2 * 10 * 1e-3))
-    assert costs.time_of(sgd, model, machine, 1024, packed=False)[2] == pytest.approx(10 * latency)
-    assert costs.efficiency(sgd, model, machine, 1024) == pytest.approx(arithmetic / (arithmetic + ring + latency))
+    assert costs.time_of(sgd, model, machine, 1024, packed=False)[3] == pytest.approx(10 * latency)
+    own = arithmetic + update
+    assert costs.efficiency(sgd, model, machine, 1024) == pytest.approx(own / (own + ring + latency))
 
 
 def test_a_transformer_of_a_billion_weights():
@@ -104,6 +128,8 @@ def test_a_transformer_of_a_billion_weights():
     model = costs.transformer()
     tokens = 4 * 1024
     assert 1e9 < model.weights < 1.05e9
+    assert (sum(map(math.prod, model.shapes)), len(model.shapes)) == (model.weights, model.tensors)
+    assert sum(map(math.prod, model.blocks)) + sum(model.outside) == model.weights
     assert 1.0 < model.forward / (2 * model.weights * tokens) < 1.15
     assert model.backward == 2 * model.forward
 
@@ -112,7 +138,7 @@ def test_a_transformer_of_a_billion_weights():
 def test_a_table_says_where_a_count_is_not_the_formula(found):
     model = models(found, "tiny")
     lines = list(scaling.table_of_counts(model, found["tiny"]))
-    assert sum(line.endswith("yes") for line in lines) == len(costs.METHODS)
+    assert sum(line.endswith("yes") for line in lines) == len(scaling.METHODS)
     wrong = {**found["tiny"], "optimizers": {**found["tiny"]["optimizers"]}}
     wrong["optimizers"]["sgd"] = {**wrong["optimizers"]["sgd"], "state": 0}
     assert [line.split()[0] for line in scaling.table_of_counts(model, wrong) if line.endswith("NO")] == ["sgd"]
@@ -121,5 +147,5 @@ def test_a_table_says_where_a_count_is_not_the_formula(found):
 def test_figure(few, tmp_path):
     pytest.importorskip("matplotlib")
     model = models(few, "tiny")
-    scaling.figure([(model, costs.MACHINES[0])] * 2, tmp_path / "scaling.png")
+    scaling.figure([(model, machines.MACHINES[0])] * 2, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000

@@ -1,38 +1,23 @@
-"""The ImageNet recipe of `tpu/`: its data, strategies, presets, refusals; the whole of it in `-m slow`."""
+"""The ImageNet recipe of `tpu/`: its data, and the strategies that it runs under."""
 
 import json
 import pathlib
-import subprocess
-import sys
 import threading
 import types
 
 import keras
+import made_up_tpu
 import numpy as np
 import pytest
 import tensorflow as tf
+import tpu_folder  # noqa: F401
 
 import keras_curvature as kc
 
-TPU = pathlib.Path(__file__).parent.parent / "tpu"
-sys.path.insert(0, str(TPU))
-
-import data  # noqa: E402
-import dry_run  # noqa: E402
-import generated  # noqa: E402
-import models  # noqa: E402
-import presets  # noqa: E402
-import schedule  # noqa: E402
-import strategy as strategies  # noqa: E402
-import train  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """A generated dataset in four files."""
-    folder = tmp_path_factory.mktemp("tfds")
-    generated.write(folder, train=48, validation=11, sides=(40, 90))
-    return str(folder)
+import data  # isort: skip
+import generated  # isort: skip
+import models  # isort: skip
+import strategy as strategies  # isort: skip
 
 
 def imagenet(data_dir, **options):
@@ -246,198 +231,68 @@ def test_strategies_that_cannot_be(recorded, kind, message):
         strategies.make(kind)
 
 
-# Presets, schedules, models.
+def test_a_tpu_that_this_machine_has_is_found_without_a_name(recorded, monkeypatch, tmp_path):
+    """By its devices: TensorFlow knows of a TPU only when it is told where to look."""
+    dev, pci = tmp_path / "dev", tmp_path / "pci"
+    (dev / "vfio").mkdir(parents=True)
+    assert strategies.chips(str(dev), str(pci)) == []
+    (dev / "vfio" / "0").touch()
+    for number, vendor in enumerate(("0x10de", "0x1ae0")):
+        (pci / str(number)).mkdir(parents=True)
+        (pci / str(number) / "vendor").write_text(vendor + "\n")
+        assert len(strategies.chips(str(dev), str(pci))) == number
+    (dev / "accel0").touch()
+    assert strategies.chips(str(dev), str(pci)) == [str(dev / "accel0")]
+    monkeypatch.setattr(strategies, "chips", lambda: ["/dev/accel0"])
+    for kind in ("auto", "tpu"):
+        recorded.calls.clear()
+        assert strategies.make(kind) is recorded.strategy
+        assert recorded.calls[0] == ("resolver", (), {"tpu": "local"})
+    assert type(strategies.make("none")) is type(tf.distribute.get_strategy())
 
 
-def test_presets_are_the_papers_tables():
-    published = {name: recipe.published for name, recipe in presets.PRESETS.items()}
-    assert published == {
-        "paper/resnet50-b1600": 23.0, "paper/resnet50-b4000": 23.0, "paper/resnet50-b8000": 23.1,
-        "paper/resnet50-b16000": 23.5, "paper/resnet50-b32000": 24.0,
-        "paper/inception_v3": 20.8, "paper/inception_v3-baseline": 21.7,
-        "paper/resnet50": 23.0, "paper/resnet50-baseline": 23.9,
-        "paper/resnet101": 21.7, "paper/resnet101-baseline": 22.6,
-        "paper/inception_resnet_v2": 19.5, "paper/inception_resnet_v2-baseline": 20.3,
-    }  # fmt: skip
-    # updates as the paper counts them, in thousands
-    for batch, updates in {1600: 181, 4000: 73.6, 8000: 41.3, 16000: 16.8, 32000: 9.5}.items():
-        recipe = presets.get(f"paper/resnet50-b{batch}")
-        assert recipe.epochs * 1_281_167 / batch / 1000 == pytest.approx(updates, rel=0.005)
-    assert all(name in presets.table() for name in presets.PRESETS)
-    assert "24.0%" in train.arguments([])[1].format_help()
-
-
-def test_the_command_line_overrides_a_preset():
-    args, _ = train.arguments(["--preset", "paper/resnet50-b32000", "--epochs", "90", "--weight_decay", "0"])
-    recipe = train.recipe_of(args)
-    assert (recipe.batch_size, recipe.epochs, recipe.weight_decay, recipe.published) == (32000, 90, 0.0, 24.0)
-    assert train.recipe_of(train.arguments(["--model", "resnet101"])[0]).model == "resnet101"
-
-
-def rates(recipe, steps_per_epoch, *epochs):
-    """The learning rate at the beginning of epochs."""
-    of = train.schedule_of(recipe, steps_per_epoch)
-    return [float(of(round(epoch * steps_per_epoch))) for epoch in epochs]
-
-
-def test_schedules_are_the_papers():
-    recipe = presets.get("paper/resnet50-b4000")
-    peak = 0.1 * 4000 / 256
-    found = rates(recipe, 320, 0, 2.5, 5, 39.9, 40, 80)
-    np.testing.assert_allclose(found, [0.1, (0.1 + peak) / 2, peak, peak, 0.3 * peak, 0.09 * peak], rtol=1e-5)
-    baseline = presets.get("paper/resnet50-baseline")
-    np.testing.assert_allclose(rates(baseline, 800, 0, 1.9, 2, 20), [0.045, 0.045, 0.0423, 0.045 * 0.94**10], rtol=1e-5)
-    of = train.schedule_of(recipe, 320)
-    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(of))
-    assert isinstance(again, schedule.RampThenStairs)
-    assert again.get_config() == of.get_config()
-
-
-def test_optimizers_have_the_papers_settings():
-    recipe = presets.get("paper/resnet50-b8000")
-    made = {name: train.optimizer_of(presets.Recipe(optimizer=name, batch_size=8000), 160) for name in train.OPTIMIZERS}
-    neumann = train.optimizer_of(recipe, 160)
-    assert (neumann.warmup_steps, neumann.reset_every, neumann.reset_growth) == (800, 1600, 2)
-    assert (neumann.alpha, neumann.beta, neumann.gamma, neumann.mu_end) == (1e-7, 1e-5, 0.99, 0.9)
-    assert (made["sgd"].momentum, made["sgd"].nesterov) == (0.9, False)
-    assert (made["rmsprop"].rho, made["rmsprop"].momentum, made["rmsprop"].epsilon) == (0.9, 0.9, 1.0)
-    assert made["adam"].epsilon == 0.01
-    assert made["lamb"].weight_decay == 1e-4
-    assert made["sgd"].weight_decay is None  # part of the loss
-    assert isinstance(made["curveball"], kc.CurveBall)
-    assert isinstance(made["hessian_free"], kc.HessianFree)
-
-
-def test_kernels_decay_and_nothing_else():
-    plain, decaying = (models.build("resnet_small", 32, 10, decay) for decay in (0.0, 0.5))
-    decaying.set_weights(plain.get_weights())
-    expected = 0.25 * sum(float(tf.reduce_sum(w**2)) for w in plain.trainable_variables if w.name == "kernel")
-    assert sum(map(float, decaying.losses)) == pytest.approx(expected, rel=1e-5)
-    assert plain.losses == []
-
-
-def test_the_papers_networks_have_their_sizes():
-    # of the networks themselves; only the smallest is built here
-    model = models.build("resnet50", 224)
-    assert sum(int(np.prod(w.shape)) for w in model.trainable_variables) == 25_583_592
-    assert model.input_shape == (None, 224, 224, 3)
-    assert model.output_shape == (None, 1000)
-    assert {name: models.image_size(name) for name in models.MODELS} == {
-        "resnet50": 224, "resnet101": 224, "inception_v3": 299, "inception_resnet_v2": 299
-    }  # fmt: skip
-    with pytest.raises(ValueError, match="`--model` must be one of resnet50"):
-        models.build("resnet18", 224)
-
-
-# Refusals, before anything starts.
-
-
-def refused(capsys, *argv):
-    """What the program says before it gives up."""
-    with pytest.raises(SystemExit) as stop:
-        train.main(list(argv))
-    assert stop.value.code == 2
-    return capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--model", "resnet18"], "`--model` must be one of resnet50, resnet101, inception_v3, inception_resnet_v2"),
-        (["--optimizer", "sophia"], "`--optimizer` must be one of neumann, sgd"),
-        (["--preset", "paper/vgg"], "`--preset` must be one of paper/resnet50-b1600"),
-        (["--batch_size", "100"], "cannot be cut into whole passes of `--per_replica_batch` 32 on 1 replicas"),
-        (["--batch_size", "100"], "`--per_replica_batch 25` divides it"),
-        (["--batch_size", "64"], "`--batch_size`: 64 is more than the 48 images"),
-        (["--strategy", "cluster"], "`--strategy` must be one of auto, tpu"),
-        (["--strategy", "tpu"], "needs the TPU's name"),
-    ],
-)
-def test_what_cannot_be_is_refused(capsys, tmp_path, monkeypatch, data_dir, options, message):
-    monkeypatch.delenv("TPU_NAME", raising=False)
-    run_dir = tmp_path / "run"
-    assert message in refused(capsys, "--data_dir", data_dir, "--run_dir", str(run_dir), *options)
-    assert not run_dir.exists()
-
-
-def test_a_directory_without_the_dataset_is_refused(capsys, tmp_path):
-    said = refused(capsys, "--data_dir", str(tmp_path), "--run_dir", str(tmp_path / "run"), "--batch_size", "32")
-    assert f"no imagenet2012 in '{tmp_path}'" in said
-    assert "tfds build imagenet2012" in said
-    assert list(tmp_path.iterdir()) == []
-    assert "`--run_dir` is needed" in refused(capsys, "--data_dir", str(tmp_path))
-
-
-def test_a_folder_of_something_else_is_left_alone(capsys, tmp_path, data_dir):
-    options = ["--data_dir", data_dir, "--run_dir", str(tmp_path), "--batch_size", "32", "--model", "resnet_small"]
-    (tmp_path / "thesis.tex").write_text("mine")
-    assert "is not empty and no run of this program" in refused(capsys, *options)
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--dry_run", "--run_dir", str(tmp_path)])
-    assert stop.value.code == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_a_run_with_other_settings_is_left_alone(capsys, tmp_path, data_dir):
-    run_dir, settings = str(tmp_path / "run"), {"optimizer": "neumann", "batch_size": 32, "seed": 0}
-    train.claim(run_dir, settings, chief=False)
-    assert not (tmp_path / "run").exists()
-    train.claim(run_dir, settings, chief=True)
-    train.claim(run_dir, settings, chief=True)
-    with pytest.raises(ValueError, match="--optimizer neumann there, sgd here; --seed 0 there, 1 here"):
-        train.claim(run_dir, {**settings, "optimizer": "sgd", "seed": 1}, chief=True)
-    options = ["--data_dir", data_dir, "--run_dir", run_dir, "--batch_size", "16", "--per_replica_batch", "16"]
-    assert "--batch_size 32 there, 16 here" in refused(capsys, *options)
-
-
-# The program.
-
-
-def test_the_program_trains_and_goes_on(capsys, tmp_path, data_dir):
-    options = [
-        "--model", "resnet_small", "--image_size", "32", "--batch_size", "12", "--per_replica_batch", "12", "--epochs",
-        "1", "--warmup_epochs", "0", "--data_dir", data_dir, "--run_dir", str(tmp_path), "--log_every", "1",
-    ]  # fmt: skip
-    train.main(options)
-    said = capsys.readouterr().out
-    train.main([*options, "--epochs", "2"])
-    more = capsys.readouterr().out
-    assert "batch 12 = 1 replicas x 1 passes x 12 images; 4 steps per epoch, 1 epochs" in said
-    assert "begins at step 0" in said
-    assert "final: top-1 error " in said
-    assert "resumed at step 4 (step 0 of epoch 2)" in more
-    assert "step       5 " in more
-    assert "step       4 " not in more
-    tags = {}
-    for file in sorted((tmp_path / "logs" / "train").glob("events*")):
-        for event in tf.compat.v1.train.summary_iterator(str(file)):
-            for value in event.summary.value:
-                tags.setdefault(value.tag, []).append(event.step)
-    assert tags["batch_loss"] == list(range(1, 9))
-    assert tags["epoch_images_per_second"] == tags["epoch_top_1"] == [0, 1]
-    assert keras.models.load_model(tmp_path / "model.keras", compile=False).output_shape == (None, 1000)
-
-
-def state(run_dir):
-    """All variables in a run's newest checkpoint."""
-    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(run_dir / "checkpoints"))
-    names = [name for name in reader.get_variable_to_shape_map() if "VARIABLE_VALUE" in name]
-    return {name: reader.get_tensor(name) for name in names}
-
-
-@pytest.mark.slow
-def test_the_dry_run(tmp_path):
-    run = subprocess.run(
-        [sys.executable, str(TPU / "train.py"), "--dry_run", "--run_dir", str(tmp_path)], capture_output=True, text=True
+def test_the_devices_are_said_and_a_bare_cpu_is_warned_of():
+    assert strategies.devices(tf.distribute.get_strategy()) == (
+        "1 CPU; no TPU and no GPU was found: ImageNet would take years here"
     )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    for line in ("stopped by SIGTERM after", "resumed at step", "final: top-1 error", "passed"):
-        assert line in run.stdout
-    # and what is left is what a run that nobody stopped leaves, to the last bit
-    whole = [*dry_run.OPTIONS, "--data_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "whole")]
-    _, code = dry_run.started(whole, tmp_path)
-    assert code == 0
-    one, two = state(tmp_path / "run"), state(tmp_path / "whole")
-    assert set(one) == set(two)
-    for name, value in one.items():
-        np.testing.assert_array_equal(value, two[name], err_msg=name)
+    assert strategies.devices(made_up_tpu.strategy(8)) == "8 TPU"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "5", '{"cluster": 3}', '{"cluster": {"worker": 2}}'])
+def test_a_broken_cluster_is_said(monkeypatch, text):
+    monkeypatch.delenv("TPU_NAME", raising=False)
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(ValueError, match="TF_CONFIG is not .*host0:2222.*Received: "):
+        strategies.make("auto")
+
+
+# On a TPU.
+
+
+@pytest.mark.parametrize(("passes", "at_once"), [(1, 2), (2, 2)])
+def test_a_run_traces_on_a_tpu(data_dir, passes, at_once):
+    """Several steps per execution, also with several passes: batches of known size, training and evaluation alike."""
+    tpu, images = made_up_tpu.strategy(2), imagenet(data_dir)
+    with tpu.scope():
+        model = kc.curved(models.build("resnet_small", 16), passes)
+        metrics = [keras.metrics.CategoricalAccuracy("top_1")]
+        loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+        model.compile(kc.Neumann(), loss, weighted_metrics=metrics, steps_per_execution=at_once)
+    batch = 8 * passes
+    found = made_up_tpu.program(
+        model, "fit", images.training(tpu, batch), steps_per_epoch=images.steps_per_epoch(batch), shuffle=False
+    )
+    assert (found.traces, found.hosts, found.unknown, found.doubles) == (1, [], [], [])
+    assert found.sums == len(model.trainable_variables) + 1
+    evaluation = {"x": images.evaluation(tpu, at_once), "steps": images.evaluation_steps(tpu, 1, at_once)}
+    found = made_up_tpu.program(model, "evaluate", **evaluation)
+    assert (found.traces, found.hosts, found.unknown, found.doubles, found.sums) == (1, [], [], [], 0)
+
+
+def test_an_evaluation_is_whole_executions_and_counts_every_image_once(data_dir):
+    images, strategy = imagenet(data_dir, evaluation_batch=2), tf.distribute.get_strategy()
+    for at_once, steps in ((1, 6), (4, 8), (5, 10)):
+        assert images.evaluation_steps(strategy, 1, at_once) == steps
+        elements = batches(images.evaluation(strategy, at_once), steps)
+        assert all(x.shape == (2, 16, 16, 3) for x, _, _ in elements)
+        assert sum(float(w.sum()) for _, _, w in elements) == 11

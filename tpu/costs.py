@@ -1,24 +1,19 @@
-"""What a step costs on thousands of replicas, on paper: a formula per optimizer, and a model of time.
+"""What a step costs on thousands of replicas, on paper: what a formula consists of, and a model of time.
 
-`METHODS` holds one formula per optimizer: what a step, and each turn of its loops and conditions, reduces over the
+`formulas.py` has a formula for each optimizer: what a step, and each turn of its loops and conditions, reduces over the
 replicas and multiplies. `counting.py` counts the same in the traced step; `tests/test_scaling.py` compares the two.
 
-Time of a step = arithmetic / (peak * utilization) + sum over collectives of 2 (n - 1)/n bytes/bandwidth + 2 log2(n)
-latency: all-reduce by rings for the bytes, by trees for the latency. Nothing overlaps, which is true of conjugate
-gradients (each product waits for the last) and pessimistic for first-order methods. Vector arithmetic, input and
-stragglers are left out. Nothing of this was measured on an accelerator.
+Time of a step = arithmetic / (peak * utilization) + vectors read and written by the update / memory bandwidth
++ sum over collectives of 2 (n - 1)/n bytes/bandwidth + 2 log2(n) latency: all-reduce by rings for the bytes, by trees
+for the latency. Nothing overlaps, which is true of conjugate gradients (each product waits for the last) and
+pessimistic for first-order methods. Input and stragglers are left out. Nothing of this was measured on an accelerator.
 """
 
 import dataclasses
 import math
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings, before it is imported
-
-import keras_curvature as kc
+from collections.abc import Callable
 
 WORD = 4  # bytes: weights and what is reduced are float32
-ITERATIONS = 30  # of conjugate gradients in a step, an assumption; the rule stops between 10 and 250 of them
 
 
 # Models.
@@ -37,6 +32,10 @@ class Model:
             no gradient of it.
         activations: Bytes that a forward pass leaves for the backward pass.
         utilization: Share of the accelerator's peak that it reaches, an assumption.
+        shapes: Of the variables.
+        blocks: Of the layers with Kronecker factors the shapes of the matrices, with a row for the bias: `(rows,
+            columns)`, or `(groups, rows, columns)`.
+        outside: Sizes of the variables outside of these layers.
     """
 
     name: str
@@ -46,6 +45,9 @@ class Model:
     layers: tuple
     activations: int = 0
     utilization: float = 0.4
+    shapes: tuple = ()
+    blocks: tuple = ()
+    outside: tuple = ()
 
     @property
     def forward(self):
@@ -57,6 +59,16 @@ class Model:
         """Operations of a backward pass, or of a forward-mode one: two products for each, one for the first."""
         return 2 * self.forward - self.layers[0]
 
+    @property
+    def slopes(self):
+        """Operations of a backward pass to the activations alone."""
+        return self.forward - self.layers[0]
+
+    @property
+    def hessian(self):
+        """Operations of a product with the Hessian: both passes of a gradient, differentiated along a vector."""
+        return 2 * self.backward + 2 * self.slopes
+
 
 def transformer(layers=24, width=1792, heads=14, vocabulary=50304, length=1024, examples=4):
     """A decoder-only transformer of a billion weights, by its formulas; tied embedding, learned positions.
@@ -64,12 +76,20 @@ def transformer(layers=24, width=1792, heads=14, vocabulary=50304, length=1024, 
     Activations in 16 bits after Korthikanti et al., "Reducing activation recomputation in large transformer models"
     (2022), `s b h (34 + 5 a s / h)` per layer, nothing recomputed, and the logits in 32 bits.
     """
-    matrices, tokens = 12 * width**2, length * examples
-    weights = layers * (matrices + 13 * width) + (vocabulary + length + 2) * width
-    products = [tokens * (2 * matrices + 4 * length * width)] * layers + [2 * tokens * vocabulary * width]
+    in_layer, tokens = 12 * width**2, length * examples
+    weights = layers * (in_layer + 13 * width) + (vocabulary + length + 2) * width
+    products = [tokens * (2 * in_layer + 4 * length * width)] * layers + [2 * tokens * vocabulary * width]
     kept = layers * tokens * width * (34 + 5 * heads * length / width) + 4 * tokens * vocabulary
-    # the first product takes no input from outside, its embedding has a gradient
-    return Model("1B transformer", examples, weights, 12 * layers + 4, (0, *products), activations=round(kept))
+    matrices = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
+    shapes = [shape for rows, columns in matrices for shape in ((rows, columns), (columns,))] + 4 * [(width,)]
+    ends = ((vocabulary, width), (length, width), (width,), (width,))
+    return Model(
+        "1B transformer", examples, weights, 12 * layers + 4,
+        (0, *products),  # the first product takes no input from outside, its embedding has a gradient
+        activations=round(kept), shapes=(*layers * shapes, *ends),
+        blocks=layers * tuple((rows + 1, columns) for rows, columns in matrices),
+        outside=(*(4 * layers) * (width,), *map(math.prod, ends)),
+    )  # fmt: skip
 
 
 # Methods.
@@ -80,29 +100,38 @@ class Work:
     """What one section of a step does: the step itself, or one turn of a loop or condition in it.
 
     Attributes:
-        reductions: Calls that reduce; what one call is given can travel as one message.
+        reductions: Calls that reduce vectors and scalars; what one call is given can travel as one message.
         vectors: Vectors of weight space in them, `P` numbers in `T` tensors each.
         scalars: Scalars in them.
         joined: How many of the scalars travel in the tensor of another.
+        others: A function of the model and the number of replicas: further calls, each a list of sizes of tensors.
         forward: Forward passes.
         backward: Backward and forward-mode passes.
+        slopes: Backward passes to the activations alone.
+        hessians: Products with the Hessian.
     """
 
     reductions: int = 0
     vectors: int = 0
     scalars: int = 0
     joined: int = 0
+    others: Callable | None = None
     forward: int = 0
     backward: int = 0
+    slopes: int = 0
+    hessians: int = 0
 
-    def collectives(self, model):
+    def collectives(self, model, replicas=2):
         """`(reductions, tensors in them, numbers in these)`."""
-        tensors = self.vectors * model.tensors + self.scalars - self.joined
-        return self.reductions, tensors, self.vectors * model.weights + self.scalars
+        calls = self.others(model, replicas) if self.others else []
+        tensors = self.vectors * model.tensors + self.scalars - self.joined + sum(map(len, calls))
+        numbers = self.vectors * model.weights + self.scalars + sum(map(sum, calls))
+        return self.reductions + len(calls), tensors, numbers
 
     def flops(self, model):
         """Floating-point operations of the products."""
-        return self.forward * model.forward + self.backward * model.backward
+        passes = self.forward * model.forward + self.backward * model.backward
+        return passes + self.slopes * model.slopes + self.hessians * model.hessian
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +141,14 @@ class Method:
     Attributes:
         sections: `{section: Work}`; the names are those of the loops and conditions in the graph.
         state: Vectors that it remembers.
-        vectors: Vectors that a step holds at once at most, the gradient among them.
+        vectors: Vectors that a step holds at once at most, the gradient among them; the method's matrices
+            count as those of layers that are as wide as long.
         recordings: How many times a first-order step's activations it holds at once at most.
         turns: `{section: how often in a step}`, where that is not once.
         iterates: Vectors that conjugate gradients store on the way.
+        kept: A function of the model: numbers that it remembers beside the vectors. Optional.
+        matrices: Whether it multiplies matrices of its own, so that `flops` is a lower bound: passes alone.
+        traffic: Vectors of weight space that the update reads and writes, an estimate by reading the method.
     """
 
     sections: dict
@@ -124,11 +157,22 @@ class Method:
     recordings: int = 1
     turns: dict = dataclasses.field(default_factory=dict)
     iterates: int = 0
+    kept: Callable | None = None
+    matrices: bool = False
+    traffic: int = 0
 
-    def collectives(self, model):
+    def collectives(self, model, replicas=2):
         """`(reductions, tensors in them, numbers in these)` of a step."""
-        counts = [work.collectives(model) for work in self.sections.values()]
+        counts = [work.collectives(model, replicas) for work in self.sections.values()]
         return tuple(sum(turns * n for turns, n in zip(self._turns(), column)) for column in zip(*counts))
+
+    def tensors(self, model, replicas):
+        """How many tensors the program of a step reduces, each section once."""
+        return sum(work.collectives(model, replicas)[1] for work in self.sections.values())
+
+    def numbers(self, model, replicas):
+        """How many numbers the program of a step reduces, each section once."""
+        return sum(work.collectives(model, replicas)[2] for work in self.sections.values())
 
     def flops(self, model):
         """Floating-point operations of a step."""
@@ -137,99 +181,32 @@ class Method:
     def _turns(self):
         return [self.turns.get(name, 1) for name in self.sections]
 
+    def remembered(self, model):
+        """Numbers in the state."""
+        return self.state * model.weights + (self.kept(model) if self.kept else 0)
+
     def memory(self, model):
         """Bytes on each replica: weights, state, what a step holds."""
-        vectors = 1 + self.state + self.vectors + self.iterates
-        return WORD * vectors * model.weights + self.recordings * model.activations
+        numbers = (1 + self.vectors + self.iterates) * model.weights + self.remembered(model)
+        return WORD * numbers + self.recordings * model.activations
 
 
-def _gradient(state, vectors=1):
-    return Method({"step": Work(reductions=1, vectors=1, forward=1, backward=1)}, state, vectors)
-
-
-_with_loss = Work(reductions=2, vectors=1, scalars=1, forward=1, backward=1)
-_loss = Work(reductions=1, scalars=1, forward=1)
-_stored = sum(i <= ITERATIONS for i in kc.HessianFree().solver._stored_steps()) + 1  # and the last one
-
-METHODS = {
-    "sgd": _gradient(1),
-    "adam": _gradient(2),
-    "lamb": _gradient(2),
-    # besides the gradient the distance to the average v
-    "neumann": _gradient(2, vectors=2),
-    "neumann_curved": Method({"step": _with_loss}, state=2, vectors=2),
-    # J z, then G z + g in one backward pass, then J dz; the loss, and three inner products at once. The check: a loss
-    "curveball": Method(
-        {
-            "step": Work(reductions=3, vectors=1, scalars=4, joined=2, forward=1, backward=3), "cond": _loss,
-        },
-        state=1, vectors=2, recordings=3, turns={"cond": 1 / kc.CurveBall().damping.every},
-    ),
-    # the loop: a gradient at a shifted point, and with it the loss there, which nobody reads
-    "two_loop_neumann": Method(
-        {"step": _with_loss, "while": dataclasses.replace(_with_loss, reductions=1)},
-        state=0, vectors=4, turns={"while": kc.TwoLoopNeumann().solver.steps},
-    ),
-    # loss and gradient; squares by example, from passes of their own; the product with the start; the loss of the last
-    # iterate; a quadratic form. Loops: an iteration, a step of walking back, a trial of the line search
-    "hessian_free": Method(
-        {
-            "step": Work(reductions=6, vectors=3, scalars=3, forward=3, backward=5),
-            "while": Work(reductions=1, vectors=1, backward=2), "while_1": _loss, "while_2": _loss,
-        },
-        state=1, vectors=8, recordings=3, turns={"while": ITERATIONS, "while_1": 1, "while_2": 0}, iterates=_stored,
-    ),
-}  # fmt: skip
-
-
-# Machines.
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """An accelerator in a cluster of its kind: assumptions from public data sheets, and a latency that is a guess.
-
-    Attributes:
-        name: What it is called.
-        peak: Operations per second in bfloat16, dense.
-        memory: Bytes.
-        bandwidth: Bytes per second that one accelerator can send in an all-reduce.
-        latency: Seconds for one hop of a small message, software included.
-    """
-
-    name: str
-    peak: float
-    memory: float
-    bandwidth: float
-    latency: float
-
-
-MACHINES = [
-    # Google's documents of v3 and v4: peak, memory, and the all-reduce bandwidth of a pod over its chips, 340 TB/s over
-    # 1024 and 1.1 PB/s over 4096
-    Machine("TPU v3", 123e12, 32 * 2**30, 340e12 / 1024, 1e-6),
-    Machine("TPU v4", 275e12, 32 * 2**30, 1.1e15 / 4096, 1e-6),
-    # ... of v5p: 1200 GB/s between chips, both directions together
-    Machine("TPU v5p", 459e12, 95 * 2**30, 600e9, 1e-6),
-    # NVIDIA's of A100 80 GB and H100 SXM, in boxes of eight with 200 and 400 Gbit/s to the network per GPU: an
-    # all-reduce that sums inside the box first sends an eighth through each, so eight of them serve every GPU
-    Machine("A100", 312e12, 80e9, 8 * 25e9, 5e-6),
-    Machine("H100", 989e12, 80e9, 8 * 50e9, 5e-6),
-]
+# Time.
 
 
 def time_of(method, model, machine, replicas, packed=True):
-    """`(arithmetic, bytes, latency)`: seconds of a step, by where they go.
+    """`(arithmetic, update, bytes, latency)`: seconds of a step, by where they go.
 
     `packed`: what one call reduces travels as one message, as NCCL and XLA's combiner have it; else each tensor alone.
     """
-    calls, tensors, numbers = method.collectives(model)
+    calls, tensors, numbers = method.collectives(model, replicas)
     arithmetic = method.flops(model) / (machine.peak * model.utilization)
     ring = 2 * (replicas - 1) / replicas * WORD * numbers / machine.bandwidth
-    return arithmetic, ring, (calls if packed else tensors) * 2 * math.log2(replicas) * machine.latency
+    update = WORD * method.traffic * model.weights / machine.memory_bandwidth
+    return arithmetic, update, ring, (calls if packed else tensors) * 2 * math.log2(replicas) * machine.latency
 
 
 def efficiency(*args, **kwargs):
     """Share of the time that is not spent on communication."""
-    arithmetic, *rest = time_of(*args, **kwargs)
-    return arithmetic / (arithmetic + sum(rest))
+    *own, ring, latency = time_of(*args, **kwargs)
+    return sum(own) / (sum(own) + ring + latency)

@@ -20,21 +20,10 @@ import keras
 import tensorflow as tf
 from graphs import PRODUCTS, TAG, activations, flops, needed, operations, peak, reductions, sections
 from keras.src.backend.tensorflow.trainer import reduce_per_replica
+from methods import OPTIMIZERS
 
 import keras_curvature as kc
-
-# name: (optimizer with its defaults, whether the model is curved)
-OPTIMIZERS = {
-    "sgd": (lambda: keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True), False),
-    "adam": (keras.optimizers.Adam, False),
-    "lamb": (keras.optimizers.Lamb, False),
-    "neumann": (kc.Neumann, False),
-    "neumann_curved": (kc.Neumann, True),
-    "curveball": (kc.CurveBall, True),
-    "two_loop_neumann": (kc.TwoLoopNeumann, True),
-    "hessian_free": (kc.HessianFree, True),
-}
-
+from keras_curvature.linearization.layers import kronecker
 
 # Models to trace.
 
@@ -126,12 +115,18 @@ def two_replicas():
 
 
 def measures(problem):
-    """`{"examples", "weights", "tensors", "layers"}` of a model; see `Model` in `costs.py`."""
+    """The attributes of a `Model` of `costs.py`, but for its activations."""
     model, _, x, _ = MODELS[problem]()
-    shapes = [w.shape for w in model.trainable_variables]
+    return {"examples": x.shape[0], "layers": forward(problem), **weights_of(model)}
+
+
+def weights_of(model):
+    """What a formula takes of the weights of a built model."""
+    shapes = [tuple(w.shape) for w in model.trainable_variables]
+    blocks, outside, _ = kronecker.blocks(model)
     return {
-        "examples": x.shape[0], "weights": sum(map(math.prod, shapes)), "tensors": len(shapes),
-        "layers": forward(problem),
+        "weights": sum(map(math.prod, shapes)), "tensors": len(shapes), "shapes": shapes,
+        "blocks": [tuple(block.shape) for block in blocks], "outside": [math.prod(shapes[i]) for i in outside],
     }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ class ImageNet:
         color: Colour distortion: "none", "fast" (brightness and saturation, Inception's fast mode) or "full" (also hue
             and contrast).
         shuffle_buffer: Records, undecoded, among which an epoch's order is drawn, beyond that of the files.
+        evaluation_batch: Images in a batch of one replica in the evaluation; `None`: `per_replica_batch`.
     """
 
     data_dir: str
@@ -41,6 +42,7 @@ class ImageNet:
     seed: int = 0
     color: str = "fast"
     shuffle_buffer: int = 16384
+    evaluation_batch: int | None = None
 
     def __post_init__(self):
         builder = tfds.builder(NAME, data_dir=self.data_dir)
@@ -76,7 +78,9 @@ class ImageNet:
             share = batch_size // context.num_input_pipelines
             stream = self.records(share * self.steps_per_epoch(batch_size), epoch, share * step, context)
             images = stream.map(self._augmented, tf.data.AUTOTUNE, deterministic=True)
-            return images.batch(batch_size // strategy.num_replicas_in_sync, drop_remainder=True).prefetch(2)
+            batches = images.batch(batch_size // strategy.num_replicas_in_sync, drop_remainder=True).prefetch(2)
+            # a strategy gives batches of unknown size where it does not know that the data do not end
+            return batches.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
 
         return strategy.distribute_datasets_from_function(pipeline)
 
@@ -114,13 +118,17 @@ class ImageNet:
 
     # Evaluation.
 
-    def evaluation_steps(self, strategy, pipelines=1):
-        """Batches in an evaluation."""
+    def evaluation_steps(self, strategy, pipelines=1, at_once=1):
+        """Batches in an evaluation, a multiple of `at_once`, the steps per execution."""
         largest = -(-self.sizes["validation"] // pipelines)
-        replicas = strategy.num_replicas_in_sync // pipelines
-        return -(-largest // (replicas * self.per_replica_batch))
+        images = at_once * (strategy.num_replicas_in_sync // pipelines) * self._evaluation_batch
+        return at_once * -(-largest // images)
 
-    def evaluation(self, strategy):
+    @property
+    def _evaluation_batch(self):
+        return self.evaluation_batch or self.per_replica_batch
+
+    def evaluation(self, strategy, at_once=1):
         """A distributed dataset of `(images, one-hot labels, weights)`; every image has weight 1 exactly once.
 
         It begins again after `evaluation_steps`: Keras draws a batch from an iterator that it has used up before it
@@ -132,9 +140,10 @@ class ImageNet:
             images = self._read(split[context.input_pipeline_id]).map(self._central, tf.data.AUTOTUNE)
             pads = tf.data.Dataset.from_tensors(self._pad()).repeat()
             replicas = strategy.num_replicas_in_sync // context.num_input_pipelines
-            batches = replicas * self.evaluation_steps(strategy, context.num_input_pipelines)
-            images = images.concatenate(pads).batch(self.per_replica_batch, drop_remainder=True)
-            return images.take(batches).repeat().prefetch(2)
+            batches = replicas * self.evaluation_steps(strategy, context.num_input_pipelines, at_once)
+            images = images.concatenate(pads).batch(self._evaluation_batch, drop_remainder=True)
+            images = images.take(batches).repeat().prefetch(2)
+            return images.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
 
         return strategy.distribute_datasets_from_function(pipeline)
 

@@ -1,6 +1,7 @@
 """What a step costs on thousands of replicas: traced, checked against the formulas of `costs.py`, tables and a figure.
 
-    python tpu/scaling.py        # traces ResNet-50 (some minutes), writes results/scaling.txt and images/scaling.png
+    python tpu/scaling.py        # traces ResNet-50 (an hour), writes results/scaling.txt and images/scaling.png
+    python tpu/scaling.py sgd neumann curveball        # traces with some of the optimizers; formulas of all
 
 Nothing of this was measured on an accelerator: counts are exact, times are a model with the assumptions of `MACHINES`.
 """
@@ -10,7 +11,12 @@ import os
 import subprocess
 import sys
 
-from costs import ITERATIONS, MACHINES, METHODS, WORD, Model, efficiency, time_of, transformer
+from costs import WORD, Model, efficiency, time_of, transformer
+from formulas import ITERATIONS
+from machines import MACHINES
+from methods import formulas
+
+METHODS = formulas()
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHOWN = (1, 16, 256, 4096)
@@ -31,7 +37,9 @@ def model_of(name, found, **kwargs):
     """The `Model` of what was traced."""
     kept = next(iter(found["optimizers"].values()))["activations"]
     given = {key: found[key] for key in ("examples", "weights", "tensors")}
-    return Model(name, layers=tuple(found["layers"]), activations=kept, **given, **kwargs)
+    given |= {key: tuple(found[key]) for key in ("layers", "outside")}
+    given |= {key: tuple(map(tuple, found[key])) for key in ("shapes", "blocks")}
+    return Model(name, activations=kept, **given, **kwargs)
 
 
 def predicted(method, model):
@@ -40,13 +48,17 @@ def predicted(method, model):
     return {
         "collectives": {name: counts for name, counts in reduced.items() if any(counts)},
         "flops": {name: work.flops(model) for name, work in method.sections.items()},
-        "state": method.state * model.weights,
+        "state": method.remembered(model),
     }
 
 
 def agrees(method, model, counts):
-    """Whether all that was counted is as predicted."""
-    return all(counts[key] == value for key, value in predicted(method, model).items())
+    """Whether all that was counted is as predicted; with matrices of its own, at least as many operations."""
+    expected = predicted(method, model)
+    if not method.matrices:
+        return all(counts[key] == value for key, value in expected.items())
+    more = all(counts["flops"].get(name, 0) >= flops for name, flops in expected.pop("flops").items())
+    return more and all(counts[key] == value for key, value in expected.items())
 
 
 # Tables.
@@ -59,12 +71,13 @@ def table_of_counts(model, found=None):
     yield f"{model.activations / 1e9:.2f} GB of activations kept by a first-order step"
     yield ""
     more = f" {'traced':>8}  counted = formula" if found else ""
-    yield f"{'':<16} {'collectives':>12} {'tensors':>8} {'MB':>9} {'forward = 1':>12} {'memory GB':>10}{more}"
+    yield f"{'':<30} {'collectives':>12} {'tensors':>8} {'MB':>9} {'forward = 1':>12} {'memory GB':>10}{more}"
     for name, method in METHODS.items():
         calls, tensors, numbers = method.collectives(model)
-        line = f"{name:<16} {calls:>12.1f} {tensors:>8.0f} {WORD * numbers / 1e6:>9.1f}"
-        line += f" {method.flops(model) / model.forward:>12.1f} {method.memory(model) / 1e9:>10.2f}"
-        if found:
+        line = f"{name:<30} {calls:>12.1f} {tensors:>8.0f} {WORD * numbers / 1e6:>9.1f}"
+        line += f" {method.flops(model) / model.forward:>11.1f}{'+' if method.matrices else ' '}"
+        line += f" {method.memory(model) / 1e9:>10.2f}"
+        if found and name in found["optimizers"]:
             counts = found["optimizers"][name]
             held = counts["peak"] + WORD * (model.weights * (1 + method.iterates) + counts["state"])
             line += f" {held / 1e9:>8.2f}  {'yes' if agrees(method, model, counts) else 'NO'}"
@@ -75,23 +88,23 @@ def table_of_times(model, machine):
     """Lines: the time of a step against the number of replicas."""
     yield f"{model.name} on {machine.name}, ms per step on n replicas, and the share that is not communication"
     yield ""
-    yield f"{'n':<16} {''.join(f'{n:>9}' for n in SHOWN)}  {f'share at {SHOWN[-1]}':>14} {'tensors unpacked':>17}"
+    yield f"{'n':<30} {''.join(f'{n:>9}' for n in SHOWN)}  {f'share at {SHOWN[-1]}':>14} {'tensors unpacked':>17}"
     for name, method in METHODS.items():
         times = "".join(f"{1e3 * sum(time_of(method, model, machine, n)):>9.1f}" for n in SHOWN)
         shares = [efficiency(method, model, machine, SHOWN[-1], packed=packed) for packed in (True, False)]
         fits = "" if method.memory(model) <= machine.memory else "  does not fit"
-        yield f"{name:<16} {times}  {shares[0]:>14.2f} {shares[1]:>17.2f}{fits}"
+        yield f"{name:<30} {times}  {shares[0]:>14.2f} {shares[1]:>17.2f}{fits}"
 
 
 def table_of_machines(model, replicas=1024):
     """Lines: the share of the time that is not communication, on every machine."""
     yield f"{model.name}, share of the time that is not communication on {replicas} replicas; -: does not fit"
     yield ""
-    yield f"{'':<16} {''.join(f'{m.name:>9}' for m in MACHINES)}"
+    yield f"{'':<30} {''.join(f'{m.name:>9}' for m in MACHINES)}"
     for name, method in METHODS.items():
         fits = [method.memory(model) <= m.memory for m in MACHINES]
         shares = [f"{efficiency(method, model, m, replicas):.2f}" for m in MACHINES]
-        yield f"{name:<16} {''.join(f'{s if fit else chr(45):>9}' for s, fit in zip(shares, fits))}"
+        yield f"{name:<30} {''.join(f'{s if fit else chr(45):>9}' for s, fit in zip(shares, fits))}"
 
 
 # Figure.
@@ -103,7 +116,7 @@ LINES = {
 }
 BARS = {"sgd": "SGD", "neumann": "Neumann", "curveball": "CurveBall", "two_loop_neumann": "TwoLoopNeumann",
         "hessian_free": "HessianFree"}  # fmt: skip
-PARTS = {"arithmetic": "#bbbbbb", "bytes": "#ff7f0e", "latency": "#9467bd"}
+PARTS = {"arithmetic": "#bbbbbb", "update": "#8c564b", "bytes": "#ff7f0e", "latency": "#9467bd"}
 
 
 def figure(pairs, path, replicas=1024):
@@ -145,8 +158,8 @@ def figure(pairs, path, replicas=1024):
     plt.close(fig)
 
 
-def main():
-    found = traced(["resnet50"])["resnet50"]
+def main(names):
+    found = traced(["resnet50"], *names)["resnet50"]
     resnet, large = model_of("ResNet-50", found, utilization=RESNET_UTILIZATION), transformer()
     machines = {machine.name: machine for machine in MACHINES}
     pairs = [(resnet, machines["TPU v4"]), (large, machines["H100"])]
@@ -162,4 +175,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -3,6 +3,8 @@
 Call it first: a TPU is initialized, and forgets what it held, and the processes of a cluster find each other.
 """
 
+import collections
+import glob
 import json
 import os
 import queue
@@ -18,8 +20,8 @@ def make(kind="auto", tpu=None, timeout=300):
 
     Args:
         kind: "tpu", "mirrored" (all GPUs of this machine, or its logical CPUs), "multiworker" (the cluster of
-            `TF_CONFIG`), "none", or "auto": a TPU where one is named, several workers where `TF_CONFIG` has them,
-            mirrored where there are several GPUs, else none. Defaults to "auto".
+            `TF_CONFIG`), "none", or "auto": a TPU where one is named or this machine has its chips, several workers
+            where `TF_CONFIG` has them, mirrored where there are several GPUs, else none. Defaults to "auto".
         tpu: Name, zone path or `grpc://` address of the TPU, or "local" on a Cloud TPU VM. By default `TPU_NAME`.
         timeout: Seconds after which a TPU that does not answer is given up. Defaults to `300`.
 
@@ -30,6 +32,8 @@ def make(kind="auto", tpu=None, timeout=300):
     tpu = tpu or os.environ.get("TPU_NAME")
     if kind not in KINDS:
         raise ValueError(f"`--strategy` must be one of {', '.join(KINDS)}. Received: {kind!r}")
+    if kind in ("auto", "tpu") and not tpu and chips():
+        tpu = "local"
     kind = found(tpu) if kind == "auto" else kind
     if kind == "tpu":
         return of_tpu(tpu, timeout)
@@ -47,10 +51,56 @@ def found(tpu):
     return "mirrored" if len(tf.config.list_logical_devices("GPU")) > 1 else "none"
 
 
+def chips(dev="/dev", pci="/sys/bus/pci/devices"):
+    """The TPU chips of this machine, paths; TensorFlow does not know them before it is told to look."""
+    accelerators = sorted(glob.glob(os.path.join(dev, "accel[0-9]*")))
+    if accelerators:
+        return accelerators
+    # newer ones are devices of a virtual machine's own, of Google's (0x1ae0) as the bus says
+    vendors = glob.glob(os.path.join(pci, "*", "vendor"))
+    return [path for path in sorted(glob.glob(os.path.join(dev, "vfio", "[0-9]*"))) if _one_is_googles(vendors)]
+
+
+def _one_is_googles(vendors):
+    for path in vendors:
+        with open(path) as file:
+            if file.read().strip() == "0x1ae0":
+                return True
+    return False
+
+
+def on_tpu(strategy):
+    """Whether the replicas are a TPU's."""
+    return isinstance(strategy, (tf.distribute.TPUStrategy, tf.distribute.experimental.TPUStrategy))
+
+
+def devices(strategy):
+    """The devices of this process' replicas, in words; with a warning where a network of ImageNet will not get far."""
+    if type(strategy) is type(tf.distribute.get_strategy()):
+        names = [(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU"))[0].name]
+    else:
+        names = strategy.extended.worker_devices
+    kinds = collections.Counter(name.split(":")[-2] for name in names)
+    words = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return words if set(kinds) - {"CPU"} else f"{words}; no TPU and no GPU was found: ImageNet would take years here"
+
+
 def workers():
-    """Processes in the cluster of `TF_CONFIG`; 0 without one."""
-    cluster = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster", {})
-    return sum(len(cluster.get(job, [])) for job in ("chief", "worker"))
+    """Processes in the cluster of `TF_CONFIG`; 0 without one.
+
+    Raises:
+        ValueError: `TF_CONFIG` is not what TensorFlow reads.
+    """
+    text = os.environ.get("TF_CONFIG") or "{}"
+    try:
+        config = json.loads(text)
+        cluster = config.get("cluster", {})
+        return sum(len(cluster.get(job, [])) for job in ("chief", "worker"))
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise ValueError(f"TF_CONFIG is not {TF_CONFIG}: {error}. Received: {text}") from error
+
+
+TF_CONFIG = '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}'
 
 
 def of_tpu(tpu, timeout):
@@ -96,8 +146,7 @@ def of_workers():
     """`MultiWorkerMirroredStrategy`, by NCCL where the workers have GPUs."""
     if workers() < 1:
         raise ValueError(
-            "`--strategy multiworker` needs TF_CONFIG, in every process with another `index`: "
-            '\'{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}\''
+            f"`--strategy multiworker` needs TF_CONFIG, in every process with another `index`: '{TF_CONFIG}'"
         )
     by = tf.distribute.experimental.CommunicationImplementation
     how = by.NCCL if tf.config.list_physical_devices("GPU") else by.RING

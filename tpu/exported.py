@@ -1,0 +1,115 @@
+"""Train steps as programs for a machine that has JAX, a GPU and no TensorFlow: written here, timed and checked there.
+
+    python tpu/exported.py FOLDER --models cnn --optimizers sgd,neumann,curveball        # here: TensorFlow, jax
+    python tpu/run_exported.py FOLDER                                                    # there: jax, numpy
+
+A program is the train step of `fit` as XLA gets it, without dropout, whose masks TensorFlow draws otherwise than XLA.
+Weights are drawn anew from a seed on both sides, so that a file holds the program alone and, of the weights after three
+steps of TensorFlow's, a few numbers of each tensor.
+"""
+
+import argparse
+import json
+import os
+import sys
+import zlib
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+STEPS = 3
+SHOWN = 64  # numbers of each tensor that are compared
+
+
+def write(folder, network, optimizer, policy, examples):
+    """Write the program of a train step; returns its size in bytes.
+
+    Args:
+        folder: Where.
+        network, optimizer: Names in `traced.NETWORKS` and `methods.OPTIMIZERS`.
+        policy: `"float32"` or `"mixed_bfloat16"`.
+        examples: In the batch.
+    """
+    import executed
+    import keras
+    import numpy as np
+    from run_exported import batch, drawn, shown
+    from traced import NETWORKS, traced
+
+    def without_dropout(examples):
+        model, *rest = NETWORKS[network](examples)
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.Dropout):
+                layer.rate = 0.0
+        return model, *rest
+
+    keras.mixed_precision.set_global_policy(policy)
+    step = traced(optimizer, without_dropout, 1, examples)
+    model = step.model
+    for number, weight in enumerate(model.trainable_variables):
+        if len(weight.shape) > 1:  # biases and scales stay as they begin
+            weight.assign(drawn(number, weight.shape))
+    places = {id(v.value.handle): v for v in executed.variables(model)}
+    values = [places[id(t)].numpy() if id(t) in places else t.numpy() for t in step.captured]
+    numbers = {id(v): i for i, v in enumerate(model.trainable_variables)}
+    trained = [numbers.get(id(places.get(id(t)))) for t in step.captured]  # which weight it is, or none
+    spec = {
+        "network": network, "optimizer": optimizer, "policy": policy, "updates": sorted(step.updates.items()),
+        "inputs": [[list(spec.shape), spec.dtype.name] for spec in step.inputs], "classes": int(model.output_shape[-1]),
+        "captured": [_captured(value, number) for value, number in zip(values, trained)], "weights": trained,
+    }  # fmt: skip
+    x, y = batch(spec)
+    for _ in range(STEPS):
+        model.train_on_batch(x, y)
+    spec["expected"] = [shown(np.asarray(w)).tolist() for w in model.trainable_variables]
+    name = os.path.join(folder, f"{network}-{optimizer}-{policy}")
+    with open(name + ".json", "w") as file:
+        json.dump(spec, file)
+    with open(name + ".mlir.z", "wb") as file:
+        return file.write(zlib.compress(without_locations(step.text).encode(), 9))
+
+
+def _captured(value, number):
+    """A captured value for the file: a weight that is drawn by its number, one number, or all of them."""
+    if number is not None and value.ndim > 1:
+        return {"drawn": number, "shape": list(value.shape), "dtype": value.dtype.name}
+    first = value.ravel()[0].item() if value.size else 0
+    if (value == first).all():
+        return {"constant": first, "shape": list(value.shape), "dtype": value.dtype.name}
+    return {"values": value.tolist(), "shape": list(value.shape), "dtype": value.dtype.name}
+
+
+def without_locations(text):
+    """The program without the names of TensorFlow's operations, and without copies."""
+    from compiler import _without_copies
+    from jax._src.interpreters import mlir
+    from jaxlib.mlir import ir
+
+    with mlir.make_ir_context():
+        module = ir.Module.parse(text)
+        _without_copies(module, ir)
+        return module.operation.get_asm(enable_debug_info=False)
+
+
+def main(argv=None):
+    """The program."""
+    parser = argparse.ArgumentParser(description="Train steps as files for JAX.")
+    parser.add_argument("folder", help="where to write; created")
+    parser.add_argument("--models", default="cnn", help="with commas: cnn, resnet50, transformer")
+    parser.add_argument("--optimizers", default="sgd,neumann,curveball", help="with commas, sgd among them")
+    parser.add_argument("--policies", default="float32", help="float32,mixed_bfloat16")
+    parser.add_argument("--examples", type=int, default=32, help="in the batch; default 32")
+    args = parser.parse_args(argv)
+    os.makedirs(args.folder, exist_ok=True)
+    total = 0
+    for network in args.models.split(","):
+        for policy in args.policies.split(","):
+            for optimizer in args.optimizers.split(","):
+                size = write(args.folder, network, optimizer, policy, args.examples)
+                total += size
+                print(f"{network} {optimizer} {policy}: {size / 1e6:.2f} MB", flush=True)
+    print(f"{total / 1e6:.1f} MB in {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""What a step of each optimizer reduces, multiplies and remembers: `formula(optimizer)`."""
+
+import math
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings, before it is imported
+
+import keras
+from costs import Method, Work
+from matrices import factors, inverses, lengths, means, pairs, squares, stacked
+
+import keras_curvature as kc
+
+ITERATIONS = 30  # of conjugate gradients in a step, an assumption; the rule stops between 10 and 250 of them
+
+
+def first_order(state, traffic, vectors=1):
+    """A function of a step's beginning: a `Method` that needs the gradient alone."""
+    return lambda optimizer, step: Method({"step": step}, state, vectors, traffic=traffic)
+
+
+_gradient = Work(reductions=1, vectors=1, forward=1, backward=1)
+_with_loss = Work(reductions=2, vectors=1, scalars=1, forward=1, backward=1)
+_loss = Work(reductions=1, scalars=1, forward=1)
+_product = Work(reductions=1, vectors=1, hessians=1)
+
+
+def _and(step, **more):
+    """The `step`, and more work in the same section."""
+    names = {name: getattr(step, name) + more[name] for name in more if name != "others"}
+    return Work(**{**step.__dict__, **more, **names})
+
+
+def curveball(optimizer, step):
+    """J z, then G z + g in one backward pass, then J dz; the loss, three inner products at once. The check: a loss."""
+    begin = Work(reductions=3, vectors=1, scalars=4, joined=2, forward=1, backward=3)
+    looks = optimizer._trial.looks
+    return Method(
+        {"step": begin, **({"cond": _loss} if looks else {})}, state=1, vectors=2, recordings=3,
+        turns={"cond": 1 / optimizer.damping.every} if looks else {}, traffic=9,
+    )  # fmt: skip
+
+
+def two_loop_neumann(optimizer, step):
+    """The loop: a gradient at a shifted point, and with it the loss there, which nobody reads."""
+    turn = Work(reductions=1, vectors=1, scalars=1, forward=1, backward=1)
+    steps = optimizer.solver.steps
+    return Method({"step": step, "while": turn}, 0, 4, turns={"while": steps}, traffic=3 + 6 * steps)
+
+
+def hessian_free(optimizer, step):
+    """Loss and gradient; squares by example, from passes of their own; the product with the start; the loss of the last
+    iterate; a quadratic form. Loops: an iteration, a step of walking back, a trial of the line search.
+    """
+    # a quadratic form of the Gauss-Newton matrix is a sum of one number, that of the Hessian needs the product
+    hessian, chunk = optimizer.curvature == "hessian", optimizer.curvature_batch is not None
+    begin = Work(
+        reductions=6 + 2 * chunk, vectors=3 + hessian, scalars=3 - hessian + 2 * chunk, forward=3,
+        backward=2 if hessian else 5, hessians=2 * hessian,
+    )  # fmt: skip
+    turn = Work(reductions=1, vectors=1, backward=0 if hessian else 2, hessians=int(hessian))
+    kept = sum(i <= ITERATIONS for i in optimizer.solver._stored_steps()) + 1  # and the last one
+    return Method(
+        {"step": begin, "while": turn, "while_1": _loss, "while_2": _loss}, state=1, vectors=8, recordings=3,
+        turns={"while": ITERATIONS, "while_1": 1, "while_2": 0}, iterates=kept, traffic=20 + 14 * ITERATIONS,
+    )  # fmt: skip
+
+
+def by_weight(state, held, recordings, traffic, **work):
+    """A method with a diagonal that it estimates from time to time, and counts the estimates of each variable."""
+
+    def of(optimizer, step):
+        sections, turns = {"step": _and(step, **work)}, {}
+        if optimizer.every > 1:
+            sections, turns = {"step": step, "cond": Work(**work)}, {"cond": 1 / optimizer.every}
+        return Method(sections, state, held, recordings, turns, kept=lambda model: model.tensors, traffic=traffic)
+
+    return of
+
+
+def square_root_free_adam(optimizer, step):
+    """With sampled labels another gradient."""
+    sampled = optimizer.fisher == "sampled"
+    more = {"reductions": 1, "vectors": 1, "backward": 1} if sampled else {}
+    return Method({"step": _and(step, **more)}, 2, 4, kept=lambda model: model.tensors, traffic=7)
+
+
+def diagonal_newton(optimizer, step):
+    """The diagonal of the Hessian, from a product."""
+    work = {"reductions": 1, "vectors": 1, "hessians": 1}
+    return Method({"step": _and(step, **work)}, 0, 3, recordings=5, traffic=6)
+
+
+def kfac(optimizer, step):
+    """Factors from labels that the model draws; their inverses. The check: a loss, and `momentum=None` two products."""
+    adapts, looks = optimizer.momentum is None, optimizer._trial.looks
+    begin = Work(reductions=3, vectors=1, scalars=4, joined=2, forward=1, backward=3) if adapts else step
+    estimate = Work(others=factors, slopes=1)
+    sections = {"step": begin, "cond": estimate, "cond_1": Work(others=inverses)}
+    turns = {"cond": 1 / optimizer.factors_every, "cond_1": 1 / optimizer.inverses_every}
+    if looks:
+        sections["cond_2"], turns["cond_2"] = _loss, 1 / optimizer.damping.every
+    return Method(
+        sections, 1, 7, 3 if adapts else 2, turns,
+        kept=lambda model: 2 * sum(map(sum, pairs(model))) + 2 * len(model.blocks) + sum(model.outside)
+        + len(model.outside), matrices=True, traffic=9,
+    )  # fmt: skip
+
+
+def ekfac(optimizer, step):
+    """Factors; the second moments in their bases; the bases."""
+    sections = {
+        "step": step, "cond": Work(others=factors, slopes=1), "cond_1": Work(others=squares, slopes=1),
+        "cond_1/cond": Work(others=inverses),
+    }  # fmt: skip
+    often, seldom = 1 / optimizer.factors_every, 1 / optimizer.inverses_every
+
+    def kept(model):
+        moments = sum(map(math.prod, model.blocks)) + 3 * len(model.blocks)
+        return 2 * sum(map(sum, pairs(model))) + moments + sum(model.outside) + len(model.outside)
+
+    return Method(
+        sections, 1, 8, 2, {"cond": often, "cond_1": often, "cond_1/cond": seldom}, kept=kept, matrices=True,
+        traffic=9,
+    )  # fmt: skip
+
+
+def eva(optimizer, step):
+    """The means of a layer's inputs and slopes, in the call of the gradient."""
+    begin = Work(reductions=1, vectors=1, scalars=1, others=means, forward=1, backward=1)
+    return Method({"step": begin}, 1, 2, 2, kept=lambda model: sum(map(sum, means(model, 1))), traffic=9)
+
+
+def shampoo(optimizer, step):
+    """Roots of the factors: a call for each exponent, which is by the number of a tile's axes."""
+    merge = min(optimizer.block_size, optimizer.max_dimension or optimizer.block_size)
+
+    def of(model):
+        return lengths(model, merge, optimizer.block_size, optimizer.max_dimension)
+
+    def roots(model, replicas):
+        tiles = of(model)
+        return [
+            stacked([(n * n,) for tile in tiles if len(tile) == axes for n in tile], replicas)
+            for axes in sorted({len(tile) for tile in tiles} - {0})
+        ]
+
+    moments = (optimizer.beta_1 > 0) + (optimizer.grafting in ("adam", "rmsprop"))
+    return Method(
+        {"step": step, "cond": Work(others=roots)}, moments, 11, turns={"cond": 1 / optimizer.every},
+        kept=lambda model: 2 * sum(n * n for tile in of(model) for n in tile), matrices=True, traffic=12,
+    )  # fmt: skip
+
+
+def by_basis(optimizer, step, state, kept, vectors):
+    """SOAP and KL-Shampoo: bases of the factors; from the second on by a product and a decomposition into Q R."""
+
+    def of(model):
+        return lengths(model, optimizer.merge, longest=optimizer.max_dimension, vectors=False)
+
+    def bases(model, replicas):  # both branches of the condition, of which a step takes one
+        call = stacked([(n * n,) for tile in of(model) for n in tile], replicas)
+        return [call, call] if call else []
+
+    section = "cond" if optimizer.every == 1 else "cond/cond"
+    return Method(
+        {"step": step, section: Work(others=bases)}, state, vectors, turns={section: 0.5 / optimizer.every},
+        kept=lambda model: kept(model, of(model)), matrices=True, traffic=14,
+    )  # fmt: skip
+
+
+def soap(optimizer, step):
+    """Two moments; factors and bases."""
+
+    def kept(model, tiles):
+        return 2 * sum(n * n for tile in tiles for n in tile)
+
+    return by_basis(optimizer, step, 2, kept, 11)
+
+
+def kl_shampoo(optimizer, step):
+    """A moment; factors, bases and eigenvalues; for variables without a matrix a second moment."""
+
+    def kept(model, tiles):
+        plain = sum(math.prod(shape) for shape, tile in zip(model.shapes, tiles) if not tile)
+        return 2 * sum(n * n for tile in tiles for n in tile) + sum(map(sum, tiles)) + plain
+
+    return by_basis(optimizer, step, 1, kept, 10)
+
+
+def psgd(optimizer, step):
+    """The preconditioner is fitted on every replica alike; the Newton type to a product with the Hessian."""
+    sections, turns = {"step": step}, {}
+    if optimizer.kind == "newton":
+        work = {"reductions": 1, "vectors": 1, "hessians": 1}
+        sections = {"step": _and(step, **work)} if optimizer.every == 1 else {"step": step, "cond": Work(**work)}
+        turns = {} if optimizer.every == 1 else {"cond": 1 / optimizer.every}
+
+    def kept(model):
+        return sum(math.prod(shape) for _, shape, _ in optimizer._geometry.specs(list(model.shapes)))
+
+    newton = optimizer.kind == "newton"
+    return Method(
+        sections, int(optimizer.momentum > 0), 5 if newton else 4, 5 if newton else 1, turns, kept=kept, matrices=True,
+        traffic=10,
+    )  # fmt: skip
+
+
+_hessian = {"reductions": 1, "vectors": 1, "hessians": 1}
+FORMULAS = {
+    keras.optimizers.SGD: first_order(1, 5),
+    keras.optimizers.Adam: first_order(2, 7),
+    keras.optimizers.Lamb: first_order(2, 11),
+    kc.Neumann: first_order(2, 11, vectors=2),  # besides the gradient the distance to the average v
+    kc.CurveBall: curveball,
+    kc.TwoLoopNeumann: two_loop_neumann,
+    kc.HessianFree: hessian_free,
+    kc.AdaHessian: by_weight(2, 4, 5, 8, **_hessian),
+    kc.SophiaG: by_weight(2, 4, 1, 8, reductions=1, vectors=1, backward=1),
+    kc.SophiaH: by_weight(2, 4, 5, 8, **_hessian),
+    kc.ESGD: by_weight(1, 3, 5, 8, **_hessian),
+    kc.DiagonalNewton: diagonal_newton,
+    kc.SquareRootFreeAdam: square_root_free_adam,
+    kc.KFAC: kfac,
+    kc.EKFAC: ekfac,
+    kc.Eva: eva,
+    kc.Shampoo: shampoo,
+    kc.SOAP: soap,
+    kc.KLShampoo: kl_shampoo,
+    kc.PSGD: psgd,
+}
+
+
+def formula(optimizer, curved=True):
+    """The `Method` of an optimizer.
+
+    Args:
+        optimizer: One of the classes in `FORMULAS`.
+        curved: Whether the model is curved, so that its step also reduces the loss.
+
+    Raises:
+        KeyError: There is no formula for its class.
+    """
+    ours = isinstance(optimizer, kc.CurvatureOptimizer)
+    return FORMULAS[type(optimizer)](optimizer, _with_loss if curved and ours else _gradient)

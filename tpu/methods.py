@@ -1,0 +1,46 @@
+"""The optimizers that `scaling.py` and `compile.py` look at, by the names of their tables."""
+
+import functools
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings, before it is imported
+
+import keras
+
+import keras_curvature as kc
+
+# name: (optimizer with its defaults, whether the model is curved)
+OPTIMIZERS = {
+    "sgd": (lambda: keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True), False),
+    "adam": (keras.optimizers.Adam, False),
+    "lamb": (keras.optimizers.Lamb, False),
+    "neumann": (kc.Neumann, False),
+    "shampoo": (kc.Shampoo, False),
+    "soap": (kc.SOAP, False),
+    "kl_shampoo": (kc.KLShampoo, False),
+    "psgd": (kc.PSGD, False),
+    "square_root_free_adam": (kc.SquareRootFreeAdam, False),
+    "neumann_curved": (kc.Neumann, True),
+    "curveball": (kc.CurveBall, True),
+    "two_loop_neumann": (kc.TwoLoopNeumann, True),
+    "hessian_free": (kc.HessianFree, True),
+    "adahessian": (kc.AdaHessian, True),
+    "sophia_g": (kc.SophiaG, True),
+    "sophia_h": (kc.SophiaH, True),
+    "esgd": (kc.ESGD, True),
+    "diagonal_newton": (kc.DiagonalNewton, True),
+    "eva": (kc.Eva, True),
+    "kfac": (kc.KFAC, True),
+    "kfac_adaptive": (kc.KFAC.adaptive, True),
+    "ekfac": (kc.EKFAC, True),
+    "psgd_newton": (lambda: kc.PSGD(kind="newton"), True),
+    "square_root_free_adam_sampled": (lambda: kc.SquareRootFreeAdam(fisher="sampled"), True),
+}
+
+
+@functools.cache
+def formulas():
+    """`{name: Method}`; a function, because an optimizer has variables, which set up TensorFlow."""
+    from formulas import formula
+
+    return {name: formula(make(), curve) for name, (make, curve) in OPTIMIZERS.items()}

@@ -1,0 +1,131 @@
+"""Times and checks the programs of `exported.py` on the first device of JAX; needs jax and numpy alone.
+
+    python run_exported.py FOLDER [--seconds 5]
+
+For each network and precision, SGD first: milliseconds of a step, ratio to SGD's, memory of the program, and the
+largest difference from TensorFlow's weights after three steps, beside the largest weight.
+"""
+
+import argparse
+import glob
+import json
+import os
+import time
+import zlib
+
+os.environ["JAX_ENABLE_X64"] = "1"  # counters are of 64 bits
+
+import numpy as np
+
+STEPS, SHOWN = 3, 64
+
+
+def drawn(number, shape):
+    """The first values of a weight, from its number: normal, scaled by the rows that it sums over."""
+    random = np.random.default_rng(number)
+    return (random.standard_normal(shape) / np.sqrt(np.prod(shape[:-1]))).astype("float32")
+
+
+def batch(spec):
+    """`(x, y)`."""
+    random = np.random.default_rng(0)
+    (shape, kind), (of_labels, _) = spec["inputs"]
+    if kind.startswith("float"):
+        x = random.standard_normal(shape).astype(kind)
+    else:
+        x = random.integers(0, 256 if kind == "uint8" else 1000, shape).astype(kind)
+    return x, random.integers(0, spec["classes"], of_labels).astype("int32")
+
+
+def shown(array):
+    """A few numbers of a tensor, spread over it."""
+    flat = np.asarray(array, "float64").ravel()
+    return flat[:: max(1, flat.size // SHOWN)][:SHOWN]
+
+
+def value_of(captured):
+    """The array that a captured value describes."""
+    if "drawn" in captured:
+        return drawn(captured["drawn"], captured["shape"]).astype(captured["dtype"])
+    if "constant" in captured:
+        return np.full(captured["shape"], captured["constant"], captured["dtype"])
+    return np.array(captured["values"], captured["dtype"]).reshape(captured["shape"])
+
+
+def load(text, device):
+    """The executable."""
+    from jax._src import compiler
+    from jax._src.interpreters import mlir
+    from jax._src.lib import xla_client
+    from jaxlib.mlir import ir
+
+    options = compiler.get_compile_options(num_replicas=1, num_partitions=1, device_assignment=np.array([[device.id]]))
+    with mlir.make_ir_context():
+        module = ir.Module.parse(text)
+        return device.client.compile_and_load(module, xla_client.DeviceList((device,)), options)
+
+
+def measured(path, seconds, device):
+    """`{"ms", "memory", "difference", "largest"}` of a program."""
+    import jax
+
+    with open(path) as file:
+        spec = json.load(file)
+    with open(path.replace(".json", ".mlir.z"), "rb") as file:
+        program = load(zlib.decompress(file.read()).decode(), device)
+    memory = program.get_compiled_memory_stats()
+    inputs = [jax.device_put(a, device) for a in batch(spec)]
+    values = [jax.device_put(value_of(captured), device) for captured in spec["captured"]]
+
+    def step():
+        results = program.execute_sharded([*inputs, *values]).disassemble_into_single_device_arrays()
+        for output, captured in spec["updates"]:
+            values[captured] = results[output][0]
+        return results[0][0]
+
+    for _ in range(STEPS):
+        step()
+    weights = {number: values[i] for i, number in enumerate(spec["weights"]) if number is not None}
+    found = [shown(np.asarray(weights[number], "float64")) for number in range(len(spec["expected"]))]
+    difference = max(float(np.abs(a - b).max()) for a, b in zip(found, spec["expected"]))
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds or not count:
+        for _ in range(5):
+            last = step()
+        last.block_until_ready()
+        count += 5
+    return {
+        "ms": 1e3 * (time.perf_counter() - began) / count,
+        "memory": memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        "difference": difference, "largest": max(float(np.abs(a).max()) for a in found),
+    }  # fmt: skip
+
+
+def main(argv=None):
+    """The program."""
+    import jax
+
+    parser = argparse.ArgumentParser(description="Times programs of exported.py.")
+    parser.add_argument("folder", help="of exported.py")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of timing for each program; default 5")
+    args = parser.parse_args(argv)
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}")
+    print(f"{'program':<60} {'ms':>9} {'of SGD':>7} {'MB':>9} {'difference':>11} {'of':>7}")
+    reference = {}
+    paths = sorted(glob.glob(os.path.join(args.folder, "*.json")), key=lambda path: ("-sgd-" not in path, path))
+    for path in paths:
+        name = os.path.basename(path).removesuffix(".json")
+        network, _, policy = name.split("-")
+        found = measured(path, args.seconds, device)
+        reference.setdefault((network, policy), found["ms"])
+        ratio = found["ms"] / reference[network, policy]
+        print(
+            f"{name:<60} {found['ms']:>9.3f} {ratio:>7.2f} {found['memory'] / 1e6:>9.1f} {found['difference']:>11.1e} "
+            f"{found['largest']:>7.3f}", flush=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
