@@ -17,6 +17,8 @@ from keras_curvature.solvers import (
     KroneckerGeometry,
     LowRankGeometry,
     NeumannSeries,
+    NewtonSchulz,
+    PolarExpress,
 )
 from keras_curvature.steps import ArmijoLineSearch, ConstantDamping, LevenbergMarquardt
 from keras_curvature.training.models import CurvatureModel, curved
@@ -39,6 +41,8 @@ __all__ = [
     "LowRankGeometry",
     "Needs",
     "NeumannSeries",
+    "NewtonSchulz",
+    "PolarExpress",
     "callbacks",
     "curvature",
     "curved",

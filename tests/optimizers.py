@@ -96,6 +96,7 @@ OPTIMIZERS = {
     ),
     "soap": Method(kc.SOAP, BY_AXIS, FALLING, steps=600, family=True),
     "kl_shampoo": Method(kc.KLShampoo, BY_AXIS, FALLING, steps=600),
+    "muon": Method(kc.Muon, {"learning_rate": 0.01}, FALLING, steps=600),
     "psgd_newton": Method(
         kc.PSGD, {"learning_rate": 0.05, "kind": "newton", "geometry": kc.LowRankGeometry(rank=2), "every": 2}, LONG,
         family=True, by_gradient=False,

@@ -12,6 +12,7 @@ from keras_curvature.optimizers.eva import Eva as Eva
 from keras_curvature.optimizers.hessian_free import HessianFree as HessianFree
 from keras_curvature.optimizers.kfac import KFAC as KFAC
 from keras_curvature.optimizers.kl_shampoo import KLShampoo as KLShampoo
+from keras_curvature.optimizers.muon import Muon as Muon
 from keras_curvature.optimizers.neumann import Neumann as Neumann
 from keras_curvature.optimizers.psgd import PSGD as PSGD
 from keras_curvature.optimizers.shampoo import Shampoo as Shampoo

@@ -4,6 +4,7 @@ from keras_curvature.solvers.base import Solution, Solver
 from keras_curvature.solvers.conjugate_gradient import ConjugateGradient
 from keras_curvature.solvers.kronecker_geometry import KroneckerGeometry
 from keras_curvature.solvers.low_rank import LowRankGeometry
+from keras_curvature.solvers.matrix_sign import NewtonSchulz, PolarExpress
 from keras_curvature.solvers.neumann import NeumannSeries
 from keras_curvature.solvers.roots import CoupledNewton, EigenRoot
 
@@ -14,6 +15,8 @@ __all__ = [
     "KroneckerGeometry",
     "LowRankGeometry",
     "NeumannSeries",
+    "NewtonSchulz",
+    "PolarExpress",
     "Solution",
     "Solver",
 ]
