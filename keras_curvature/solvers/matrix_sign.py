@@ -33,6 +33,8 @@ POLAR_EXPRESS = (
     (3.28575, -2.36813, 0.46449), (2.34654, -1.70978, 0.42324), (1.875, -1.25, 0.375),
 )  # fmt: skip
 
+LARGEST_GROWTH = 1000.0  # its square times the rounding error of float32 is 0.1
+
 
 @dataclasses.dataclass(frozen=True)
 class MatrixSign(Component):
@@ -49,8 +51,8 @@ class MatrixSign(Component):
         polynomials = self._polynomials()
         # through the Gram matrix, 4 products of (rows, rows) for each step, instead of 1 of them and 2 with the columns
         rows, columns = matrices.shape[-2:]
-        through_gram = (4 * self.steps - 3) * rows < (2 * self.steps - 2) * columns + self.steps * rows
-        return (_through_gram if through_gram else _directly)(X, A, polynomials)
+        cheaper = (4 * self.steps - 3) * rows < (2 * self.steps - 2) * columns + self.steps * rows
+        return (_through_gram if cheaper and not _rounds_products() else _directly)(X, A, polynomials)
 
     def values(self, s: np.ndarray) -> np.ndarray:
         """The polynomial `p` itself, of singular values that are already divided by the bound; a NumPy array."""
@@ -88,7 +90,8 @@ class NewtonSchulz(MatrixSign):
     Reference: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), for `"jordan"` and the
     iteration; the coefficients of `"quintic"` are those of github.com/NVIDIA-NeMo/Emerging-Optimizers; Higham,
     "Functions of matrices" (2008), equation 8.20, for `"cubic"`. Differences: (1) in the precision of the matrices, float32
-    at least (there bfloat16); (2) of a matrix with many more columns than rows, only `X X'` is iterated.
+    at least (there bfloat16); (2) on a CPU, of a matrix with many more columns than rows only
+    `X X'` is iterated.
 
     Args:
         coefficients: `"jordan"`, `"quintic"` or `"cubic"`. Defaults to `"jordan"`.
@@ -145,6 +148,11 @@ def _in_range(matrices):
     return matrices * tf.math.reciprocal_no_nan(tf.reduce_max(tf.abs(matrices), axis=(-2, -1), keepdims=True))
 
 
+def _rounds_products():
+    """Whether products of matrices may be rounded to TF32 or bfloat16, which `_through_gram` would amplify."""
+    return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
+
+
 def _directly(X, A, polynomials):
     """All steps on `X`; `A` is the first `X X'`."""
     for i, (a, b, c) in enumerate(polynomials):
@@ -155,11 +163,17 @@ def _directly(X, A, polynomials):
 
 
 def _through_gram(X, A, polynomials):
-    """The same with `Q A Q` in place of `X X'`, for `Q` the product of the polynomials so far, and one product by `X`."""
-    eye, Q = tf.eye(A.shape[-1], dtype=A.dtype), None
+    """The same with `Q A Q` in place of `X X'`, for `Q` the product of the polynomials so far, and one product by `X`.
+
+    Each step multiplies the rounding errors of `A` by up to `a^2`, so after a growth of `LARGEST_GROWTH` `X X'` is computed anew.
+    """
+    eye, Q, growth = tf.eye(A.shape[-1], dtype=A.dtype), None, 1.0
     for i, (a, b, c) in enumerate(polynomials):
+        if growth * a > LARGEST_GROWTH:
+            X, Q, growth = tf.matmul(Q, X), None, 1.0
+            A = tf.matmul(X, X, transpose_b=True)
         q = a * eye + (b * A if c == 0 else b * A + c * tf.matmul(A, A))
-        Q = q if Q is None else tf.matmul(q, Q)
-        if i < len(polynomials) - 1:
+        Q, growth = q if Q is None else tf.matmul(q, Q), growth * a
+        if i < len(polynomials) - 1 and growth * polynomials[i + 1][0] <= LARGEST_GROWTH:
             A = tf.matmul(q, tf.matmul(A, q))
     return tf.matmul(Q, X)
