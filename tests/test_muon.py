@@ -225,7 +225,7 @@ def test_the_ends_of_a_model_are_its_embeddings_and_the_layers_of_its_outputs(na
 
 def by_muon(optimizer, model):
     """The last parts of the paths of the weights that the matrix sign steps."""
-    return short([model.trainable_variables[i] for i in optimizer._matrices])
+    return short([model.trainable_variables[i] for i in optimizer._hidden])
 
 
 @pytest.mark.parametrize("curve", [False, True])
@@ -269,7 +269,7 @@ def test_a_layer_of_one_output_is_the_output_layer():
     model = keras.Sequential([keras.Input((4,)), layers.Dense(6), layers.Dense(5, name="hidden"), layers.Dense(1)])
     optimizer = kc.Muon()
     optimizer.build(model.trainable_variables)
-    assert len(optimizer._matrices) == 2
+    assert len(optimizer._hidden) == 2
 
 
 def test_the_bad_are_told():

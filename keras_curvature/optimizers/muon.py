@@ -3,21 +3,15 @@
 import math
 import re
 import warnings
-import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
-
-import keras
-import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_component, check_number, register
 from keras_curvature.linearization.layers import ends
-from keras_curvature.operators.unfolding import Unfolding
-from keras_curvature.optimizers.by_axis import ByAxis
+from keras_curvature.optimizers.hidden import SIGN, HiddenMatrices
 from keras_curvature.optimizers.limits import NotLinear
-from keras_curvature.solvers.dealing import in_stacks
-from keras_curvature.solvers.matrix_sign import MatrixSign, NewtonSchulz
+from keras_curvature.solvers.matrix_sign import MatrixSign
 from keras_curvature.typing import LearningRate, Variables, Vector
 
 # The factor on an orthogonal matrix with `rows` for inputs and `columns` for outputs.
@@ -26,11 +20,10 @@ SCALES = {
     "moonlight": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
     "scion": lambda rows, columns: math.sqrt(columns / rows),
 }
-STACKED = 2**20  # larger matrices are not copied into a stack with others
 
 
 @register
-class Muon(ByAxis):
+class Muon(HiddenMatrices):
     """Muon: steepest descent in the spectral norm, with momentum, for every matrix of the model.
 
         M <- momentum M + (1 - momentum) G,    N = momentum M + (1 - momentum) G
@@ -83,9 +76,8 @@ class Muon(ByAxis):
     def __init__(
         self, learning_rate: LearningRate = 1e-3, momentum: float = 0.95, nesterov: bool = True,
         scale: Literal["moonlight", "jordan", "scion"] = "moonlight",
-        sign: MatrixSign = NewtonSchulz("quintic", steps=4, bound="gram"), per_head: bool = False,
-        adam_for: Sequence[str] | None = None, adam_rate: float = 1.0, beta_1: float = 0.9, beta_2: float = 0.999,
-        epsilon: float = 1e-8, name: str = "muon", **kwargs: Any,
+        sign: MatrixSign = SIGN, per_head: bool = False, adam_for: Sequence[str] | None = None, adam_rate: float = 1.0,
+        beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8, name: str = "muon", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         for argument, beta in (("momentum", momentum), ("beta_1", beta_1), ("beta_2", beta_2)):
@@ -100,45 +92,31 @@ class Muon(ByAxis):
         self.per_head, self.adam_for, self.adam_rate = per_head, adam_for, adam_rate
         self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
 
-    def meet(self, model: keras.Model | None) -> None:
-        """Remember the curved model, in which embeddings and output layers are found."""
-        if model is not None and not self.built:
-            self._model = weakref.ref(model)
-
     def create_state(self, variables: Variables) -> None:
         """The momentum, and for the weights that Adam steps their second moment."""
         self.create_tiles(variables, merge=1, vectors=False)
-        full = [v for v in variables if 0 not in v.shape]  # the others have no tile
-        left = {id(v) for v in self._left_to_adam(full)}
-        self._matrices = [
-            i for i, (v, shape) in enumerate(zip(full, self._shapes))
-            if ends.is_kernel(v) and len(shape) > 1 and id(v) not in left
-        ]  # fmt: skip
-        self._others = [i for i in range(len(full)) if i not in self._matrices]
-        self._unfoldings = [Unfolding(self._shapes[i], self.per_head) for i in self._matrices]
+        self.choose_hidden(variables, self._left_to_adam(variables), self.per_head)
+        self._others = [i for i in range(len(self._shapes)) if i not in self._hidden]
         self._m = self.add_moments("m")
         self._v = self.add_moments("v", self._others)
 
     def _left_to_adam(self, variables):
         """The kernels at the two ends of the model, or those that `adam_for` names."""
-        if self.adam_for is not None:
-            paths = [getattr(v, "path", v.name) for v in variables]
-            unknown = [p for p in self.adam_for if not any(re.search(p, path) for path in paths)]
-            if unknown:
-                warnings.warn(
-                    f"`{type(self).__name__}`: `adam_for`: {unknown} are in none of the paths of the weights. Received: "
-                    f"adam_for={self.adam_for!r}. The paths are {paths}.",
-                    stacklevel=3,
-                )
-            return [v for v, path in zip(variables, paths) if any(re.search(p, path) for p in self.adam_for)]
-        by_variables = ends.ends_of_variables(variables)
-        if self.trained_model() is None:
-            return by_variables
-        found = ends.ends_of_model(self.trained_model())
-        if {id(v) for v in found} & {id(v) for v in variables} != {id(v) for v in by_variables}:
-            # a file of the model is loaded as a plain one, which could not tell
-            self.adam_for = [f"^{re.escape(v.path)}$" for v in found]
-        return found
+        if self.adam_for is None:
+            found, by_variables = self.ends(variables), ends.ends_of_variables(variables)
+            if {id(v) for v in found} & {id(v) for v in variables} != {id(v) for v in by_variables}:
+                # a file of the model is loaded as a plain one, which could not tell
+                self.adam_for = [f"^{re.escape(v.path)}$" for v in found]
+            return found
+        paths = [getattr(v, "path", v.name) for v in variables]
+        unknown = [p for p in self.adam_for if not any(re.search(p, path) for path in paths)]
+        if unknown:
+            warnings.warn(
+                f"`{type(self).__name__}`: `adam_for`: {unknown} are in none of the paths of the weights. Received: "
+                f"adam_for={self.adam_for!r}. The paths are {paths}.",
+                stacklevel=3,
+            )
+        return [v for v, path in zip(variables, paths) if any(re.search(p, path) for p in self.adam_for)]
 
     def precondition(self, gradients: Vector) -> Vector:
         """Adam's negative step, and the negative signs of the momentum."""
@@ -149,24 +127,15 @@ class Muon(ByAxis):
         adam = self.adam([m[i] for i in self._others], v, steps)
         direction |= zip(self._others, trees.scale(self.adam_rate, adam))
 
-        m |= zip(self._matrices, self._averages(old, G, self._matrices, self.momentum))
-        ahead = self._averages(m, G, self._matrices, self.momentum) if self.nesterov else [m[i] for i in self._matrices]
-        direction |= zip(self._matrices, trees.negative(self._signs(ahead)))
+        m |= zip(self._hidden, self._averages(old, G, self._hidden, self.momentum))
+        ahead = self._averages(m, G, self._hidden, self.momentum) if self.nesterov else [m[i] for i in self._hidden]
+        signs = self.signs(ahead, self.sign, lambda unfolding: SCALES[self.scale](*unfolding.size))
+        direction |= zip(self._hidden, trees.negative(signs))
         self.remember([*self._m, *self._v], [*(m[i] for i in range(len(G))), *v])
         return self.join([direction[i] for i in range(len(G))], gradients)
 
     def _averages(self, old, new, chosen, beta):
         return self.average([old[i] for i in chosen], [new[i] for i in chosen], beta)
-
-    def _signs(self, tiles):
-        """The scaled signs of the matrices; those of one size are computed together, tall ones as wide ones."""
-        matrices = [u.matrix(tile) for u, tile in zip(self._unfoldings, tiles)]
-        tall = [u.size[0] > u.size[1] for u in self._unfoldings]
-        grouped = [u.heads is not None for u in self._unfoldings]
-        wide = [tf.linalg.matrix_transpose(X) if t else X for X, t in zip(matrices, tall)]
-        signs = in_stacks(self.sign.sign, wide, grouped, largest=STACKED)
-        signs = [tf.linalg.matrix_transpose(X) if t else X for X, t in zip(signs, tall)]
-        return [u.tensor(SCALES[self.scale](*u.size) * X) for u, X in zip(self._unfoldings, signs)]
 
     def linear_step(self) -> NotLinear:
         """No known limit."""
