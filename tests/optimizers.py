@@ -95,6 +95,7 @@ OPTIMIZERS = {
         {"learning_rate": 0.3},
     ),
     "soap": Method(kc.SOAP, BY_AXIS, FALLING, steps=600, family=True),
+    "soap_kl_sign": Method(kc.SOAP, {**BY_AXIS, "factors": "kl", "sign": True}, FALLING, steps=600),
     "kl_shampoo": Method(kc.KLShampoo, BY_AXIS, FALLING, steps=600),
     "muon": Method(kc.Muon, {"learning_rate": 0.01}, FALLING, steps=600),
     "psgd_newton": Method(

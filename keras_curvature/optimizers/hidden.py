@@ -27,7 +27,7 @@ class HiddenMatrices(ByAxis):
 
     def meet(self, model: keras.Model | None) -> None:
         """Remember the curved model, in which embeddings and output layers are found."""
-        if model is not None and not self.built:
+        if model is not None:
             self._model = weakref.ref(model)
 
     def ends(self, variables: Variables) -> Variables:
