@@ -19,6 +19,7 @@ from keras_curvature.solvers import (
     NeumannSeries,
     NewtonSchulz,
     PolarExpress,
+    Refresh,
 )
 from keras_curvature.steps import ArmijoLineSearch, ConstantDamping, LevenbergMarquardt
 from keras_curvature.training.models import CurvatureModel, curved
@@ -43,6 +44,7 @@ __all__ = [
     "NeumannSeries",
     "NewtonSchulz",
     "PolarExpress",
+    "Refresh",
     "callbacks",
     "curvature",
     "curved",

@@ -4,9 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import float64
 from keras import layers
-from test_soap import cut, random_gradients, stepper, trajectory
+from test_soap import random_gradients, trajectory
 
 import keras_curvature as kc
 from keras_curvature.linearization.layers import ends
@@ -52,8 +51,10 @@ def test_trajectory_of_what_adam_steps_is_adams():
 
 
 SCALES = {
-    "jordan": {(4, 9): 1.5, (9, 4): 1.0}, "moonlight": {(4, 9): 0.6, (9, 4): 0.6}, "scion": {(4, 9): 1.5, (9, 4): 2 / 3},
-}  # fmt: skip
+    "jordan": {(4, 9): 1.5, (9, 4): 1.0},
+    "moonlight": {(4, 9): 0.6, (9, 4): 0.6},
+    "scion": {(4, 9): 1.5, (9, 4): 2 / 3},
+}
 
 
 @pytest.mark.usefixtures("in_float64")

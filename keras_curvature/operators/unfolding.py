@@ -1,9 +1,10 @@
 """Kernels as matrices: which axes of a tensor are the rows of its matrix, from the shape alone.
 
-A matrix has the inputs of a layer in its rows and the outputs in its columns, as Keras' `Dense`. A kernel of four or
-more axes is a convolution's, `(height, width, in, out)`: the last axis is the columns. Of three axes, the middle one may
-belong to either side: `MultiHeadAttention` has `(in, heads, out)` and `(heads, in, out)`, `Conv1D` `(width, in, out)`.
-It goes where the matrix is nearer to square, which is right for attention whose heads together are as wide as the model.
+A matrix has the inputs of a layer in its rows and the outputs in its columns, as in Keras' `Dense`. A kernel of four
+or more axes is a convolution's, `(height, width, in, out)`: the last axis is the columns. Of three axes, the middle one
+may belong to either side: `MultiHeadAttention` has `(in, heads, out)` and `(heads, in, out)`, `Conv1D`
+`(width, in, out)`. It goes where the matrix is nearer to square. This is right for attention whose heads together are
+as wide as the model.
 """
 
 import dataclasses

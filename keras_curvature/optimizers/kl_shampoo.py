@@ -10,8 +10,7 @@ from keras_curvature.component import check_count, check_number, register
 from keras_curvature.operators import axes
 from keras_curvature.optimizers.kl_factors import KLFactors, along
 from keras_curvature.optimizers.limits import LinearStep, averaged
-from keras_curvature.solvers import eigenbases
-from keras_curvature.solvers.dealing import in_stacks
+from keras_curvature.solvers.refresh import Refresh, check_every
 from keras_curvature.typing import LearningRate, Variables, Vector
 
 
@@ -41,13 +40,14 @@ class KLShampoo(KLFactors):
         beta_1: Decay of the momentum. Defaults to `0.9` (the authors).
         beta_2: Decay of the factors. Defaults to `0.98` (the authors).
         epsilon: Added to `sqrt(l_i r_j)`. Defaults to `1e-8` (the authors).
-        every: Steps from one basis to the next. Defaults to `10` (the authors).
+        every: Steps from one basis to the next, or a `Refresh`. Defaults to `10` (the authors).
         initial: Initial eigenvalues; larger ones make the first steps shorter. Defaults to `0.1` (the authors).
         max_dimension: Longest axis with a factor. Defaults to `1000`; see `SOAP`.
         merge: Longest axis after merging. Defaults to `1000`.
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `failed_refreshes` (failed bases; the old ones are kept), `step_norm`, `skipped_steps`.
+    Reports: `failed_refreshes` (failed bases; the old ones are kept), `refreshes` (with a `Refresh`: changed bases),
+        `step_norm`, `skipped_steps`.
 
     Example:
 
@@ -60,18 +60,20 @@ class KLShampoo(KLFactors):
 
     def __init__(
         self, learning_rate: LearningRate = 3e-3, beta_1: float = 0.9, beta_2: float = 0.98, epsilon: float = 1e-8,
-        every: int = 10, initial: float = 0.1, max_dimension: int = 1000, merge: int = 1000, name: str = "kl_shampoo",
-        **kwargs: Any,
+        every: int | Refresh = 10, initial: float = 0.1, max_dimension: int = 1000, merge: int = 1000,
+        name: str = "kl_shampoo", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         for argument, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
             check_number(self, argument, beta, low=0, high=1, open_high=True)
         for argument, value in (("epsilon", epsilon), ("initial", initial)):
             check_number(self, argument, value, low=0, open_low=True)
-        for argument, count in (("every", every), ("max_dimension", max_dimension), ("merge", merge)):
+        for argument, count in (("max_dimension", max_dimension), ("merge", merge)):
             check_count(self, argument, count)
+        check_every(self, "every", every)
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
         self.initial, self.max_dimension, self.merge = initial, max_dimension, merge
+        self.count_refreshes()
 
     def create_state(self, variables: Variables) -> None:
         """The momentum, the factors with their bases and eigenvalues; a second moment for the vectors."""
@@ -99,7 +101,8 @@ class KLShampoo(KLFactors):
         factors = self.average(self._factors, moments, self.beta_2)
         self.remember([*self._m, *self._factors], [*m, *factors])
         self.remember_eigenvalues(self._eigenvalues, values, diagonals, begun)
-        self._refresh_bases(bases, factors, taken)
+        if bases:
+            self.renew_bases(self._bases, factors, taken, sort=False)
         return self.join(direction, gradients)
 
     def linear_step(self) -> LinearStep:
@@ -131,13 +134,3 @@ class KLShampoo(KLFactors):
         v = self.average(self._v, [G[i] * G[i] for i in self._vectors], self.beta_2, taken > 0)
         self.remember(self._v, v)
         return self.adam([m[i] for i in self._vectors], v, tf.maximum(taken, 1))
-
-    def _refresh_bases(self, bases, factors, taken):
-        def first():
-            return in_stacks(eigenbases.decompose, factors)
-
-        def later():
-            return in_stacks(lambda pair: eigenbases.refine(*pair, sort=False), list(zip(factors, bases)))
-
-        if bases:
-            self.renew(self._bases, lambda: tf.cond(taken > 0, later, first), taken)

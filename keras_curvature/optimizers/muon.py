@@ -44,7 +44,8 @@ class Muon(HiddenMatrices):
     and positions in one axis (there: positions and outputs); (5) weight decay is Keras', and before the step.
 
     Args:
-        learning_rate: With the scale `"moonlight"`, as for Adam. Defaults to `1e-3` (Keras' `Muon`).
+        learning_rate: With the scale `"moonlight"`, as for Adam. Defaults to `3e-3` (Keras'
+            `Muon`: 1e-3).
         momentum: Decay of the average of gradients. Defaults to `0.95` (Jordan et al.).
         nesterov: Whether the new gradient enters the step once more. Defaults to `True` (Jordan et al.).
         scale: `"moonlight"`: entries of 0.2 in the mean, as in steps of Adam; `"jordan"`: `sqrt(max(1, out/in))`,
@@ -74,7 +75,7 @@ class Muon(HiddenMatrices):
     reports = {"step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(
-        self, learning_rate: LearningRate = 1e-3, momentum: float = 0.95, nesterov: bool = True,
+        self, learning_rate: LearningRate = 3e-3, momentum: float = 0.95, nesterov: bool = True,
         scale: Literal["moonlight", "jordan", "scion"] = "moonlight",
         sign: MatrixSign = SIGN, per_head: bool = False, adam_for: Sequence[str] | None = None, adam_rate: float = 1.0,
         beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8, name: str = "muon", **kwargs: Any,

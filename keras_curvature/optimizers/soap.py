@@ -10,8 +10,7 @@ from keras_curvature.operators import axes
 from keras_curvature.optimizers.hidden import SIGN, HiddenMatrices
 from keras_curvature.optimizers.kl_factors import KLFactors
 from keras_curvature.optimizers.limits import LinearStep, NotLinear, averaged
-from keras_curvature.solvers import eigenbases
-from keras_curvature.solvers.dealing import in_stacks
+from keras_curvature.solvers.refresh import Refresh, check_every
 from keras_curvature.typing import LearningRate, Variables, Vector
 
 
@@ -36,17 +35,19 @@ class SOAP(KLFactors, HiddenMatrices):
     Keras' kernels have their small axes, and never down to one: a 3x3 kernel of 16 by 32 channels is a 144 by 32
     matrix (there: not at all, or, on request, while the product is at most `max_dimension`); (2) axes longer than 1000
     and not 10000 get no matrix; (3) weight decay is Keras': before the step, and in the first one too; (4) a non-finite
-    matrix leaves the old basis in place; (5) in the precision of the weights, float32 at least. For `"kl"`: Lin et al.,
-    "Understanding and improving Shampoo and SOAP via Kullback-Leibler minimization" (2025), and `KLOpt` of
-    github.com/yorkerlin/KL-Methods, which has no bias correction, and 0.9 and 0.98 for `beta_1` and `beta_2`. For `sign`: Vyas et al., "Improving SOAP
-    using iterative whitening and Muon" (2025); there the sign is taken in the basis, and its length is Muon's.
+    matrix leaves the old basis in place; (5) in the precision of the weights, float32 at least.
+
+    For `"kl"`: Lin et al., "Understanding and improving Shampoo and SOAP via Kullback-Leibler minimization" (2025), and
+    `KLOpt` of github.com/yorkerlin/KL-Methods, which has no bias correction, and 0.9 and 0.98 for `beta_1` and
+    `beta_2`. For `sign`: Vyas et al., "Improving SOAP using iterative whitening and Muon" (2025), and the code in
+    github.com/nikhilvyas/SOAP_MUON, where the length of the sign is Muon's.
 
     Args:
         learning_rate: As for Adam. Defaults to `3e-3` (the authors).
         beta_1: Decay of the first moment. Defaults to `0.95` (the authors).
         beta_2: Decay of the second moment, and of `L` and `R`. Defaults to `0.95` (the authors).
         epsilon: Added to the root of the second moment. Defaults to `1e-8` (the authors).
-        every: Steps from one basis to the next. Defaults to `10` (the authors).
+        every: Steps from one basis to the next, or a `Refresh`. Defaults to `10` (the authors).
         max_dimension: Longest axis with a matrix; longer axes are not transformed. Defaults to `1000`: on a few CPU
             cores, longer decompositions cost more than the gradients of a small network. On accelerators, more is
             affordable.
@@ -56,7 +57,8 @@ class SOAP(KLFactors, HiddenMatrices):
         sign: Whether the steps of hidden matrices get equal singular values. Defaults to `False`.
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `failed_refreshes` (failed bases; the old ones are kept), `step_norm`, `skipped_steps`.
+    Reports: `failed_refreshes` (failed bases; the old ones are kept), `refreshes` (with a `Refresh`: changed bases),
+        `step_norm`, `skipped_steps`.
 
     Example:
 
@@ -69,19 +71,21 @@ class SOAP(KLFactors, HiddenMatrices):
 
     def __init__(
         self, learning_rate: LearningRate = 3e-3, beta_1: float = 0.95, beta_2: float = 0.95, epsilon: float = 1e-8,
-        every: int = 10, max_dimension: int = 1000, merge: int = 1000, factors: Literal["shampoo", "kl"] = "shampoo",
-        sign: bool = False, name: str = "soap", **kwargs: Any,
+        every: int | Refresh = 10, max_dimension: int = 1000, merge: int = 1000,
+        factors: Literal["shampoo", "kl"] = "shampoo", sign: bool = False, name: str = "soap", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         for argument, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
             check_number(self, argument, beta, low=0, high=1, open_high=True)
         check_number(self, "epsilon", epsilon, low=0, open_low=True)
-        for argument, count in (("every", every), ("max_dimension", max_dimension), ("merge", merge)):
+        for argument, count in (("max_dimension", max_dimension), ("merge", merge)):
             check_count(self, argument, count)
+        check_every(self, "every", every)
         check(self, "factors", factors, factors in ("shampoo", "kl"), '"shampoo" or "kl"')
         check(self, "sign", sign, isinstance(sign, bool), "True or False")
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
         self.max_dimension, self.merge, self.factors, self.sign = max_dimension, merge, factors, sign
+        self.count_refreshes()
 
     def create_state(self, variables: Variables) -> None:
         """Both moments in the basis, the factors, the basis."""
@@ -145,20 +149,11 @@ class SOAP(KLFactors, HiddenMatrices):
         if not self._places:
             return m
 
-        def compute():
-            def first():
-                return in_stacks(eigenbases.decompose, factors)
-
-            def later():
-                # the eigenvalues of KL factors stay with their columns, which are not ordered by these Rayleigh quotients
-                return in_stacks(lambda p: eigenbases.refine(*p, self.factors == "shampoo"), list(zip(factors, old)))
-
-            return tf.cond(tf.equal(taken, 0), first, later)
-
-        new = self.renew(self._bases, compute, taken)
+        # the eigenvalues of KL factors stay with their columns, which are not ordered by these Rayleigh quotients
+        new = self.renew_bases(self._bases, factors, taken, sort=self.factors == "shampoo")
 
         def turn():
             plain = [axes.multiply(m_, q) for m_, q in zip(m, self.by_tile(old))]
             return [axes.multiply_transposed(m_, q) for m_, q in zip(plain, self.by_tile(new))]
 
-        return turn() if self.every == 1 else tf.cond(tf.equal(taken % self.every, 0), turn, lambda: m)
+        return turn() if self.period == 1 else tf.cond(tf.equal(taken % self.period, 0), turn, lambda: m)

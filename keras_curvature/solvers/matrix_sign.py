@@ -36,10 +36,11 @@ POLAR_EXPRESS = (
 LARGEST_GROWTH = 1000.0  # its square times the rounding error of float32 is 0.1
 
 
-@dataclasses.dataclass(frozen=True)
 class MatrixSign(Component):
-    """Base of the methods: a subclass has the fields `steps` and `bound`, and the property `coefficients`."""
+    """Base of the methods: a subclass is a frozen dataclass with the fields `steps` and `bound`."""
 
+    steps: int  # no field: the subclasses have their fields in their own order
+    bound: Bound
     margin: ClassVar[float] = 1.0  # the bound is multiplied by it
 
     def sign(self, matrices: tf.Tensor) -> tf.Tensor:
@@ -89,9 +90,8 @@ class NewtonSchulz(MatrixSign):
 
     Reference: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), for `"jordan"` and the
     iteration; the coefficients of `"quintic"` are those of github.com/NVIDIA-NeMo/Emerging-Optimizers; Higham,
-    "Functions of matrices" (2008), equation 8.20, for `"cubic"`. Differences: (1) in the precision of the matrices, float32
-    at least (there bfloat16); (2) on a CPU, of a matrix with many more columns than rows only
-    `X X'` is iterated.
+    "Functions of matrices" (2008), equation 8.20, for `"cubic"`. Differences: (1) in the precision of the matrices
+    (there bfloat16); (2) on a CPU, of a matrix with many more columns than rows only `X X'` is iterated.
 
     Args:
         coefficients: `"jordan"`, `"quintic"` or `"cubic"`. Defaults to `"jordan"`.
@@ -165,7 +165,8 @@ def _directly(X, A, polynomials):
 def _through_gram(X, A, polynomials):
     """The same with `Q A Q` in place of `X X'`, for `Q` the product of the polynomials so far, and one product by `X`.
 
-    Each step multiplies the rounding errors of `A` by up to `a^2`, so after a growth of `LARGEST_GROWTH` `X X'` is computed anew.
+    Each step multiplies the rounding errors of `A` by up to `a^2`. After a growth of `LARGEST_GROWTH`, `X X'` is
+    computed anew.
     """
     eye, Q, growth = tf.eye(A.shape[-1], dtype=A.dtype), None, 1.0
     for i, (a, b, c) in enumerate(polynomials):

@@ -47,7 +47,7 @@ def ends_of_model(model):
 
 
 def graph_of(model):
-    """The functional model with the graph of `model`: itself, or that of a built `Sequential`; `None` if it has none."""
+    """The functional model with the graph of `model`, itself or in a built `Sequential`; `None` if it has none."""
     if isinstance(model, keras.Sequential):
         return keras_internals.functional_of(model)
     return model if isinstance(model, Functional) else None
