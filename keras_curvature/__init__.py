@@ -20,6 +20,7 @@ from keras_curvature.solvers import (
     NewtonSchulz,
     PolarExpress,
     Refresh,
+    SecondMoment,
 )
 from keras_curvature.steps import ArmijoLineSearch, ConstantDamping, LevenbergMarquardt
 from keras_curvature.training.models import CurvatureModel, curved
@@ -45,6 +46,7 @@ __all__ = [
     "NewtonSchulz",
     "PolarExpress",
     "Refresh",
+    "SecondMoment",
     "callbacks",
     "curvature",
     "curved",

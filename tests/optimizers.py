@@ -98,6 +98,9 @@ OPTIMIZERS = {
     "soap_kl_sign": Method(kc.SOAP, {**BY_AXIS, "factors": "kl", "sign": True}, FALLING, steps=600),
     "kl_shampoo": Method(kc.KLShampoo, BY_AXIS, FALLING, steps=600),
     "muon": Method(kc.Muon, {"learning_rate": 0.01}, FALLING, steps=600),
+    "muon_normalized": Method(
+        kc.Muon, {"learning_rate": 0.01, "normalization": kc.SecondMoment(), "adam_for": []}, FALLING, steps=600
+    ),
     "psgd_newton": Method(
         kc.PSGD, {"learning_rate": 0.05, "kind": "newton", "geometry": kc.LowRankGeometry(rank=2), "every": 2}, LONG,
         family=True, by_gradient=False,

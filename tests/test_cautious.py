@@ -1,4 +1,4 @@
-"""The cautious mask: what disagrees with the gradient is left out of the step, of every method that hands over a step."""
+"""The cautious mask: what disagrees with the gradient is left out of the step."""
 
 import keras
 import numpy as np

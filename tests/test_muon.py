@@ -101,6 +101,32 @@ def test_each_head_may_have_a_matrix_of_its_own(shape, axis):
         np.testing.assert_allclose(flat[2], alone, rtol=1e-9)
 
 
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("per", ["output", "entry"])
+def test_the_second_moment_of_the_signs_follows_the_equations(per):
+    shape, b = (6, 4), 0.8
+    start, gradients = random_gradients([shape], steps=10)
+    settings = {**EVERYTHING, "scale": "scion", "momentum": 0.0, "nesterov": False}
+    seen = trajectory(kc.Muon(**settings, normalization=kc.SecondMoment(per, b)), start, gradients, [shape])
+    w, v = start.reshape(shape), 0.0
+    for row, weights in zip(gradients, seen):
+        U = polar(row.reshape(shape))
+        v = b * v + (1 - b) * (np.mean(U**2, axis=0, keepdims=True) if per == "output" else U**2)
+        step = U / np.sqrt(v)
+        w = w - 0.1 * (4 / 6) ** 0.5 * step * np.linalg.norm(U) / np.linalg.norm(step)
+        np.testing.assert_allclose(weights, w.ravel(), atol=1e-6)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_the_second_moment_of_heads_is_that_of_each_head():
+    start, gradients = random_gradients([(12, 3, 4)], steps=4)
+    settings = {**EVERYTHING, "normalization": kc.SecondMoment(), "per_head": True}
+    seen = trajectory(kc.Muon(**settings), start, gradients, [(12, 3, 4)])
+    heads = [v.reshape(-1, 12, 3, 4)[:, :, 1].reshape(-1, 48) for v in (start, gradients, seen)]
+    alone = trajectory(kc.Muon(**settings), heads[0][0], heads[1], [(12, 4)])
+    np.testing.assert_allclose(heads[2], alone, rtol=1e-9)
+
+
 def test_unfolding_and_back_is_nothing():
     for shape, _ in KERNELS:
         for per_head in (False, True):
@@ -132,10 +158,11 @@ def degenerate():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e4])
-def test_degenerate_gradients_do_no_harm(dtype, scale):
+@pytest.mark.parametrize("normalization", [None, kc.SecondMoment()])
+def test_degenerate_gradients_do_no_harm(dtype, scale, normalization):
     cases = list(degenerate().values())
     variables = [keras.Variable(np.ones(g.shape), dtype=dtype) for g in cases]
-    optimizer = kc.Muon(0.1, adam_for=[])
+    optimizer = kc.Muon(0.1, adam_for=[], normalization=normalization)
     optimizer.build(variables)
     step = tf.function(lambda given: optimizer.apply(given, variables))
     for _ in range(5):
@@ -275,7 +302,10 @@ def test_a_layer_of_one_output_is_the_output_layer():
 
 def test_the_bad_are_told():
     wrong = {"momentum": 1.0, "beta_1": -0.1, "beta_2": 1, "epsilon": 0, "scale": "adam", "sign": kc.EigenRoot(),
-             "adam_for": "dense", "adam_rate": -1.0}  # fmt: skip
+             "adam_for": "dense", "adam_rate": -1.0, "normalization": "rows"}  # fmt: skip
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"`Muon`: `{name}`"):
             kc.Muon(**{name: value})
+    for wrong in ({"per": "row"}, {"beta": 1.0}):
+        with pytest.raises(ValueError, match=f"`SecondMoment`: `{next(iter(wrong))}`"):
+            kc.SecondMoment(**wrong)

@@ -38,6 +38,11 @@ class Unfolding:
             return tuple(n for axis, n in enumerate(self.shape) if axis != self.heads)
         return math.prod(self.shape[: self._split]), math.prod(self.shape[self._split :])
 
+    @property
+    def stacked(self):
+        """The shape of the matrix, or of all of them."""
+        return self.size if self.heads is None else (self.shape[self.heads], *self.size)
+
     def matrix(self, tensor):
         """The matrix `(rows, columns)`, or the matrices `(heads, rows, columns)`."""
         if self.heads is None:

@@ -5,7 +5,6 @@ the last kernel counts as the output layer.
 """
 
 import weakref
-from collections.abc import Callable
 
 import keras
 import tensorflow as tf
@@ -45,13 +44,11 @@ class HiddenMatrices(ByAxis):
         ]  # fmt: skip
         self._unfoldings = [Unfolding(self._shapes[i], per_head) for i in self._hidden]
 
-    def signs(self, tiles: Vector, sign: MatrixSign, scale: Callable[[Unfolding], float] | None = None) -> Vector:
-        """The scaled signs of the chosen tiles; those of one size are computed together, tall ones as wide ones."""
+    def signs(self, tiles: Vector, sign: MatrixSign) -> Vector:
+        """The signs of the chosen tiles, as matrices; those of one size together, and tall ones as wide ones."""
         matrices = [u.matrix(tile) for u, tile in zip(self._unfoldings, tiles)]
         tall = [u.size[0] > u.size[1] for u in self._unfoldings]
         grouped = [u.heads is not None for u in self._unfoldings]
         wide = [tf.linalg.matrix_transpose(X) if t else X for X, t in zip(matrices, tall)]
         found = in_stacks(sign.sign, wide, grouped, largest=STACKED)
-        found = [tf.linalg.matrix_transpose(X) if t else X for X, t in zip(found, tall)]
-        scales = [1.0 if scale is None else scale(u) for u in self._unfoldings]
-        return [u.tensor(c * X) for u, c, X in zip(self._unfoldings, scales, found)]
+        return [tf.linalg.matrix_transpose(X) if t else X for X, t in zip(found, tall)]

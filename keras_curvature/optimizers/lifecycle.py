@@ -54,7 +54,8 @@ class Lifecycle(SavedOptimizer):
         self._noted, self._reported, self._rejected = [], {}, None
         with tf.name_scope(self.name):
             handed, finite = self._handed(linearization)
-            length = None if self.cautious else self._reported.get("step_norm")  # a method that has the inner products reports it
+            # a method that has the inner products reports it, of the step without a mask
+            length = None if self.cautious else self._reported.get("step_norm")
             length = trees.norm(handed) if length is None else length
             finite &= tf.math.is_finite(length) & self._no_refresh_overflowed(linearization)
             begins = self._begins(linearization)

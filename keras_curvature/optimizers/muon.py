@@ -12,6 +12,7 @@ from keras_curvature.linearization.layers import ends
 from keras_curvature.optimizers.hidden import SIGN, HiddenMatrices
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers.matrix_sign import MatrixSign
+from keras_curvature.solvers.second_moment import SecondMoment
 from keras_curvature.typing import LearningRate, Variables, Vector
 
 # The factor on an orthogonal matrix with `rows` for inputs and `columns` for outputs.
@@ -52,6 +53,7 @@ class Muon(HiddenMatrices):
             for learning rates around 0.02; `"scion"`: `sqrt(out/in)`, a step of norm 1 from the mean square of inputs
             to that of outputs. Defaults to `"moonlight"`.
         sign: `NewtonSchulz` or `PolarExpress`. Defaults to `NewtonSchulz("quintic", steps=4, bound="gram")`.
+        normalization: A `SecondMoment`, for NorMuon and AdaMuon, or `None`. Defaults to `None`.
         per_head: Whether kernels of three axes have a matrix for each head. Defaults to `False`.
         adam_for: Regular expressions, a list; Adam steps kernels with one of them in their path. It replaces the search
             for embeddings and output layers: `[]` gives Muon every matrix. `None`: found as described. Where the model
@@ -77,20 +79,24 @@ class Muon(HiddenMatrices):
     def __init__(
         self, learning_rate: LearningRate = 3e-3, momentum: float = 0.95, nesterov: bool = True,
         scale: Literal["moonlight", "jordan", "scion"] = "moonlight",
-        sign: MatrixSign = SIGN, per_head: bool = False, adam_for: Sequence[str] | None = None, adam_rate: float = 1.0,
-        beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8, name: str = "muon", **kwargs: Any,
+        sign: MatrixSign = SIGN, normalization: SecondMoment | None = None, per_head: bool = False,
+        adam_for: Sequence[str] | None = None, adam_rate: float = 1.0, beta_1: float = 0.9, beta_2: float = 0.999,
+        epsilon: float = 1e-8, name: str = "muon", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         for argument, beta in (("momentum", momentum), ("beta_1", beta_1), ("beta_2", beta_2)):
             check_number(self, argument, beta, low=0, high=1, open_high=True)
         check(self, "scale", scale, isinstance(scale, str) and scale in SCALES, '"moonlight", "jordan" or "scion"')
         check_component(self, "sign", sign, "sign", "NewtonSchulz()")
+        if normalization is not None:
+            check_component(self, "normalization", normalization, "normalized", "SecondMoment()")
         patterns = isinstance(adam_for, (list, tuple)) and all(isinstance(p, str) for p in adam_for)
         check(self, "adam_for", adam_for, adam_for is None or patterns, "a list of regular expressions, or None")
         check_number(self, "adam_rate", adam_rate, low=0)
         check_number(self, "epsilon", epsilon, low=0, open_low=True)
         self.momentum, self.nesterov, self.scale, self.sign = momentum, nesterov, scale, sign
-        self.per_head, self.adam_for, self.adam_rate = per_head, adam_for, adam_rate
+        self.normalization, self.per_head = normalization, per_head
+        self.adam_for, self.adam_rate = adam_for, adam_rate
         self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
 
     def create_state(self, variables: Variables) -> None:
@@ -100,6 +106,10 @@ class Muon(HiddenMatrices):
         self._others = [i for i in range(len(self._shapes)) if i not in self._hidden]
         self._m = self.add_moments("m")
         self._v = self.add_moments("v", self._others)
+        self._second_moments = [] if self.normalization is None else [
+            self.add_variable(self.normalization.shape(u.stacked), dtype=self._dtype, name=f"second_moment_{i}")
+            for i, u in zip(self._hidden, self._unfoldings)
+        ]  # fmt: skip
 
     def _left_to_adam(self, variables):
         """The kernels at the two ends of the model, or those that `adam_for` names."""
@@ -130,10 +140,18 @@ class Muon(HiddenMatrices):
 
         m |= zip(self._hidden, self._averages(old, G, self._hidden, self.momentum))
         ahead = self._averages(m, G, self._hidden, self.momentum) if self.nesterov else [m[i] for i in self._hidden]
-        signs = self.signs(ahead, self.sign, lambda unfolding: SCALES[self.scale](*unfolding.size))
-        direction |= zip(self._hidden, trees.negative(signs))
+        signs = self._normalized(self.signs(ahead, self.sign))
+        scales = [SCALES[self.scale](*u.size) for u in self._unfoldings]
+        direction |= zip(self._hidden, [u.tensor(-c * U) for u, c, U in zip(self._unfoldings, scales, signs)])
         self.remember([*self._m, *self._v], [*(m[i] for i in range(len(G))), *v])
         return self.join([direction[i] for i in range(len(G))], gradients)
+
+    def _normalized(self, signs):
+        if self.normalization is None:
+            return signs
+        found = [self.normalization.normalized(U, v) for U, v in zip(signs, trees.values(self._second_moments))]
+        self.remember(self._second_moments, [v for _, v in found])
+        return [U for U, _ in found]
 
     def _averages(self, old, new, chosen, beta):
         return self.average([old[i] for i in chosen], [new[i] for i in chosen], beta)

@@ -124,8 +124,8 @@ class SOAP(KLFactors, HiddenMatrices):
             return direction
         self.choose_hidden(self.trained, self.ends(self.trained))  # the model may be curved after it was loaded
         steps = [direction[i] for i in self._hidden]
-        for i, step, found in zip(self._hidden, steps, self.signs(steps, SIGN)):
-            direction[i] = found * tf.math.divide_no_nan(tf.norm(step), tf.norm(found))
+        for i, unfolding, step, found in zip(self._hidden, self._unfoldings, steps, self.signs(steps, SIGN)):
+            direction[i] = unfolding.tensor(found * tf.math.divide_no_nan(tf.norm(step), tf.norm(found)))
         return direction
 
     def linear_step(self) -> LinearStep | NotLinear:

@@ -8,6 +8,7 @@ from keras_curvature.solvers.matrix_sign import NewtonSchulz, PolarExpress
 from keras_curvature.solvers.neumann import NeumannSeries
 from keras_curvature.solvers.refresh import Refresh
 from keras_curvature.solvers.roots import CoupledNewton, EigenRoot
+from keras_curvature.solvers.second_moment import SecondMoment
 
 __all__ = [
     "ConjugateGradient",
@@ -19,6 +20,7 @@ __all__ = [
     "NewtonSchulz",
     "PolarExpress",
     "Refresh",
+    "SecondMoment",
     "Solution",
     "Solver",
 ]
