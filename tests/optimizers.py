@@ -97,6 +97,7 @@ OPTIMIZERS = {
     "soap": Method(kc.SOAP, BY_AXIS, FALLING, steps=600, family=True),
     "soap_kl_sign": Method(kc.SOAP, {**BY_AXIS, "factors": "kl", "sign": True}, FALLING, steps=600),
     "kl_shampoo": Method(kc.KLShampoo, BY_AXIS, FALLING, steps=600),
+    "splus": Method(kc.SPlus, {"every": 2, "max_dimension": 5}, {**FALLING, "vector_scale": 1.0}, steps=600),
     "muon": Method(kc.Muon, {"learning_rate": 0.01}, FALLING, steps=600),
     "muon_normalized": Method(
         kc.Muon, {"learning_rate": 0.01, "normalization": kc.SecondMoment(), "adam_for": []}, FALLING, steps=600

@@ -19,6 +19,7 @@ from keras_curvature.optimizers.shampoo import Shampoo as Shampoo
 from keras_curvature.optimizers.soap import SOAP as SOAP
 from keras_curvature.optimizers.sophia import SophiaG as SophiaG
 from keras_curvature.optimizers.sophia import SophiaH as SophiaH
+from keras_curvature.optimizers.splus import SPlus as SPlus
 from keras_curvature.optimizers.square_root_free_adam import SquareRootFreeAdam as SquareRootFreeAdam
 from keras_curvature.optimizers.two_loop_neumann import TwoLoopNeumann as TwoLoopNeumann
 
