@@ -28,9 +28,10 @@ class SPlus(ByAxis):
 
     Reference: Frans, Levine and Abbeel, "A stable whitening optimizer for efficient neural network training" (2025),
     Algorithm 1, and the authors' code. Differences: (1) neighbouring axes are merged to at most `merge`, from the
-    front, never down to one (there only matrices are transformed); a tensor of `k` axes has `k` factors, and one over their
-    mean length in place of `2 / (m + n)`; (2) axes longer than `max_dimension` get no matrix; (3) Keras' average of the
-    weights, which begins at the first weights and has no bias correction; (4) weight decay is Keras': before the step.
+    front, never down to one (there only matrices are transformed); a tensor of `k` axes has `k` factors, and one over
+    their mean length in place of `2 / (m + n)`; (2) axes longer than `max_dimension` get no matrix; (3) Keras' average
+    of the weights, which begins at the first weights and has no bias correction; (4) weight decay is Keras': before the
+    step.
 
     Args:
         learning_rate: About a hundred times that of Adam. Defaults to `0.1` (the authors).
