@@ -15,6 +15,7 @@ from keras_curvature.optimizers.kl_shampoo import KLShampoo as KLShampoo
 from keras_curvature.optimizers.muon import Muon as Muon
 from keras_curvature.optimizers.neumann import Neumann as Neumann
 from keras_curvature.optimizers.psgd import PSGD as PSGD
+from keras_curvature.optimizers.scion import Scion as Scion
 from keras_curvature.optimizers.shampoo import Shampoo as Shampoo
 from keras_curvature.optimizers.soap import SOAP as SOAP
 from keras_curvature.optimizers.sophia import SophiaG as SophiaG
