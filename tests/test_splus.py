@@ -40,6 +40,14 @@ def test_a_step_is_bounded_however_old_the_basis():
     assert np.linalg.norm(steps, 2, axis=(1, 2)).max() <= 2 / 13 * 40**0.5
 
 
+def test_a_null_space_stays_one():
+    start, gradients = random_gradients([(5, 4)], steps=6)
+    gradients = [(g.reshape(5, 4) - g.reshape(5, 4).mean(1, keepdims=True)).ravel() for g in gradients]  # as of a softmax
+    steps = np.diff(trajectory(SPlus(1.0, every=1), start, gradients, [(5, 4)]), axis=0).reshape(-1, 5, 4)
+    np.testing.assert_allclose(steps.sum(-1), 0, atol=1e-6)
+    assert np.abs(steps).max() > 0.1
+
+
 def test_a_factor_that_is_not_finite_leaves_the_last_basis_and_is_reported():
     optimizer, random = SPlus(every=2), np.random.default_rng(0)
     variables, step = stepper(optimizer, [(4, 3)])

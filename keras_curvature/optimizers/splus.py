@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_curvature import trees
@@ -12,6 +13,8 @@ from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers import eigenbases
 from keras_curvature.solvers.dealing import in_stacks
 from keras_curvature.typing import LearningRate, Variables, Vector
+
+ROUNDING = 30.0  # of the precision times the norm of a matrix: what an entry in another basis is off by, and more
 
 
 @register
@@ -31,7 +34,8 @@ class SPlus(ByAxis):
     front, never down to one (there only matrices are transformed); a tensor of `k` axes has `k` factors, and one over
     their mean length in place of `2 / (m + n)`; (2) axes longer than `max_dimension` get no matrix; (3) Keras' average
     of the weights, which begins at the first weights and has no bias correction; (4) weight decay is Keras': before the
-    step.
+    step; (5) an entry that is rounding has the sign 0: the gradient of a softmax layer has a null space, in which the
+    signs of rounding would be steps as large as all others.
 
     Args:
         learning_rate: About a hundred times that of Adam. Defaults to `0.1` (the authors).
@@ -77,7 +81,7 @@ class SPlus(ByAxis):
         G, taken = self.split(gradients), self.taken()
         m = self.average(self._m, G, self.beta_1)
         Q = self.by_tile(trees.values(self._bases))
-        signs = [tf.sign(axes.multiply_transposed(m_, q)) for m_, q in zip(m, Q)]
+        signs = [_sign(axes.multiply_transposed(m_, q)) for m_, q in zip(m, Q)]
         turned = [axes.multiply(s, q) for s, q in zip(signs, Q)]
         scales = [len(shape) / sum(shape) if len(shape) > 1 else self.vector_scale for shape in self._shapes]
 
@@ -90,3 +94,9 @@ class SPlus(ByAxis):
     def linear_step(self) -> NotLinear:
         """No known limit."""
         return NotLinear("The steps of `SPlus` have a length of their own: no limit on the curvature is known.")
+
+
+def _sign(tensor):
+    """The sign of each entry; 0 where the entry is not larger than rounding."""
+    precision = np.finfo(tensor.dtype.as_numpy_dtype).eps
+    return tf.where(tf.abs(tensor) > ROUNDING * precision * tf.norm(tensor), tf.sign(tensor), tf.zeros_like(tensor))
