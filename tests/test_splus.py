@@ -42,7 +42,7 @@ def test_a_step_is_bounded_however_old_the_basis():
 
 def test_a_null_space_stays_one():
     start, gradients = random_gradients([(5, 4)], steps=6)
-    gradients = [(g.reshape(5, 4) - g.reshape(5, 4).mean(1, keepdims=True)).ravel() for g in gradients]  # as of a softmax
+    gradients = [(g.reshape(5, 4) - g.reshape(5, 4).mean(1, keepdims=True)).ravel() for g in gradients]
     steps = np.diff(trajectory(SPlus(1.0, every=1), start, gradients, [(5, 4)]), axis=0).reshape(-1, 5, 4)
     np.testing.assert_allclose(steps.sum(-1), 0, atol=1e-6)
     assert np.abs(steps).max() > 0.1
