@@ -97,7 +97,9 @@ OPTIMIZERS = {
     "soap": Method(kc.SOAP, BY_AXIS, FALLING, steps=600, family=True),
     "soap_kl_sign": Method(kc.SOAP, {**BY_AXIS, "factors": "kl", "sign": True}, FALLING, steps=600),
     "kl_shampoo": Method(kc.KLShampoo, BY_AXIS, FALLING, steps=600),
-    "splus": Method(kc.SPlus, {"every": 2, "max_dimension": 5}, {**FALLING, "vector_scale": 1.0}, steps=600),
+    "splus": Method(
+        kc.SPlus, {"every": 2, "max_dimension": 5}, {**FALLING, "vector_scale": 1.0}, steps=600, amplifies=True
+    ),
     "scion": Method(kc.Scion, {"learning_rate": 2**-9}, {**FALLING, "radius": 1.0}, steps=600),
     "soap_refresh": Method(kc.SOAP, {**BY_AXIS, "every": kc.Refresh(0.1)}, FALLING, steps=600),
     "shampoo_refresh": Method(
