@@ -9,7 +9,7 @@ from keras_curvature.monitor.report.landscape import landscape
 from keras_curvature.monitor.report.reporting import report
 from keras_curvature.monitor.stability import stability
 from keras_curvature.operators import Identity, LinearOperator
-from keras_curvature.optimizers import *  # noqa: F403
+from keras_curvature.optimizers import *
 from keras_curvature.solvers import (
     ConjugateGradient,
     CoupledNewton,
@@ -17,6 +17,10 @@ from keras_curvature.solvers import (
     KroneckerGeometry,
     LowRankGeometry,
     NeumannSeries,
+    NewtonSchulz,
+    PolarExpress,
+    Refresh,
+    SecondMoment,
 )
 from keras_curvature.steps import (
     ArmijoLineSearch,
@@ -47,6 +51,10 @@ __all__ = [
     "LowRankGeometry",
     "Needs",
     "NeumannSeries",
+    "NewtonSchulz",
+    "PolarExpress",
+    "Refresh",
+    "SecondMoment",
     "StrongWolfe",
     "TrustRegion",
     "callbacks",

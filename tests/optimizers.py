@@ -95,7 +95,20 @@ OPTIMIZERS = {
         {"learning_rate": 0.3},
     ),
     "soap": Method(kc.SOAP, BY_AXIS, FALLING, steps=600, family=True),
+    "soap_kl_sign": Method(kc.SOAP, {**BY_AXIS, "factors": "kl", "sign": True}, FALLING, steps=600),
     "kl_shampoo": Method(kc.KLShampoo, BY_AXIS, FALLING, steps=600),
+    "splus": Method(
+        kc.SPlus, {"every": 2, "max_dimension": 5}, {**FALLING, "vector_scale": 1.0}, steps=600, amplifies=True
+    ),
+    "scion": Method(kc.Scion, {"learning_rate": 2**-9}, {**FALLING, "radius": 1.0}, steps=600),
+    "soap_refresh": Method(kc.SOAP, {**BY_AXIS, "every": kc.Refresh(0.1)}, FALLING, steps=600),
+    "shampoo_refresh": Method(
+        kc.Shampoo, {"learning_rate": 0.01, "every": kc.Refresh(0.1), "epsilon": 1e-3}, {"learning_rate": 0.3}
+    ),
+    "muon": Method(kc.Muon, {"learning_rate": 0.01}, FALLING, steps=600),
+    "muon_normalized": Method(
+        kc.Muon, {"learning_rate": 0.01, "normalization": kc.SecondMoment(), "adam_for": []}, FALLING, steps=600
+    ),
     "psgd_newton": Method(
         kc.PSGD, {"learning_rate": 0.05, "kind": "newton", "geometry": kc.LowRankGeometry(rank=2), "every": 2}, LONG,
         family=True, by_gradient=False,

@@ -95,6 +95,60 @@ def test_xla_takes_the_same_steps(dtype):
     assert np.abs(graph[-1] - start).max() > 5e-3
 
 
+def test_with_kl_factors_it_is_adam_in_the_bases_of_kl_shampoo():
+    shape, b1, b2 = (4, 3), 0.9, 0.98
+    start, gradients = random_gradients([shape], steps=20)
+    seen = trajectory(SOAP(1.0, b1, b2, 1e-3, every=2, merge=1, factors="kl"), start, gradients, [shape])
+    w, m, v, values, Q, S = start.reshape(shape), np.zeros(shape), np.zeros(shape), [0.1] * 2, None, [0.0, 0.0]
+    for t, (row, weights) in enumerate(zip(gradients, seen)):
+        G = row.reshape(shape)
+        if t:
+            turned = Q[0].T @ G @ Q[1]
+            m, v = b1 * m + (1 - b1) * turned, b2 * v + (1 - b2) * turned**2
+            rate = np.sqrt(1 - b2**t) / (1 - b1**t)
+            w = w - rate * Q[0] @ (m / (np.sqrt(v) + 1e-3)) @ Q[1].T
+        inverses = [q / c @ q.T for q, c in zip(Q, values)] if t else [np.eye(n) for n in shape]
+        new = [G @ inverses[1] @ G.T / shape[1], G.T @ inverses[0] @ G / shape[0]]
+        S = [b2 * s + (1 - b2) * n for s, n in zip(S, new)]
+        if t:
+            diagonals = [np.diag(q.T @ n @ q) for q, n in zip(Q, new)]
+            values = [np.maximum(b2 * c + (1 - b2) * d, 1e-2) for c, d in zip(values, diagonals)]
+        if t % 2 == 0:
+            plain = Q[0] @ m @ Q[1].T if t else m
+            Q = [np.linalg.qr(s @ q)[0] for s, q in zip(S, Q)] if t else [np.linalg.eigh(s)[1][:, ::-1] for s in S]
+            m = Q[0].T @ plain @ Q[1]
+        np.testing.assert_allclose(weights, w.ravel(), rtol=1e-8, atol=1e-8, err_msg=f"step {t}")
+
+
+def test_where_the_gradients_have_a_kronecker_covariance_both_kinds_of_factors_agree_up_to_scale():
+    random, shape = np.random.default_rng(0), (4, 3)
+    spread = [np.diag(np.geomspace(1, 8, n)) @ np.linalg.qr(random.standard_normal((n, n)))[0] for n in shape]
+    noise = random.standard_normal((3000, *shape))
+    gradients, factors = (spread[0] @ noise @ spread[1].T).reshape(3000, -1), {}
+    for kind in ("shampoo", "kl"):
+        optimizer = SOAP(0.0, beta_2=0.999, every=1, factors=kind)
+        trajectory(optimizer, np.zeros(12), gradients, [shape])
+        factors[kind] = [f.numpy() / np.trace(f.numpy()) for f in optimizer._factors]
+    for one, other, true in zip(*factors.values(), spread):
+        true = true @ true.T / np.trace(true @ true.T)
+        np.testing.assert_allclose(one, true, atol=0.05)
+        np.testing.assert_allclose(other, true, atol=0.05)
+
+
+def test_with_the_sign_a_step_has_equal_singular_values_and_the_length_of_soaps_own():
+    shapes = [(4, 6), (5,), (6, 3)]
+    start, gradients = random_gradients(shapes)
+    plain, signed = (trajectory(SOAP(0.1, every=3, sign=sign), start, gradients, shapes) for sign in (False, True))
+    hidden = slice(0, 24)
+    np.testing.assert_array_equal(signed[:, 24:], plain[:, 24:])  # the vector, and the output layer
+    for own, other in zip(np.diff(signed[:, hidden], axis=0), np.diff(plain[:, hidden], axis=0)):
+        np.testing.assert_allclose(np.linalg.norm(own), np.linalg.norm(other), rtol=1e-6)
+        U, _, V = np.linalg.svd(other.reshape(4, 6), full_matrices=False)
+        values = np.linalg.svd(own.reshape(4, 6), compute_uv=False)
+        assert values.max() / values.min() < 1.26
+        assert np.sum(own.reshape(4, 6) * (U @ V)) > 0.99 * np.linalg.norm(own) * 2  # |U V| is 2
+
+
 def stepper(optimizer, shapes):
     """`(variables, step)` in float32; `step(gradients)` gives what the optimizer reports."""
     variables = [keras.Variable(np.ones(s, "float32"), dtype="float32") for s in shapes]
@@ -154,7 +208,8 @@ def test_a_first_step_that_is_skipped_is_no_first_step(method, monkeypatch):
 
 
 def test_the_bad_are_told():
-    wrong = {"beta_1": 1.0, "beta_2": -0.1, "epsilon": 0, "every": 0, "max_dimension": 1.5, "merge": 0}
+    wrong = {"beta_1": 1.0, "beta_2": -0.1, "epsilon": 0, "every": 0, "max_dimension": 1.5, "merge": 0,
+             "factors": "muon", "sign": None}  # fmt: skip
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"`SOAP`: `{name}`"):
             SOAP(**{name: value})

@@ -75,6 +75,8 @@ OPTIMIZERS = {
     "SOAP": (lambda: kc.SOAP(every=10), False, 10),
     "KLShampoo": (lambda: kc.KLShampoo(every=10), False, 10),
     "PSGD": (kc.PSGD, False, 10),
+    "Muon": (kc.Muon, False, 10),
+    "Keras' Muon": (keras.optimizers.Muon, False, 10),  # convolutions and attention are AdamW's there
 }
 TARGETS = {
     ("Neumann", "mlp"): 1.10, ("Neumann", "cnn"): 1.10, ("Neumann", "transformer"): 1.10,

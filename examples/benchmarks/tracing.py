@@ -46,6 +46,7 @@ OPTIMIZERS = {
     "CurveBall": (kc.CurveBall, True),
     "AdaHessian": (kc.AdaHessian, True),
     "SOAP": (kc.SOAP, False),
+    "Muon": (kc.Muon, False),
     "Shampoo": (kc.Shampoo, False),
     "PSGD": (kc.PSGD, False),
     "Eva": (kc.Eva, True),

@@ -10,6 +10,8 @@ them, and `tests/test_private_names.py` fails if another file uses a private nam
 | **models.py** |  |  |
 | `Layer._flatten_layers` | `layers_of` | `model.layers` has the outermost layers only |
 | `Layer._trainable_variables` | `own_weights` | `trainable_variables` includes those of sublayers |
+| `Sequential._functional` | `functional_of` | a `Sequential` is no functional model itself |
+| `KerasTensor._keras_history`, `Operation._inbound_nodes` | `made_by` | no public name for who made a tensor |
 | `Trainer._call_has_training_arg` | `takes_training` | Keras' own train step uses it |
 | `Trainer._compute_loss` | `compute_loss` | `compute_loss` may lack the argument `training` |
 | `Trainer._compile_loss`, `_compile_metrics` | `is_built` | no public name |
@@ -88,10 +90,12 @@ from keras_curvature.keras_internals.models import (
     begin_at_epoch,
     build,
     compute_loss,
+    functional_of,
     is_built,
     is_under_strategy,
     layers_of,
     loss_tracker,
+    made_by,
     own_weights,
     takes_training,
     unpickled,
@@ -109,8 +113,9 @@ from keras_curvature.keras_internals.versions import ACTIVITY_IS_A_MEAN, HAS_LAS
 __all__ = [
     "ACTIVITY_IS_A_MEAN", "FIT", "HAS_LAST_STEPS", "KERAS", "LOGITS", "MULTI_OPTIMIZER", "NEW_ITERATOR",
     "STEPS_OF_EPOCH", "Functional", "batch_moments", "batch_spec", "begin_at_epoch", "build", "carried", "carry",
-    "changed_losses", "changed_steps", "compute_loss", "function_of", "guard", "guard_attribute",
+    "changed_losses", "changed_steps", "compute_loss", "function_of", "functional_of", "guard", "guard_attribute",
     "has_several_workers", "holding", "is_built", "is_compiled", "is_continuous", "is_under_strategy", "keys_of",
-    "last_step", "layers_of", "logits_of", "loss_tracker", "losses_of", "options_of", "own_weights", "places_of",
-    "state", "static_shape", "strategy_of", "takes_training", "trained_by", "twin", "unpickled", "uses_merge_calls",
+    "last_step", "layers_of", "logits_of", "loss_tracker", "losses_of", "made_by", "options_of", "own_weights",
+    "places_of", "state", "static_shape", "strategy_of", "takes_training", "trained_by", "twin", "unpickled",
+    "uses_merge_calls",
 ]  # fmt: skip

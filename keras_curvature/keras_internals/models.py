@@ -16,6 +16,17 @@ def own_weights(layer):
     return layer._trainable_variables
 
 
+def functional_of(sequential):
+    """The functional model inside a `Sequential`; `None` before it is built, or where its layers do not allow one."""
+    return sequential._functional
+
+
+def made_by(tensor):
+    """`(operation, its inputs)` of a symbolic tensor: the layer or operation that made it; an input has no inputs."""
+    operation, node, _ = tensor._keras_history
+    return operation, operation._inbound_nodes[node].input_tensors
+
+
 def takes_training(model):
     """Whether `model.call` takes the argument `training`."""
     return model._call_has_training_arg

@@ -144,7 +144,8 @@ def _step_of(optimizer, variables):
     """The optimizer's step, a `LinearStep` or a `NotLinear`."""
     name = type(optimizer).__name__
     if isinstance(optimizer, CurvatureOptimizer):
-        return optimizer.linear_step()
+        masked = NotLinear(f"`{name}(cautious=True)` leaves entries out of its steps: no limit is known.")
+        return masked if optimizer.cautious else optimizer.linear_step()
     owner = next(cls for cls in type(optimizer).__mro__ if "update_step" in vars(cls))
     if owner in OF_KERAS:
         return OF_KERAS[owner](optimizer, variables)

@@ -38,6 +38,9 @@ class CurvatureOptimizer(Lifecycle):
 
     Args:
         learning_rate: A float, a `LearningRateSchedule` or a callable, as everywhere in Keras.
+        cautious: Whether entries of the step that disagree in sign with the gradient are left out and the others
+            made longer (`optimizers/cautious.py`). A method's own checks of its step see it without the mask. Defaults
+            to `False`.
         **kwargs: Keras' own: `weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
             ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, name`. On a method with a
             `direction` clipping applies to the step.

@@ -17,6 +17,8 @@ from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Function, LinearOperator
 from keras_curvature.operators.tiles import Tiles
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.solvers import eigenbases
+from keras_curvature.solvers.dealing import in_stacks
 from keras_curvature.typing import Integer, Variables, Vector
 
 
@@ -65,12 +67,42 @@ class ByAxis(CurvatureOptimizer):
         self.remember(self._taken, taken + 1)
         return taken
 
+    @property
+    def period(self) -> int:
+        """Steps from one look at the matrices to the next."""
+        return self.every if isinstance(self.every, int) else self.every.check_every
+
+    def count_refreshes(self) -> None:
+        """Report `refreshes` too, where `every` is a `Refresh`."""
+        if not isinstance(self.every, int):
+            self.reports = {"refreshes": "sum", **type(self).reports}
+
     def renew(
         self, variables: Variables, compute: Callable[[], Vector], taken: tf.Tensor, phase: Integer = 0
     ) -> Vector:  # fmt: skip
-        """`refresh` every `every` gradients in the state, instead of every `every` `iterations`."""
+        """`refresh` every `period` gradients in the state, instead of every `period` `iterations`."""
         phase += tf.cast(self.iterations, taken.dtype) - taken
-        return self.refresh(variables, self.every, compute, tf.cast(phase % self.every, self.iterations.dtype))
+        return self.refresh(variables, self.period, compute, tf.cast(phase % self.period, self.iterations.dtype))
+
+    def renew_bases(self, variables: Variables, factors: Vector, taken: tf.Tensor, sort: bool) -> Vector:
+        """The next bases of eigenvectors: a decomposition of the first factors, then refined when `every` says so."""
+        old, adaptive = trees.values(variables), not isinstance(self.every, int)
+
+        def first():
+            return in_stacks(eigenbases.decompose, factors)
+
+        def later():
+            refine = self.every.basis if adaptive else eigenbases.refine
+            return in_stacks(lambda pair: refine(*pair, sort), list(zip(factors, old)))
+
+        new = self.renew(variables, lambda: tf.cond(taken > 0, later, first), taken)
+        self._report_refreshes(old, new)
+        return new
+
+    def _report_refreshes(self, old, new):
+        """How many matrices changed."""
+        if not isinstance(self.every, int):
+            self.report(refreshes=tf.add_n([tf.cast(tf.reduce_any(a != b), tf.float32) for a, b in zip(old, new)]))
 
     def split(self, gradients: Vector) -> Vector:
         """The tiles of the gradients, in the dtype of the state."""

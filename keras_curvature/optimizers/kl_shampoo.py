@@ -8,18 +8,14 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check_count, check_number, register
 from keras_curvature.operators import axes
-from keras_curvature.optimizers.by_axis import ByAxis
+from keras_curvature.optimizers.kl_factors import KLFactors, along
 from keras_curvature.optimizers.limits import LinearStep, averaged
-from keras_curvature.solvers import eigenbases
-from keras_curvature.solvers.dealing import in_stacks
+from keras_curvature.solvers.refresh import Refresh, check_every
 from keras_curvature.typing import LearningRate, Variables, Vector
-
-# Largest weight of a direction, at the start and where the gradient vanishes (the authors' `max_clamp_value`).
-LARGEST_WEIGHT = 4000
 
 
 @register
-class KLShampoo(ByAxis):
+class KLShampoo(KLFactors):
     """KL-Shampoo: each factor sees the gradient whitened by the other ones, and no grafting is needed.
 
         L <- beta_2 L + (1 - beta_2) G R^-1 G' / d_R,    R <- beta_2 R + (1 - beta_2) G' L^-1 G / d_L
@@ -44,13 +40,14 @@ class KLShampoo(ByAxis):
         beta_1: Decay of the momentum. Defaults to `0.9` (the authors).
         beta_2: Decay of the factors. Defaults to `0.98` (the authors).
         epsilon: Added to `sqrt(l_i r_j)`. Defaults to `1e-8` (the authors).
-        every: Steps from one basis to the next. Defaults to `10` (the authors).
+        every: Steps from one basis to the next, or a `Refresh`. Defaults to `10` (the authors).
         initial: Initial eigenvalues; larger ones make the first steps shorter. Defaults to `0.1` (the authors).
         max_dimension: Longest axis with a factor. Defaults to `1000`; see `SOAP`.
         merge: Longest axis after merging. Defaults to `1000`.
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `failed_refreshes` (failed bases; the old ones are kept), `step_norm`, `skipped_steps`.
+    Reports: `failed_refreshes` (failed bases; the old ones are kept), `refreshes` (with a `Refresh`: changed bases),
+        `step_norm`, `skipped_steps`.
 
     Example:
 
@@ -63,18 +60,20 @@ class KLShampoo(ByAxis):
 
     def __init__(
         self, learning_rate: LearningRate = 3e-3, beta_1: float = 0.9, beta_2: float = 0.98, epsilon: float = 1e-8,
-        every: int = 10, initial: float = 0.1, max_dimension: int = 1000, merge: int = 1000, name: str = "kl_shampoo",
-        **kwargs: Any,
+        every: int | Refresh = 10, initial: float = 0.1, max_dimension: int = 1000, merge: int = 1000,
+        name: str = "kl_shampoo", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         for argument, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
             check_number(self, argument, beta, low=0, high=1, open_high=True)
         for argument, value in (("epsilon", epsilon), ("initial", initial)):
             check_number(self, argument, value, low=0, open_low=True)
-        for argument, count in (("every", every), ("max_dimension", max_dimension), ("merge", merge)):
+        for argument, count in (("max_dimension", max_dimension), ("merge", merge)):
             check_count(self, argument, count)
+        check_every(self, "every", every)
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
         self.initial, self.max_dimension, self.merge = initial, max_dimension, merge
+        self.count_refreshes()
 
     def create_state(self, variables: Variables) -> None:
         """The momentum, the factors with their bases and eigenvalues; a second moment for the vectors."""
@@ -85,13 +84,7 @@ class KLShampoo(ByAxis):
         self._v = self.add_moments("v", self._vectors)
         self._factors = self.add_matrices("factor")
         self._bases = self.add_matrices("basis", "identity")
-        self._eigenvalues = [
-            self.add_variable(
-                (self._shapes[i][k],), lambda shape, dtype: tf.fill(shape, tf.constant(self.initial, dtype)),
-                dtype=self._dtype, name=f"eigenvalues_{i}_{k}",
-            )
-            for i, k in self._places
-        ]  # fmt: skip
+        self._eigenvalues = self.add_eigenvalues(self.initial)
 
     def precondition(self, gradients: Vector) -> Vector:
         """The negative whitened momentum."""
@@ -99,18 +92,17 @@ class KLShampoo(ByAxis):
         begun = taken > 0
         m = self.average(self._m, G, self.beta_1, begun)
         bases, values = trees.values(self._bases), trees.values(self._eigenvalues)
-        # the first gradient is not whitened
-        weights = [tf.where(begun, tf.math.rsqrt(value), tf.ones_like(value)) for value in values]
-        Q, weights = self.by_tile(bases), self.by_tile(weights)
+        weights = self.whitening(values, begun)
 
-        direction = trees.negative(self._whitened(m, Q, weights))
+        direction = trees.negative(self._whitened(m, self.by_tile(bases), self.by_tile(weights)))
         for i, adam in zip(self._vectors, self._adam(m, G, taken)):
             direction[i] = adam
-        found = [_moments(G[i], k, Q[i], weights[i]) for i, k in self._places]
-        factors = self.average(self._factors, [matrix for matrix, _ in found], self.beta_2)
+        moments, diagonals = self.whitened_moments(G, bases, weights)
+        factors = self.average(self._factors, moments, self.beta_2)
         self.remember([*self._m, *self._factors], [*m, *factors])
-        self._remember_eigenvalues(values, [diagonal for _, diagonal in found], begun)
-        self._refresh_bases(bases, factors, taken)
+        self.remember_eigenvalues(self._eigenvalues, values, diagonals, begun)
+        if bases:
+            self.renew_bases(self._bases, factors, taken, sort=False)
         return self.join(direction, gradients)
 
     def linear_step(self) -> LinearStep:
@@ -135,42 +127,10 @@ class KLShampoo(ByAxis):
         return [axes.multiply(self._scaled(t, w), q) for t, w, q in zip(turned, weights, Q)]
 
     def _scaled(self, turned, weights):
-        scale = math.prod(_along(w, k, turned) for k, w in enumerate(weights) if w is not None)
+        scale = math.prod(along(w, k, turned) for k, w in enumerate(weights) if w is not None)
         return turned * scale / (1.0 + self.epsilon * scale)
 
     def _adam(self, m, G, taken):
         v = self.average(self._v, [G[i] * G[i] for i in self._vectors], self.beta_2, taken > 0)
         self.remember(self._v, v)
         return self.adam([m[i] for i in self._vectors], v, tf.maximum(taken, 1))
-
-    def _remember_eigenvalues(self, values, seen, begun):
-        for variable, old, new in zip(self._eigenvalues, values, self.average(values, seen, self.beta_2)):
-            # the authors' clamping, of the inverse root
-            floor = 1.0 / max(10, min(LARGEST_WEIGHT, int(variable.shape[0]))) ** 2
-            self.remember(variable, tf.where(begun, tf.maximum(new, tf.constant(floor, new.dtype)), old))
-
-    def _refresh_bases(self, bases, factors, taken):
-        def first():
-            return in_stacks(eigenbases.decompose, factors)
-
-        def later():
-            return in_stacks(lambda pair: eigenbases.refine(*pair, sort=False), list(zip(factors, bases)))
-
-        if bases:
-            self.renew(self._bases, lambda: tf.cond(taken > 0, later, first), taken)
-
-
-def _moments(G, axis, Q, weights):
-    """For the gradient whitened along all other axes: `T T'` of an axis, and its diagonal in the axis' own basis."""
-    others = [None if k == axis else q for k, q in enumerate(Q)]
-    scale = math.prod(_along(w, k, G) for k, w in enumerate(weights) if k != axis and w is not None)
-    T = axes.multiply_transposed(G, others) * scale
-    turned = axes.multiply_transposed(G, Q) * scale
-    means = [k for k in range(len(Q)) if k != axis]
-    matrix = axes.second_moment(T, axis) * (int(G.shape[axis]) / G.shape.num_elements())
-    return matrix, tf.reduce_mean(turned * turned, axis=means)
-
-
-def _along(vector, axis, tensor):
-    """The vector reshaped to multiply `tensor` along an axis."""
-    return tf.reshape(vector, [-1 if k == axis else 1 for k in range(tensor.shape.rank)])

@@ -10,6 +10,7 @@ from keras_curvature.operators import axes
 from keras_curvature.optimizers.by_axis import ByAxis
 from keras_curvature.optimizers.limits import LinearStep, NotLinear, averaged
 from keras_curvature.solvers.dealing import in_stacks
+from keras_curvature.solvers.refresh import Refresh, check_every
 from keras_curvature.solvers.roots import CoupledNewton, EigenRoot
 from keras_curvature.typing import LearningRate, Variables, Vector
 
@@ -47,7 +48,8 @@ class Shampoo(ByAxis):
         beta_2: Decay of the factors, and of the grafted method's second moment; `1`: sums. Defaults to `0.999` (Shi et
             al. with grafting to Adam).
         epsilon: Added to the factors. Defaults to `1e-12` (Shi et al.).
-        every: Steps from one root to the next. Defaults to `10` (Shi et al.: `1`).
+        every: Steps from one root to the next, or a `Refresh`, which keeps a copy of the factors. Defaults to `10`
+            (Shi et al.: `1`).
         block_size: Longest axis of a tile, and longest axis that merging may make. Defaults to `512` (Shi et
             al.: 1024, with which the roots of a large matrix take twice as long). The factors and roots of a tile of
             `a` by `b` have `2 (a/b + b/a)` numbers for each of its weights: 4 if it is square, and 16 if an embedding
@@ -60,7 +62,8 @@ class Shampoo(ByAxis):
             Defaults to `EigenRoot()`.
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `failed_refreshes` (failed roots; the old ones are kept), `step_norm`, `skipped_steps`.
+    Reports: `failed_refreshes` (failed roots; the old ones are kept), `refreshes` (with a `Refresh`: changed roots),
+        `step_norm`, `skipped_steps`.
 
     Example:
 
@@ -71,7 +74,7 @@ class Shampoo(ByAxis):
 
     def __init__(
         self, learning_rate: LearningRate = 1e-3, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-12,
-        every: int = 10, block_size: int = 512, max_dimension: int | None = None,
+        every: int | Refresh = 10, block_size: int = 512, max_dimension: int | None = None,
         grafting: Literal["adam", "rmsprop", "sgd"] | None = "adam", root: EigenRoot | CoupledNewton = EigenRoot(),
         name: str = "shampoo", **kwargs: Any,
     ) -> None:  # fmt: skip
@@ -79,7 +82,8 @@ class Shampoo(ByAxis):
         check_number(self, "beta_1", beta_1, low=0, high=1, open_high=True)
         check_number(self, "beta_2", beta_2, low=0, high=1, open_low=True)
         check_number(self, "epsilon", epsilon, low=0, open_low=True)
-        for argument, count in (("every", every), ("block_size", block_size), ("max_dimension", max_dimension)):
+        check_every(self, "every", every)
+        for argument, count in (("block_size", block_size), ("max_dimension", max_dimension)):
             if count is not None or argument != "max_dimension":
                 check_count(self, argument, count)
         known = ("adam", "rmsprop", "sgd", None)
@@ -87,6 +91,7 @@ class Shampoo(ByAxis):
         check_component(self, "root", root, "inverse_root", "EigenRoot()")
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
         self.block_size, self.max_dimension, self.grafting, self.root = block_size, max_dimension, grafting, root
+        self.count_refreshes()
 
     def create_state(self, variables: Variables) -> None:
         """The momentum, the second moment of the grafted method, the factors and their roots."""
@@ -96,6 +101,7 @@ class Shampoo(ByAxis):
         self._v = self.add_moments("v") if self.grafting in ("adam", "rmsprop") else []
         self._factors = self.add_matrices("factor")
         self._roots = self.add_matrices("root", "identity")
+        self._last = [] if isinstance(self.every, int) else self.add_matrices("last")
 
     def precondition(self, gradients: Vector) -> Vector:
         """The negative grafted step."""
@@ -132,16 +138,30 @@ class Shampoo(ByAxis):
         counts = [sum(j == i for j, _ in self._places) for i, _ in self._places]
         exponents = [(n > 1 and self.root.exponent) or 1 / (2 * n) for n in counts]
 
+        old, last = trees.values(self._roots), trees.values(self._last)
+
         def compute():
             found = {}
             for exponent in sorted(set(exponents)):
                 chosen = [i for i, other in enumerate(exponents) if other == exponent]
                 matrices = [factors[i] / correction for i in chosen]
-                roots = in_stacks(lambda A, p=1 / exponent: self.root.inverse_root(A, p, self.epsilon), matrices)
-                found.update(zip(chosen, roots))
-            return [found[i] for i in range(len(factors))]
 
-        return self.renew(self._roots, compute, taken, self.every - 1) if factors else []
+                def root(A, p=1 / exponent):
+                    return self.root.inverse_root(A, p, self.epsilon)
+
+                if last:
+                    items = [(A, old[i], last[i]) for A, i in zip(matrices, chosen)]
+                    roots = in_stacks(lambda item, root=root: self.every.root(root, *item), items)
+                else:
+                    roots = [(X,) for X in in_stacks(root, matrices)]
+                found.update(zip(chosen, roots))
+            return [each[k] for k in range(2 if last else 1) for each in (found[i] for i in range(len(factors)))]
+
+        if not factors:
+            return []
+        new = self.renew([*self._roots, *self._last], compute, taken, self.period - 1)[: len(factors)]
+        self._report_refreshes(old, new)
+        return new
 
     def _graft(self, P, M, G, steps):
         """Each tile, scaled to the norm of the grafted step's tile; until the first roots, the grafted step itself."""
@@ -156,4 +176,4 @@ class Shampoo(ByAxis):
             grafted = [m / (scale * tf.sqrt(v_) + GRAFTING_EPSILON) for m, v_ in zip(M, v)]
         lengths = [trees.norm([a]) / (trees.norm([p]) + 1e-16) for a, p in zip(grafted, P)]
         scaled = [length * p for length, p in zip(lengths, P)]
-        return trees.where(steps >= self.every, scaled, grafted) if self.every > 1 else scaled
+        return trees.where(steps >= self.period, scaled, grafted) if self.period > 1 else scaled

@@ -1,21 +1,21 @@
 """SOAP: Adam in the eigenbasis of Shampoo's preconditioner."""
 
-from typing import Any
+from typing import Any, Literal
 
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check_count, check_number, register
+from keras_curvature.component import check, check_count, check_number, register
 from keras_curvature.operators import axes
-from keras_curvature.optimizers.by_axis import ByAxis
-from keras_curvature.optimizers.limits import LinearStep, averaged
-from keras_curvature.solvers import eigenbases
-from keras_curvature.solvers.dealing import in_stacks
+from keras_curvature.optimizers.hidden import SIGN, HiddenMatrices
+from keras_curvature.optimizers.kl_factors import KLFactors
+from keras_curvature.optimizers.limits import LinearStep, NotLinear, averaged
+from keras_curvature.solvers.refresh import Refresh, check_every
 from keras_curvature.typing import LearningRate, Variables, Vector
 
 
 @register
-class SOAP(ByAxis):
+class SOAP(KLFactors, HiddenMatrices):
     """SOAP: Adam in a slowly changing basis in which the gradient's second moment is nearly diagonal.
 
         G~ = Q_L' G Q_R,    m~ <- beta_1 m~ + (1 - beta_1) G~,    v <- beta_2 v + (1 - beta_2) G~^2
@@ -26,6 +26,10 @@ class SOAP(ByAxis):
     iteration and a QR decomposition in each `every`-th. A tensor has such a matrix for each of its axes; plain Adam
     steps the vectors, such as biases. The first step fills `L` and `R` and does not move the weights.
 
+    With `factors="kl"` `L` and `R` are those of `KLShampoo` (KL-SOAP). With `sign=True` the step `S` of each matrix
+    between the ends of the model, as of `Muon`, becomes `|S| sign(S) / |sign(S)|` (SOAP-Muon): as long as before, with
+    equal singular values.
+
     Reference: Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam" (2024), Algorithm 3, and the authors'
     code. Differences from that code: (1) neighbouring axes are merged to at most `merge`, from the front, where
     Keras' kernels have their small axes, and never down to one: a 3x3 kernel of 16 by 32 channels is a 144 by 32
@@ -33,19 +37,28 @@ class SOAP(ByAxis):
     and not 10000 get no matrix; (3) weight decay is Keras': before the step, and in the first one too; (4) a non-finite
     matrix leaves the old basis in place; (5) in the precision of the weights, float32 at least.
 
+    For `"kl"`: Lin et al., "Understanding and improving Shampoo and SOAP via Kullback-Leibler minimization" (2025), and
+    `KLOpt` of github.com/yorkerlin/KL-Methods, which has no bias correction, and 0.9 and 0.98 for `beta_1` and
+    `beta_2`. For `sign`: Vyas et al., "Improving SOAP using iterative whitening and Muon" (2025), and the code in
+    github.com/nikhilvyas/SOAP_MUON, where the length of the sign is Muon's.
+
     Args:
         learning_rate: As for Adam. Defaults to `3e-3` (the authors).
         beta_1: Decay of the first moment. Defaults to `0.95` (the authors).
         beta_2: Decay of the second moment, and of `L` and `R`. Defaults to `0.95` (the authors).
         epsilon: Added to the root of the second moment. Defaults to `1e-8` (the authors).
-        every: Steps from one basis to the next. Defaults to `10` (the authors).
+        every: Steps from one basis to the next, or a `Refresh`. Defaults to `10` (the authors).
         max_dimension: Longest axis with a matrix; longer axes are not transformed. Defaults to `1000`: on a few CPU
             cores, longer decompositions cost more than the gradients of a small network. On accelerators, more is
             affordable.
         merge: Longest axis after merging. Defaults to `1000`.
+        factors: `"shampoo"`, or `"kl"`: each factor sees the gradient whitened by the other ones. Defaults to
+            `"shampoo"`.
+        sign: Whether the steps of hidden matrices get equal singular values. Defaults to `False`.
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `failed_refreshes` (failed bases; the old ones are kept), `step_norm`, `skipped_steps`.
+    Reports: `failed_refreshes` (failed bases; the old ones are kept), `refreshes` (with a `Refresh`: changed bases),
+        `step_norm`, `skipped_steps`.
 
     Example:
 
@@ -58,16 +71,21 @@ class SOAP(ByAxis):
 
     def __init__(
         self, learning_rate: LearningRate = 3e-3, beta_1: float = 0.95, beta_2: float = 0.95, epsilon: float = 1e-8,
-        every: int = 10, max_dimension: int = 1000, merge: int = 1000, name: str = "soap", **kwargs: Any,
+        every: int | Refresh = 10, max_dimension: int = 1000, merge: int = 1000,
+        factors: Literal["shampoo", "kl"] = "shampoo", sign: bool = False, name: str = "soap", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         for argument, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
             check_number(self, argument, beta, low=0, high=1, open_high=True)
         check_number(self, "epsilon", epsilon, low=0, open_low=True)
-        for argument, count in (("every", every), ("max_dimension", max_dimension), ("merge", merge)):
+        for argument, count in (("max_dimension", max_dimension), ("merge", merge)):
             check_count(self, argument, count)
+        check_every(self, "every", every)
+        check(self, "factors", factors, factors in ("shampoo", "kl"), '"shampoo" or "kl"')
+        check(self, "sign", sign, isinstance(sign, bool), "True or False")
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
-        self.max_dimension, self.merge = max_dimension, merge
+        self.max_dimension, self.merge, self.factors, self.sign = max_dimension, merge, factors, sign
+        self.count_refreshes()
 
     def create_state(self, variables: Variables) -> None:
         """Both moments in the basis, the factors, the basis."""
@@ -75,6 +93,7 @@ class SOAP(ByAxis):
         self._m, self._v = self.add_moments("m"), self.add_moments("v")
         self._factors = self.add_matrices("factor")
         self._bases = self.add_matrices("basis", "identity")
+        self._eigenvalues = self.add_eigenvalues() if self.factors == "kl" else []
 
     def precondition(self, gradients: Vector) -> Vector:
         """The negative of Adam's step in the basis, transformed back."""
@@ -84,16 +103,35 @@ class SOAP(ByAxis):
         m = self.average(self._m, turned, self.beta_1, begun=taken > 0)
         v = self.average(self._v, [g * g for g in turned], self.beta_2, begun=taken > 0)
         scaled = self.adam(m, v, tf.maximum(taken, 1))
-        direction = [axes.multiply(s, q) for s, q in zip(scaled, Q)]
+        direction = self._signed([axes.multiply(s, q) for s, q in zip(scaled, Q)])
 
-        moments = [axes.second_moment(G[i], k) for i, k in self._places]
-        factors = self.average(self._factors, moments, self.beta_2)
+        factors = self.average(self._factors, self._moments(G, bases, taken > 0), self.beta_2)
         m = self._turn(m, bases, factors, taken)
         self.remember([*self._m, *self._v, *self._factors], [*m, *v, *factors])
         return self.join(direction, gradients)
 
-    def linear_step(self) -> LinearStep:
-        """Adam's momentum, between the current bases."""
+    def _moments(self, G, bases, begun):
+        if self.factors == "shampoo":
+            return [axes.second_moment(G[i], k) for i, k in self._places]
+        values = trees.values(self._eigenvalues)
+        moments, diagonals = self.whitened_moments(G, bases, self.whitening(values, begun))
+        self.remember_eigenvalues(self._eigenvalues, values, diagonals, begun)
+        return moments
+
+    def _signed(self, direction):
+        """The step, with equal singular values where it is a hidden matrix, if `sign`."""
+        if not self.sign:
+            return direction
+        self.choose_hidden(self.trained, self.ends(self.trained))  # the model may be curved after it was loaded
+        steps = [direction[i] for i in self._hidden]
+        for i, unfolding, step, found in zip(self._hidden, self._unfoldings, steps, self.signs(steps, SIGN)):
+            direction[i] = unfolding.tensor(found * tf.math.divide_no_nan(tf.norm(step), tf.norm(found)))
+        return direction
+
+    def linear_step(self) -> LinearStep | NotLinear:
+        """Adam's momentum, between the current bases; no known limit with the sign."""
+        if self.sign:
+            return NotLinear("`SOAP(sign=True)` takes the sign of its steps: no limit on the curvature is known.")
         return LinearStep(averaged(self.beta_1), self._preconditioner)
 
     def _preconditioner(self):
@@ -111,19 +149,11 @@ class SOAP(ByAxis):
         if not self._places:
             return m
 
-        def compute():
-            def first():
-                return in_stacks(eigenbases.decompose, factors)
-
-            def later():
-                return in_stacks(lambda pair: eigenbases.refine(*pair), list(zip(factors, old)))
-
-            return tf.cond(tf.equal(taken, 0), first, later)
-
-        new = self.renew(self._bases, compute, taken)
+        # the eigenvalues of KL factors stay with their columns, which are not ordered by these Rayleigh quotients
+        new = self.renew_bases(self._bases, factors, taken, sort=self.factors == "shampoo")
 
         def turn():
             plain = [axes.multiply(m_, q) for m_, q in zip(m, self.by_tile(old))]
             return [axes.multiply_transposed(m_, q) for m_, q in zip(plain, self.by_tile(new))]
 
-        return turn() if self.every == 1 else tf.cond(tf.equal(taken % self.every, 0), turn, lambda: m)
+        return turn() if self.period == 1 else tf.cond(tf.equal(taken % self.period, 0), turn, lambda: m)

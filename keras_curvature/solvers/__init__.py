@@ -4,8 +4,11 @@ from keras_curvature.solvers.base import Solution, Solver
 from keras_curvature.solvers.conjugate_gradient import ConjugateGradient
 from keras_curvature.solvers.kronecker_geometry import KroneckerGeometry
 from keras_curvature.solvers.low_rank import LowRankGeometry
+from keras_curvature.solvers.matrix_sign import NewtonSchulz, PolarExpress
 from keras_curvature.solvers.neumann import NeumannSeries
+from keras_curvature.solvers.refresh import Refresh
 from keras_curvature.solvers.roots import CoupledNewton, EigenRoot
+from keras_curvature.solvers.second_moment import SecondMoment
 
 __all__ = [
     "ConjugateGradient",
@@ -14,6 +17,10 @@ __all__ = [
     "KroneckerGeometry",
     "LowRankGeometry",
     "NeumannSeries",
+    "NewtonSchulz",
+    "PolarExpress",
+    "Refresh",
+    "SecondMoment",
     "Solution",
     "Solver",
 ]

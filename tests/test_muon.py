@@ -1,0 +1,311 @@
+"""Muon against Keras' own, against singular value decompositions, and what it does with each weight of a model."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from test_soap import random_gradients, trajectory
+
+import keras_curvature as kc
+from keras_curvature.linearization.layers import ends
+from keras_curvature.operators.unfolding import Unfolding
+
+EXACT = kc.PolarExpress(steps=12)  # as exact as a decomposition
+EVERYTHING = {"adam_for": [], "sign": EXACT, "learning_rate": 0.1}
+
+
+def polar(X):
+    """`U V'` by the decomposition."""
+    U, _, V = np.linalg.svd(X, full_matrices=False)
+    return U @ V
+
+
+# The update.
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False, "momentum": 0.9}, {"rms_rate": None}])
+def test_trajectory_on_matrices_is_that_of_keras_own_muon(settings):
+    shapes = [(6, 9), (9, 4), (5, 5), (3, 40)]
+    start, gradients = random_gradients(shapes, steps=20)
+    rate = 2.0**-7
+    theirs = keras.optimizers.Muon(rate, weight_decay=None, adam_weight_decay=None, **settings)
+    common = {name: value for name, value in settings.items() if name != "rms_rate"}
+    own = kc.Muon(rate, adam_for=[], sign=kc.NewtonSchulz(), **common)
+    expected, seen = (trajectory(optimizer, start, gradients, shapes) for optimizer in (theirs, own))
+    if "rms_rate" in settings:  # no scale; ours has one, which the sign cannot see
+        sizes = np.concatenate([np.full(a * b, 0.2 * max(a, b) ** 0.5) for a, b in shapes])
+        expected = start + np.cumsum(sizes * np.diff(expected, axis=0, prepend=start[None]), axis=0)
+    np.testing.assert_allclose(seen, expected, atol=1e-6 * np.abs(expected - start).max())
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_trajectory_of_what_adam_steps_is_adams():
+    shapes = [(5,), (), (1, 3), (6, 4)]
+    start, gradients = random_gradients(shapes)
+    settings = {"beta_1": 0.8, "beta_2": 0.9, "epsilon": 1e-3}
+    seen = trajectory(kc.Muon(1e-2, adam_rate=0.5, **settings), start, gradients, shapes)
+    expected = trajectory(keras.optimizers.Adam(5e-3, **settings), start, gradients, shapes)
+    np.testing.assert_allclose(seen, expected, atol=1e-8)
+
+
+SCALES = {
+    "jordan": {(4, 9): 1.5, (9, 4): 1.0},
+    "moonlight": {(4, 9): 0.6, (9, 4): 0.6},
+    "scion": {(4, 9): 1.5, (9, 4): 2 / 3},
+}
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_first_step_is_the_scaled_orthogonal_factor_of_the_gradient(scale):
+    for shape, expected in SCALES[scale].items():
+        start, gradients = random_gradients([shape], steps=1)
+        seen = trajectory(kc.Muon(**EVERYTHING, scale=scale), start, gradients, [shape])
+        step = -0.1 * expected * polar(gradients.reshape(shape)).ravel()
+        np.testing.assert_allclose(seen[0] - start, step, atol=1e-7)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_tall_matrix_is_the_transposed_wide_one():
+    start, gradients = random_gradients([(4, 9)], steps=3)
+    wide = trajectory(kc.Muon(adam_for=[]), start, gradients, [(4, 9)])
+    turned = [np.array([v.reshape(4, 9).T.ravel() for v in rows]) for rows in (start[None], gradients, wide)]
+    tall = trajectory(kc.Muon(adam_for=[]), turned[0][0], turned[1], [(9, 4)])
+    np.testing.assert_allclose(tall, turned[2], rtol=1e-12)
+
+
+# `(shape of a kernel, shape of its matrix)`
+KERNELS = [((3, 3, 2, 4), (18, 4)), ((3, 3, 2, 4, 5), (72, 5)), ((3, 8, 16), (24, 16)), ((12, 3, 4), (12, 12)),
+           ((3, 4, 12), (12, 12)), ((3, 3, 1, 8), (9, 8)), ((1, 1, 6, 4), (6, 4)), ((3, 3, 6, 1), (9, 6))]  # fmt: skip
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(("shape", "matrix"), KERNELS)
+def test_a_kernel_is_its_reshaped_matrix(shape, matrix):
+    start, gradients = random_gradients([shape], steps=3)
+    seen = trajectory(kc.Muon(**EVERYTHING), start, gradients, [shape])
+    np.testing.assert_allclose(seen, trajectory(kc.Muon(**EVERYTHING), start, gradients, [matrix]), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(("shape", "axis"), [((12, 3, 4), 1), ((3, 4, 12), 0)])
+def test_each_head_may_have_a_matrix_of_its_own(shape, axis):
+    start, gradients = random_gradients([shape], steps=3)
+    seen = trajectory(kc.Muon(**EVERYTHING, per_head=True), start, gradients, [shape])
+    for head in range(shape[axis]):
+        parts = [np.take(v.reshape(-1, *shape), head, axis + 1) for v in (start, gradients, seen)]
+        own, flat = parts[0].shape[1:], [part.reshape(len(part), -1) for part in parts]
+        alone = trajectory(kc.Muon(**EVERYTHING, per_head=True), flat[0][0], flat[1], [own])
+        np.testing.assert_allclose(flat[2], alone, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("per", ["output", "entry"])
+def test_the_second_moment_of_the_signs_follows_the_equations(per):
+    shape, b = (6, 4), 0.8
+    start, gradients = random_gradients([shape], steps=10)
+    settings = {**EVERYTHING, "scale": "scion", "momentum": 0.0, "nesterov": False}
+    seen = trajectory(kc.Muon(**settings, normalization=kc.SecondMoment(per, b)), start, gradients, [shape])
+    w, v = start.reshape(shape), 0.0
+    for row, weights in zip(gradients, seen):
+        U = polar(row.reshape(shape))
+        v = b * v + (1 - b) * (np.mean(U**2, axis=0, keepdims=True) if per == "output" else U**2)
+        step = U / np.sqrt(v)
+        w = w - 0.1 * (4 / 6) ** 0.5 * step * np.linalg.norm(U) / np.linalg.norm(step)
+        np.testing.assert_allclose(weights, w.ravel(), atol=1e-6)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_the_second_moment_of_heads_is_that_of_each_head():
+    start, gradients = random_gradients([(12, 3, 4)], steps=4)
+    settings = {**EVERYTHING, "normalization": kc.SecondMoment(), "per_head": True}
+    seen = trajectory(kc.Muon(**settings), start, gradients, [(12, 3, 4)])
+    heads = [v.reshape(-1, 12, 3, 4)[:, :, 1].reshape(-1, 48) for v in (start, gradients, seen)]
+    alone = trajectory(kc.Muon(**settings), heads[0][0], heads[1], [(12, 4)])
+    np.testing.assert_allclose(heads[2], alone, rtol=1e-9)
+
+
+def test_unfolding_and_back_is_nothing():
+    for shape, _ in KERNELS:
+        for per_head in (False, True):
+            unfolding, X = Unfolding(shape, per_head), tf.random.stateless_normal(shape, [0, 1])
+            np.testing.assert_array_equal(unfolding.tensor(unfolding.matrix(X)), X)
+
+
+def test_matrices_of_one_size_are_computed_together():
+    random, shapes = np.random.default_rng(0), [(4, 9), (9, 4), (4, 9), (2, 2, 1, 9), (5, 5), (3,)]
+    variables = [keras.Variable(random.standard_normal(s), dtype="float32") for s in shapes]
+    optimizer = kc.Muon(adam_for=[])
+    optimizer.build(variables)
+    gradients = [tf.constant(random.standard_normal(s), "float32") for s in shapes]
+    graph = tf.function(lambda: optimizer.apply(gradients, variables)).get_concrete_function().graph
+    stacks = {tuple(op.outputs[0].shape) for op in graph.get_operations() if "MatMul" in op.type}
+    assert stacks == {(4, 4, 4), (4, 4, 9), (5, 5)}
+
+
+# Values that are no good.
+
+
+def degenerate():
+    """Gradients of one kernel: of one row, zero, of rank one, with rows that are the same."""
+    random = np.random.default_rng(0)
+    column, row, half = (random.standard_normal(s) for s in ((6, 1), (1, 5), (3, 5)))
+    return {"one_row": row, "one_column": column, "zero": np.zeros((6, 5)), "rank_one": column @ row,
+            "duplicated": np.concatenate([half, half])}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e4])
+@pytest.mark.parametrize("normalization", [None, kc.SecondMoment()])
+def test_degenerate_gradients_do_no_harm(dtype, scale, normalization):
+    cases = list(degenerate().values())
+    variables = [keras.Variable(np.ones(g.shape), dtype=dtype) for g in cases]
+    optimizer = kc.Muon(0.1, adam_for=[], normalization=normalization)
+    optimizer.build(variables)
+    step = tf.function(lambda given: optimizer.apply(given, variables))
+    for _ in range(5):
+        step([tf.constant(scale * g, dtype) for g in cases])
+    moved = [np.abs(np.array(v.value, "float64") - 1) for v in variables]
+    assert int(optimizer.skipped_steps) == 0 and all(np.isfinite(v.numpy()).all() for v in optimizer.variables)
+    assert all(m.max() < 1.5 for m in moved)
+    still = {"zero"} if scale > 1e-8 else {"zero", "one_row", "one_column"}  # Adam has an epsilon, the sign has none
+    still = set(degenerate()) if scale < 1e-8 and dtype == "float16" else still  # zero in that precision
+    assert {name for name, m in zip(degenerate(), moved) if m.max() < 1e-3} == still
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_xla_takes_the_same_steps(dtype):
+    shapes = [(6, 6), (7,), (3, 3, 2, 4), (4, 40), (4, 3)]
+    start, gradients = random_gradients(shapes)
+    compiled, graph = (
+        trajectory(kc.Muon(1e-2), start, gradients, shapes, jit, dtype).astype("float32") for jit in (True, False)
+    )
+    np.testing.assert_allclose(compiled, graph, atol=2e-5 if dtype == "float32" else 2e-2)
+    assert np.abs(graph[-1] - start).max() > 5e-3
+
+
+# Which weights are matrices.
+
+
+def transformer():
+    """`(model, paths of its ends)`: tokens through attention to the next token."""
+    tokens = keras.Input((7,), dtype="int32")
+    x = layers.Embedding(11, 8, name="tokens")(tokens)
+    x = layers.Add()([x, layers.MultiHeadAttention(2, 4, name="attention")(x, x)])
+    x = layers.LayerNormalization()(x)
+    logits = layers.Dense(11, name="logits")(layers.Dense(16, activation="relu", name="hidden")(x))
+    return keras.Model(tokens, layers.Activation("softmax")(logits)), {"tokens/embeddings", "logits/kernel"}
+
+
+def two_heads():
+    """Two outputs, of which the variables show the last one only."""
+    given = keras.Input((4,))
+    first = layers.Dense(3, name="first")(given)
+    hidden = layers.Dense(6, name="hidden")(given)
+    second = layers.Dense(2, name="second")(layers.BatchNormalization()(hidden))
+    return keras.Model(given, [first, layers.ReLU()(second)]), {"first/kernel", "second/kernel"}
+
+
+def nested():
+    """The output comes from a model inside the model, a `Sequential` after which there is no weight."""
+    head = keras.Sequential([layers.Dense(6, name="inside"), layers.Dense(3, name="last"), layers.Softmax()])
+    given = keras.Input((4,))
+    return keras.Model(given, layers.Rescaling(2.0)(head(layers.Dense(5)(given)))), {"last/kernel"}
+
+
+class Subclassed(keras.Model):
+    """A model without a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = layers.Dense(5, name="inner"), layers.Dense(1, name="outer")
+
+    def call(self, x):
+        """Two layers."""
+        return self.outer(self.inner(x))
+
+
+def subclassed():
+    """Its last weight."""
+    model = Subclassed()
+    model(np.ones((2, 4), "float32"))
+    return model, {"outer/kernel"}
+
+
+MODELS = {"transformer": transformer, "two_heads": two_heads, "nested": nested, "subclassed": subclassed}
+
+
+def short(variables):
+    """The last two parts of their paths, a set."""
+    return {"/".join(v.path.split("/")[-2:]) for v in variables}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_ends_of_a_model_are_its_embeddings_and_the_layers_of_its_outputs(name):
+    model, expected = MODELS[name]()
+    assert short(ends.ends_of_model(model)) == expected
+    by_variables = short(ends.ends_of_variables(model.trainable_variables))
+    assert by_variables == (expected if name != "two_heads" else {"first/kernel"})
+
+
+def by_muon(optimizer, model):
+    """The last parts of the paths of the weights that the matrix sign steps."""
+    return short([model.trainable_variables[i] for i in optimizer._hidden])
+
+
+@pytest.mark.parametrize("curve", [False, True])
+def test_every_matrix_between_the_ends_is_muons(curve):
+    model, _ = transformer()
+    model = kc.curved(model) if curve else model
+    optimizer = kc.Muon()
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    tokens = np.random.default_rng(0).integers(0, 11, (4, 7))
+    model.fit(tokens, tokens, verbose=0)
+    assert by_muon(optimizer, model) == {
+        *(f"{part}/kernel" for part in ("query", "key", "value", "attention_output", "hidden"))
+    }  # and neither the biases of attention, which have two axes, nor those of the normalization
+    assert optimizer.adam_for is None
+
+
+def test_what_only_the_model_knows_is_kept_in_its_file(tmp_path):
+    (model, _), x = two_heads(), np.ones((4, 4), "float32")
+    y = [np.ones((4, 3)), np.ones((4, 2))]
+    model = kc.curved(model)
+    model.compile(kc.Muon(), "mse")
+    model.fit(x, y, verbose=0)
+    assert by_muon(model.optimizer, model) == {"hidden/kernel"}
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")  # a warning here would be an error
+    assert by_muon(loaded.optimizer, loaded) == {"hidden/kernel"}
+    for a, b in zip(loaded.optimizer.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_adam_for_names_what_adam_steps():
+    model, _ = two_heads()
+    optimizer = kc.Muon(adam_for=["first", "hidden/k"])
+    optimizer.build(model.trainable_variables)
+    assert by_muon(optimizer, model) == {"second/kernel"}
+    with pytest.warns(UserWarning, match="(?s)`Muon`: `adam_for`: .'third'. are in none of the paths.*second/kernel"):
+        kc.Muon(adam_for=["third"]).build(model.trainable_variables)
+
+
+def test_a_layer_of_one_output_is_the_output_layer():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(6), layers.Dense(5, name="hidden"), layers.Dense(1)])
+    optimizer = kc.Muon()
+    optimizer.build(model.trainable_variables)
+    assert len(optimizer._hidden) == 2
+
+
+def test_the_bad_are_told():
+    wrong = {"momentum": 1.0, "beta_1": -0.1, "beta_2": 1, "epsilon": 0, "scale": "adam", "sign": kc.EigenRoot(),
+             "adam_for": "dense", "adam_rate": -1.0, "normalization": "rows"}  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"`Muon`: `{name}`"):
+            kc.Muon(**{name: value})
+    for wrong in ({"per": "row"}, {"beta": 1.0}):
+        with pytest.raises(ValueError, match=f"`SecondMoment`: `{next(iter(wrong))}`"):
+            kc.SecondMoment(**wrong)
