@@ -9,7 +9,7 @@ from keras_curvature.monitor.report.landscape import landscape
 from keras_curvature.monitor.report.reporting import report
 from keras_curvature.monitor.stability import stability
 from keras_curvature.operators import Identity, LinearOperator
-from keras_curvature.optimizers import *
+from keras_curvature.optimizers import *  # noqa: F403
 from keras_curvature.solvers import (
     ConjugateGradient,
     CoupledNewton,
