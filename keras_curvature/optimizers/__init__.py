@@ -21,18 +21,14 @@ from keras_curvature.optimizers.newton import Newton as Newton
 from keras_curvature.optimizers.newton_cg import NewtonCG as NewtonCG
 from keras_curvature.optimizers.nys_newton_cg import NysNewtonCG as NysNewtonCG
 from keras_curvature.optimizers.psgd import PSGD as PSGD
-from keras_curvature.optimizers.saddle_free_newton import (
-    SaddleFreeNewton as SaddleFreeNewton,
-)
+from keras_curvature.optimizers.saddle_free_newton import SaddleFreeNewton as SaddleFreeNewton
 from keras_curvature.optimizers.scion import Scion as Scion
 from keras_curvature.optimizers.shampoo import Shampoo as Shampoo
 from keras_curvature.optimizers.soap import SOAP as SOAP
 from keras_curvature.optimizers.sophia import SophiaG as SophiaG
 from keras_curvature.optimizers.sophia import SophiaH as SophiaH
 from keras_curvature.optimizers.splus import SPlus as SPlus
-from keras_curvature.optimizers.square_root_free_adam import (
-    SquareRootFreeAdam as SquareRootFreeAdam,
-)
+from keras_curvature.optimizers.square_root_free_adam import SquareRootFreeAdam as SquareRootFreeAdam
 from keras_curvature.optimizers.two_loop_neumann import TwoLoopNeumann as TwoLoopNeumann
 
 # A type checker cannot compute this list. Without it, it takes all names above as public.

@@ -82,6 +82,11 @@ class Radius:
     at_boundary: tf.Tensor
     every: ClassVar[int] = 1
 
+    @property
+    def initial(self) -> float:
+        """The radius at the first step."""
+        return self.region.initial
+
     def update(self, value: tf.Tensor, ratio: tf.Tensor) -> tf.Tensor:
         """The next radius."""
         region, ratio = self.region, tf.cast(ratio, value.dtype)
