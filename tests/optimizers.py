@@ -100,7 +100,7 @@ OPTIMIZERS = {
     "splus": Method(
         kc.SPlus, {"every": 2, "max_dimension": 5}, {**FALLING, "vector_scale": 1.0}, steps=600, amplifies=True
     ),
-    "scion": Method(kc.Scion, {"learning_rate": 2**-9}, {**FALLING, "radius": 1.0}, steps=600),
+    "scion": Method(kc.Scion, {"learning_rate": 2**-9, "radius_of_ends": 50.0}, {**FALLING, "radius": 1.0}, steps=600),
     "soap_refresh": Method(kc.SOAP, {**BY_AXIS, "every": kc.Refresh(0.1)}, FALLING, steps=600),
     "shampoo_refresh": Method(
         kc.Shampoo, {"learning_rate": 0.01, "every": kc.Refresh(0.1), "epsilon": 1e-3}, {"learning_rate": 0.3}
