@@ -79,6 +79,18 @@ def count(v):
     return sum(int(a.shape.num_elements()) for a in v)
 
 
+def flatten(v):
+    """The vector as one tensor `(n,)`, for dense methods on small models; in the dtype of inner products."""
+    dtype = scalar_dtype(v)
+    return tf.concat([tf.reshape(tf.cast(a, dtype), [-1]) for a in v], 0)
+
+
+def unflatten(flat, like):
+    """The inverse of `flatten`: a list of tensors with the shapes and dtypes of `like`."""
+    parts = tf.split(flat, [int(a.shape.num_elements()) for a in like])
+    return [tf.cast(tf.reshape(part, a.shape), a.dtype) for part, a in zip(parts, like)]
+
+
 def values(variables):
     """The current values of Keras or TensorFlow variables, in float32 at least; later assignments do not move them."""
     return [full_precision(tf.convert_to_tensor(v)) for v in variables]

@@ -199,6 +199,7 @@ class Linearization:
     hessian = matrices.hessian
     gauss_newton = matrices.gauss_newton
     fisher = matrices.fisher
+    rows = matrices.rows
     hidden_gauss_newton = matrices.hidden_gauss_newton
 
     # Estimates.
