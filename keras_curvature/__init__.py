@@ -18,7 +18,7 @@ from keras_curvature.solvers import (
     LowRankGeometry,
     NeumannSeries,
 )
-from keras_curvature.steps import ArmijoLineSearch, ConstantDamping, LevenbergMarquardt
+from keras_curvature.steps import ArmijoLineSearch, ConstantDamping, GridSearch, LevenbergMarquardt, Nielsen
 from keras_curvature.training.models import CurvatureModel, curved
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "CoupledNewton",
     "CurvatureModel",
     "EigenRoot",
+    "GridSearch",
     "Identity",
     "KroneckerGeometry",
     "LevenbergMarquardt",
@@ -39,6 +40,7 @@ __all__ = [
     "LowRankGeometry",
     "Needs",
     "NeumannSeries",
+    "Nielsen",
     "callbacks",
     "curvature",
     "curved",

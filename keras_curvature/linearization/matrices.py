@@ -80,8 +80,9 @@ def rows(lin, memory: int = MEMORY) -> Rows:
         memory: The most bytes that `dense()` may take. Defaults to `2**31`.
 
     Raises:
-        ValueError: `memory` is no positive number; the `needs` of the linearization have no `products`; at a question:
-            the model has a `compute_loss` of its own without a `likelihood`, or a loss of one number for all examples.
+        ValueError: `memory` is no positive number; the `needs` of the linearization have no `products`; the loss is not
+            convex in the outputs; at a question: the model has a `compute_loss` of its own without a `likelihood`, or a
+            loss that returns one number for all examples.
 
     Example:
 
@@ -91,6 +92,12 @@ def rows(lin, memory: int = MEMORY) -> Rows:
     ```
     """
     require(lin, "rows", "products")
+    not_convex = convexity.not_convex(lin.model)
+    if not_convex:
+        raise ValueError(
+            "`Linearization.rows` needs a loss that is convex in the model's outputs: the second derivative of another "
+            f"has no root. Received: loss={', '.join(not_convex)}. Choose another loss, or use the Hessian."
+        )
     return Rows(lin, memory)
 
 

@@ -36,15 +36,12 @@ class Root:
     Attributes:
         values: Shaped as the leaf for a diagonal; else `(blocks, entries, entries)`.
         shape: The leaf's shape, with tensors for unknown lengths.
+        is_diagonal: Whether `R` is a diagonal.
     """
 
     values: tf.Tensor
     shape: list
-
-    @property
-    def is_diagonal(self):
-        """Whether `R` is a diagonal."""
-        return self.values.shape.rank != 3
+    is_diagonal: bool
 
     def times(self, tangent):
         """`R u`, shaped as the leaf."""
@@ -109,9 +106,10 @@ def _structures(recorded):
     def noting(loss):
         def noted(y, outputs, sample_weight=None):
             logits = keras_internals.logits_of(outputs)
-            for i, leaf in enumerate(recorded.leaves):
-                if leaf is outputs or leaf is logits:
-                    found[i] = _structure(loss, logits is leaf)
+            structure = _structure(loss)
+            if structure == EXAMPLE:
+                _check_has_examples(loss, y, outputs)
+            found.update({i: structure for i, leaf in enumerate(recorded.leaves) if leaf is outputs or leaf is logits})
             return loss(y, outputs, sample_weight)
 
         return noted
@@ -120,7 +118,7 @@ def _structures(recorded):
     return [found.get(i, EXAMPLE) for i in range(len(recorded.leaves))]
 
 
-def _structure(loss, of_logits):
+def _structure(loss):
     declared, function = _declared(loss), keras_internals.function_of(loss)
     if declared is not None:
         return _of_likelihood(declared)
@@ -128,6 +126,17 @@ def _structure(loss, of_logits):
     if function in OF_ENTRIES:
         return ENTRY
     return ROW if function in OF_ROWS and last else EXAMPLE
+
+
+def _check_has_examples(loss, y, outputs):
+    """Refuse a loss of the user's that returns one number for all examples: its second derivative may couple them."""
+    if not tf.convert_to_tensor(loss.call(y, outputs)).shape.rank:
+        raise ValueError(
+            "The rows of the Jacobian need a loss that is a sum over the examples. Received: "
+            f"loss={name_of(getattr(loss, 'fn', loss))}, which returns one number for all of them. Return one number "
+            "for each example, without the last mean or sum; or solve without rows, by "
+            "`GaussNewton(solver=ConjugateGradient())`."
+        )
 
 
 def _declared(loss):
@@ -152,7 +161,7 @@ def _root(recorded, i, structure):
     entries = leaf.shape[1:] if structure == EXAMPLE else leaf.shape[-1:]
     if structure == ENTRY or (entries.is_fully_defined() and entries.num_elements() == 1):
         curved = _wide(recorded, recorded.curve(_only(recorded, i, tf.ones_like(leaf)))[i])
-        return Root(tf.sqrt(_no_less_than_zero(curved)), shape)
+        return Root(tf.sqrt(_no_less_than_zero(curved)), shape, True)
     size = _size_of_block(recorded, leaf, entries)
 
     def column(unit):
@@ -161,7 +170,7 @@ def _root(recorded, i, structure):
 
     columns = tf.vectorized_map(column, tf.eye(size, dtype=leaf.dtype))  # (entries, *leaf)
     blocks = tf.reshape(_wide(recorded, columns), [size, -1, size])
-    return Root(_root_of_blocks(tf.transpose(blocks, [1, 0, 2])), shape)
+    return Root(_root_of_blocks(tf.transpose(blocks, [1, 0, 2])), shape, False)
 
 
 def _size_of_block(recorded, leaf, entries):

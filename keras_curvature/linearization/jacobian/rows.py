@@ -91,6 +91,34 @@ class Rows:
             return None
         return trees.subtract(self._lin.gradient, self.transposed(self.residual))
 
+    def bent(self, vector: Vector, h: float = 0.1) -> tf.Tensor:
+        """`R` times the second derivative of the outputs along `v`, `(N,)`; two forward passes.
+
+            R (z(w + h v) - 2 z(w) + z(w - h v)) / h^2
+
+        Args:
+            vector: `v`, a vector.
+            h: Share of `v` to go to either side. Defaults to `0.1`.
+        """
+        def question(recorded, *sides):
+            return [root.times(t) for root, t in zip(roots.roots(recorded), _second_difference(recorded, *sides, h))]
+
+        return self._gathered(self._lin.passes.rows(question, tangents=self._on_both_sides(vector, h)), 1)
+
+    def pulled_bent(self, vector: Vector, h: float = 0.1) -> Vector:
+        """`A' bent(v)`, a vector, for which no root is needed: two forward passes and one backward pass."""
+
+        def question(recorded, *sides):
+            return recorded.pull(recorded.curve(_second_difference(recorded, *sides, h)))
+
+        return self._lin.passes.total(question, tangents=self._on_both_sides(vector, h))
+
+    def _on_both_sides(self, vector, h):
+        """All leaves at `w + h v` and at `w - h v`, on every replica."""
+        trees.check("vector", vector, self._lin.variables)
+        shifted = self._lin.record(lambda pure, weights: _Shifted(pure, weights, vector, h))
+        return list(shifted.rows(lambda shifted: (shifted.after, shifted.before)))
+
     # On every replica, one tensor for each output that the loss depends on.
 
     def _residuals(self):
@@ -149,6 +177,19 @@ class Rows:
             found.append(replicas.each(cut, start, part))
             before += total
         return found
+
+
+class _Shifted:
+    """The leaves of the model at `w + h v` and at `w - h v`, as a record of a forward pass."""
+
+    def __init__(self, pure, weights, vector, h):
+        self.before = pure.evaluate(trees.add(weights, vector, -h)).leaves
+        self.evaluation = pure.evaluate(trees.add(weights, vector, h))
+        self.after = self.evaluation.leaves
+
+
+def _second_difference(recorded, after, before, h):
+    return [(after[i] - 2.0 * leaf + before[i]) / h**2 for i, leaf in zip(recorded.used, recorded.leaves)]
 
 
 def _residuals_of(recorded):
