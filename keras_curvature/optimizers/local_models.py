@@ -34,7 +34,7 @@ def made(lin, solver, memory, undamped, scaling):
         solver = _chosen(lin, memory, undamped)
         if solver is None and scaling == "identity" and not undamped:
             return WithProducts(lin, ConjugateGradient())
-    return WithRows(lin, solver or "rows", memory)
+    return WithRows(lin, solver or "rows", memory, undamped)
 
 
 def _chosen(lin, memory, undamped):
@@ -55,15 +55,14 @@ def _chosen(lin, memory, undamped):
 class WithRows:
     """With the rows `A` as an array; everything inside is flat."""
 
-    def __init__(self, lin, way, memory):
+    def __init__(self, lin, way, memory, undamped):
         self._rows, self.solved_by, self._like = lin.rows(memory), way, lin.weights
-        self._A, self._r, remainder = self._rows.dense(), None, self._rows.remainder()
+        self._A, remainder = self._rows.dense(), self._rows.remainder()
         self._r = tf.cast(self._rows.residual, self._A.dtype)
         self._rest = None if remainder is None else trees.flatten(remainder)
-        self._l2 = None
+        self._l2, self._undamped, self._solve = None, undamped, None
         if any(lin.l2):
-            self._l2 = trees.flatten([tf.fill(w.shape, tf.cast(c, w.dtype)) for c, w in zip(lin.l2, self._like)])
-        self._solve = None
+            self._l2 = trees.flatten([tf.fill(w.shape, tf.constant(c, w.dtype)) for c, w in zip(lin.l2, self._like)])
 
     def is_finite(self):
         """Whether the rows and the gradient are finite."""
@@ -84,14 +83,24 @@ class WithRows:
         A = self._A
         metric = tf.ones([A.shape[1]], A.dtype) if scale is None else tf.square(trees.flatten(scale))
         E = tf.cast(damping, A.dtype) * metric
+        if self._undamped:
+            self._solve = self._shortest(metric)
+            return
         if self._l2 is not None:
             E += self._l2
-        if self.solved_by == "svd":
-            self._solve = least_squares.by_svd(A, E, metric)
-        else:
-            how = {"rows": least_squares.in_rows, "weights": least_squares.in_weights, "qr": least_squares.by_qr}
-            self._solve = how[self.solved_by](A, E)
-        self._pull = tf.cast(damping, A.dtype) * metric
+        how = {
+            "rows": least_squares.in_rows, "weights": least_squares.in_weights, "qr": least_squares.by_qr,
+            "svd": lambda A, E: least_squares.by_svd(A, E, E),
+        }  # fmt: skip
+        self._solve = how[self.solved_by](A, E)
+
+    def _shortest(self, metric):
+        """`solve` without damping; L2 regularizers are rows of their own, whose residuals are in the remainder."""
+        A, zeros = self._A, tf.zeros_like(metric)
+        if self._l2 is None:
+            return least_squares.by_svd(A, zeros, metric)
+        solve = least_squares.by_svd(tf.concat([A, tf.linalg.diag(tf.sqrt(self._l2))], 0), zeros, metric)
+        return lambda r, b=None, c=None: solve(tf.concat([r, zeros], 0), b, c)
 
     def solve(self, center=None):
         """`d`, a vector; `center` is `c`."""

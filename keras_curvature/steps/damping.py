@@ -121,8 +121,8 @@ class Nielsen(Component):
     The first damping is `tau` times the largest diagonal entry of the Gauss-Newton matrix in the metric of the damping.
 
     Reference: Nielsen, "Damping parameter in Marquardt's method" (1999); Madsen, Nielsen and Tingleff, "Methods for
-    non-linear least squares problems" (2004), algorithm 3.16. Difference: (1) `lambda` and `nu` are at most 2^32 (as in
-    jaxopt), and `lambda` at least `minimum`.
+    non-linear least squares problems" (2004), algorithm 3.16. Difference: (1) `lambda` stays between `minimum` and 1e30,
+    and `nu` below 2^32 (jaxopt's bound for both, at which targets of 1e9 stalled).
 
     Args:
         tau: The first damping, relative to the curvature, positive. Defaults to `1e-6` (jaxopt; the book: 1e-6 near a
@@ -161,7 +161,7 @@ class Nielsen(Component):
         off = 2.0 * ratio - 1.0
         factor = tf.maximum(tf.constant(1.0 / 3.0, value.dtype), 1.0 - off * off * off)
         better = tf.stack([tf.maximum(damping * factor, self.minimum), 2.0 * tf.ones_like(nu)])
-        worse = tf.stack([tf.minimum(damping * nu, 2.0**32), tf.minimum(2.0 * nu, 2.0**32)])
+        worse = tf.stack([tf.minimum(damping * nu, 1e30), tf.minimum(2.0 * nu, 2.0**32)])
         return tf.where(ratio > 0, better, worse)  # false for NaN
 
 
