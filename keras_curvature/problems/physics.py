@@ -1,4 +1,4 @@
-"""Physics-informed networks, as Keras models whose outputs are residuals.
+"""Physics-informed networks, as Keras layers whose outputs are residuals.
 
 A point of the domain is a row `[coordinates, a, b]` of the input, and the output for it is
 
@@ -17,14 +17,14 @@ from keras_curvature.problems.base import Problem, seeded
 
 
 @keras.saving.register_keras_serializable(package="keras_curvature")
-class PoissonResiduals(keras.Model):
+class PoissonResiduals(keras.layers.Layer):
     """Residuals of `-laplace(u) = f` in the unit cube with `u = 0` on its boundary, for `u* = prod_i sin(pi x_i)`.
 
     Args:
         dimension: Number of coordinates. Defaults to `2`.
         width: Width of the hidden layer of the network `u`, a tanh layer. Defaults to `32`.
         stddev: Standard deviation of the initial weights. Defaults to `0.1`.
-        **options: Of `keras.Model`.
+        **options: Of `keras.layers.Layer`.
     """
 
     def __init__(self, dimension=2, width=32, stddev=0.1, **options):
@@ -52,7 +52,7 @@ class PoissonResiduals(keras.Model):
         """Rows `[x, a, b]` to residuals: `(batch, dimension + 2)` to `(batch, 1)`."""
         d = self.dimension
         x, a, b = inputs[:, :d], inputs[:, d : d + 1], inputs[:, d + 1 :]
-        u, _, second = derivatives(self.u, x)
+        u, _, second = derivatives(self.u, x)  # (batch, 1), (batch, d), (batch, d)
         equation = tf.reduce_sum(second, -1, keepdims=True) + d * np.pi**2 * self.solution(x)
         return a * equation + b * (u - self.solution(x))
 
@@ -61,11 +61,14 @@ class PoissonResiduals(keras.Model):
 
 
 def derivatives(u, x):
-    """`(u, first, second)` derivatives of a function of points in each coordinate: `(batch, 1)`, twice `(batch, d)`.
+    """`(u, first, second)` derivatives of a function of points in each coordinate.
 
     Args:
         u: A function of points `(batch, d)` to `(batch, 1)`, each of its own point.
         x: The points.
+
+    Returns:
+        Tensors of shapes `(batch, 1)`, `(batch, d)` and `(batch, d)`.
     """
     columns = tf.unstack(x, axis=-1)
     with tf.GradientTape(persistent=True) as outer:
@@ -111,9 +114,9 @@ def poisson(dimension: int = 2, points: int = 30, width: int = 32) -> Problem:
 
     @seeded
     def model():
-        made = PoissonResiduals(dimension, width, name=f"poisson_{dimension}d")
-        made(np.zeros((1, dimension + 2), keras.config.floatx()))
-        return made
+        inputs = keras.Input((dimension + 2,))
+        residuals = PoissonResiduals(dimension, width, name="residuals")
+        return keras.Model(inputs, residuals(inputs), name=f"poisson_{dimension}d")
 
     def data():
         x = _rows(_inside(dimension, points), _boundary(dimension, points))
@@ -126,14 +129,15 @@ def poisson(dimension: int = 2, points: int = 30, width: int = 32) -> Problem:
 
 
 def relative_error(model: keras.Model, points: int = 100) -> float:
-    """The error of a `PoissonResiduals` in L2 over a grid inside the domain, relative to the solution.
+    """The error of a model of `poisson` in L2 over a grid inside the domain, relative to the solution.
 
     Args:
         model: The model.
         points: Points in each direction. Defaults to `100`.
     """
-    x = tf.constant(_inside(model.dimension, points), model.compute_dtype)
-    u, solution = model.u(x), model.solution(x)
+    residuals = model.get_layer("residuals")
+    x = tf.constant(_inside(residuals.dimension, points), residuals.compute_dtype)
+    u, solution = residuals.u(x), residuals.solution(x)
     return float(tf.norm(u - solution) / tf.norm(solution))
 
 
