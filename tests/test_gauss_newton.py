@@ -162,16 +162,18 @@ def test_geodesic_acceleration_is_that_of_a_dense_computation():
             np.testing.assert_allclose(found, v + 0.5 * a, atol=1e-9)
 
 
-def test_an_acceleration_that_is_too_large_is_left_out():
+def test_an_acceleration_that_is_too_large_takes_the_step_back_or_is_left_out():
     problem = kc.problems.rosenbrock()
     with float64():
-        steps = []
-        for geodesic in (False, True):
-            model = kc.curved(problem.compiled(GaussNewton(damping=1e-9, geodesic=geodesic)))
+        ends, logs = [], []
+        for damping, geodesic in ((1e-9, False), (1e-9, True), (Nielsen(tau=1e-12), True)):
+            model = kc.curved(problem.compiled(GaussNewton(damping=damping, geodesic=geodesic)))
             model.set_weights([np.array([-1.2, 1.0])])
-            model.train_on_batch(*problem.data(1))
-            steps.append(model.get_weights()[0])
-    np.testing.assert_array_equal(*steps)
+            logs.append(model.train_on_batch(*problem.data(1), return_dict=True))
+            ends.append(model.get_weights()[0])
+    np.testing.assert_array_equal(ends[0], ends[1])  # a constant damping cannot grow
+    np.testing.assert_array_equal(ends[2], [-1.2, 1.0])
+    assert [found["step_length"] for found in logs] == [1.0, 1.0, 0.0]
 
 
 # Trial steps.

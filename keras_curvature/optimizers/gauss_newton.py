@@ -47,8 +47,9 @@ class GaussNewton(CurvatureOptimizer):
     network wavefunctions" (2024), Algorithm 1, SPRING; Cai et al., "Gram-Gauss-Newton method" (2019), Algorithm 1.
     Differences: (1) the scale is that of the compiled loss: for a mean of N squares `lambda` is 2/N times the one of
     the sum of 1/2 r^2; (2) the acceleration uses central second differences of the outputs along `d`, and for losses
-    other than squares the metric `H_L` at the weights; (3) it is left out of a step where `2 |D a| > 0.75 |D d|`; (4)
-    SPRING's rows are not centred, and its momentum begins again at zero after a rejected step.
+    other than squares the metric `H_L` at the weights; (3) a step with `2 |D a| > 0.75 |D d|` is taken back where the
+    damping adapts in that step, and else taken without `a`; (4) SPRING's rows are not centred, and its momentum begins
+    again at zero after a rejected step.
 
     Args:
         learning_rate: Multiple of the step. Defaults to `1.0`.
@@ -170,15 +171,15 @@ class GaussNewton(CurvatureOptimizer):
         model.decompose(damping, scale)
 
         d = model.solve(trees.scale(self.momentum, trees.values(self._last)) if self.momentum else None)
-        step = self._bent(model, lin, scale, d) if self.geodesic else d
+        step, straight = self._bent(model, scale, d) if self.geodesic else (d, tf.constant(True))
         finite, solved = model.is_finite() & tf.math.is_finite(lin.loss), trees.is_finite(step)
         step = trees.where(solved, step, trees.zeros_like(step))  # with more damping it may be
         step, length, loss = self._searched(lin, model, step)
 
         rate = tf.cast(self.learning_rate, trees.scalar_dtype(step))
         checked = self._trial.check(
-            self.iterations, state, before=lin.loss, after=lambda: loss(rate),
-            predicted=lambda: model.change(trees.scale(rate, step)),
+            self.iterations, state, before=lin.loss, after=lambda: _unless(straight, loss(rate)),
+            predicted=lambda: model.change(trees.scale(rate * length, d)),  # the model knows nothing of the bend
         )  # fmt: skip
         taken = checked.accepted & solved & (length > 0)
         self.remember(self._damping, checked.value)
@@ -214,12 +215,12 @@ class GaussNewton(CurvatureOptimizer):
             norms = [tf.maximum(a, b) for a, b in zip(norms, trees.values(self._norms))]
         return [tf.where(a > 0, a, tf.ones_like(a)) for a in norms]
 
-    def _bent(self, model, lin, scale, d):
-        """`d + 1/2 a`, or `d` where the acceleration is too large."""
+    def _bent(self, model, scale, d):
+        """`(d + 1/2 a, True)`, or `(d, False)` where the acceleration is too large."""
         a = model.acceleration(d)
         length = lambda v: trees.norm(v if scale is None else [s * b for s, b in zip(scale, v)])  # noqa: E731
         small = 2.0 * length(a) <= LARGEST_BEND * length(d)  # false for NaN
-        return trees.where(small, trees.add(d, a, 0.5), d)
+        return trees.where(small, trees.add(d, a, 0.5), d), small
 
     def _searched(self, lin, model, step):
         """`(step, length, loss)`: the step times its length, the length, and the loss at a multiple of the step."""
@@ -231,3 +232,8 @@ class GaussNewton(CurvatureOptimizer):
         length, loss = self.line_search.search(along, lin.loss, rate * model.slope(step), along(one))
         length = tf.cast(length, one.dtype)
         return trees.scale(length, step), length, lambda rate: loss
+
+
+def _unless(accepted, loss):
+    """The loss; infinite if the step is not to be accepted whatever its loss."""
+    return tf.where(accepted, loss, tf.constant(float("inf"), loss.dtype))
