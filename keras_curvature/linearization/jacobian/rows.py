@@ -143,7 +143,7 @@ class Rows:
         self._ask_for_memory()
         found, residuals = self._lin.passes.rows(self._noting(columns.dense))
         self._once("residuals", lambda: residuals)
-        return self._gathered(found, 2)
+        return tf.ensure_shape(self._gathered(found, 2), [None, trees.count(self._lin.weights)])
 
     def _ask_for_memory(self):
         rows, n = self.count, trees.count(self._lin.weights)
