@@ -1,4 +1,4 @@
-"""The rows of the Jacobian: against central differences, and against the products that other tests hold to an oracle."""
+"""The rows of the Jacobian, against central differences and against products that other tests hold to an oracle."""
 
 import keras
 import numpy as np

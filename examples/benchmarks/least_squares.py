@@ -111,9 +111,9 @@ def poisson(seed, method, marks):
     return errors, seconds / (done - 1)
 
 
-def print_poisson(marks):
+def print_poisson(marks, methods):
     """The table of five seeds, for each method."""
-    for method in PINN:
+    for method in methods:
         print(row(f"Poisson, {method}", [f"{mark} its" for mark in marks] + ["ms an iteration"]))
         found = []
         for seed in SEEDS:
@@ -131,6 +131,7 @@ def main():
     parser.add_argument("--methods", nargs="*", default=list(METHODS), help="of NIST's table")
     parser.add_argument("--seconds", type=float, default=65.0, help="of sinc")
     parser.add_argument("--marks", nargs="*", type=int, default=[200, 1000], help="iterations of Poisson's equation")
+    parser.add_argument("--pinn", nargs="*", default=list(PINN), help="methods for Poisson's equation")
     args = parser.parse_args()
     keras.config.set_floatx("float64")
     if "nist" in args.parts:
@@ -138,7 +139,7 @@ def main():
     if "sinc" in args.parts:
         print_sinc(args.seconds)
     if "poisson" in args.parts:
-        print_poisson(args.marks)
+        print_poisson(args.marks, args.pinn)
 
 
 if __name__ == "__main__":

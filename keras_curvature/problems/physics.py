@@ -4,9 +4,9 @@ A point of the domain is a row `[coordinates, a, b]` of the input, and the outpu
 
     a * (the equation at the point) + b * (u at the point minus its data)
 
-with `b = 0` inside of the domain, and `a = 0` on its boundary (and at the initial time). So with `loss="mse"` and targets
-of zero, one array of points is the whole problem, batches and replicas may cut it as they like, and `a` and `b` hold
-the weights of the two parts. Derivatives in the coordinates are taken inside `call`.
+with `b = 0` inside of the domain, and `a = 0` on its boundary. So with `loss="mse"` and targets of zero, one array of
+points is the whole problem, batches and replicas may cut it as they like, and `a` and `b` hold the weights of the two
+parts. Derivatives in the coordinates are taken inside `call`.
 """
 
 import keras

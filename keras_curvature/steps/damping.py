@@ -121,8 +121,8 @@ class Nielsen(Component):
     The first damping is `tau` times the largest diagonal entry of the Gauss-Newton matrix in the metric of the damping.
 
     Reference: Nielsen, "Damping parameter in Marquardt's method" (1999); Madsen, Nielsen and Tingleff, "Methods for
-    non-linear least squares problems" (2004), algorithm 3.16. Difference: (1) `lambda` stays between `minimum` and 1e30,
-    and `nu` below 2^32 (jaxopt's bound for both, at which targets of 1e9 stalled).
+    non-linear least squares problems" (2004), algorithm 3.16. Difference: (1) `lambda` stays between `minimum` and
+    1e30, and `nu` below 2^32 (jaxopt's bound for both, at which targets of 1e9 stalled).
 
     Args:
         tau: The first damping, relative to the curvature, positive. Defaults to `1e-6` (jaxopt; the book: 1e-6 near a

@@ -150,10 +150,10 @@ class Rows:
         size = trees.scalar_dtype(self._lin.weights).size
         if rows is not None and rows * n * size > self._memory:
             raise ValueError(
-                f"The rows of the Jacobian as a dense array, {rows} rows of {n} weights, need {rows * n * size:,} bytes. "
-                f"Received: memory={self._memory:,}. {self._memory // (n * size):,} rows would fit: use smaller batches "
-                "or more memory, `lin.rows(memory=...)` or `GaussNewton(memory=...)`; or solve without the array, by "
-                "`GaussNewton(solver=ConjugateGradient())`."
+                f"The rows of the Jacobian as an array, {rows} rows of {n} weights, need {rows * n * size:,} bytes. "
+                f"Received: memory={self._memory:,}. {self._memory // (n * size):,} rows would fit: use smaller "
+                "batches, or more memory by `lin.rows(memory=...)` or `GaussNewton(memory=...)`; or solve without the "
+                "array, by `GaussNewton(solver=ConjugateGradient())`."
             )
 
     def _gathered(self, parts, rank):
