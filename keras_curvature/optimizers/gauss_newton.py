@@ -85,7 +85,7 @@ class GaussNewton(CurvatureOptimizer):
     solved_by: str | None = None
 
     def __init__(
-        self, learning_rate: LearningRate = 1.0, damping: float | Damping = Nielsen(), solver: By = "auto",
+        self, learning_rate: LearningRate = 1.0, damping: float | Damping | Nielsen = Nielsen(), solver: By = "auto",
         scaling: Literal["identity", "marquardt", "more"] = "identity", geodesic: bool = False, momentum: float = 0.0,
         line_search: GridSearch | ArmijoLineSearch | None = None, memory: int = 2**31, name: str = "gauss_newton",
         **kwargs: Any,

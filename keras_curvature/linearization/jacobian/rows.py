@@ -57,8 +57,8 @@ class Rows:
     def transposed(self, rows: tf.Tensor) -> Vector:
         """`A' u`, a vector; one backward pass, or none if the dense array is there."""
         if "dense" in self._known:
-            product = tf.linalg.matvec(self.dense(), tf.cast(rows, self.dense().dtype), transpose_a=True)
-            return trees.unflatten(product, self._lin.weights)
+            pulled = tf.linalg.matvec(self.dense(), tf.cast(rows, self.dense().dtype), transpose_a=True)
+            return trees.unflatten(pulled, self._lin.weights)
 
         def product(recorded, rows):
             scale = 1.0 if recorded.loss_scale is None else recorded.loss_scale
