@@ -25,8 +25,10 @@ from keras_curvature.solvers import (
 from keras_curvature.steps import (
     ArmijoLineSearch,
     ConstantDamping,
+    GridSearch,
     HagerZhang,
     LevenbergMarquardt,
+    Nielsen,
     StrongWolfe,
     TrustRegion,
 )
@@ -42,6 +44,7 @@ __all__ = [
     "CoupledNewton",
     "CurvatureModel",
     "EigenRoot",
+    "GridSearch",
     "HagerZhang",
     "Identity",
     "KroneckerGeometry",
@@ -52,6 +55,7 @@ __all__ = [
     "Needs",
     "NeumannSeries",
     "NewtonSchulz",
+    "Nielsen",
     "PolarExpress",
     "Refresh",
     "SecondMoment",

@@ -178,6 +178,21 @@ def add_up(values):
     return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
+def gather(rows):
+    """The rows (axis 0) of a per-replica tensor, one replica after the other, the same on all of them."""
+    if count() == 1:
+        return rows
+    start, whole = place(lambda a: tf.shape(a)[0] if a.shape[0] is None else a.shape[0], rows)
+
+    def among_all(rows, start):
+        own = tf.shape(rows)[0] if rows.shape[0] is None else rows.shape[0]
+        padded = tf.pad(rows, [[0, whole - own]] + [[0, 0]] * (rows.shape.rank - 1))
+        placed = tf.roll(padded, start, 0)
+        return tf.ensure_shape(placed, [whole if isinstance(whole, int) else None, *rows.shape[1:]])
+
+    return total(among_all, rows, start)
+
+
 @tf.custom_gradient
 def add_up_inside(value):
     """The sum over the replicas of an intermediate tensor that all of them compute, such as a mean of the batch.

@@ -85,14 +85,15 @@ def count(v):
     return sum(int(a.shape.num_elements()) for a in v)
 
 
-def flatten(v):
-    """All entries of `v` in one float64 tensor `(n,)`, for dense matrices of small models."""
-    return tf.concat([tf.reshape(tf.cast(a, tf.float64), [-1]) for a in v], 0)
+def flatten(v, dtype=None):
+    """The vector as one tensor `(n,)`, for dense methods on small models; by default in the dtype of inner products."""
+    dtype = scalar_dtype(v) if dtype is None else dtype
+    return tf.concat([tf.reshape(tf.cast(a, dtype), [-1]) for a in v], 0)
 
 
 def unflatten(flat, like):
-    """The vector of a flat tensor, with the shapes and dtypes of `like`."""
-    parts = tf.split(flat, [a.shape.num_elements() for a in like])
+    """The inverse of `flatten`: a list of tensors with the shapes and dtypes of `like`."""
+    parts = tf.split(flat, [int(a.shape.num_elements()) for a in like])
     return [tf.cast(tf.reshape(part, a.shape), a.dtype) for part, a in zip(parts, like)]
 
 

@@ -87,6 +87,14 @@ OPTIMIZERS = {
     "hessian_free": Method(kc.HessianFree, CG, family=True, amplifies=True),
     "hessian_free_hessian": Method(kc.HessianFree, {**CG, "curvature": "hessian"}, amplifies=True),
     "hessian_free_chunk": Method(kc.HessianFree, {**CG, "curvature_batch": 0.5}, amplifies=True),
+    "gauss_newton": Method(kc.GaussNewton, {"damping": kc.LevenbergMarquardt.martens(initial=10.0)}, steps=40),
+    "gauss_newton_cg": Method(kc.GaussNewton, {**CG, "damping": kc.LevenbergMarquardt.martens()}, amplifies=True),
+    "levenberg_marquardt": Method(kc.GaussNewton.levenberg_marquardt, {"damping": kc.Nielsen(tau=30.0)}, steps=40),
+    "spring": Method(kc.GaussNewton.spring, {"learning_rate": 0.1, "momentum": 0.5, "damping": 1.0},
+        {"learning_rate": 1.0, "momentum": 0.5, "damping": 0.1}),
+    "energy_natural_gradient": Method(
+        kc.GaussNewton.energy_natural_gradient, {"damping": 0.1, "line_search": kc.GridSearch(count=4)}, steps=20
+    ),
     "shampoo": Method(kc.Shampoo, {"learning_rate": 0.01, "every": 2, "epsilon": 1e-3}, {"learning_rate": 0.3}),
     "shampoo_newton": Method(
         kc.Shampoo,

@@ -23,7 +23,8 @@ def test_the_wheel_is_the_package(tmp_path):
         names = set(wheel.namelist())
         metadata = email.message_from_bytes(wheel.read(next(name for name in names if name.endswith("METADATA"))))
     ours = {str(file.relative_to(ROOT)) for file in (ROOT / "keras_curvature").rglob("*.py")}
-    assert {name for name in names if ".dist-info/" not in name} == ours | {"keras_curvature/py.typed"}
+    data = {"keras_curvature/py.typed", "keras_curvature/problems/nist.npz"}
+    assert {name for name in names if ".dist-info/" not in name} == ours | data
     assert metadata["Version"] == keras_curvature.__version__ and metadata["Requires-Python"] == ">=3.11"
     assert metadata["Summary"] and metadata.get_payload().startswith("# keras_curvature")
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]

@@ -41,12 +41,11 @@ class Linearization:
     lists of tensors in the order and with the shapes of `model.trainable_variables`; losses are scalars, the
     compiled loss with everything that belongs to it (sample weights, masks, regularizers, added losses).
 
-    Results do not depend on how the batch is cut (replicas, `micro_batches`), except with batch normalization and two
-    kinds of losses. These losses become means of per-slice means: masked losses, and those with
-    `reduction="mean_with_sample_weight"`; see `pure/slices.py`.
+    Results do not depend on how the batch is cut (replicas, `micro_batches`), except with batch normalization, and that
+    masked losses and `reduction="mean_with_sample_weight"` become means of per-slice means; see `pure/slices.py`.
 
-    Works eagerly, in a `tf.function`, compiled by XLA, and under a distribution strategy. Computes only what is asked
-    for, with one forward pass for all products. With `micro_batches` each result takes its own forward pass.
+    Works eagerly, in a `tf.function`, compiled by XLA, and under a distribution strategy. One forward pass serves all
+    products; with `micro_batches` each result takes its own.
 
     Args:
         model: A compiled `keras.Model`.
@@ -203,6 +202,7 @@ class Linearization:
     hessian = matrices.hessian
     gauss_newton = matrices.gauss_newton
     fisher = matrices.fisher
+    rows = matrices.rows
     hidden_gauss_newton = matrices.hidden_gauss_newton
     sampled_gradient = sampled.sampled_gradient
     fisher_diagonal = sampled.fisher_diagonal

@@ -9,6 +9,7 @@ from keras_curvature.component import check
 from keras_curvature.linearization import products
 from keras_curvature.linearization.fisher import convexity
 from keras_curvature.linearization.gauss_newton import GaussNewton
+from keras_curvature.linearization.jacobian.rows import MEMORY, Rows
 from keras_curvature.linearization.layers import taps
 from keras_curvature.linearization.needs import require
 from keras_curvature.operators import Function, LinearOperator
@@ -66,6 +67,38 @@ def fisher(lin, kind: Literal["exact", "empirical"] = "exact") -> LinearOperator
     check(fisher, "kind", kind, kind in ("exact", "empirical"), '"exact" or "empirical"')
     require(lin, "fisher", "products")
     return Function(_product(lin, lin.passes, lambda recorded, v: recorded.fisher_product(v, kind)), psd=True)
+
+
+def rows(lin, memory: int = MEMORY) -> Rows:
+    """The rows of the Jacobian, scaled as the compiled loss is, `Rows`.
+
+    With `J` the Jacobian of the model's outputs and `R` the root of the second derivative of the loss in them, the rows
+    are `A = R J`, one for each output of each example. `A'A` is the Gauss-Newton matrix without L2 regularizers, and
+    for a loss of squares `A'r` is the gradient.
+
+    Args:
+        memory: The most bytes that `dense()` may take. Defaults to `2**31`.
+
+    Raises:
+        ValueError: `memory` is no positive number; the `needs` of the linearization have no `products`; the loss is not
+            convex in the outputs; at a question: the model has a `compute_loss` of its own without a `likelihood`, or a
+            loss that returns one number for all examples.
+
+    Example:
+
+    ```python
+    A = Linearization(model, x, y).rows()
+    step = tf.linalg.lstsq(A.dense(), -A.residual[:, None])
+    ```
+    """
+    require(lin, "rows", "products")
+    not_convex = convexity.not_convex(lin.model)
+    if not_convex:
+        raise ValueError(
+            "`Linearization.rows` needs a loss that is convex in the model's outputs: the second derivative of another "
+            f"has no root. Received: loss={', '.join(not_convex)}. Choose another loss, or use the Hessian."
+        )
+    return Rows(lin, memory)
 
 
 def hidden_gauss_newton(lin) -> LinearOperator:

@@ -81,6 +81,7 @@ class Pass(Jacobian):
     Attributes:
         evaluation: The `Evaluation` at the point.
         leaves: The leaves that the loss depends on.
+        used: Their places among the leaves of the evaluation.
         slope: `dL/dz`, one tensor per leaf, times the loss scale.
         taps: The calls of tapped layers, a list of `Tap`.
         reached: Whether the loss depends on each weight, a tuple of bools; `None` before the gradient is asked for.
@@ -99,9 +100,9 @@ class Pass(Jacobian):
         with loss_tape:  # entered again, to record the computation of the slope for `H_L u`
             scale = None if loss_scale is None else tf.cast(loss_scale, evaluation.loss.dtype)
             slopes = slope_tape.gradient(evaluation.loss, evaluation.leaves, output_gradients=scale)
-        used = [(leaf, slope) for leaf, slope in zip(evaluation.leaves, slopes) if slope is not None]
-        super().__init__(tape, weights, [leaf for leaf, _ in used], evaluation)
-        self.slope = [slope for _, slope in used]
+        self.used = [i for i, slope in enumerate(slopes) if slope is not None]
+        super().__init__(tape, weights, [evaluation.leaves[i] for i in self.used], evaluation)
+        self.slope = [slopes[i] for i in self.used]
         self.pure, self.loss_scale, self.reached = pure, loss_scale, None
         self.taps = [] if noted is None else noted.pop(replicas.identity(), [])
         self._loss_tape, self._outer, self._graph, self._backward = loss_tape, outer, slices.graph(), None

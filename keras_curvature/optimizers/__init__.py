@@ -10,6 +10,7 @@ from keras_curvature.optimizers.diagonal_newton import DiagonalNewton as Diagona
 from keras_curvature.optimizers.ekfac import EKFAC as EKFAC
 from keras_curvature.optimizers.esgd import ESGD as ESGD
 from keras_curvature.optimizers.eva import Eva as Eva
+from keras_curvature.optimizers.gauss_newton import GaussNewton as GaussNewton
 from keras_curvature.optimizers.hessian_free import HessianFree as HessianFree
 from keras_curvature.optimizers.kfac import KFAC as KFAC
 from keras_curvature.optimizers.kl_shampoo import KLShampoo as KLShampoo

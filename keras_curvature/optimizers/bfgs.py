@@ -81,12 +81,12 @@ class BFGS(QuasiNewton):
     def multiply(self, gradient: Vector, count: tf.Tensor, scale: tf.Tensor) -> Vector:
         """`H g`, one dense product."""
         scaled = trees.scale(scale, gradient)
-        dense = trees.unflatten(tf.linalg.matvec(self._H.value, trees.flatten(gradient)), gradient)
+        dense = trees.unflatten(tf.linalg.matvec(self._H.value, trees.flatten(gradient, tf.float64)), gradient)
         return trees.where(count > 0, dense, scaled)
 
     def learn(self, pair: Pair, count: tf.Tensor, scale: tf.Tensor) -> None:
         """Update `H` by the pair."""
-        s, y, sy = trees.flatten(pair.s), trees.flatten(pair.y), pair.sy
+        s, y, sy = trees.flatten(pair.s, tf.float64), trees.flatten(pair.y, tf.float64), pair.sy
         first = tf.equal(count, 0)
         begin = scale if self.scaling else sy / tf.tensordot(y, y, 1)
         identity = tf.eye(tf.size(s), dtype=tf.float64)

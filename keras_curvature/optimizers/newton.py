@@ -84,7 +84,7 @@ class Newton(CurvatureOptimizer):
         """The accepted step."""
         size, g = tf.identity(self._size.value), lin.gradient
         values, vectors = dense.eigenpairs(dense.matrix(lin.hessian(), g))
-        slopes = tf.linalg.matvec(vectors, trees.flatten(g), transpose_a=True)
+        slopes = tf.linalg.matvec(vectors, trees.flatten(g, tf.float64), transpose_a=True)
         if self.trust_region is None:
             shifted = (tf.abs(values) if self.eigenvalues == "absolute" else values) + tf.cast(size, tf.float64)
             p, rule = -tf.math.divide_no_nan(slopes, shifted), self._rule

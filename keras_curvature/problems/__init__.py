@@ -18,7 +18,9 @@ from keras_curvature.problems.datasets import data, synthetic
 from keras_curvature.problems.logistic_regression import logistic
 from keras_curvature.problems.losses import SumSquares
 from keras_curvature.problems.networks import SparseNormal
+from keras_curvature.problems.physics import poisson, relative_error
 from keras_curvature.problems.registry import PROBLEMS, get
+from keras_curvature.problems.regression import nist, sinc
 from keras_curvature.problems.table_1 import first_below, rosenbrock_start, table_1_starts
 
 __all__ = [
@@ -30,11 +32,15 @@ __all__ = [
     "first_below",
     "get",
     "logistic",
+    "nist",
+    "poisson",
     "quadratic",
     "rahimi_recht",
+    "relative_error",
     "rosenbrock",
     "rosenbrock_start",
     "seeded",
+    "sinc",
     "synthetic",
     "table_1_starts",
 ]

@@ -6,6 +6,8 @@
 | `rosenbrock`, `.._noise_{1,3}`  | 2 weights; noise none, U[0, 1), U[0, 3) | the noise; solution known     |
 | `rahimi_recht`                  | linear 6-10-10                          | 1000 samples; a solution known|
 | `logistic`                      | 100 weights, condition number 1e4       | 20000 synthetic samples       |
+| `sinc`                          | 1-20-1, tanh                            | 20000 points of a curve       |
+| `poisson_2d`                    | residuals of a network 2-32-1, tanh     | 1020 points of the square     |
 | `digits_mlp`                    | 64-64-32-10, tanh                       | scikit-learn's digits         |
 | `digits_autoencoder`            | 64-100-50-12 and back                   | scikit-learn's digits         |
 | `mnist_mlp`                     | 784-128-64-10, relu                     | MNIST                         |
@@ -30,6 +32,8 @@ from keras_curvature.problems.base import Problem, seeded
 from keras_curvature.problems.datasets import data, synthetic
 from keras_curvature.problems.logistic_regression import logistic
 from keras_curvature.problems.losses import squared_error_of_logits
+from keras_curvature.problems.physics import poisson
+from keras_curvature.problems.regression import sinc
 
 
 def get(name: str) -> Problem:
@@ -105,6 +109,8 @@ _ALL = [
     rosenbrock(noise=3),
     rahimi_recht(),
     logistic(),
+    sinc(),
+    poisson(),
     _classifier("digits_mlp", partial(_mlp, (64, 64, 32, 10), "tanh"), _digits, 64),
     _autoencoder("digits_autoencoder", (64, 100, 50, 12), _digits_onto_themselves, 200),
     _classifier("mnist_mlp", partial(_mlp, (784, 128, 64, 10), "relu"), _flat_mnist, 128, _flat_images),

@@ -27,7 +27,7 @@ def matrix(operator: LinearOperator, like: Vector) -> tf.Tensor:
     size = trees.count(like)
 
     def column(i):
-        return trees.flatten(operator @ trees.unflatten(tf.one_hot(i, size, dtype=tf.float64), like))
+        return trees.flatten(operator @ trees.unflatten(tf.one_hot(i, size, dtype=tf.float64), like), tf.float64)
 
     columns = tf.map_fn(column, tf.range(size), fn_output_signature=tf.TensorSpec((size,), tf.float64),
                         parallel_iterations=1)  # fmt: skip

@@ -5,7 +5,7 @@ gives a shorter step. The records here are pure functions of the present damping
 """
 
 import dataclasses
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import tensorflow as tf
 
@@ -110,12 +110,74 @@ class LevenbergMarquardt(Component):
         return tf.where(bad, grown, tf.where(ratio > self.high, shrunk, value))
 
 
-def as_damping(owner: Any, damping: Any) -> Damping:
-    """The component for the argument `damping`: itself, or a `ConstantDamping` for a number."""
+@register
+@dataclasses.dataclass(frozen=True)
+class Nielsen(Component):
+    """Damping by a smooth function of the reduction ratio, which grows faster with each rejected step.
+
+        ratio > 0:            lambda <- lambda * max(1/3, 1 - (2 ratio - 1)^3),     nu <- 2
+        else, or NaN:         lambda <- lambda * nu,                                nu <- 2 nu
+
+    The first damping is `tau` times the largest diagonal entry of the Gauss-Newton matrix in the metric of the damping.
+
+    Reference: Nielsen, "Damping parameter in Marquardt's method" (1999); Madsen, Nielsen and Tingleff, "Methods for
+    non-linear least squares problems" (2004), algorithm 3.16. Difference: (1) `lambda` stays between `minimum` and
+    1e30, and `nu` below 2^32 (jaxopt's bound for both, at which targets of 1e9 stalled).
+
+    Args:
+        tau: The first damping, relative to the curvature, positive. Defaults to `1e-6` (jaxopt; the book: 1e-6 near a
+            solution, else 1e-3 or 1).
+        minimum: Smallest damping. Defaults to `1e-30`.
+
+    Example: `GaussNewton(damping=Nielsen(tau=1e-3))`
+    """
+
+    tau: float = 1e-6
+    minimum: float = 1e-30
+    numbers: ClassVar[int] = 2
+
+    def __post_init__(self):
+        check_number(self, "tau", self.tau, low=0, open_low=True)
+        check_number(self, "minimum", self.minimum, low=0, open_low=True)
+
+    @property
+    def initial(self) -> tuple[float, float]:
+        """`(0, 2)`: no damping yet, and the factor after a rejection."""
+        return 0.0, 2.0
+
+    @property
+    def every(self) -> int:
+        """1: every step is checked."""
+        return 1
+
+    def begun(self, value: tf.Tensor, largest: tf.Tensor) -> tf.Tensor:
+        """The pair for the present step, `lambda` set if it was 0; `largest` is the largest diagonal entry."""
+        relative = self.tau * tf.cast(tf.where(largest > 0, largest, tf.ones_like(largest)), value.dtype)
+        return tf.stack([tf.where(value[0] > 0, value[0], tf.maximum(relative, self.minimum)), value[1]])
+
+    def update(self, value: tf.Tensor, ratio: tf.Tensor) -> tf.Tensor:
+        """The next pair `(lambda, nu)`, from the present one and the reduction ratio."""
+        ratio, damping, nu = tf.cast(ratio, value.dtype), value[0], value[1]
+        off = 2.0 * ratio - 1.0
+        factor = tf.maximum(tf.constant(1.0 / 3.0, value.dtype), 1.0 - off * off * off)
+        better = tf.stack([tf.maximum(damping * factor, self.minimum), 2.0 * tf.ones_like(nu)])
+        worse = tf.stack([tf.minimum(damping * nu, 1e30), tf.minimum(2.0 * nu, 2.0**32)])
+        return tf.where(ratio > 0, better, worse)  # false for NaN
+
+
+def as_damping(owner: Any, damping: Any, numbers: int = 1) -> Damping:
+    """The component for the argument `damping`: itself, or a `ConstantDamping` for a number.
+
+    Args:
+        owner: The optimizer, for messages.
+        damping: The argument.
+        numbers: How many numbers of state the optimizer keeps for the component. Defaults to `1`.
+    """
     if is_number(damping):
         check_number(owner, "damping", damping, low=0)
         return ConstantDamping(float(damping))
     valid = isinstance(damping, Component) and all(hasattr(damping, name) for name in ("initial", "every", "update"))
+    valid = valid and getattr(damping, "numbers", 1) <= numbers
     expected = "a number or a component such as `LevenbergMarquardt()`, already constructed"
     check(owner, "damping", damping, valid, expected)
     return damping

@@ -32,6 +32,7 @@ class Evaluation:
             batch it is the slice's share, so the shares sum to the loss of the batch.
         state: Next values of the model's non-trainable variables, `None` for variables that the pass did not change.
         counters: Next values of the variables of the model's metrics, some of which the loss updates; else `None`.
+        has_added: Whether the layers of the model have added losses. Defaults to `False`.
     """
 
     outputs: object
@@ -39,6 +40,7 @@ class Evaluation:
     loss: tf.Tensor
     state: list
     counters: list
+    has_added: bool = False
 
 
 class KeptPass:
@@ -125,7 +127,7 @@ class PureModel:
         after = [scope.get_current_value(v) for v in [*self.stateful, *self.counting]]
         moved = [None if new is old else self._next(new, old) for new, old in zip(after, before)]
         own = len(self.stateful)
-        self.evaluation = Evaluation(outputs, leaves, loss, moved[:own], moved[own:])
+        self.evaluation = Evaluation(outputs, leaves, loss, moved[:own], moved[own:], bool(scope.losses))
         return self.evaluation
 
     def part(self, start, length, state=None):

@@ -1,0 +1,239 @@
+"""Gauss-Newton and Levenberg-Marquardt: regression, small networks and physics-informed networks to round-off."""
+
+from typing import Any, Literal, Self, TypeAlias
+
+import keras
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check, check_component, check_number, register
+from keras_curvature.linearization.gauss_newton import require_convex
+from keras_curvature.linearization.linearization import Linearization
+from keras_curvature.linearization.needs import Needs
+from keras_curvature.optimizers import local_models
+from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.limits import NotLinear
+from keras_curvature.solvers import ConjugateGradient
+from keras_curvature.steps import ArmijoLineSearch, Damping, GridSearch, Nielsen, Trial, as_damping
+from keras_curvature.typing import LearningRate, Variables, Vector
+
+SCALINGS = ("identity", "marquardt", "more")
+# Largest share of the length of a step that its correction by the geodesic acceleration may have (Transtrum, Sethna).
+LARGEST_BEND = 0.75
+
+By: TypeAlias = Literal["auto", "rows", "weights", "qr", "svd"] | ConjugateGradient
+
+
+@register
+class GaussNewton(CurvatureOptimizer):
+    """Damped Gauss-Newton steps, solved to the end: Levenberg-Marquardt, natural gradients of PINNs, SPRING.
+
+        d = argmin_d  f + g'd + 1/2 d'Gd + 1/2 lambda |D (d - momentum * d_last)|^2,        G = J' H_L J
+        w <- w + learning_rate * s * (d + 1/2 a)       s from the line search, a the geodesic acceleration
+
+    A step that does not lower the loss is taken back: the weights stay bit-identical and `lambda` grows. Made for
+    problems where the batch is the whole set, in float64: least squares to round-off. On mini-batches it is the
+    Gram-Gauss-Newton method. Any loss works that is convex in the model's outputs. `fit` with `batch_size` the size of
+    the set.
+
+    The system is solved in one of four ways, with the same result, `solved_by` tells which: with the rows of the
+    Jacobian as an array `(N, n)`, by a matrix of their number (`"rows"`), of the number of weights (`"weights"`), or a
+    QR or singular value decomposition; or by conjugate gradients, without the array.
+
+    References: Levenberg (1944); Marquardt (1963); More, "The Levenberg-Marquardt algorithm: implementation and theory"
+    (1978), for `D`; Nielsen (1999), for `lambda`; Transtrum and Sethna, "Improvements to the Levenberg-Marquardt
+    algorithm for nonlinear least-squares minimization" (2012), for `a`; Mueller and Zeinhofer (2023), energy natural
+    gradients; Goldshlager, Abrahamsen and Lin, "A Kaczmarz-inspired approach to accelerate the optimization of neural
+    network wavefunctions" (2024), Algorithm 1, SPRING; Cai et al., "Gram-Gauss-Newton method" (2019), Algorithm 1.
+    Differences: (1) the scale is that of the compiled loss: for a mean of N squares `lambda` is 2/N times the one of
+    the sum of 1/2 r^2; (2) the acceleration uses central second differences of the outputs along `d`, and for losses
+    other than squares the metric `H_L` at the weights; (3) a step with `2 |D a| > 0.75 |D d|` is taken back where the
+    damping adapts in that step, and else taken without `a`; (4) SPRING's rows are not centred, and its momentum begins
+    again at zero after a rejected step.
+
+    Args:
+        learning_rate: Multiple of the step. Defaults to `1.0`.
+        damping: A number, or a component. `0.0` needs `solver="svd"` (or `"auto"`). Defaults to `Nielsen()`.
+        solver: `"rows"`, `"weights"`, `"qr"`, `"svd"`, a `ConjugateGradient`, or `"auto"`: by rows if they are fewer
+            than the weights, else by QR; by conjugate gradients if the array needs more than `memory`, or if the
+            model has its own `compute_loss` without a `likelihood`. Defaults to `"auto"`.
+        scaling: `D`: `"identity"`; `"marquardt"`, the norms of the columns of the rows; or `"more"`, the largest norm
+            of each column so far. The last two need the rows. Defaults to `"identity"`.
+        geodesic: Whether to add the geodesic acceleration; costs two forward passes. Defaults to `False`.
+        momentum: Share of the last step that the damping pulls to, in [0, 1). Defaults to `0.0`.
+        line_search: `GridSearch()`, `ArmijoLineSearch()`, or `None` for full steps. Defaults to `None`.
+        memory: The most bytes that the array of rows may take. Defaults to `2**31`.
+        **kwargs: See `CurvatureOptimizer`.
+
+    Reports: `damping`, `reduction_ratio`, `cg_iterations` (0 without conjugate gradients), `step_length` (of the line
+    search; 0 for a step taken back), `step_norm`, `skipped_steps`.
+
+    Example:
+
+    ```python
+    model = keras_curvature.curved(model)
+    model.compile(optimizer=keras_curvature.GaussNewton.levenberg_marquardt(), loss="mse")
+    model.fit(x, y, batch_size=len(x), epochs=200)
+    ```
+    """
+
+    needs = Needs(products=True)
+    reports = {
+        "damping": "last", "reduction_ratio": "mean", "cg_iterations": "mean", "step_length": "mean",
+        "step_norm": "mean", "skipped_steps": "sum",
+    }  # fmt: skip
+    solved_by: str | None = None
+
+    def __init__(
+        self, learning_rate: LearningRate = 1.0, damping: float | Damping | Nielsen = Nielsen(), solver: By = "auto",
+        scaling: Literal["identity", "marquardt", "more"] = "identity", geodesic: bool = False, momentum: float = 0.0,
+        line_search: GridSearch | ArmijoLineSearch | None = None, memory: int = 2**31, name: str = "gauss_newton",
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(learning_rate, name=name, **kwargs)
+        self.damping, self.solver, self.scaling, self.geodesic = damping, solver, scaling, geodesic
+        self.momentum, self.line_search, self.memory = momentum, line_search, memory
+        self._rule = as_damping(self, damping, numbers=2)
+        self._trial = Trial(self._rule, accepts="lower")
+        if not isinstance(solver, ConjugateGradient):
+            check(self, "solver", solver, solver in ("auto", *local_models.WAYS), local_models.EXPECTED)
+        check(self, "scaling", scaling, scaling in SCALINGS, " or ".join(map(repr, SCALINGS)))
+        check(self, "geodesic", geodesic, isinstance(geodesic, bool), "True or False")
+        check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
+        if line_search is not None:
+            check_component(self, "line_search", line_search, "search", "GridSearch()")
+        check_number(self, "memory", memory, low=0, open_low=True)
+        undamped = self._rule.every is None and self._rule.initial == 0.0
+        valid = not undamped or (solver in ("auto", "svd") and not momentum)
+        check(self, "damping", damping, valid, 'positive, but for `solver="svd"` without momentum')
+        valid = scaling == "identity" or not isinstance(solver, ConjugateGradient)
+        check(self, "scaling", scaling, valid, '"identity" with conjugate gradients, which know no column norms')
+
+    # Presets.
+
+    @classmethod
+    def levenberg_marquardt(cls, **kwargs: Any) -> Self:
+        """Levenberg-Marquardt with the scaling of More, Nielsen's damping and geodesic acceleration.
+
+        Example: `GaussNewton.levenberg_marquardt()`
+        """
+        return cls(**{"damping": Nielsen(), "scaling": "more", "geodesic": True, **kwargs})
+
+    @classmethod
+    def energy_natural_gradient(cls, **kwargs: Any) -> Self:
+        """The energy natural gradient of Mueller and Zeinhofer (2023): the shortest solution, and a grid search.
+
+        Example: `GaussNewton.energy_natural_gradient()`
+        """
+        return cls(**{"damping": 0.0, "solver": "svd", "line_search": GridSearch(), **kwargs})
+
+    @classmethod
+    def spring(cls, **kwargs: Any) -> Self:
+        """SPRING (Goldshlager et al., 2024), with the numbers of its code, vmcnet.
+
+        Its damping 1e-3 belongs to a mean of 1/2 r^2, and is 2e-3 with `loss="mse"`. Its bound on the step, `|w_new -
+        w|^2 <= 1e-3`, is not set: Keras' `global_clipnorm` bounds the step before the learning rate.
+
+        Example: `GaussNewton.spring(learning_rate=0.01)`
+        """
+        falling = keras.optimizers.schedules.InverseTimeDecay(0.05, 1, 1e-4)
+        return cls(**{"learning_rate": falling, "damping": 2e-3, "momentum": 0.99, "solver": "rows", **kwargs})
+
+    @classmethod
+    def gram(cls, **kwargs: Any) -> Self:
+        """The Gram-Gauss-Newton method of Cai et al. (2019) for mini-batches: solved in rows, a constant damping.
+
+        Example: `GaussNewton.gram(damping=0.1)`
+        """
+        return cls(**{"damping": 1.0, "solver": "rows", **kwargs})
+
+    def create_state(self, variables: Variables) -> None:
+        """The damping, the last step with momentum, and with More's scaling the largest column norms."""
+        self._damping = self.add_damping(self._rule)
+        self._last = self.add_optimizer_variables(variables, "last_step") if self.momentum else []
+        self._norms = self.add_optimizer_variables(variables, "column_norms") if self.scaling == "more" else []
+
+    def add_damping(self, rule: Damping) -> keras.Variable:
+        """The variable of a damping: a scalar, or a pair."""
+        initial = lambda shape, dtype: tf.constant(rule.initial, dtype)  # noqa: E731
+        shape = (rule.numbers,) if hasattr(rule, "numbers") else ()
+        return self.add_variable(shape, initializer=initial, name="damping", aggregation="none")
+
+    def direction(self, lin: Linearization) -> Vector:
+        """The accepted step, or zero."""
+        require_convex(lin.gauss_newton(), "GaussNewton", "Choose another loss.")
+        model = local_models.made(lin, self.solver, self.memory, self._undamped, self.scaling)
+        self.solved_by = model.solved_by
+        scale, state = self._scale(model, lin), tf.identity(self._damping.value)
+        if hasattr(self._rule, "begun"):
+            state = self._rule.begun(state, model.largest(scale))
+        damping = state[0] if state.shape.rank else state
+        model.decompose(damping, scale)
+
+        d = model.solve(trees.scale(self.momentum, trees.values(self._last)) if self.momentum else None)
+        step, straight = self._bent(model, scale, d) if self.geodesic else (d, tf.constant(True))
+        finite, solved = model.is_finite() & tf.math.is_finite(lin.loss), trees.is_finite(step)
+        step = trees.where(solved, step, trees.zeros_like(step))  # with more damping it may be
+        step, length, loss = self._searched(lin, model, step)
+
+        rate = tf.cast(self.learning_rate, trees.scalar_dtype(step))
+        checked = self._trial.check(
+            self.iterations, state, before=lin.loss, after=lambda: _unless(straight, loss(rate)),
+            predicted=lambda: model.change(trees.scale(rate * length, d)),  # the model knows nothing of the bend
+        )  # fmt: skip
+        taken = checked.accepted & solved & (length > 0)
+        self.remember(self._damping, checked.value)
+        if self.momentum:
+            self.remember(self._last, trees.where(taken, step, trees.zeros_like(step)))
+        if self._norms:
+            self.remember(self._norms, scale)
+        self.reject(tf.logical_not(taken))
+        length = tf.where(taken, length, tf.zeros_like(length))
+        self.report(
+            damping=damping, reduction_ratio=checked.ratio, cg_iterations=model.iterations(), step_length=length
+        )  # fmt: skip
+        # products that are not finite skip the step: no damping helps
+        return trees.where(finite, step, [a + float("nan") for a in step])
+
+    def linear_step(self) -> NotLinear:
+        """None: each step solves anew."""
+        return NotLinear(
+            "`GaussNewton` solves for the minimum of a quadratic model of each batch: it takes curvature into account, "
+            "however large. Watch its `reduction_ratio` and `damping`."
+        )
+
+    @property
+    def _undamped(self):
+        return self._rule.every is None and self._rule.initial == 0.0
+
+    def _scale(self, model, lin):
+        """`D`, a vector of positive tensors; `None` for the identity."""
+        if self.scaling == "identity":
+            return None
+        norms = model.column_norms()
+        if self._norms:
+            norms = [tf.maximum(a, b) for a, b in zip(norms, trees.values(self._norms))]
+        return [tf.where(a > 0, a, tf.ones_like(a)) for a in norms]
+
+    def _bent(self, model, scale, d):
+        """`(d + 1/2 a, True)`, or `(d, False)` where the acceleration is too large."""
+        a = model.acceleration(d)
+        length = lambda v: trees.norm(v if scale is None else [s * b for s, b in zip(scale, v)])  # noqa: E731
+        small = 2.0 * length(a) <= LARGEST_BEND * length(d)  # false for NaN
+        return trees.where(small, trees.add(d, a, 0.5), d), small
+
+    def _searched(self, lin, model, step):
+        """`(step, length, loss)`: the step times its length, the length, and the loss at a multiple of the step."""
+        one = tf.ones([], trees.scalar_dtype(step))
+        if self.line_search is None:
+            return step, one, lambda rate: lin.loss_at(trees.scale(rate, step))
+        rate = tf.cast(self.learning_rate, one.dtype)
+        along = lambda s: lin.loss_at(trees.scale(tf.cast(s, one.dtype) * rate, step))  # noqa: E731
+        length, loss = self.line_search.search(along, lin.loss, rate * model.slope(step), along(one))
+        length = tf.cast(length, one.dtype)
+        return trees.scale(length, step), length, lambda rate: loss
+
+
+def _unless(accepted, loss):
+    """The loss; infinite if the step is not to be accepted whatever its loss."""
+    return tf.where(accepted, loss, tf.constant(float("inf"), loss.dtype))

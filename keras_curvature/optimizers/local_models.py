@@ -1,0 +1,181 @@
+"""The quadratic model of a loss around the weights, and its damped minimum: with the rows as an array, or without.
+
+    q(d) = g'd + 1/2 d'Gd,      d = argmin_d  q(d) + 1/2 lambda |D (d - c)|^2
+
+`WithRows` has the rows of the Jacobian as an array, `WithProducts` multiplies by `G`. Both have the same methods.
+"""
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.linearization.jacobian import roots
+from keras_curvature.operators import Identity, Scaled
+from keras_curvature.solvers import ConjugateGradient, least_squares
+
+WAYS = ("rows", "weights", "qr", "svd")
+EXPECTED = '"auto", "rows", "weights", "qr", "svd", or a component such as `ConjugateGradient(max_steps=50)`'
+# Up to so many weights, a batch of unknown size is solved in the weights.
+FEW = 2048
+
+
+def made(lin, solver, memory, undamped, scaling):
+    """The local model for the argument `solver` of an optimizer.
+
+    Args:
+        lin: The `Linearization`.
+        solver: `"auto"`, one of `WAYS`, or a `ConjugateGradient`.
+        memory: The most bytes that the array of rows may take.
+        undamped: Whether there is no damping.
+        scaling: The scaling of the damping, `"identity"` or another, which needs the rows.
+    """
+    if isinstance(solver, ConjugateGradient):
+        return WithProducts(lin, solver)
+    if solver == "auto":
+        solver = _chosen(lin, memory, undamped)
+        if solver is None and scaling == "identity" and not undamped:
+            return WithProducts(lin, ConjugateGradient())
+    return WithRows(lin, solver or "rows", memory, undamped)
+
+
+def _chosen(lin, memory, undamped):
+    """One of `WAYS` by size; `None` where the rows do not fit, or are not known."""
+    if roots.objection(lin.model) is not None:
+        return None
+    count, n = lin.rows(memory).count, trees.count(lin.weights)
+    size = trees.scalar_dtype(lin.weights).size
+    if count is None and n > FEW:
+        return None
+    if count is not None and (count + min(count, n)) * max(count, n) * size > memory:
+        return None
+    if undamped:
+        return "svd"
+    return "rows" if count is not None and count <= n else "qr"
+
+
+class WithRows:
+    """With the rows `A` as an array; everything inside is flat."""
+
+    def __init__(self, lin, way, memory, undamped):
+        self._rows, self.solved_by, self._like = lin.rows(memory), way, lin.weights
+        self._A, remainder = self._rows.dense(), self._rows.remainder()
+        self._r = tf.cast(self._rows.residual, self._A.dtype)
+        self._rest = None if remainder is None else trees.flatten(remainder)
+        self._l2, self._undamped, self._solve = None, undamped, None
+        if any(lin.l2):
+            self._l2 = trees.flatten([tf.fill(w.shape, tf.constant(c, w.dtype)) for c, w in zip(lin.l2, self._like)])
+
+    def is_finite(self):
+        """Whether the rows and the gradient are finite."""
+        parts = [self._A, self._r, *([] if self._rest is None else [self._rest])]
+        return tf.math.is_finite(tf.add_n([tf.reduce_sum(a) for a in parts]))
+
+    def largest(self, scale):
+        """The largest diagonal entry of `D^-1 G D^-1`."""
+        squares = tf.reduce_sum(tf.square(self._A), 0)
+        return tf.reduce_max(squares if scale is None else squares / tf.square(trees.flatten(scale)))
+
+    def column_norms(self):
+        """The norms of the columns of the rows, a vector."""
+        return self._rows.column_norms()
+
+    def decompose(self, damping, scale):
+        """Decompose the system."""
+        A = self._A
+        metric = tf.ones([A.shape[1]], A.dtype) if scale is None else tf.square(trees.flatten(scale))
+        E = tf.cast(damping, A.dtype) * metric
+        if self._undamped:
+            self._solve = self._shortest(metric)
+            return
+        if self._l2 is not None:
+            E += self._l2
+        how = {
+            "rows": least_squares.in_rows, "weights": least_squares.in_weights, "qr": least_squares.by_qr,
+            "svd": lambda A, E: least_squares.by_svd(A, E, E),
+        }  # fmt: skip
+        self._solve = how[self.solved_by](A, E)
+
+    def _shortest(self, metric):
+        """`solve` without damping; L2 regularizers are rows of their own, whose residuals are in the remainder."""
+        A, zeros = self._A, tf.zeros_like(metric)
+        if self._l2 is None:
+            return least_squares.by_svd(A, zeros, metric)
+        solve = least_squares.by_svd(tf.concat([A, tf.linalg.diag(tf.sqrt(self._l2))], 0), zeros, metric)
+        return lambda r, b=None, c=None: solve(tf.concat([r, zeros], 0), b, c)
+
+    def solve(self, center=None):
+        """`d`, a vector; `center` is `c`."""
+        b, c = self._rest, None
+        if center is not None:
+            c = trees.flatten(center)
+            if self._l2 is not None:  # L2 regularizers do not pull to the center
+                b = (0.0 if b is None else b) + self._l2 * c
+        return trees.unflatten(self._solve(self._r, b, c), self._like)
+
+    def acceleration(self, d):
+        """The geodesic acceleration along `d`, a vector."""
+        bent = tf.cast(self._rows.bent(d), self._A.dtype)
+        return trees.unflatten(self._solve(bent), self._like)
+
+    def slope(self, d):
+        """`g'd`."""
+        d = trees.flatten(d)
+        along = tf.tensordot(self._r, tf.linalg.matvec(self._A, d), 1)
+        return along if self._rest is None else along + tf.tensordot(self._rest, d, 1)
+
+    def change(self, d):
+        """`q(d)`."""
+        flat = trees.flatten(d)
+        moved = tf.linalg.matvec(self._A, flat)
+        curved = tf.tensordot(moved, moved, 1)
+        if self._l2 is not None:
+            curved += tf.reduce_sum(self._l2 * flat * flat)
+        return self.slope(d) + 0.5 * curved
+
+    def iterations(self):
+        """0: of conjugate gradients."""
+        return tf.constant(0.0)
+
+
+class WithProducts:
+    """With products by `G`, and conjugate gradients; `D` is the identity."""
+
+    solved_by = "conjugate gradients"
+
+    def __init__(self, lin, solver):
+        self._lin, self._solver, self._G, self._g = lin, solver, lin.gauss_newton(), lin.gradient
+        self._found = None
+
+    def is_finite(self):
+        """Whether the products and the gradient are finite."""
+        return trees.is_finite(self._g) & self._found.finite
+
+    def largest(self, scale):
+        """The curvature along the gradient, at most the largest eigenvalue."""
+        return tf.math.divide_no_nan(self._G.quadratic_form(self._g, self._g), trees.squared_norm(self._g))
+
+    def decompose(self, damping, scale):
+        """Note the operator."""
+        self._damping = damping
+        self._A = self._G + Scaled(damping, Identity(), nonnegative=True)
+
+    def solve(self, center=None):
+        """`d`, a vector; `center` is `c`."""
+        right = trees.negative(self._g) if center is None else trees.add(trees.negative(self._g), center, self._damping)
+        self._found = self._solver.solve(self._A, right, center)
+        return self._found.value
+
+    def acceleration(self, d):
+        """The geodesic acceleration along `d`, a vector."""
+        return self._solver.solve(self._A, trees.negative(self._lin.rows().pulled_bent(d))).value
+
+    def slope(self, d):
+        """`g'd`."""
+        return trees.dot(self._g, d)
+
+    def change(self, d):
+        """`q(d)`."""
+        return self.slope(d) + 0.5 * self._G.quadratic_form(d, d)
+
+    def iterations(self):
+        """Of conjugate gradients, for the step."""
+        return self._found.steps
