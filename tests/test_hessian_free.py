@@ -437,3 +437,26 @@ def test_an_input_that_is_always_zero_is_no_obstacle_without_damping(damping):
     after = model.get_weights()[0]
     np.testing.assert_allclose(after[1], before[1], rtol=1e-6)  # no gradient, no step
     assert all(np.isfinite(v.numpy()).all() for v in model.optimizer.variables)
+
+
+def test_sgn_is_a_few_plain_iterations_and_the_full_step():
+    keras.utils.set_random_seed(0)
+    hidden = keras.layers.Dense(5, activation="tanh")
+    model = curved(keras.Sequential([keras.Input((3,)), hidden, keras.layers.Dense(2)]))
+    model.compile(HessianFree.sgn(rho=0.1, cg_steps=4), "mse")
+    random = np.random.default_rng(0)
+    x, y = random.standard_normal((12, 3)), random.standard_normal((12, 2))
+    lin = Linearization(model, x, y)
+    A = dense(lin.gauss_newton(), lin.gradient).numpy() + 0.1 * np.eye(32)
+    before, b = flat(model.trainable_variables), -flat(lin.gradient)
+    z, r, p = np.zeros(32), b, b
+    for _ in range(4):
+        alpha = r @ r / (p @ A @ p)
+        z, old = z + alpha * p, r
+        r = r - alpha * A @ p
+        p = r + r @ r / (old @ old) * p
+    logs = model.train_on_batch(x, y, return_dict=True)
+    assert logs["cg_iterations"] == 4
+    # backtracking compares the last iterate with no other: there is none before the fifth
+    np.testing.assert_allclose(flat(model.trainable_variables) - before, z, rtol=1e-9, atol=1e-12)
+    assert HessianFree.sgn(learning_rate=0.5).get_config()["name"] == "sgn"

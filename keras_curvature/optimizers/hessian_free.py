@@ -1,7 +1,7 @@
 """Hessian-free optimization: conjugate gradients on the curvature of each batch."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import tensorflow as tf
 
@@ -96,6 +96,24 @@ class HessianFree(CurvatureOptimizer):
         check_number(self, "warm_start", warm_start, low=0, high=1)
         check_number(self, "preconditioner", preconditioner, low=0, high=1)
         check_number(self, "structural_damping", structural_damping, low=0)
+
+    @classmethod
+    def sgn(cls, rho: float = 1e-4, cg_steps: int = 10, **kwargs: Any) -> Self:
+        """Stochastic Gauss-Newton: a few iterations of plain conjugate gradients from zero, and the full step.
+
+        Reference: Gargiani, Zanelli, Diehl and Hutter, "On the promise of the stochastic generalized Gauss-Newton
+        method for training DNNs" (2020), Algorithm 1.
+
+        Args:
+            rho: The damping. Defaults to `1e-4` (the paper).
+            cg_steps: Iterations of conjugate gradients. Defaults to `10` (the paper).
+            **kwargs: Arguments of the constructor.
+
+        Example: `HessianFree.sgn(learning_rate=0.5)`
+        """
+        solver = ConjugateGradient(max_steps=cg_steps, progress_tolerance=0.0)
+        plain = {"line_search": None, "warm_start": 0.0, "preconditioner": 0.0}
+        return cls(**{"damping": rho, "solver": solver, "name": "sgn", **plain, **kwargs})
 
     def create_state(self, variables: Variables) -> None:
         """The last end point of conjugate gradients, and the damping."""
