@@ -107,7 +107,7 @@ def test_momentum_pulls_the_damping_to_the_last_step(way):
 
 
 def test_with_momentum_the_fixed_point_is_that_of_a_smaller_damping():
-    """On a quadratic that does not move, `phi` tends to the solution with `lambda (1 - momentum)` (METHODS: SPRING)."""
+    """On a quadratic that does not move, `phi` tends to the solution with `lambda (1 - momentum)`."""
     A, r, *_ = random_problem(3, 5)
     solve, last = least_squares.in_rows(tf.constant(A), tf.constant(0.4 * np.ones(5))), tf.zeros(5, tf.float64)
     for _ in range(400):
