@@ -50,8 +50,17 @@ def sgd():
     return keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True)
 
 
+def conjugate_gradient():
+    return kc.ConjugateGradient(max_steps=CG_STEPS, progress_tolerance=0.0)
+
+
 def hessian_free():
-    return kc.HessianFree(solver=kc.ConjugateGradient(max_steps=CG_STEPS, progress_tolerance=0.0))
+    return kc.HessianFree(solver=conjugate_gradient())
+
+
+def lbfgs():
+    """One evaluation in each step: a search on a batch that never changes would come to the minimum, and to an end."""
+    return kc.LBFGS(1e-4, search=None)
 
 
 # name: (optimizer, whether the model must be curved, steps in a round: a multiple of its longest period)
@@ -77,6 +86,11 @@ OPTIMIZERS = {
     "PSGD": (kc.PSGD, False, 10),
     "Muon": (kc.Muon, False, 10),
     "Keras' Muon": (keras.optimizers.Muon, False, 10),  # convolutions and attention are AdamW's there
+    "Scion": (kc.Scion, False, 10),
+    "SPlus": (kc.SPlus, False, 100),
+    "LBFGS": (lbfgs, True, 10),
+    "GaussNewton": (lambda: kc.GaussNewton(damping=1.0, solver=conjugate_gradient()), True, 1),
+    "NewtonCG": (lambda: kc.NewtonCG(max_steps=CG_STEPS), True, 1),
 }
 TARGETS = {
     ("Neumann", "mlp"): 1.10, ("Neumann", "cnn"): 1.10, ("Neumann", "transformer"): 1.10,
