@@ -247,7 +247,7 @@ def test_a_tpu_that_this_machine_has_is_found_without_a_name(recorded, monkeypat
     for kind in ("auto", "tpu"):
         recorded.calls.clear()
         assert strategies.make(kind) is recorded.strategy
-        assert recorded.calls[0] == ("resolver", (), {"tpu": "local"})
+        assert ("resolver", (), {"tpu": "local"}) in recorded.calls
     assert type(strategies.make("none")) is type(tf.distribute.get_strategy())
 
 
