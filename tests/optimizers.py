@@ -162,7 +162,8 @@ LAYERWISE = [name for name, method in OPTIMIZERS.items() if method.layerwise]
 GRADIENTS_SUFFICE = [name for name, method in OPTIMIZERS.items() if method.by_gradient]
 NEEDS_CURVATURE = [name for name, method in OPTIMIZERS.items() if not method.by_gradient]
 AMPLIFY = [name for name, method in OPTIMIZERS.items() if method.amplifies]
-ONE_OF_EACH = list({method.cls: name for name, method in reversed(OPTIMIZERS.items())}.values())[::-1]
+_CLASSES = [method.cls for method in OPTIMIZERS.values()]
+ONE_OF_EACH = [name for i, name in enumerate(OPTIMIZERS) if _CLASSES[i] not in _CLASSES[:i]]
 # By default a cheap property is tested with every method, a dear one with `FAMILIES`, and one that takes seconds for
 # each method with `FEW`, which differ in what a step does: CurveBall multiplies by the curvature and adapts its damping
 # (products, a trial step, state of several kinds), K-FAC looks at layers and keeps inverses of factors between its

@@ -129,11 +129,11 @@ def test_derivatives_by_hand():
 def test_poisson_is_solved_by_steps_that_never_raise_the_loss(tmp_path):
     with float64():
         problem = problems.poisson(points=12, width=12)
-        model = kc.curved(problem.compiled(GaussNewton.levenberg_marquardt(), seed=3))
+        model = kc.curved(problem.compiled(GaussNewton.levenberg_marquardt(), seed=0))
         data = tf.data.Dataset.from_tensors(problem.data()).repeat()
         losses = model.fit(data, steps_per_epoch=1, epochs=150, shuffle=False, verbose=0).history["loss"]
         assert all(later <= earlier for earlier, later in zip(losses, losses[1:]))  # no step raises the loss
-        assert problems.relative_error(model) < 5e-3
+        assert problems.relative_error(model) < 1e-4
         model.save(tmp_path / "pinn.keras")
         loaded = keras.models.load_model(tmp_path / "pinn.keras")
         assert problems.relative_error(loaded) == problems.relative_error(model)

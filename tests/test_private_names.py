@@ -34,8 +34,8 @@ OVERRIDDEN = {
 
 
 def is_private(name):
-    """Whether a name begins with an underscore and is not one of Python's."""
-    return name.startswith("_") and not name.endswith("__")
+    """Whether a name begins with an underscore and is not one of Python's, such as those of named tuples."""
+    return name.startswith("_") and not name.endswith("__") and name not in ("_replace", "_fields", "_asdict")
 
 
 def defined(tree):
