@@ -23,13 +23,15 @@ RATES = {
     "TwoLoopNeumann": {"learning_rate": 2e-3},
     "AdaHessian": {"learning_rate": 0.1},
     "ESGD": {"learning_rate": 0.1},
-    "SophiaG": {"learning_rate": 0.03},
     "SophiaH": {"learning_rate": 0.03},
     "SquareRootFreeAdam": {"learning_rate": 0.03},
     "Shampoo": {"learning_rate": 0.1},
     "SOAP": {"learning_rate": 0.1},
     "KLShampoo": {"learning_rate": 0.1},
     "PSGD": {"learning_rate": 0.05},
+    "Muon": {"learning_rate": 0.1, "adam_for": []},
+    "Scion": {"learning_rate": 0.01},
+    "SPlus": {"learning_rate": 0.1},
 }
 
 
@@ -86,9 +88,10 @@ def optimizers():
     found = {}
     for name in kc.optimizers.__all__:
         cls = getattr(kc, name)
-        # these look at layers, or at the outputs that a loss is convex in: here the output is the loss
-        needs = cls.needs.layers or cls.needs.products
-        if not needs and name != "CurvatureOptimizer":
+        if name in ("CurvatureOptimizer", "SophiaG"):  # the base class; `SophiaG` samples labels
+            continue
+        needs = cls().needs
+        if not (needs.layers or needs.products):
             found[name] = lambda cls=cls, name=name: cls(**RATES.get(name, {}))
     found["HessianFree"] = lambda: kc.HessianFree(curvature="hessian", preconditioner=0.0)
     return found
@@ -102,8 +105,8 @@ def draw(paths, out):
     figure, axes = plt.subplots(rows, len(FUNCTIONS), figsize=(2.2 * len(FUNCTIONS), 1.8 * rows), squeeze=False)
     for row, (name, of_functions) in zip(axes, paths.items()):
         for panel, (function, path) in zip(row, of_functions.items()):
-            a, b = np.meshgrid(np.linspace(-4.5, 4.5, 120), np.linspace(-4.5, 4.5, 120))
-            panel.contour(a, b, np.log1p(np.asarray(function(tf.constant(a), tf.constant(b))) + 8.0), 18,
+            a, b = np.meshgrid(np.linspace(-4.5, 4.5, 80), np.linspace(-4.5, 4.5, 80))
+            panel.contour(a, b, np.log1p(np.asarray(function(tf.constant(a), tf.constant(b))) + 8.0), 10,
                           colors="#b8c4cc", linewidths=0.5)  # fmt: skip
             inside = np.clip(path, -4.5, 4.5)
             panel.plot(*inside.T, "-", color="#b5452c", linewidth=0.9)
@@ -114,7 +117,7 @@ def draw(paths, out):
     for panel, function in zip(axes[0], FUNCTIONS):
         panel.set_title(function.__name__, fontsize=9)
     figure.tight_layout(pad=0.4)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=60)
 
 
 def main():
