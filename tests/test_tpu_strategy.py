@@ -16,12 +16,14 @@ from selection import some
 import keras_curvature as kc
 from keras_curvature import replicas
 from keras_curvature.callbacks import Checkpoint
-from keras_curvature.linearization.layers import kronecker
+from keras_curvature.linearization.layers import ends, kronecker
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tpu"))
 
 from costs import Method, Model, Work  # noqa: E402
 from formulas import FORMULAS, formula  # noqa: E402
+from matrices import kernels  # noqa: E402
+from methods import IN_DOUBLE  # noqa: E402
 
 EVERYONE, SAMPLE = [*OPTIMIZERS, *PLAIN], [*FEW_PLAIN_OR_CURVED, "neumann", "hessian_free", "plain_shampoo"]
 every_optimizer = pytest.mark.parametrize("name", some(EVERYONE, SAMPLE))
@@ -65,9 +67,10 @@ def expected(model, name, replicas):
     shapes = tuple(tuple(w.shape) for w in model.trainable_variables)
     blocks, outside, _ = kronecker.blocks(model)
     sizes = [math.prod(shape) for shape in shapes]
+    hidden, at_ends = kernels(model.trainable_variables, ends.ends_of_model(model))
     of = Model(
         "", BATCH, sum(sizes), len(sizes), (), shapes=shapes, blocks=tuple(tuple(block.shape) for block in blocks),
-        outside=tuple(sizes[i] for i in outside),
+        outside=tuple(sizes[i] for i in outside), hidden=hidden, ends=at_ends, outputs=model.output_shape[-1],
     )  # fmt: skip
     return formula(model.optimizer, name not in PLAIN).tensors(of, replicas)
 
