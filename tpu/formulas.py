@@ -116,14 +116,15 @@ def shampoo(optimizer, step):
     def roots(model, replicas):
         tiles = of(model)
         return [
-            stacked([(n * n,) for tile in tiles if len(tile) == axes for n in tile], replicas)
+            stacked([(n * n,) * each for tile in tiles if len(tile) == axes for n in tile], replicas)
             for axes in sorted({len(tile) for tile in tiles} - {0})
         ]
 
+    each = 1 if isinstance(optimizer.every, int) else 2  # `Refresh` also keeps the factor that a root is of
     moments = (optimizer.beta_1 > 0) + (optimizer.grafting in ("adam", "rmsprop"))
     return Method(
         {"step": step, "cond": Work(others=roots)}, moments, 11, turns={"cond": 1 / optimizer.period},
-        kept=lambda model: 2 * sum(n * n for tile in of(model) for n in tile), matrices=True, traffic=12,
+        kept=lambda model: (1 + each) * sum(n * n for tile in of(model) for n in tile), matrices=True, traffic=12,
     )  # fmt: skip
 
 
