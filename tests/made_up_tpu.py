@@ -125,25 +125,31 @@ def read(graph, traces=1):
         operations=dict(kinds),
         hosts=sorted(HOST & set(kinds)),
         unknown=[t.name for t in tensors if not t.shape.is_fully_defined() and not _is_shaped_by_constants(t.op)],
-        doubles=[t.name for t in tensors if t.dtype == tf.float64 and (t.shape.num_elements() or FEW + 1) > FEW],
+        doubles=[t.name for t in tensors if t.dtype == tf.float64 and _may_be_many(t.shape)],
         traces=traces,
     )
 
 
+def _may_be_many(shape):
+    """Whether a tensor has more than `FEW` numbers, or a shape that is not known."""
+    return not shape.is_fully_defined() or shape.num_elements() > FEW
+
+
 def _is_shaped_by_constants(op):
-    """Whether an operation reshapes to a shape that is computed from constants and arguments of integers.
+    """Whether an operation's shape is one of its inputs, computed from constants and arguments of integers.
 
     Gradients of gradients of normalization hand such constants to an inner function, in which TensorFlow does not know
-    them. XLA does: it compiles a function where it is called (`test_xla.py` reads the shapes of the compiled steps).
+    them; `vectorized_map` computes the shape of a kernel's gradients. XLA knows them: it compiles a function where it
+    is called (`test_xla.py` reads the shapes of the compiled steps).
     """
-    if op.type != "Reshape":
+    if op.type not in ("Reshape", "Conv2DBackpropFilter"):
         return False
     waiting, seen = [op.inputs[1]], set()
     while waiting:
         tensor = waiting.pop()
         if not tensor.dtype.is_integer:
             return False
-        if tensor.ref() not in seen and tensor.op.type not in ("Const", "Placeholder", "Shape"):
+        if tensor.ref() not in seen and tensor.op.type not in ("Const", "Placeholder", "Shape", "ShapeN"):
             waiting.extend(tensor.op.inputs)
         seen.add(tensor.ref())
     return True

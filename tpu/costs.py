@@ -36,6 +36,9 @@ class Model:
         blocks: Of the layers with Kronecker factors the shapes of the matrices, with a row for the bias: `(rows,
             columns)`, or `(groups, rows, columns)`.
         outside: Sizes of the variables outside of these layers.
+        hidden, ends: Sizes of the kernels as matrices, between the ends of the model and at them.
+        outputs: Numbers that it puts out for each example.
+        squares: Whether its loss is a mean of squares, without regularizers.
     """
 
     name: str
@@ -48,6 +51,15 @@ class Model:
     shapes: tuple = ()
     blocks: tuple = ()
     outside: tuple = ()
+    hidden: tuple = ()
+    ends: tuple = ()
+    outputs: int = 0
+    squares: bool = False
+
+    @property
+    def rows(self):
+        """Rows of the Jacobian of the slice: one for each output of each example."""
+        return self.examples * self.outputs
 
     @property
     def forward(self):
@@ -88,7 +100,8 @@ def transformer(layers=24, width=1792, heads=14, vocabulary=50304, length=1024, 
         (0, *products),  # the first product takes no input from outside, its embedding has a gradient
         activations=round(kept), shapes=(*layers * shapes, *ends),
         blocks=layers * tuple((rows + 1, columns) for rows, columns in matrices),
-        outside=(*(4 * layers) * (width,), *map(math.prod, ends)),
+        outside=(*(4 * layers) * (width,), *map(math.prod, ends)), hidden=layers * tuple(map(math.prod, matrices)),
+        ends=tuple(map(math.prod, ends[:2])), outputs=length * vocabulary,
     )  # fmt: skip
 
 
@@ -109,6 +122,7 @@ class Work:
         backward: Backward and forward-mode passes.
         slopes: Backward passes to the activations alone.
         hessians: Products with the Hessian.
+        share: Of the slice's examples that these passes take.
     """
 
     reductions: int = 0
@@ -120,6 +134,7 @@ class Work:
     backward: int = 0
     slopes: int = 0
     hessians: int = 0
+    share: float = 1
 
     def collectives(self, model, replicas=2):
         """`(reductions, tensors in them, numbers in these)`."""
@@ -131,7 +146,13 @@ class Work:
     def flops(self, model):
         """Floating-point operations of the products."""
         passes = self.forward * model.forward + self.backward * model.backward
-        return passes + self.slopes * model.slopes + self.hessians * model.hessian
+        return self.share * (passes + self.slopes * model.slopes + self.hessians * model.hessian)
+
+
+GRADIENT = Work(reductions=1, vectors=1, forward=1, backward=1)
+WITH_LOSS = Work(reductions=2, vectors=1, scalars=1, forward=1, backward=1)
+LOSS = Work(reductions=1, scalars=1, forward=1)
+PRODUCT = Work(reductions=1, vectors=1, hessians=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +165,13 @@ class Method:
         vectors: Vectors that a step holds at once at most, the gradient among them; the method's matrices
             count as those of layers that are as wide as long.
         recordings: How many times a first-order step's activations it holds at once at most.
-        turns: `{section: how often in a step}`, where that is not once.
+        turns: `{section: how often in a step}`, where that is not once: a number, or a function of the model.
         iterates: Vectors that conjugate gradients store on the way.
         kept: A function of the model: numbers that it remembers beside the vectors. Optional.
         matrices: Whether it multiplies matrices of its own, so that `flops` is a lower bound: passes alone.
         traffic: Vectors of weight space that the update reads and writes, an estimate by reading the method.
+        dense: Matrices of float64, with a row and a column for each weight, that a step holds at once at most.
+        rows: Arrays of the rows of the Jacobian that a step holds at once at most.
     """
 
     sections: dict
@@ -160,11 +183,13 @@ class Method:
     kept: Callable | None = None
     matrices: bool = False
     traffic: int = 0
+    dense: int = 0
+    rows: int = 0
 
     def collectives(self, model, replicas=2):
         """`(reductions, tensors in them, numbers in these)` of a step."""
         counts = [work.collectives(model, replicas) for work in self.sections.values()]
-        return tuple(sum(turns * n for turns, n in zip(self._turns(), column)) for column in zip(*counts))
+        return tuple(sum(turns * n for turns, n in zip(self._turns(model), column)) for column in zip(*counts))
 
     def tensors(self, model, replicas):
         """How many tensors the program of a step reduces, each section once."""
@@ -176,18 +201,20 @@ class Method:
 
     def flops(self, model):
         """Floating-point operations of a step."""
-        return sum(turns * work.flops(model) for turns, work in zip(self._turns(), self.sections.values()))
+        return sum(turns * work.flops(model) for turns, work in zip(self._turns(model), self.sections.values()))
 
-    def _turns(self):
-        return [self.turns.get(name, 1) for name in self.sections]
+    def _turns(self, model):
+        found = [self.turns.get(name, 1) for name in self.sections]
+        return [turns(model) if callable(turns) else turns for turns in found]
 
     def remembered(self, model):
         """Numbers in the state."""
         return self.state * model.weights + (self.kept(model) if self.kept else 0)
 
     def memory(self, model):
-        """Bytes on each replica: weights, state, what a step holds."""
-        numbers = (1 + self.vectors + self.iterates) * model.weights + self.remembered(model)
+        """Bytes on each replica: weights, state, what a step holds; of the rows of all replicas those of one."""
+        vectors = 1 + self.vectors + self.iterates + self.rows * model.rows
+        numbers = vectors * model.weights + 2 * self.dense * model.weights**2 + self.remembered(model)
         return WORD * numbers + self.recordings * model.activations
 
 

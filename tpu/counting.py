@@ -20,10 +20,11 @@ import keras
 import tensorflow as tf
 from graphs import PRODUCTS, TAG, activations, flops, needed, operations, peak, reductions, sections
 from keras.src.backend.tensorflow.trainer import reduce_per_replica
-from methods import OPTIMIZERS
+from matrices import kernels
+from methods import LEFT_OUT, OPTIMIZERS
 
 import keras_curvature as kc
-from keras_curvature.linearization.layers import kronecker
+from keras_curvature.linearization.layers import ends, kronecker
 
 # Models to trace.
 
@@ -116,17 +117,20 @@ def two_replicas():
 
 def measures(problem):
     """The attributes of a `Model` of `costs.py`, but for its activations."""
-    model, _, x, _ = MODELS[problem]()
-    return {"examples": x.shape[0], "layers": forward(problem), **weights_of(model)}
+    model, loss, x, _ = MODELS[problem]()
+    given = {"examples": x.shape[0], "layers": forward(problem), "squares": loss == "mse"}
+    return {**given, "outputs": math.prod(model.output_shape[1:]), **weights_of(model)}
 
 
 def weights_of(model):
     """What a formula takes of the weights of a built model."""
     shapes = [tuple(w.shape) for w in model.trainable_variables]
     blocks, outside, _ = kronecker.blocks(model)
+    hidden, at_ends = kernels(model.trainable_variables, ends.ends_of_model(model))
     return {
         "weights": sum(map(math.prod, shapes)), "tensors": len(shapes), "shapes": shapes,
         "blocks": [tuple(block.shape) for block in blocks], "outside": [math.prod(shapes[i]) for i in outside],
+        "hidden": hidden, "ends": at_ends,
     }  # fmt: skip
 
 
@@ -134,7 +138,9 @@ def counted(problem, optimizer, strategy):
     """Counts of a step by section, numbers in the state, bytes of the peak and of what a first-order step keeps."""
     graph, model = traced(problem, optimizer)
     state = sum(math.prod(v.shape) for v in model.optimizer.variables if len(v.shape))
-    floor = min(forward(problem))  # tiny products, of 2x2 systems or second derivatives of losses, are not passes
+    share = getattr(model.optimizer, "curvature_batch", None) or 1
+    # tiny products, of 2x2 systems or second derivatives of losses, are not passes
+    floor = share * min(forward(problem))
     found = {
         "flops": {name: c.flops for name, c in sections(graph, operations(floor)).items()},
         "state": state, "peak": peak(graph), "activations": activations(graph),
@@ -153,6 +159,7 @@ def main(problems, optimizers):
     for problem in problems.split(","):
         found[problem] = measures(problem)
         names = [o for o in optimizers or OPTIMIZERS if OPTIMIZERS[o][1] or problem not in CURVED]
+        names = [o for o in names if o not in LEFT_OUT.get(problem, ())]
         found[problem]["optimizers"] = {name: counted(problem, name, strategy) for name in names}
     print(json.dumps(found))
 

@@ -5,24 +5,17 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings, before it is imported
 
+import formulas_newton
 import keras
-from costs import Method, Work
-from matrices import factors, inverses, lengths, means, pairs, squares, stacked
+from costs import GRADIENT, LOSS, WITH_LOSS, Method, Work
+from matrices import factors, inverses, lengths, means, pairs, signs, squares, stacked
 
 import keras_curvature as kc
-
-ITERATIONS = 30  # of conjugate gradients in a step, an assumption; the rule stops between 10 and 250 of them
 
 
 def first_order(state, traffic, vectors=1):
     """A function of a step's beginning: a `Method` that needs the gradient alone."""
     return lambda optimizer, step: Method({"step": step}, state, vectors, traffic=traffic)
-
-
-_gradient = Work(reductions=1, vectors=1, forward=1, backward=1)
-_with_loss = Work(reductions=2, vectors=1, scalars=1, forward=1, backward=1)
-_loss = Work(reductions=1, scalars=1, forward=1)
-_product = Work(reductions=1, vectors=1, hessians=1)
 
 
 def _and(step, **more):
@@ -36,7 +29,7 @@ def curveball(optimizer, step):
     begin = Work(reductions=3, vectors=1, scalars=4, joined=2, forward=1, backward=3)
     looks = optimizer._trial.looks
     return Method(
-        {"step": begin, **({"cond": _loss} if looks else {})}, state=1, vectors=2, recordings=3,
+        {"step": begin, **({"cond": LOSS} if looks else {})}, state=1, vectors=2, recordings=3,
         turns={"cond": 1 / optimizer.damping.every} if looks else {}, traffic=9,
     )  # fmt: skip
 
@@ -46,24 +39,6 @@ def two_loop_neumann(optimizer, step):
     turn = Work(reductions=1, vectors=1, scalars=1, forward=1, backward=1)
     steps = optimizer.solver.steps
     return Method({"step": step, "while": turn}, 0, 4, turns={"while": steps}, traffic=3 + 6 * steps)
-
-
-def hessian_free(optimizer, step):
-    """Loss and gradient; squares by example, from passes of their own; the product with the start; the loss of the last
-    iterate; a quadratic form. Loops: an iteration, a step of walking back, a trial of the line search.
-    """
-    # a quadratic form of the Gauss-Newton matrix is a sum of one number, that of the Hessian needs the product
-    hessian, chunk = optimizer.curvature == "hessian", optimizer.curvature_batch is not None
-    begin = Work(
-        reductions=6 + 2 * chunk, vectors=3 + hessian, scalars=3 - hessian + 2 * chunk, forward=3,
-        backward=2 if hessian else 5, hessians=2 * hessian,
-    )  # fmt: skip
-    turn = Work(reductions=1, vectors=1, backward=0 if hessian else 2, hessians=int(hessian))
-    kept = sum(i <= ITERATIONS for i in optimizer.solver._stored_steps()) + 1  # and the last one
-    return Method(
-        {"step": begin, "while": turn, "while_1": _loss, "while_2": _loss}, state=1, vectors=8, recordings=3,
-        turns={"while": ITERATIONS, "while_1": 1, "while_2": 0}, iterates=kept, traffic=20 + 14 * ITERATIONS,
-    )  # fmt: skip
 
 
 def by_weight(state, held, recordings, traffic, **work):
@@ -99,7 +74,7 @@ def kfac(optimizer, step):
     sections = {"step": begin, "cond": estimate, "cond_1": Work(others=inverses)}
     turns = {"cond": 1 / optimizer.factors_every, "cond_1": 1 / optimizer.inverses_every}
     if looks:
-        sections["cond_2"], turns["cond_2"] = _loss, 1 / optimizer.damping.every
+        sections["cond_2"], turns["cond_2"] = LOSS, 1 / optimizer.damping.every
     return Method(
         sections, 1, 7, 3 if adapts else 2, turns,
         kept=lambda model: 2 * sum(map(sum, pairs(model))) + 2 * len(model.blocks) + sum(model.outside)
@@ -141,14 +116,15 @@ def shampoo(optimizer, step):
     def roots(model, replicas):
         tiles = of(model)
         return [
-            stacked([(n * n,) for tile in tiles if len(tile) == axes for n in tile], replicas)
+            stacked([(n * n,) * each for tile in tiles if len(tile) == axes for n in tile], replicas)
             for axes in sorted({len(tile) for tile in tiles} - {0})
         ]
 
+    each = 1 if isinstance(optimizer.every, int) else 2  # `Refresh` also keeps the factor that a root is of
     moments = (optimizer.beta_1 > 0) + (optimizer.grafting in ("adam", "rmsprop"))
     return Method(
-        {"step": step, "cond": Work(others=roots)}, moments, 11, turns={"cond": 1 / optimizer.every},
-        kept=lambda model: 2 * sum(n * n for tile in of(model) for n in tile), matrices=True, traffic=12,
+        {"step": step, "cond": Work(others=roots)}, moments, 11, turns={"cond": 1 / optimizer.period},
+        kept=lambda model: (1 + each) * sum(n * n for tile in of(model) for n in tile), matrices=True, traffic=12,
     )  # fmt: skip
 
 
@@ -162,20 +138,21 @@ def by_basis(optimizer, step, state, kept, vectors):
         call = stacked([(n * n,) for tile in of(model) for n in tile], replicas)
         return [call, call] if call else []
 
-    section = "cond" if optimizer.every == 1 else "cond/cond"
+    section = "cond" if optimizer.period == 1 else "cond/cond"
     return Method(
-        {"step": step, section: Work(others=bases)}, state, vectors, turns={section: 0.5 / optimizer.every},
+        {"step": step, section: Work(others=bases)}, state, vectors, turns={section: 0.5 / optimizer.period},
         kept=lambda model: kept(model, of(model)), matrices=True, traffic=14,
     )  # fmt: skip
 
 
 def soap(optimizer, step):
-    """Two moments; factors and bases."""
+    """Two moments; factors and bases, of KL factors also eigenvalues; signs of the matrices between the ends."""
 
     def kept(model, tiles):
-        return 2 * sum(n * n for tile in tiles for n in tile)
+        values = sum(map(sum, tiles)) if optimizer.factors == "kl" else 0
+        return 2 * sum(n * n for tile in tiles for n in tile) + values
 
-    return by_basis(optimizer, step, 2, kept, 11)
+    return by_basis(optimizer, _and(step, others=signs) if optimizer.sign else step, 2, kept, 11)
 
 
 def kl_shampoo(optimizer, step):
@@ -201,8 +178,42 @@ def psgd(optimizer, step):
 
     newton = optimizer.kind == "newton"
     return Method(
-        sections, int(optimizer.momentum > 0), 5 if newton else 4, 5 if newton else 1, turns, kept=kept, matrices=True,
+        sections, int(optimizer.momentum > 0), 11 if newton else 7, 5 if newton else 1, turns, kept=kept, matrices=True,
         traffic=10,
+    )  # fmt: skip
+
+
+def muon(optimizer, step):
+    """A momentum; the others' second moment, and signs of the matrices between the ends of the model, or of all."""
+    everywhere = optimizer.adam_for is not None and not optimizer.adam_for  # other patterns have no formula
+
+    def of(model):
+        return model.hidden + model.ends if everywhere else model.hidden
+
+    return Method(
+        {"step": _and(step, others=lambda model, replicas: signs(model, replicas, everywhere))}, 1, 5,
+        kept=lambda model: model.weights - sum(of(model)), matrices=True, traffic=9,
+    )  # fmt: skip
+
+
+def scion(optimizer, step):
+    """A momentum; signs of the matrices between the ends of the model."""
+    return Method({"step": _and(step, others=signs)}, 1, 5, matrices=True, traffic=8)
+
+
+def splus(optimizer, step):
+    """A momentum; factors and bases, each basis decomposed anew."""
+
+    def of(model):
+        return lengths(model, optimizer.merge, longest=optimizer.max_dimension, vectors=False)
+
+    def bases(model, replicas):
+        call = stacked([(n * n,) for tile in of(model) for n in tile], replicas)
+        return [call] if call else []
+
+    return Method(
+        {"step": step, "cond": Work(others=bases)}, 1, 8, turns={"cond": 1 / optimizer.every},
+        kept=lambda model: 2 * sum(n * n for tile in of(model) for n in tile), matrices=True, traffic=12,
     )  # fmt: skip
 
 
@@ -214,7 +225,6 @@ FORMULAS = {
     kc.Neumann: first_order(2, 11, vectors=2),  # besides the gradient the distance to the average v
     kc.CurveBall: curveball,
     kc.TwoLoopNeumann: two_loop_neumann,
-    kc.HessianFree: hessian_free,
     kc.AdaHessian: by_weight(2, 4, 5, 8, **_hessian),
     kc.SophiaG: by_weight(2, 4, 1, 8, reductions=1, vectors=1, backward=1),
     kc.SophiaH: by_weight(2, 4, 5, 8, **_hessian),
@@ -228,6 +238,10 @@ FORMULAS = {
     kc.SOAP: soap,
     kc.KLShampoo: kl_shampoo,
     kc.PSGD: psgd,
+    kc.Muon: muon,
+    kc.Scion: scion,
+    kc.SPlus: splus,
+    **formulas_newton.FORMULAS,
 }
 
 
@@ -242,4 +256,4 @@ def formula(optimizer, curved=True):
         KeyError: There is no formula for its class.
     """
     ours = isinstance(optimizer, kc.CurvatureOptimizer)
-    return FORMULAS[type(optimizer)](optimizer, _with_loss if curved and ours else _gradient)
+    return FORMULAS[type(optimizer)](optimizer, WITH_LOSS if curved and ours else GRADIENT)

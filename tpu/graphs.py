@@ -50,11 +50,17 @@ def sections(graph, count):
         found[name] = found.get(name, Count()) + count(graph)
         for op in graph.get_operations():
             for key, inner in called(op, graph):
-                own = name if key == "f" else op.name.split("/")[-1]
+                own = name if key == "f" else _section(op)
                 visit(inner, own if name == "step" or key == "f" else f"{name}/{own}")
 
     visit(graph, "step")
     return {name: value for name, value in found.items() if value != Count()}
+
+
+def _section(op):
+    """The name of a loop or condition; of the loop of a `map_fn` that of the map."""
+    *outer, last = op.name.split("/")
+    return outer[-1] if outer and outer[-1].split("_")[0] == "map" else last
 
 
 def called(op, graph):

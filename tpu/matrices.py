@@ -7,7 +7,9 @@ that compute them (`keras_curvature/solvers/dealing.py`).
 import collections
 import math
 
+from keras_curvature.linearization.layers import ends
 from keras_curvature.operators.tiles import Tiles
+from keras_curvature.optimizers import hidden
 from keras_curvature.optimizers.by_layer import STACKED
 
 
@@ -45,6 +47,21 @@ def squares(model, replicas):
 def means(model, replicas):
     """Eva's two vectors of each layer, in the call of the gradient."""
     return [[math.prod(block[:-2]) * n for block in model.blocks for n in block[-2:]]]
+
+
+def signs(model, replicas, everywhere=False):
+    """A sign for each kernel between the ends of the model, or for every kernel, each computed on one replica."""
+    kernels = model.hidden + model.ends if everywhere else model.hidden
+    sizes = stacked([(size,) for size in kernels], replicas, hidden.STACKED)
+    return [sizes] if sizes else []
+
+
+def kernels(variables, at_ends):
+    """`(hidden, ends)`: sizes of the kernels among the variables, those that `at_ends` contains apart."""
+    ids = {id(v) for v in at_ends}
+    found = [v for v in variables if ends.is_kernel(v)]
+    sizes = [[math.prod(v.shape) for v in found if (id(v) in ids) == end] for end in (False, True)]
+    return tuple(map(tuple, sizes))
 
 
 def lengths(model, merge, size=None, longest=None, vectors=True):

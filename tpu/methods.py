@@ -19,11 +19,23 @@ OPTIMIZERS = {
     "soap": (kc.SOAP, False),
     "kl_shampoo": (kc.KLShampoo, False),
     "psgd": (kc.PSGD, False),
+    "muon": (kc.Muon, False),
+    "scion": (kc.Scion, False),
+    "splus": (kc.SPlus, False),
     "square_root_free_adam": (kc.SquareRootFreeAdam, False),
     "neumann_curved": (kc.Neumann, True),
     "curveball": (kc.CurveBall, True),
     "two_loop_neumann": (kc.TwoLoopNeumann, True),
     "hessian_free": (kc.HessianFree, True),
+    "newton_cg": (kc.NewtonCG, True),
+    "nys_newton_cg": (kc.NysNewtonCG, True),
+    "saddle_free_newton": (kc.SaddleFreeNewton, True),
+    "newton": (kc.Newton, True),
+    "gauss_newton": (kc.GaussNewton, True),
+    "gauss_newton_cg": (lambda: kc.GaussNewton(solver=kc.ConjugateGradient()), True),
+    "lissa": (kc.LiSSA, True),
+    "lbfgs": (kc.LBFGS, True),
+    "bfgs": (kc.BFGS, True),
     "adahessian": (kc.AdaHessian, True),
     "sophia_g": (kc.SophiaG, True),
     "sophia_h": (kc.SophiaH, True),
@@ -36,6 +48,12 @@ OPTIMIZERS = {
     "psgd_newton": (lambda: kc.PSGD(kind="newton"), True),
     "square_root_free_adam_sampled": (lambda: kc.SquareRootFreeAdam(fisher="sampled"), True),
 }
+# a matrix with a row for each weight; rows of the Jacobian, which `GaussNewton` replaces by products if they do not fit
+DENSE, ROWS = ("bfgs", "newton"), ("gauss_newton",)
+# models of `counting.py` that are too large for some
+LEFT_OUT = {"wide": DENSE, "tall": (*DENSE, *ROWS), "resnet50": (*DENSE, *ROWS)}
+# more than scalars in float64, which a TPU emulates: small matrices, of which the digits matter
+IN_DOUBLE = (*DENSE, "saddle_free_newton", "nys_newton_cg")
 
 
 @functools.cache

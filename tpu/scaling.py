@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from costs import WORD, Model, efficiency, time_of, transformer
-from formulas import ITERATIONS
+from formulas_newton import ITERATIONS
 from machines import MACHINES
 from methods import formulas
 
@@ -36,8 +36,8 @@ def traced(problems, *optimizers):
 def model_of(name, found, **kwargs):
     """The `Model` of what was traced."""
     kept = next(iter(found["optimizers"].values()))["activations"]
-    given = {key: found[key] for key in ("examples", "weights", "tensors")}
-    given |= {key: tuple(found[key]) for key in ("layers", "outside")}
+    given = {key: found[key] for key in ("examples", "weights", "tensors", "outputs", "squares")}
+    given |= {key: tuple(found[key]) for key in ("layers", "outside", "hidden", "ends")}
     given |= {key: tuple(map(tuple, found[key])) for key in ("shapes", "blocks")}
     return Model(name, activations=kept, **given, **kwargs)
 

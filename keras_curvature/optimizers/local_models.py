@@ -30,18 +30,19 @@ def made(lin, solver, memory, undamped, scaling):
     """
     if isinstance(solver, ConjugateGradient):
         return WithProducts(lin, solver)
+    rows = lin.rows(memory)  # one for the choice and the model: replicas gather its residuals once
     if solver == "auto":
-        solver = _chosen(lin, memory, undamped)
+        solver = _chosen(lin, rows, memory, undamped)
         if solver is None and scaling == "identity" and not undamped:
             return WithProducts(lin, ConjugateGradient())
-    return WithRows(lin, solver or "rows", memory, undamped)
+    return WithRows(lin, rows, solver or "rows", undamped)
 
 
-def _chosen(lin, memory, undamped):
+def _chosen(lin, rows, memory, undamped):
     """One of `WAYS` by size; `None` where the rows do not fit, or are not known."""
     if roots.objection(lin.model) is not None:
         return None
-    count, n = lin.rows(memory).count, trees.count(lin.weights)
+    count, n = rows.count, trees.count(lin.weights)
     size = trees.scalar_dtype(lin.weights).size
     if count is None and n > FEW:
         return None
@@ -55,8 +56,8 @@ def _chosen(lin, memory, undamped):
 class WithRows:
     """With the rows `A` as an array; everything inside is flat."""
 
-    def __init__(self, lin, way, memory, undamped):
-        self._rows, self.solved_by, self._like = lin.rows(memory), way, lin.weights
+    def __init__(self, lin, rows, way, undamped):
+        self._rows, self.solved_by, self._like = rows, way, lin.weights
         self._A, remainder = self._rows.dense(), self._rows.remainder()
         self._r = tf.cast(self._rows.residual, self._A.dtype)
         self._rest = None if remainder is None else trees.flatten(remainder)

@@ -1,0 +1,153 @@
+"""The formulas of `formulas.py` for methods that solve with the curvature of each batch, or search along a line.
+
+What their loops do depends on the data. Assumed are `ITERATIONS` of conjugate gradients; line searches that accept the
+first length they look at; batches that change from step to step, so that no gradient is used again.
+"""
+
+import math
+
+from costs import LOSS, PRODUCT, WITH_LOSS, Method, Work
+
+import keras_curvature as kc
+
+ITERATIONS = 30  # of conjugate gradients in a step, an assumption; the rule stops between 10 and 250 of them
+
+
+def product(hessian):
+    """A product with the Hessian, or with the Gauss-Newton matrix."""
+    return PRODUCT if hessian else Work(reductions=1, vectors=1, backward=2)
+
+
+def hessian_free(optimizer, step):
+    """Loss and gradient; squares by example, from passes of their own; of a chunk the loss before and after. Loops: an
+    iteration, and the first residual as one more; the loss of the last iterate and of one before it; the line search.
+    """
+    chunk = 2 * (optimizer.curvature_batch is not None)
+    begin = Work(reductions=3 + chunk, vectors=2, scalars=1 + chunk, forward=2, backward=2)
+    hessian = optimizer.curvature == "hessian"
+    kept = sum(i <= ITERATIONS for i in optimizer.solver._stored_steps()) + 1  # and the last one
+    return Method(
+        {"step": begin, "while": product(hessian), "while_1": LOSS, "while_2": LOSS}, state=1, vectors=8,
+        recordings=5 if hessian else 3, turns={"while": ITERATIONS + 1, "while_1": 2, "while_2": 0}, iterates=kept,
+        traffic=20 + 14 * ITERATIONS,
+    )  # fmt: skip
+
+
+def newton_cg(optimizer, step):
+    """The loop: an iteration. The loss after the step."""
+    hessian = optimizer.curvature == "hessian"
+    return Method(
+        {"step": tested(1), "while": product(hessian)}, 0, 6, recordings=5 if hessian else 3,
+        turns={"while": ITERATIONS}, traffic=8 + 14 * ITERATIONS,
+    )  # fmt: skip
+
+
+def tested(losses, **more):
+    """Loss and gradient, and further losses."""
+    return Work(**{
+        "reductions": 2 + losses, "vectors": 1, "scalars": 1 + losses, "forward": 1 + losses, "backward": 1, **more,
+    })  # fmt: skip
+
+
+def nys_newton_cg(optimizer, step):
+    """From time to time a product for each vector of the sketch. Loops: an iteration, and the first residual as one
+    more; the line search. The loss at its first length.
+    """
+    hessian, one = optimizer.curvature == "hessian", product(optimizer.curvature == "hessian")
+
+    def rank(model):
+        return min(optimizer.rank, model.weights)
+
+    return Method(
+        {"step": tested(1), "cond/map": one, "while": one, "while_1": LOSS}, 1, optimizer.rank + 59,
+        recordings=5 if hessian else 3, kept=lambda model: rank(model) * (model.weights + 1), matrices=True,
+        turns={"cond/map": lambda model: rank(model) / optimizer.every, "while": ITERATIONS + 1, "while_1": 0},
+        traffic=20 + (14 + 2 * optimizer.rank) * ITERATIONS,
+    )  # fmt: skip
+
+
+def saddle_free_newton(optimizer, step):
+    """A product for each vector of the Krylov space, which is kept; a loss for each damping."""
+    rank, dampings = optimizer.rank, len(optimizer.dampings)
+    return Method(
+        {"step": WITH_LOSS, "while": PRODUCT, "map": LOSS}, 0, 2 * rank + 6, recordings=5, matrices=True,
+        turns={"while": rank, "map": dampings}, traffic=4 * rank**2 + rank * dampings,
+    )  # fmt: skip
+
+
+def newton(optimizer, step):
+    """A product for each weight. The loss after the step."""
+    return Method(
+        {"step": tested(1), "map": PRODUCT}, 0, 3, recordings=5, turns={"map": lambda model: model.weights},
+        matrices=True, traffic=6, dense=2,
+    )  # fmt: skip
+
+
+def gauss_newton(optimizer, step):
+    """With rows, as `"auto"` solves a small model: residuals and rows of all replicas, and of a loss that is no square
+    the gradient; with the geodesic acceleration another residual. With conjugate gradients a quadratic form for the
+    predicted change, one for a damping that begins with the curvature, and the loop.
+    """
+    products, searches = isinstance(optimizer.solver, kc.ConjugateGradient), optimizer.line_search is not None
+    losses = int(searches or optimizer._trial.looks)
+    pair = 2 * hasattr(optimizer._rule, "numbers")
+    sections = {"while_1" if products and searches else "while": LOSS} if searches else {}
+    turns = dict.fromkeys(sections, getattr(optimizer.line_search, "count", 1) - 1)  # of a grid all but the first
+    state = (optimizer.momentum > 0) + (optimizer.scaling == "more")
+    if products:
+        forms = optimizer._trial.looks + hasattr(optimizer._rule, "begun")
+        begin = tested(losses, reductions=2 + losses + forms, scalars=1 + losses + forms, backward=1 + forms)
+        return Method(
+            {"step": begin, "while": product(False), **sections}, state, 6, recordings=3, kept=lambda model: pair,
+            turns={"while": ITERATIONS, **turns}, traffic=10 + 14 * ITERATIONS,
+        )  # fmt: skip
+
+    def rows(model, replicas):
+        count = replicas * model.rows
+        gathered = [[count], [count * model.weights]] + optimizer.geodesic * [[count]]
+        return gathered if model.squares else [*gathered, list(map(math.prod, model.shapes))]
+
+    begin = Work(reductions=1 + losses, scalars=1 + losses, others=rows, forward=1 + losses)
+    return Method(
+        {"step": begin, **sections}, state, 1, turns=turns, kept=lambda model: pair, matrices=True, traffic=10, rows=2
+    )  # fmt: skip
+
+
+def lissa(optimizer, step):
+    """Both loops, the power method and the series: a product on a part of the slice, from a forward pass of its own."""
+    part = optimizer.curvature_batch if isinstance(optimizer.curvature_batch, float) else 1.0
+    turn = Work(reductions=1, vectors=1, forward=1, slopes=1, hessians=1, share=part)
+    sections, turns = {"while": turn}, {"while": optimizer.steps}
+    if optimizer.rate is None:
+        sections, turns = {"while": turn, "while_1": turn}, {"while": optimizer.power_steps, "while_1": optimizer.steps}
+    return Method(
+        {"step": WITH_LOSS, **sections}, 0, 3, turns=turns, traffic=5 + 8 * sum(turns.values())
+    )  # fmt: skip
+
+
+def quasi_newton(optimizer, step):
+    """The loss; the gradient, if it is not that of the last end point; loss and gradient at the length of the search.
+    `BFGS` remembers a matrix of float64, `LBFGS` pairs of vectors.
+    """
+    limited = isinstance(optimizer, kc.LBFGS)
+    memory = optimizer.memory if limited else 0
+    gradient = Work(reductions=1, vectors=1, backward=1)
+    along = Work(reductions=1, vectors=1, scalars=1, forward=1, backward=1)
+    return Method(
+        {"step": LOSS, "cond": gradient, "while_2" if limited else "while": along}, 2 + 2 * memory, 6,
+        kept=lambda model: memory if limited else model.weights**2, matrices=not limited,
+        traffic=20 + 6 * memory, dense=0 if limited else 2,
+    )  # fmt: skip
+
+
+FORMULAS = {
+    kc.HessianFree: hessian_free,
+    kc.NewtonCG: newton_cg,
+    kc.NysNewtonCG: nys_newton_cg,
+    kc.SaddleFreeNewton: saddle_free_newton,
+    kc.Newton: newton,
+    kc.GaussNewton: gauss_newton,
+    kc.LiSSA: lissa,
+    kc.LBFGS: quasi_newton,
+    kc.BFGS: quasi_newton,
+}
