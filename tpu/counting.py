@@ -119,7 +119,7 @@ def measures(problem):
     """The attributes of a `Model` of `costs.py`, but for its activations."""
     model, loss, x, _ = MODELS[problem]()
     given = {"examples": x.shape[0], "layers": forward(problem), "squares": loss == "mse"}
-    return {**given, "outputs": math.prod(model.output_shape[1:]), **weights_of(model)}
+    return {**given, **weights_of(model)}
 
 
 def weights_of(model):
@@ -130,7 +130,7 @@ def weights_of(model):
     return {
         "weights": sum(map(math.prod, shapes)), "tensors": len(shapes), "shapes": shapes,
         "blocks": [tuple(block.shape) for block in blocks], "outside": [math.prod(shapes[i]) for i in outside],
-        "hidden": hidden, "ends": at_ends,
+        "hidden": hidden, "ends": at_ends, "outputs": math.prod(model.output_shape[1:]),
     }  # fmt: skip
 
 
