@@ -64,6 +64,11 @@ def where(condition, u, v):
     return [tf.where(condition, a, b) for a, b in zip(u, v)]
 
 
+def nan_unless(condition, v):
+    """`v` if the scalar `condition` holds, else NaN in every entry: a step that is not to be taken."""
+    return where(condition, v, [a + float("nan") for a in v])
+
+
 def is_finite(v):
     """Whether the norm of `v` is finite: false for a NaN, an infinity, or a vector too long for its dtype."""
     return tf.math.is_finite(squared_norm(v))

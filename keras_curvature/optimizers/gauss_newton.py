@@ -193,7 +193,7 @@ class GaussNewton(CurvatureOptimizer):
             damping=damping, reduction_ratio=checked.ratio, cg_iterations=model.iterations(), step_length=length
         )  # fmt: skip
         # products that are not finite skip the step: no damping helps
-        return trees.where(finite, step, [a + float("nan") for a in step])
+        return trees.nan_unless(finite, step)
 
     def linear_step(self) -> NotLinear:
         """None: each step solves anew."""

@@ -151,7 +151,7 @@ class HessianFree(CurvatureOptimizer):
         # a rejected step may be NaN although the batch is fine
         step = trees.where(length > 0, trees.scale(length, step), trees.zeros_like(step))
         # an overflowed product ends the iteration: the step is skipped, not taken with length zero
-        return trees.where(solution.finite, step, [a + float("nan") for a in step])
+        return trees.nan_unless(solution.finite, step)
 
     def linear_step(self) -> NotLinear:
         """None: each step solves anew."""

@@ -116,4 +116,4 @@ class LBFGS(QuasiNewton):
     @staticmethod
     def _row(memory, slot):
         """A row of the memory, a vector."""
-        return [tf.gather(variable.value, slot) for variable in memory]
+        return [Row(variable, slot).read() for variable in memory]

@@ -95,7 +95,7 @@ class NewtonCG(CurvatureOptimizer):
             radius=radius, reduction_ratio=checked.ratio, cg_iterations=found.steps, gradient_max=trees.largest(g)
         )  # fmt: skip
         # an overflowed product ends the iteration: the step is skipped
-        return trees.where(found.finite, found.value, [a + float("nan") for a in found.value])
+        return trees.nan_unless(found.finite, found.value)
 
     def linear_step(self) -> NotLinear:
         """None: each step is tested on the loss."""

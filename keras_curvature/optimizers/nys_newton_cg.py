@@ -123,7 +123,7 @@ class NysNewtonCG(CurvatureOptimizer):
         )  # fmt: skip
         step = trees.where(length > 0, trees.scale(length, d), trees.zeros_like(d))
         # an overflowed product ends the iteration: the step is skipped, not taken with length zero
-        return trees.where(solution.finite, step, [a + float("nan") for a in step])
+        return trees.nan_unless(solution.finite, step)
 
     def linear_step(self) -> NotLinear:
         """None: each step solves anew and tests its length."""

@@ -93,7 +93,7 @@ class SaddleFreeNewton(CurvatureOptimizer):
             krylov_vectors=space.count,
         )  # fmt: skip
         # an overflowed product skips the step
-        return trees.where(space.finite, step(grid[best]), [a + float("nan") for a in g])
+        return trees.nan_unless(space.finite, step(grid[best]))
 
     def linear_step(self) -> NotLinear:
         """None: each step is tested on the loss."""

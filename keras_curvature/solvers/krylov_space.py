@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.operators import LinearOperator
+from keras_curvature.solvers import row_vectors
 from keras_curvature.typing import Vector
 
 
@@ -30,7 +31,7 @@ class KrylovSpace(NamedTuple):
 
     def combine(self, coefficients: tf.Tensor) -> Vector:
         """`V c`, a vector."""
-        return [tf.tensordot(tf.cast(coefficients, rows.dtype), rows, 1) for rows in self.basis]
+        return row_vectors.combine(coefficients, self.basis)
 
 
 def krylov_space(operator: LinearOperator, start: Vector, size: int) -> KrylovSpace:
@@ -73,7 +74,7 @@ def krylov_space(operator: LinearOperator, start: Vector, size: int) -> KrylovSp
     )  # fmt: skip
     # each row knows the vectors up to its own; the later ones follow by symmetry
     lower = tf.linalg.band_part(matrix, -1, 0)
-    matrix = lower + tf.transpose(tf.linalg.band_part(matrix, -1, 0) - tf.linalg.band_part(matrix, 0, 0))
+    matrix = lower + tf.transpose(lower - tf.linalg.band_part(lower, 0, 0))
     return KrylovSpace(basis, matrix, count, finite)
 
 
@@ -84,9 +85,5 @@ def _in_row(row, rows, a):
 
 def _split(basis, vector):
     """`(V'u, u - V V'u)`."""
-    dtype = trees.scalar_dtype(vector)
-    axes = [list(range(1, rows.shape.rank)) for rows in basis]
-    parts = [tf.reduce_sum(tf.cast(rows * a[None], dtype), axis) for rows, a, axis in zip(basis, vector, axes)]
-    column = tf.add_n(parts)
-    inside = [tf.tensordot(tf.cast(column, rows.dtype), rows, 1) for rows in basis]
-    return column, trees.subtract(vector, inside)
+    column = row_vectors.coefficients(basis, vector)
+    return column, trees.subtract(vector, row_vectors.combine(column, basis))

@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.operators import LinearOperator
+from keras_curvature.solvers import row_vectors
 from keras_curvature.typing import Scalar, Vector
 
 
@@ -61,12 +62,12 @@ def sketch(operator: LinearOperator, like: Vector, rank: int, seed: tf.Tensor) -
     shift = tf.maximum(10.0 * rounding * size, -2.0 * tf.linalg.eigvalsh(core)[0]) + 1e-300
     Y = [y + tf.cast(shift, y.dtype) * p for y, p in zip(Y, phi)]
     half = tf.linalg.cholesky(core + shift * tf.eye(rank, dtype=tf.float64))
-    B = _mix(tf.linalg.triangular_solve(half, tf.eye(rank, dtype=tf.float64)), Y)
+    B = row_vectors.combine(tf.linalg.triangular_solve(half, tf.eye(rank, dtype=tf.float64)), Y)
     squares, left = tf.linalg.eigh(_gram(B, B))
     squares, left = tf.reverse(squares, [0]), tf.reverse(left, [1])
     roots = tf.sqrt(tf.maximum(squares, 0.0))
     known = tf.where(finite, tf.zeros((), tf.float64), float("nan"))
-    U = _mix(tf.math.divide_no_nan(tf.transpose(left), roots[:, None]) + known, B)
+    U = row_vectors.combine(tf.math.divide_no_nan(tf.transpose(left), roots[:, None]) + known, B)
     return Sketch(U, tf.maximum(squares - shift, 0.0) + known, finite)
 
 
@@ -86,14 +87,11 @@ class NystromPreconditioner(LinearOperator):
     psd = True
 
     def multiply(self, vector: Vector) -> Vector:
-        dtype = trees.scalar_dtype(vector)
-        axes = [list(range(1, rows.shape.rank)) for rows in self.vectors]
-        parts = [tf.reduce_sum(tf.cast(rows * a[None], dtype), axis)
-                 for rows, a, axis in zip(self.vectors, vector, axes)]  # fmt: skip
+        inside = row_vectors.coefficients(self.vectors, vector)
         mu = trees.exactly(self.damping, tf.float64)
         factors = (self.values[-1] + mu) / (self.values + mu) - 1.0
-        change = tf.cast(factors, dtype) * tf.add_n(parts)
-        return [a + tf.tensordot(tf.cast(change, rows.dtype), rows, 1) for rows, a in zip(self.vectors, vector)]
+        change = tf.cast(factors, inside.dtype) * inside
+        return trees.add(vector, row_vectors.combine(change, self.vectors))
 
 
 def _gram(A, B):
@@ -102,12 +100,7 @@ def _gram(A, B):
     return tf.add_n([tf.cast(tf.matmul(a, b, transpose_b=True), tf.float64) for a, b in flat])
 
 
-def _mix(matrix, rows):
-    """`M A` for vectors in rows."""
-    return [tf.tensordot(tf.cast(matrix, a.dtype), a, 1) for a in rows]
-
-
 def _orthonormal(rows):
     """The rows, made orthonormal by the Cholesky factor of their Gram matrix; to rounding after the second time."""
     half = tf.linalg.cholesky(_gram(rows, rows))
-    return _mix(tf.linalg.triangular_solve(half, tf.eye(rows[0].shape[0], dtype=tf.float64)), rows)
+    return row_vectors.combine(tf.linalg.triangular_solve(half, tf.eye(rows[0].shape[0], dtype=tf.float64)), rows)
