@@ -135,6 +135,8 @@ OPTIMIZERS = {
     "kfac": Method(kc.KFAC, LAZY, family=True),
     "kfac_adaptive": Method(kc.KFAC.adaptive, {"damping": kc.LevenbergMarquardt(every=2), "inverses_every": 2}),
     "ekfac": Method(kc.EKFAC, LAZY),
+    "foof": Method(kc.FOOF, {"factors_every": 1, "inverses_every": 2}, {**LONG, "damping": 0.1}),
+    "newton_muon": Method(kc.NewtonMuon, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
     "eva": Method(kc.Eva, {}, {"damping": 0.3, "kl_clip": None}),
     "lbfgs": Method(kc.LBFGS, family=True, amplifies=True),
     "lbfgs_wolfe": Method(kc.LBFGS, {"memory": 3, "search": kc.StrongWolfe(), "update": "damped"}, amplifies=True),
