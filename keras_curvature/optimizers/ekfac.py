@@ -1,6 +1,6 @@
 """EKFAC: K-FAC with measured second moments in the eigenbasis of its factors."""
 
-from typing import Any
+from typing import Any, Literal
 
 import tensorflow as tf
 
@@ -27,7 +27,8 @@ class EKFAC(KFAC):
     factors. A step takes four products with small matrices for each layer, where K-FAC takes two.
 
     Reference: George, Laurent, Bouthillier, Ballas and Vincent, "Fast approximate natural gradient descent in a
-    Kronecker-factored eigenbasis" (2018), Algorithm 1 with running averages (EKFAC-ra). Differences from the paper:
+    Kronecker-factored eigenbasis" (2018), Algorithm 1 with running averages (EKFAC-ra); Gao et al., "Eigenvalue-
+    corrected natural gradient based on a new approximation" (2020), for `factors="tkfac"`. Differences from the paper:
     (1) the differences of `KFAC`; (2) the average of `S`, `eps = min(1 - 1/t, 0.95)`, restarts with every new basis,
     because the old numbers belong to the old basis; (3) a layer keeps its old basis and average if its factors cannot
     be decomposed, or if its new `S` is not finite.
@@ -40,6 +41,7 @@ class EKFAC(KFAC):
         inverses_every: Steps between two eigendecompositions, a multiple of `factors_every`; if they are equal, `S` is
             the last estimate alone. Defaults to `100`.
         fisher, sharing, kl_clip, curvature_batch: See `KFAC`.
+        factors: See `KFAC`; with `"tkfac"` the bases are those of its factors (TEKFAC). Defaults to `"kfac"`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: as `KFAC`.
@@ -55,11 +57,12 @@ class EKFAC(KFAC):
     def __init__(
         self, learning_rate: LearningRate = 0.01, damping: float | Damping = 0.03, momentum: float | None = 0.9,
         factors_every: int = 10, inverses_every: int = 100, fisher: Fisher = "sampled", sharing: Sharing = "expand",
-        kl_clip: float | None = 1e-3, curvature_batch: float | None = None, name: str = "ekfac", **kwargs: Any,
+        kl_clip: float | None = 1e-3, curvature_batch: float | None = None,
+        factors: Literal["kfac", "tkfac"] = "kfac", name: str = "ekfac", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             learning_rate, damping, momentum, factors_every, inverses_every, fisher, sharing, kl_clip, curvature_batch,
-            name, **kwargs,
+            factors, name, **kwargs,
         )  # fmt: skip
         valid = inverses_every % factors_every == 0
         check(self, "inverses_every", inverses_every, valid, f"a multiple of `factors_every` ({factors_every})")

@@ -1,11 +1,12 @@
 """K-FAC: natural-gradient steps with a Kronecker-factored Fisher matrix."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number, check_part, register
+from keras_curvature.linearization.estimates.trace_factors import restricted, trace_factors
 from keras_curvature.linearization.fisher.sampling import FISHER
 from keras_curvature.linearization.gauss_newton import l2_of, require_convex
 from keras_curvature.linearization.layers import kronecker
@@ -41,8 +42,15 @@ class KFAC(CurvatureOptimizer):
     `KFAC.adaptive()` is the latter, with the damping of Martens. Weights without Kronecker factors get
     `d = g / (diag(F) + lambda)`, and a warning names them.
 
+    `factors="tkfac"` weighs each example in `A` and `G` by the size of its slopes and inputs, which gives the product
+    the trace of the block (TKFAC):
+
+        A = E[|s|^2 a a'],  G = E[|a|^2 s s'] / E[|a|^2 |s|^2]
+
     Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015),
-    Algorithm 2; Grosse and Martens (2016) for convolutions; Ba, Grosse and Martens (2017) for the stochastic form.
+    Algorithm 2; Grosse and Martens (2016) for convolutions; Ba, Grosse and Martens (2017) for the stochastic form; Gao
+    et al., "A trace-restricted Kronecker-factored approximation to natural gradient" (2020), whose factors are damped
+    by `sqrt(lambda)` each where here `pi` applies.
     Differences from the paper: (1) the damping of the factors is `sqrt(lambda)`, including the L2 regularizer (as in
     kfac-jax), not a second number `gamma` that is searched for; (2) `pi` uses the traces; (3) factors and inverses are
     updated every so many steps, and `t` counts the updates of the factors; (4) the reduction ratio is computed in steps
@@ -71,6 +79,7 @@ class KFAC(CurvatureOptimizer):
             a number of examples, or `None` for all. With `momentum=None`, choose parts with several times more outputs
             (examples times classes) than weights; with smaller parts, start with more damping. Defaults to `None`
             (Martens and Grosse: 1/8 and 1/4).
+        factors: `"kfac"` or `"tkfac"`; see `linearization/estimates/trace_factors.py`. Defaults to `"kfac"`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `failed_refreshes` (factors and inverses that were not finite), `step_norm`, `skipped_steps`;
@@ -94,7 +103,8 @@ class KFAC(CurvatureOptimizer):
     def __init__(
         self, learning_rate: LearningRate = 0.01, damping: float | Damping = 0.03, momentum: float | None = 0.9,
         factors_every: int = 10, inverses_every: int = 100, fisher: Fisher = "sampled", sharing: Sharing = "expand",
-        kl_clip: float | None = 1e-3, curvature_batch: float | None = None, name: str = "kfac", **kwargs: Any,
+        kl_clip: float | None = 1e-3, curvature_batch: float | None = None,
+        factors: Literal["kfac", "tkfac"] = "kfac", name: str = "kfac", **kwargs: Any,
     ) -> None:  # fmt: skip
         rule, free = as_damping(self, damping), momentum is None
         # only the damping limits the step in the null space of a part of the batch, so every step is checked
@@ -107,7 +117,7 @@ class KFAC(CurvatureOptimizer):
         self.reports = {n: how for n, how in type(self).reports.items() if there.get(n, True)}
         self.damping, self.momentum, self.fisher, self.sharing = damping, momentum, fisher, sharing
         self.factors_every, self.inverses_every = factors_every, inverses_every
-        self.kl_clip, self.curvature_batch = kl_clip, curvature_batch
+        self.kl_clip, self.curvature_batch, self.factors = kl_clip, curvature_batch, factors
         self._rule, self._trial = rule, trial
         if momentum is not None:
             check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
@@ -118,6 +128,7 @@ class KFAC(CurvatureOptimizer):
         if kl_clip is not None:
             check_number(self, "kl_clip", kl_clip, low=0, open_low=True)
         check_part(self, "curvature_batch", curvature_batch)
+        check(self, "factors", factors, factors in ("kfac", "tkfac"), '"kfac" or "tkfac"')
 
     @classmethod
     def adaptive(
@@ -247,7 +258,10 @@ class KFAC(CurvatureOptimizer):
         dampings = [self._damping_of(batch.l2, b.variables, damping, A) for b, A in zip(self._blocks, factors[::2])]
 
         def compute():
-            return by_layer.inverses(self._blocks, factors, dampings)
+            pairs = by_layer.pairs(factors)
+            if self.factors == "tkfac":
+                pairs = [restricted(block, *pair) for block, pair in zip(self._blocks, pairs)]
+            return by_layer.inverses(self._blocks, [factor for pair in pairs for factor in pair], dampings)
 
         inverses = self.refresh(self._inverses, self.inverses_every, compute)
         return [KroneckerProduct(*pair) for pair in by_layer.pairs(inverses)]
@@ -265,7 +279,9 @@ class KFAC(CurvatureOptimizer):
 
         def compute():
             seed, counts = tf.cast(self.iterations, tf.int32), tf.identity(self._counts.value)
-            found, diagonals = batch.kronecker_factors(self._blocks, self._diagonal, self.fisher, seed)
+            asked = (self._blocks, self._diagonal, self.fisher, seed)
+            weighted = self.factors == "tkfac"
+            found, diagonals = trace_factors(batch, *asked) if weighted else batch.kronecker_factors(*asked)
             new = [*(factor for pair in found for factor in pair), *diagonals]
             averages, fine = by_layer.averaged(variables, new, counts)
             return [*averages, counts + tf.cast(fine, counts.dtype)]
