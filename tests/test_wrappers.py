@@ -1,4 +1,4 @@
-"""Cautious weight decay and the hyperball, which change the step of any method; the cautious mask is in test_cautious."""
+"""Cautious weight decay and the hyperball, which change the step of any method; for the mask see test_cautious.py."""
 
 import keras
 import numpy as np
