@@ -25,6 +25,7 @@ from keras_curvature.optimizers.newton_muon import NewtonMuon as NewtonMuon
 from keras_curvature.optimizers.nys_newton_cg import NysNewtonCG as NysNewtonCG
 from keras_curvature.optimizers.psgd import PSGD as PSGD
 from keras_curvature.optimizers.saddle_free_newton import SaddleFreeNewton as SaddleFreeNewton
+from keras_curvature.optimizers.sassha import SASSHA as SASSHA
 from keras_curvature.optimizers.scion import Scion as Scion
 from keras_curvature.optimizers.shampoo import Shampoo as Shampoo
 from keras_curvature.optimizers.soap import SOAP as SOAP

@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_curvature import trees
+from keras_curvature import keras_internals, trees
 from keras_curvature.component import check
 from keras_curvature.optimizers.cautious import agreeing, decaying
 from keras_curvature.optimizers.hyperball import on_spheres
@@ -36,7 +36,7 @@ class WrappedOptimizer(SavedOptimizer):
         if self.cautious:
             step = agreeing(step, gradient())
         if self.cautious_decay and self.weight_decay:
-            decays = [self.weight_decay if self._use_weight_decay(v) else 0.0 for v in self.trained]
+            decays = [self.weight_decay if keras_internals.decays(self, v) else 0.0 for v in self.trained]
             step = decaying(step, trees.values(self.trained), decays)
         if self.hyperball:
             step = on_spheres(step, self.trained, tf.convert_to_tensor(self.learning_rate))
