@@ -13,9 +13,10 @@ from keras_curvature.linearization.layers import kronecker
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators.kronecker import BlockDiagonal, KroneckerProduct
-from keras_curvature.optimizers import by_layer
+from keras_curvature.optimizers import adaptive, by_layer
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import KL_CLIPPED, LinearStep, NotLinear, heavy_ball
+from keras_curvature.solvers.refresh import Refresh, check_every
 from keras_curvature.steps import Damping, LevenbergMarquardt, Trial, as_damping, quadratic
 from keras_curvature.steps.trust_region import kl_clip as clip
 from keras_curvature.typing import Fisher, LearningRate, Sharing, Variables, Vector
@@ -67,7 +68,8 @@ class KFAC(CurvatureOptimizer):
         momentum: Factor on the last step; with `None` the quadratic model chooses it and the length of the new
             direction. Defaults to `0.9`.
         factors_every: Steps between two updates of the factors. Defaults to `10`.
-        inverses_every: Steps between two inversions; the replicas share the work. Defaults to `100`.
+        inverses_every: Steps between two inversions, or a `Refresh`: each layer's inverses are computed anew where the
+            trace of a factor, or the damping, has changed. The replicas share the work. Defaults to `100`.
         fisher: `"sampled"`: labels drawn from the model; `"exact"`: all possible labels, weighted (one backward pass
             for each class); `"empirical"`: the true labels. Defaults to `"sampled"`.
         sharing: `"expand"` or `"reduce"`: whether positions at which a layer uses the same weights (pixels, tokens)
@@ -83,7 +85,7 @@ class KFAC(CurvatureOptimizer):
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `failed_refreshes` (factors and inverses that were not finite), `step_norm`, `skipped_steps`;
-    where they are used `kl_clip` (the multiple of `d`), `reduction_ratio` (at the checks), and with `momentum=None`
+    where they are used `refreshes` (layers with new inverses, with a `Refresh`), `kl_clip` (the multiple of `d`), `reduction_ratio` (at the checks), and with `momentum=None`
     `alpha`, `mu` and `rejected_steps`.
 
     Example:
@@ -97,13 +99,14 @@ class KFAC(CurvatureOptimizer):
     needs = Needs(layers=True)
     reports = {
         "damping": "last", "kl_clip": "mean", "alpha": "mean", "mu": "mean", "reduction_ratio": "mean",
-        "rejected_steps": "sum", "failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum",
+        "rejected_steps": "sum", "failed_refreshes": "sum", "refreshes": "sum", "step_norm": "mean",
+        "skipped_steps": "sum",
     }  # fmt: skip
 
     def __init__(
         self, learning_rate: LearningRate = 0.01, damping: float | Damping = 0.03, momentum: float | None = 0.9,
-        factors_every: int = 10, inverses_every: int = 100, fisher: Fisher = "sampled", sharing: Sharing = "expand",
-        kl_clip: float | None = 1e-3, curvature_batch: float | None = None,
+        factors_every: int = 10, inverses_every: int | Refresh = 100, fisher: Fisher = "sampled",
+        sharing: Sharing = "expand", kl_clip: float | None = 1e-3, curvature_batch: float | None = None,
         factors: Literal["kfac", "tkfac"] = "kfac", name: str = "kfac", **kwargs: Any,
     ) -> None:  # fmt: skip
         rule, free = as_damping(self, damping), momentum is None
@@ -111,7 +114,7 @@ class KFAC(CurvatureOptimizer):
         watches = free and curvature_batch is not None
         trial = Trial(rule, accepts="lower" if free else "any", at="last", always=watches)
         there = {"kl_clip": not free and kl_clip is not None, "alpha": free, "mu": free, "reduction_ratio": trial.looks}
-        there["rejected_steps"] = free and trial.looks
+        there |= {"rejected_steps": free and trial.looks, "refreshes": isinstance(inverses_every, Refresh)}
         needs = Needs(layers=True, products=free or bool(rule.every))
         super().__init__(learning_rate, needs=needs, name=name, **kwargs)
         self.reports = {n: how for n, how in type(self).reports.items() if there.get(n, True)}
@@ -122,7 +125,7 @@ class KFAC(CurvatureOptimizer):
         if momentum is not None:
             check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
         check_count(self, "factors_every", factors_every)
-        check_count(self, "inverses_every", inverses_every)
+        check_every(self, "inverses_every", inverses_every)
         check(self, "fisher", fisher, fisher in FISHER, '"sampled", "empirical" or "exact"')
         check(self, "sharing", sharing, sharing in kronecker.SHARING, '"expand" or "reduce"')
         if kl_clip is not None:
@@ -133,7 +136,7 @@ class KFAC(CurvatureOptimizer):
     @classmethod
     def adaptive(
         cls, learning_rate: LearningRate = 1.0, damping: float | Damping | None = None, factors_every: int = 5,
-        inverses_every: int = 20, **kwargs: Any,
+        inverses_every: int | Refresh = 20, **kwargs: Any,
     ) -> Self:  # fmt: skip
         """The form of Martens and Grosse (2015), for large batches and hard problems.
 
@@ -257,13 +260,19 @@ class KFAC(CurvatureOptimizer):
         """One for each block."""
         dampings = [self._damping_of(batch.l2, b.variables, damping, A) for b, A in zip(self._blocks, factors[::2])]
 
-        def compute():
+        def weighed():
             pairs = by_layer.pairs(factors)
             if self.factors == "tkfac":
                 pairs = [restricted(block, *pair) for block, pair in zip(self._blocks, pairs)]
-            return by_layer.inverses(self._blocks, [factor for pair in pairs for factor in pair], dampings)
+            return [factor for pair in pairs for factor in pair]
 
-        inverses = self.refresh(self._inverses, self.inverses_every, compute)
+        def compute():
+            return by_layer.inverses(self._blocks, weighed(), dampings)
+
+        if isinstance(self.inverses_every, Refresh) and self._blocks:
+            inverses = adaptive.inverses(self, self._blocks, weighed(), dampings, self._inverses, self._last)
+        else:
+            inverses = self.refresh(self._inverses, self.inverses_every, compute)
         return [KroneckerProduct(*pair) for pair in by_layer.pairs(inverses)]
 
     def _kept_operators(self, l2, damping):
@@ -291,3 +300,5 @@ class KFAC(CurvatureOptimizer):
 
     def _create_inverses(self):
         self._inverses = by_layer.create_factors(self, self._blocks, "inverse")
+        if isinstance(self.inverses_every, Refresh):
+            self._last = adaptive.create_last(self, self._blocks)
