@@ -261,17 +261,22 @@ class KFAC(CurvatureOptimizer):
 
     def _refreshed_factors(self, batch):
         """`([A, G, A, G, ...], [diagonal])`, each averaged over the looks at it that were finite."""
-        variables = self._factors + self._diagonals
-
-        def compute():
-            seed, counts = tf.cast(self.iterations, tf.int32), tf.identity(self._counts.value)
-            found, diagonals = batch.kronecker_factors(self._blocks, self._diagonal, self.fisher, seed)
-            new = [*(factor for pair in found for factor in pair), *diagonals]
-            averages, fine = by_layer.averaged(variables, new, counts)
-            return [*averages, counts + tf.cast(fine, counts.dtype)]
-
-        *values, _ = self.refresh([*variables, self._counts], self.factors_every, compute)
+        variables = [*self._factors, *self._diagonals, self._counts]
+        *values, _ = self.refresh(variables, self.factors_every, lambda: self._look(batch, self._seed))
         return values[: len(self._factors)], values[len(self._factors) :]
+
+    @property
+    def _seed(self):
+        """What the labels of this step are drawn by."""
+        return tf.cast(self.iterations, tf.int32)
+
+    def _look(self, batch, seed):
+        """`[A, G, A, G, ..., diagonals, looks]` after one more look."""
+        counts = tf.identity(self._counts.value)
+        found, diagonals = batch.kronecker_factors(self._blocks, self._diagonal, self.fisher, seed)
+        new = [*(factor for pair in found for factor in pair), *diagonals]
+        averages, fine = by_layer.averaged(self._factors + self._diagonals, new, counts)
+        return [*averages, counts + tf.cast(fine, counts.dtype)]
 
     def _create_inverses(self):
         self._inverses = by_layer.create_factors(self, self._blocks, "inverse")
