@@ -79,6 +79,14 @@ def has_finite_sum(a):
     return tf.math.is_finite(tf.reduce_sum(a))
 
 
+def finite_or(v, other):
+    """`(tensors of v, those of other where one has no finite sum; which of v have one, a vector of booleans)`."""
+    good = tf.stack([has_finite_sum(a) for a in v])
+    # unlike `tf.where`, this operation writes into the memory of `x`
+    chosen = [tf.raw_ops.Select(condition=fine, x=a, y=b) for fine, a, b in zip(tf.unstack(good), v, other)]
+    return chosen, good
+
+
 def largest(v):
     """The largest absolute entry, a float32 scalar."""
     sized = [a for a in v if a.shape.num_elements() != 0]

@@ -13,6 +13,7 @@ from test_curveball import stepper
 
 from keras_curvature import LevenbergMarquardt, curved
 from keras_curvature.linearization.fisher import likelihoods
+from keras_curvature.optimizers import by_layer
 from keras_curvature.optimizers.ekfac import EKFAC
 from keras_curvature.optimizers.kfac import KFAC
 
@@ -267,6 +268,43 @@ def test_ekfac_keeps_basis_and_moments_together():
     assert optimizer._moment_counts.numpy() == [1] and not np.array_equal(before[0], optimizer._bases[0])
     looks = looks[-1:]
     np.testing.assert_allclose(optimizer._moments[0], expected(), 1e-10, 1e-14)
+
+
+def test_large_eigendecompositions_take_turns():
+    random = np.random.RandomState(2)
+    shapes = [(6, 3), (3,), (3, 7), (7,), (7, 3), (3,)]
+    optimizer = EKFAC(0.0, 0.3, 0.0, factors_every=1, inverses_every=3, fisher="exact", kl_clip=None)
+    model = made(net([random.randn(*shape) for shape in shapes]), optimizer)
+    x, y = random.randn(20, 6), random.randn(20, 3)
+    with mock.patch.object(by_layer, "TAKES_TURNS", 5):
+        step, bases, steps = stepper(model, optimizer), [], []
+        for _ in range(4):
+            step(x, y)
+            bases.append([U.numpy() for U in optimizer._bases])
+            steps.append([v.numpy() for v in optimizer._velocity])
+    is_identity = [[np.array_equal(U, np.eye(len(U))) for U in each] for each in bases]
+    # of 7 and 3, 4 and 7, 8 and 3 rows: none in the first step, the most expensive one in the second, then the others
+    assert is_identity[0] == [True] * 6
+    assert is_identity[1] == [True, True, True, True, False, False]
+    assert is_identity[2] == [False] * 6 == is_identity[3]
+    # before its turn a layer is divided by the diagonal of its Fisher matrix, here J'J / 20
+    g, squares = diagonal_fisher(model, x, y)
+    for v, slope, entries in zip(steps[0], g, squares):
+        np.testing.assert_allclose(v, -slope / (entries + 0.3), rtol=1e-9)
+    # weights and batch were the same in all steps, so the bases are those that the factors have in the end
+    for U, F in zip(bases[2], optimizer._factors):
+        F, within = F.numpy(), U.T @ F.numpy() @ U
+        np.testing.assert_allclose(within, np.diag(np.diag(within)), atol=1e-10 * np.abs(F).max())
+
+
+def diagonal_fisher(model, x, y):
+    """Gradient, and diagonal of the Fisher matrix of Keras' mean squared error, a normal likelihood."""
+    with tf.GradientTape(persistent=True) as tape:
+        z = model(x)
+        loss = tf.reduce_mean(tf.square(z - y))
+    jacobians = tape.jacobian(z, model.trainable_variables, experimental_use_pfor=False)
+    factor = 2.0 / y.size  # the second derivative of the loss in each output
+    return tape.gradient(loss, model.trainable_variables), [factor * tf.reduce_sum(J**2, [0, 1]) for J in jacobians]
 
 
 def test_curvature_of_a_small_part_does_not_run_away():

@@ -370,6 +370,27 @@ def test_sampled_factors_tend_to_the_exact_ones():
         assert found.std(0).max() > 1e-3
 
 
+def test_factors_and_moments_of_one_seed_share_their_backward_pass():
+    problem = Problem((3,), [layers.Dense(3, activation="tanh"), layers.Dense(3)], classes=True)
+    eyes = [(tf.eye(4, dtype="float64"), tf.eye(3, dtype="float64"))] * 2
+
+    def draws(same_tensor):
+        @tf.function
+        def both(seed):
+            lin, other = problem.lin(), seed if same_tensor else tf.identity(seed)
+            factors, _ = lin.kronecker_factors(problem.blocks, (), "sampled", seed)
+            return factors, lin.kronecker_second_moments(problem.blocks, eyes, (), "sampled", other)[0]
+
+        graph = both.get_concrete_function(tf.constant(3)).graph
+        found = [op for op in graph.get_operations() if "StatelessRandom" in op.type and "Uniform" in op.type]
+        return len(found), both(tf.constant(3))
+
+    (once, shared), (twice, apart) = draws(True), draws(False)
+    assert (once, twice) == (1, 2)
+    for a, b in zip(tf.nest.flatten(shared), tf.nest.flatten(apart)):
+        np.testing.assert_array_equal(a, b)
+
+
 def alone(problem, index):
     """The dense Fisher block of one variable."""
     block = type("Variable", (), {"variables": (index,)})

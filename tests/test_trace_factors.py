@@ -99,7 +99,7 @@ def test_traces_of_both_factors_are_those_of_examples_or_positions(sharing):
             np.testing.assert_allclose(factor, other, rtol=1e-10, atol=1e-14)
         if block.sharing == "exact":
             np.testing.assert_array_equal(A, A_k)
-            np.testing.assert_array_equal(restricted(block, A, G)[1], G_k)
+            np.testing.assert_array_equal(restricted([block], [A, G])[1], G_k)
             continue
         trace = np.sum(A) if block.has_indices else np.trace(A)
         np.testing.assert_allclose(trace, np.trace(G), rtol=1e-10)

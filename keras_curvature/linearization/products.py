@@ -106,6 +106,7 @@ class Pass(Jacobian):
         self.pure, self.loss_scale, self.reached = pure, loss_scale, None
         self.taps = [] if noted is None else noted.pop(replicas.identity(), [])
         self._loss_tape, self._outer, self._graph, self._backward = loss_tape, outer, slices.graph(), None
+        self._made = {}
         if hessian and not tf.executing_eagerly():
             self.prepare()  # inside a loop or condition the outer tape cannot be entered; unused results are pruned
 
@@ -147,6 +148,15 @@ class Pass(Jacobian):
         if slices.graph() is self._graph:  # a tensor made inside a loop or condition cannot be used outside
             self._backward = backward
         return backward
+
+    def once(self, key, make):
+        """`make()`, made once for all questions with the same key, a tuple, in the same graph."""
+        if tf.executing_eagerly():  # a key may hold the number of a step, and every step has a pass of its own
+            return make()
+        key = (slices.graph(), *key)
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def reaches(self, tap):
         """Whether the loss can be differentiated in a pre-activation; no inside a loop or function of the model."""

@@ -19,14 +19,18 @@ def create_last(optimizer, blocks):
 
 
 def inverses(optimizer, blocks, factors, dampings, variables, last):
-    """The next `variables`, `[A^-1, G^-1, ...]`: anew where a trace or the damping has changed by the tolerance."""
+    """The next `variables`, `[A^-1, G^-1, ...]`: anew where a trace or the damping has changed by the tolerance.
+
+    `factors` is a function that returns `[A, G, ...]`; called where there is a look.
+    """
     every = optimizer.inverses_every
     before = tf.identity(last.value)
 
     def compute():
-        now = tf.stack([_sizes(*pair, d, last.dtype) for pair, d in zip(by_layer.pairs(factors), dampings)])
+        given = factors()
+        now = tf.stack([_sizes(*pair, d, last.dtype) for pair, d in zip(by_layer.pairs(given), dampings)])
         due = every.changed(now, before)
-        found = _pairs_anew(blocks, factors, dampings, variables, tf.unstack(due))
+        found = _pairs_anew(blocks, given, dampings, variables, tf.unstack(due))
         good = tf.stack([tf.reduce_all([trees.has_finite_sum(x) for x in pair]) for pair in by_layer.pairs(found)])
         return [*found, tf.where((due & good)[:, tf.newaxis], now, before)]
 
@@ -63,7 +67,21 @@ def _beside(condition, x):
 
 
 def bases(blocks, factors, old, every):
-    """Eigenvectors of the factors that are matrices: anew where they no longer diagonalize a factor."""
-    grouped = [len(block.shape) == 3 for block in blocks for kind in block.kinds if kind == "matrix"]
-    items = list(zip([factors[i] for i in by_layer.matrices(blocks)], old))
-    return in_stacks(lambda item: every.eigenbasis(*item), items, grouped, largest=by_layer.STACKED)
+    """Eigenvectors of the factors that are matrices, anew where they no longer diagonalize a factor.
+
+    Returns:
+        `(bases, [for each block whether one of its bases is new])`.
+    """
+    places = by_layer.matrices(blocks)
+    grouped = [len(blocks[place // 2].shape) == 3 for place in places]
+    items = [(factors[place], basis) for place, basis in zip(places, old)]
+    found = in_stacks(lambda item: every.eigenbasis(*item), items, grouped, largest=by_layer.STACKED)
+    return found, moved(blocks, found, old)
+
+
+def moved(blocks, bases, old):
+    """For each block whether one of its bases is another one, a list."""
+    found = [tf.constant(False)] * len(blocks)
+    for place, a, b in zip(by_layer.matrices(blocks), bases, old):
+        found[place // 2] |= tf.reduce_any(a != b)
+    return found

@@ -119,10 +119,7 @@ class CurvatureOptimizer(Lifecycle):
 
         def anew():
             new = [tf.cast(value, old.dtype) for value, old in zip(compute(), kept, strict=True)]
-            good = tf.stack([trees.has_finite_sum(value) for value in new])
-
-            # unlike `tf.where`, this operation writes into the memory of `a`
-            values = [tf.raw_ops.Select(condition=fine, x=a, y=b) for fine, a, b in zip(tf.unstack(good), new, kept)]
+            values, good = trees.finite_or(new, kept)
             return values, tf.reduce_sum(tf.cast(tf.logical_not(good), tf.float32))
 
         if every == 1:

@@ -13,6 +13,7 @@ from keras_curvature.linearization.layers.reasons import reasons
 from keras_curvature.solvers import dealing, direct
 
 DECAY = 0.95  # Martens and Grosse (2015), section 5
+TAKES_TURNS = 1024  # rows of a matrix; to decompose a larger one takes half a second or more of two cores
 STACKED = 2**18  # blocks with more entries in their factors are not copied into a stack with others
 
 
@@ -63,6 +64,25 @@ def matrices(blocks):
     """The indices in `[A, G, A, G, ...]` of the factors that are matrices; the other factors are diagonals."""
     kinds = [kind for block in blocks for kind in block.kinds]
     return [i for i, kind in enumerate(kinds) if kind == "matrix"]
+
+
+def turns(blocks, count):
+    """For each block the number of the turn, of `count`, in which its factors are decomposed.
+
+    Blocks of small factors have the first turn, 0. The others share the turns after it, as evenly as their costs
+    allow, so that no step waits for all of them.
+    """
+    costs = [sum(shape[-1] ** 3 for shape in _matrix_shapes(block)) for block in blocks]
+    slow = [i for i, block in enumerate(blocks) if any(s[-1] > TAKES_TURNS for s in _matrix_shapes(block))]
+    found, loads = [0] * len(blocks), dict.fromkeys(range(1, count), 0)
+    for i in sorted(slow, key=lambda i: -costs[i]) if loads else []:
+        found[i] = min(loads, key=loads.get)
+        loads[found[i]] += costs[i]
+    return found
+
+
+def _matrix_shapes(block):
+    return [shape for shape, kind in zip(block.factor_shapes, block.kinds) if kind == "matrix"]
 
 
 def averaged(old, new, counts):

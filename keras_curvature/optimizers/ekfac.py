@@ -7,9 +7,10 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check, register
 from keras_curvature.operators.kronecker import InEigenbasis
-from keras_curvature.optimizers import by_layer
+from keras_curvature.optimizers import adaptive, by_layer
 from keras_curvature.optimizers.kfac import KFAC
 from keras_curvature.solvers import eigenbases
+from keras_curvature.solvers.refresh import Refresh
 from keras_curvature.steps import Damping
 from keras_curvature.typing import Fisher, LearningRate, Sharing
 
@@ -31,7 +32,9 @@ class EKFAC(KFAC):
     corrected natural gradient based on a new approximation" (2020), for `factors="tkfac"`. Differences from the paper:
     (1) the differences of `KFAC`; (2) the average of `S`, `eps = min(1 - 1/t, 0.95)`, restarts with every new basis,
     because the old numbers belong to the old basis; (3) a layer keeps its old basis and average if its factors cannot
-    be decomposed, or if its new `S` is not finite.
+    be decomposed, or if its new `S` is not finite; (4) layers with a factor of more than 1024 rows do not get their
+    bases all in one step, which would take minutes, but one after the other between two inversions. Before its first
+    turn such a layer uses the identity: `S` is then the diagonal of its Fisher matrix.
 
     Args:
         learning_rate: Multiple of `v` that is taken. Defaults to `0.01`; for `momentum=None`, 1 is the minimum.
@@ -39,7 +42,8 @@ class EKFAC(KFAC):
         momentum: See `KFAC`. Defaults to `0.9`.
         factors_every: Steps between two updates of the factors and of `S`. Defaults to `10`.
         inverses_every: Steps between two eigendecompositions, a multiple of `factors_every`; if they are equal, `S` is
-            the last estimate alone. Defaults to `100`.
+            the last estimate alone. Or a `Refresh`: at each update of the factors, the bases that no longer diagonalize
+            them are computed anew; large layers then take no turns. Defaults to `100`.
         fisher, sharing, kl_clip, curvature_batch: See `KFAC`.
         factors: See `KFAC`; with `"tkfac"` the bases are those of its factors (TEKFAC). Defaults to `"kfac"`.
         **kwargs: See `CurvatureOptimizer`.
@@ -56,16 +60,18 @@ class EKFAC(KFAC):
 
     def __init__(
         self, learning_rate: LearningRate = 0.01, damping: float | Damping = 0.03, momentum: float | None = 0.9,
-        factors_every: int = 10, inverses_every: int = 100, fisher: Fisher = "sampled", sharing: Sharing = "expand",
-        kl_clip: float | None = 1e-3, curvature_batch: float | None = None,
+        factors_every: int = 10, inverses_every: int | Refresh = 100, fisher: Fisher = "sampled",
+        sharing: Sharing = "expand", kl_clip: float | None = 1e-3, curvature_batch: float | None = None,
         factors: Literal["kfac", "tkfac"] = "kfac", name: str = "ekfac", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             learning_rate, damping, momentum, factors_every, inverses_every, fisher, sharing, kl_clip, curvature_batch,
             factors, name, **kwargs,
         )  # fmt: skip
-        valid = inverses_every % factors_every == 0
-        check(self, "inverses_every", inverses_every, valid, f"a multiple of `factors_every` ({factors_every})")
+        adapts = isinstance(inverses_every, Refresh)
+        valid = inverses_every.check_every == 1 if adapts else inverses_every % factors_every == 0
+        expected = f"a multiple of `factors_every` ({factors_every}), or a `Refresh` with `check_every=1`"
+        check(self, "inverses_every", inverses_every, valid, expected)
 
     def _create_inverses(self):
         """Eigenbases of the factors that are matrices, second moments, and how many looks are in these."""
@@ -73,10 +79,35 @@ class EKFAC(KFAC):
         self._moments = [by_layer.ones(self, block, f"moment_{i}") for i, block in enumerate(self._blocks)]
         self._moment_counts = self.add_variable((len(self._blocks),), name="moment_looks", aggregation="none")
 
-    def _inverse_operators(self, batch, factors, damping):
-        """One for each block."""
-        bases, moments = self._refreshed_moments(batch, factors) if self._blocks else ([], [])
-        return self._in_bases(bases, moments, batch.l2, damping)
+    def _inverse(self, batch, damping):
+        """An operator; factors, bases and moments are refreshed together, by one look at the batch."""
+        factors = [*self._factors, *self._diagonals, self._counts]
+        moments = [*self._bases, *self._moments, self._moment_counts] if self._blocks else []
+        old = trees.values(factors)
+
+        def compute():
+            seed = self._seed
+            new = self._look(batch, seed)
+            # what is not finite is handed on, for `refresh` to drop and to count
+            kept = trees.finite_or(new, old)[0][: len(self._factors)]
+            return [*new, *(self._look_in_bases(batch, kept, seed) if moments else [])]
+
+        values = self.refresh(factors + moments, self.factors_every, compute)
+        self._report_refreshes(values[len(factors) :])
+        diagonals, found = values[len(self._factors) : len(factors) - 1], values[len(factors) :]
+        operators = self._in_bases(found[: len(self._bases)], found[len(self._bases) :], batch.l2, damping)
+        return self._side_by_side(operators, diagonals, batch.l2, damping)
+
+    def _report_refreshes(self, found):
+        if not (isinstance(self.inverses_every, Refresh) and self._blocks):
+            return
+        old, new = trees.values(self._bases), found[: len(self._bases)]
+
+        def moved():
+            return tf.add_n([tf.cast(m, tf.float32) for m in adaptive.moved(self._blocks, new, old)])
+
+        looked = tf.equal(self.iterations % self.factors_every, 0)
+        self.report(refreshes=tf.cond(looked, moved, lambda: tf.constant(0.0)))
 
     def _kept_operators(self, l2, damping):
         return self._in_bases(trees.values(self._bases), trees.values(self._moments), l2, damping)
@@ -87,40 +118,54 @@ class EKFAC(KFAC):
             for block, pair, S in zip(self._blocks, self._of_blocks(bases), moments)
         ]
 
-    def _refreshed_moments(self, batch, factors):
-        """`(bases, S)`; a block gets a basis and what is seen in it together, or keeps both."""
+    def _look_in_bases(self, batch, factors, seed):
+        """`[*bases, *S, looks]`; a block gets a basis and what is seen in it together, or keeps both."""
         old, counts = trees.values(self._bases), tf.identity(self._moment_counts.value)
-
-        def compute():
-            decomposed = self._decomposed(factors, old)
-            good = [trees.has_finite_sum(U) for U in decomposed]
-            fresh = tf.stack([self._is_due & _all(both) for both in self._of_blocks(good)])
-            bases = self._chosen(fresh, decomposed, old)
-            seed, pairs = tf.cast(self.iterations, tf.int32), self._of_blocks(bases)
-            seen, _ = batch.kronecker_second_moments(self._blocks, pairs, fisher=self.fisher, seed=seed)
-            since = tf.where(fresh, tf.zeros_like(counts), counts)
-            moments, fine = by_layer.averaged(self._moments, seen, since)
-            bases = self._chosen(fine, bases, old)
-            # what failed is handed on, for `refresh` to drop and to count
-            bases = [tf.where(fine, U, failed) for fine, U, failed in zip(good, bases, decomposed)]
-            return [*bases, *moments, tf.where(fine, since + 1.0, counts)]
-
-        *values, _ = self.refresh([*self._bases, *self._moments, self._moment_counts], self.factors_every, compute)
-        return values[: len(old)], values[len(old) :]
+        if isinstance(self.inverses_every, Refresh):
+            decomposed, due = adaptive.bases(self._blocks, factors, old, self.inverses_every)
+        else:
+            decomposed, due = self._decomposed(factors, old), [self._is_due(turn) for turn in self._turns]
+        good = [trees.has_finite_sum(U) for U in decomposed]
+        fresh = tf.stack([now & _all(both) for now, both in zip(due, self._of_blocks(good))])
+        bases = self._chosen(fresh, decomposed, old)
+        seen, _ = batch.kronecker_second_moments(self._blocks, self._of_blocks(bases), fisher=self.fisher, seed=seed)
+        since = tf.where(fresh, tf.zeros_like(counts), counts)
+        moments, fine = by_layer.averaged(self._moments, seen, since)
+        bases = self._chosen(fine, bases, old)
+        bases = [tf.where(fine, U, failed) for fine, U, failed in zip(good, bases, decomposed)]
+        return [*bases, *moments, tf.where(fine, since + 1.0, counts)]
 
     @property
-    def _is_due(self):
-        """Whether there are new bases where there is a look."""
-        return tf.equal(self.iterations % self.inverses_every, 0)
+    def _turns(self):
+        """For each block the look, counted from the last inversion on, at which it gets its bases."""
+        return by_layer.turns(self._blocks, self.inverses_every // self.factors_every)
+
+    def _is_due(self, turn):
+        return tf.equal(self.iterations % self.inverses_every, turn * self.factors_every)
 
     def _decomposed(self, factors, old):
-        """Eigenvectors of all factors that are matrices, where they are due; each replica computes some."""
+        """Eigenvectors of all factors that are matrices, those of the blocks whose turn it is anew."""
+        turns, places = self._turns, by_layer.matrices(self._blocks)
+        vectors = dict(zip(places, old))
+        for turn in sorted(set(turns)):
+            mine = [i for i, other in enumerate(turns) if other == turn]
+            if any(2 * i in vectors or 2 * i + 1 in vectors for i in mine):
+                vectors.update(self._decomposed_at(turn, mine, factors, vectors))
+        return [vectors[place] for place in places]
+
+    def _decomposed_at(self, turn, numbers, factors, vectors):
+        """Of the blocks of one turn, `{place among all factors: eigenvectors}`; each replica computes some."""
+        both = [place for i in numbers for place in (2 * i, 2 * i + 1)]
+        kept = [place for place in both if place in vectors]
 
         def anew():
-            found = by_layer.computed(_decomposed, self._blocks, factors)
-            return [found[i] for i in by_layer.matrices(self._blocks)]
+            blocks = [self._blocks[i] for i in numbers]
+            found = dict(zip(both, by_layer.computed(_decomposed, blocks, [factors[place] for place in both])))
+            return [found[place] for place in kept]
 
-        return anew() if self.inverses_every == self.factors_every else tf.cond(self._is_due, anew, lambda: old)
+        always = self.inverses_every == self.factors_every
+        found = anew() if always else tf.cond(self._is_due(turn), anew, lambda: [vectors[place] for place in kept])
+        return dict(zip(kept, found))
 
     def _of_blocks(self, values):
         """Of values for the matrices, a pair for each block, with `None` for a factor that is a diagonal."""

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number, check_part, register
-from keras_curvature.linearization.estimates.trace_factors import restricted, trace_factors
+from keras_curvature.linearization.estimates.trace_factors import FACTORS, restricted
 from keras_curvature.linearization.fisher.sampling import FISHER
 from keras_curvature.linearization.gauss_newton import l2_of, require_convex
 from keras_curvature.linearization.layers import kronecker
@@ -41,12 +41,8 @@ class KFAC(CurvatureOptimizer):
         v <- -alpha d + mu v,     (alpha, mu) = argmin of g'v + 1/2 v'(F + lambda I) v,     w <- w + learning_rate v
 
     `KFAC.adaptive()` is the latter, with the damping of Martens. Weights without Kronecker factors get
-    `d = g / (diag(F) + lambda)`, and a warning names them.
-
-    `factors="tkfac"` weighs each example in `A` and `G` by the size of its slopes and inputs, which gives the product
-    the trace of the block (TKFAC):
-
-        A = E[|s|^2 a a'],  G = E[|a|^2 s s'] / E[|a|^2 |s|^2]
+    `d = g / (diag(F) + lambda)`, and a warning names them. With `factors="tkfac"` (TKFAC)
+    `A = E[|s|^2 a a'],  G = E[|a|^2 s s'] / E[|a|^2 |s|^2]`: their product has the trace of the block.
 
     Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015),
     Algorithm 2; Grosse and Martens (2016) for convolutions; Ba, Grosse and Martens (2017) for the stochastic form; Gao
@@ -85,8 +81,8 @@ class KFAC(CurvatureOptimizer):
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `failed_refreshes` (factors and inverses that were not finite), `step_norm`, `skipped_steps`;
-    where they are used `refreshes` (layers with new inverses, with a `Refresh`), `kl_clip` (the multiple of `d`), `reduction_ratio` (at the checks), and with `momentum=None`
-    `alpha`, `mu` and `rejected_steps`.
+    where they are used `refreshes` (layers with new inverses, with a `Refresh`), `kl_clip` (the multiple of `d`),
+    `reduction_ratio` (at the checks), and with `momentum=None` `alpha`, `mu` and `rejected_steps`.
 
     Example:
 
@@ -131,7 +127,7 @@ class KFAC(CurvatureOptimizer):
         if kl_clip is not None:
             check_number(self, "kl_clip", kl_clip, low=0, open_low=True)
         check_part(self, "curvature_batch", curvature_batch)
-        check(self, "factors", factors, factors in ("kfac", "tkfac"), '"kfac" or "tkfac"')
+        check(self, "factors", factors, isinstance(factors, str) and factors in FACTORS, '"kfac" or "tkfac"')
 
     @classmethod
     def adaptive(
@@ -261,18 +257,14 @@ class KFAC(CurvatureOptimizer):
         dampings = [self._damping_of(batch.l2, b.variables, damping, A) for b, A in zip(self._blocks, factors[::2])]
 
         def weighed():
-            pairs = by_layer.pairs(factors)
-            if self.factors == "tkfac":
-                pairs = [restricted(block, *pair) for block, pair in zip(self._blocks, pairs)]
-            return [factor for pair in pairs for factor in pair]
-
-        def compute():
-            return by_layer.inverses(self._blocks, weighed(), dampings)
+            return restricted(self._blocks, factors) if self.factors == "tkfac" else factors
 
         if isinstance(self.inverses_every, Refresh) and self._blocks:
-            inverses = adaptive.inverses(self, self._blocks, weighed(), dampings, self._inverses, self._last)
+            inverses = adaptive.inverses(self, self._blocks, weighed, dampings, self._inverses, self._last)
         else:
-            inverses = self.refresh(self._inverses, self.inverses_every, compute)
+            inverses = self.refresh(
+                self._inverses, self.inverses_every, lambda: by_layer.inverses(self._blocks, weighed(), dampings)
+            )
         return [KroneckerProduct(*pair) for pair in by_layer.pairs(inverses)]
 
     def _kept_operators(self, l2, damping):
@@ -284,19 +276,22 @@ class KFAC(CurvatureOptimizer):
 
     def _refreshed_factors(self, batch):
         """`([A, G, A, G, ...], [diagonal])`, each averaged over the looks at it that were finite."""
-        variables = self._factors + self._diagonals
-
-        def compute():
-            seed, counts = tf.cast(self.iterations, tf.int32), tf.identity(self._counts.value)
-            asked = (self._blocks, self._diagonal, self.fisher, seed)
-            weighted = self.factors == "tkfac"
-            found, diagonals = trace_factors(batch, *asked) if weighted else batch.kronecker_factors(*asked)
-            new = [*(factor for pair in found for factor in pair), *diagonals]
-            averages, fine = by_layer.averaged(variables, new, counts)
-            return [*averages, counts + tf.cast(fine, counts.dtype)]
-
-        *values, _ = self.refresh([*variables, self._counts], self.factors_every, compute)
+        variables = [*self._factors, *self._diagonals, self._counts]
+        *values, _ = self.refresh(variables, self.factors_every, lambda: self._look(batch, self._seed))
         return values[: len(self._factors)], values[len(self._factors) :]
+
+    @property
+    def _seed(self):
+        """What the labels of this step are drawn by."""
+        return tf.cast(self.iterations, tf.int32)
+
+    def _look(self, batch, seed):
+        """`[A, G, A, G, ..., diagonals, looks]` after one more look."""
+        counts = tf.identity(self._counts.value)
+        found, diagonals = FACTORS[self.factors](batch, self._blocks, self._diagonal, self.fisher, seed)
+        new = [*(factor for pair in found for factor in pair), *diagonals]
+        averages, fine = by_layer.averaged(self._factors + self._diagonals, new, counts)
+        return [*averages, counts + tf.cast(fine, counts.dtype)]
 
     def _create_inverses(self):
         self._inverses = by_layer.create_factors(self, self._blocks, "inverse")

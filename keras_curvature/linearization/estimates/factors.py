@@ -74,7 +74,8 @@ def kronecker_second_moments(
     """The diagonal of the Fisher matrix in the eigenbases of Kronecker factors; see `estimates/factors.py`.
 
     The exact sum over the examples of `(U_A' g U_G)^2`, with `g` the per-example gradient. Costs one backward pass, as
-    the factors do. With the same `seed` it uses the same labels.
+    the factors do. With the same `seed` it uses the same labels; if the same tensor is the `seed` in the same branch
+    of a graph, both share the backward pass (not with micro-batches, which keep no pass).
 
     Args:
         blocks: Of `kronecker.blocks(model)`.
@@ -126,15 +127,23 @@ def summed(lin, blocks, diagonal, fisher, seed, of_block):
     """`([of_block(block, seen, slopes by label)], [diagonal])`, summed over slices and replicas."""
 
     def local(recorded):
-        seen = Seen(recorded, blocks)
-        labels = _labels(recorded, fisher, seed)
-        slopes = [seen.slopes(cotangents) for cotangents in labels]
+        seen, labels, slopes = recorded.once(_key(blocks, fisher, seed), lambda: _drawn(recorded, blocks, fisher, seed))
         signed = [_signed(recorded, cotangents, diagonal, seed) for cotangents in labels if diagonal]
         return [of_block(block, seen, [of(block) for of in slopes]) for block in blocks], signed
 
     found, signed = lin.passes.total(local)
     # squared after the sum over slices and replicas; see `diagonals.py`
     return found, [tf.add_n([tf.square(s) for s in each]) for each in zip(*signed)]
+
+
+def _drawn(recorded, blocks, fisher, seed):
+    """`(Seen, labels, slopes)`: what one backward pass for each label shows."""
+    seen, labels = Seen(recorded, blocks), _labels(recorded, fisher, seed)
+    return seen, labels, [seen.slopes(cotangents) for cotangents in labels]
+
+
+def _key(blocks, fisher, seed):
+    return "drawn", tuple(id(block) for block in blocks), fisher, seed.ref() if tf.is_tensor(seed) else seed
 
 
 def _labels(recorded, fisher, seed):

@@ -19,13 +19,18 @@ class Seen:
     """
 
     def __init__(self, recorded, blocks):
-        self._pass, self.place = recorded, recorded.pure.place
+        self._pass, self.place, self._inputs = recorded, recorded.pure.place, {}
         wanted = {id(block.weights.layer) for block in blocks}
         self._taps = [tap for tap in recorded.taps if id(tap.layer) in wanted]
         _check_within_reach(self._taps, recorded)
 
     def inputs(self, block):
         """The inputs of all calls, `[(groups, rows, positions, d_in [+ 1])]`; of an embedding, indices."""
+        if id(block) not in self._inputs:
+            self._inputs[id(block)] = self._read(block)
+        return self._inputs[id(block)]
+
+    def _read(self, block):
         seen = [trees.full_precision(block.weights.inputs(tap)) for tap in self._taps_of(block)]
         if block.weights.bias is None:
             return seen

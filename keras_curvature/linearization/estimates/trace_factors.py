@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from keras_curvature.linearization.estimates.factors import Pair, factors_of, shared, summed
+from keras_curvature.linearization.estimates.factors import Pair, factors_of, kronecker_factors, shared, summed
 from keras_curvature.linearization.estimates.seen import sum_square
 from keras_curvature.linearization.layers.kronecker import Block
 from keras_curvature.linearization.needs import require
@@ -32,11 +32,17 @@ def trace_factors(
     return summed(lin, blocks, diagonal, fisher, seed, _weighted)
 
 
-def restricted(block: Block, A: tf.Tensor, G: tf.Tensor) -> Pair:
-    """`(A, G / tr G)`, whose product has the trace of `A`; exact factors as they are."""
-    if block.sharing == "exact":
-        return A, G
-    return A, tf.math.divide_no_nan(G, tf.linalg.trace(G)[..., tf.newaxis, tf.newaxis])
+FACTORS = {"kfac": kronecker_factors, "tkfac": trace_factors}
+
+
+def restricted(blocks: Sequence[Block], factors: Vector) -> Vector:
+    """`[A, G / tr G, ...]` of `[A, G, ...]`: products with the trace of `A`; exact factors as they are."""
+    found = list(factors)
+    for i, block in enumerate(blocks):
+        if block.sharing != "exact":
+            G = factors[2 * i + 1]
+            found[2 * i + 1] = tf.math.divide_no_nan(G, tf.linalg.trace(G)[..., tf.newaxis, tf.newaxis])
+    return found
 
 
 def _weighted(block, seen, by_label):
