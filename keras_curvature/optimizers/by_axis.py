@@ -50,9 +50,11 @@ class ByAxis(CurvatureOptimizer):
         ]  # fmt: skip
         if sides == "shortest":
             # of equal ones the last, the outputs of a kernel
-            lengths = {(i, k): (self._shapes[i][k], -k) for i, k in self._places}
-            self._places = [min((p for p in self._places if p[0] == i), key=lengths.get)
-                            for i in dict.fromkeys(i for i, _ in self._places)]  # fmt: skip
+            shortest: dict[int, int] = {}
+            for i, k in self._places:
+                if i not in shortest or self._shapes[i][k] <= self._shapes[i][shortest[i]]:
+                    shortest[i] = k
+            self._places = list(shortest.items())
 
     def add_moments(self, name: str, tiles: Iterable[int] | None = None) -> Variables:
         """A variable of zeros for each tile, or for the tiles with the given numbers."""

@@ -68,8 +68,10 @@ class EKFAC(KFAC):
             learning_rate, damping, momentum, factors_every, inverses_every, fisher, sharing, kl_clip, curvature_batch,
             factors, name, **kwargs,
         )  # fmt: skip
-        adapts = isinstance(inverses_every, Refresh)
-        valid = inverses_every.check_every == 1 if adapts else inverses_every % factors_every == 0
+        if isinstance(inverses_every, Refresh):
+            valid = inverses_every.check_every == 1
+        else:
+            valid = inverses_every % factors_every == 0
         expected = f"a multiple of `factors_every` ({factors_every}), or a `Refresh` with `check_every=1`"
         check(self, "inverses_every", inverses_every, valid, expected)
 

@@ -86,9 +86,11 @@ class FOOF(ByInputs):
 
     def linear_step(self) -> LinearStep:
         """Heavy ball, times the inverses of the last step."""
+        return LinearStep(heavy_ball(self.momentum), self._preconditioner)
+
+    def _preconditioner(self):
         inverses = self.kept_inverses()
-        operator = Function(lambda vector: self._preconditioned(vector, inverses), psd=True)
-        return LinearStep(heavy_ball(self.momentum), lambda: operator)
+        return Function(lambda vector: self._preconditioned(vector, inverses), psd=True)
 
     def _like(self, mean):
         return trees.exactly(float(self.damping), mean.dtype)
