@@ -41,6 +41,21 @@ def test_trajectory_on_matrices_is_that_of_keras_own_muon(settings):
 
 
 @pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("per_head", [False, True])
+def test_spectral_descent_has_the_length_of_the_nuclear_norm(per_head):
+    start, gradients = random_gradients([(5, 3, 4)], steps=3)
+    optimizer = kc.Muon.spectral_descent(0.1, adam_for=[], sign=EXACT, per_head=per_head)
+    seen = trajectory(optimizer, start, gradients, [(5, 3, 4)])
+    w = start.reshape(5, 3, 4)
+    for row, weights in zip(gradients, seen):
+        G = row.reshape(5, 3, 4)
+        heads = [G[:, h] for h in range(3)] if per_head else [G.reshape(5, 12)]
+        steps = [np.linalg.norm(X, "nuc") * polar(X) for X in heads]
+        w = w - 0.1 * (np.stack(steps, 1) if per_head else steps[0].reshape(5, 3, 4))
+        np.testing.assert_allclose(weights, w.ravel(), rtol=1e-8)
+
+
+@pytest.mark.usefixtures("in_float64")
 def test_trajectory_of_what_adam_steps_is_adams():
     shapes = [(5,), (), (1, 3), (6, 4)]
     start, gradients = random_gradients(shapes)

@@ -4,7 +4,9 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_component, check_number, register
@@ -20,6 +22,7 @@ SCALES = {
     "jordan": lambda rows, columns: math.sqrt(max(1.0, columns / rows)),
     "moonlight": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
     "scion": lambda rows, columns: math.sqrt(columns / rows),
+    "nuclear": None,  # of each matrix its own
 }
 
 
@@ -51,7 +54,8 @@ class Muon(HiddenMatrices):
         nesterov: Whether the new gradient enters the step once more. Defaults to `True` (Jordan et al.).
         scale: `"moonlight"`: entries of 0.2 in the mean, as in steps of Adam; `"jordan"`: `sqrt(max(1, out/in))`,
             for learning rates around 0.02; `"scion"`: `sqrt(out/in)`, a step of norm 1 from the mean square of inputs
-            to that of outputs. Defaults to `"moonlight"`.
+            to that of outputs; `"nuclear"`: the sum of the singular values of the momentum, with which steps shrink as
+            gradients do. Defaults to `"moonlight"`.
         sign: `NewtonSchulz` or `PolarExpress`. Defaults to `NewtonSchulz("quintic", steps=4, bound="gram")`.
         normalization: A `SecondMoment`, for NorMuon and AdaMuon, or `None`. Defaults to `None`.
         per_head: Whether kernels of three axes have a matrix for each head. Defaults to `False`.
@@ -78,7 +82,7 @@ class Muon(HiddenMatrices):
 
     def __init__(
         self, learning_rate: LearningRate = 3e-3, momentum: float = 0.95, nesterov: bool = True,
-        scale: Literal["moonlight", "jordan", "scion"] = "moonlight",
+        scale: Literal["moonlight", "jordan", "scion", "nuclear"] = "moonlight",
         sign: MatrixSign = SIGN, normalization: SecondMoment | None = None, per_head: bool = False,
         adam_for: Sequence[str] | None = None, adam_rate: float = 1.0, beta_1: float = 0.9, beta_2: float = 0.999,
         epsilon: float = 1e-8, name: str = "muon", **kwargs: Any,
@@ -86,7 +90,8 @@ class Muon(HiddenMatrices):
         super().__init__(learning_rate, name=name, **kwargs)
         for argument, beta in (("momentum", momentum), ("beta_1", beta_1), ("beta_2", beta_2)):
             check_number(self, argument, beta, low=0, high=1, open_high=True)
-        check(self, "scale", scale, isinstance(scale, str) and scale in SCALES, '"moonlight", "jordan" or "scion"')
+        known = isinstance(scale, str) and scale in SCALES
+        check(self, "scale", scale, known, '"moonlight", "jordan", "scion" or "nuclear"')
         check_component(self, "sign", sign, "sign", "NewtonSchulz()")
         if normalization is not None:
             check_component(self, "normalization", normalization, "normalized", "SecondMoment()")
@@ -98,6 +103,21 @@ class Muon(HiddenMatrices):
         self.normalization, self.per_head = normalization, per_head
         self.adam_for, self.adam_rate = adam_for, adam_rate
         self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
+
+    @classmethod
+    def spectral_descent(cls, learning_rate: LearningRate = 0.1, **kwargs: Any) -> Self:
+        """Stochastic spectral descent: `w <- w - learning_rate |G|_* sign(G)`, without momentum.
+
+        It minimizes `<G, d> + |d|^2 / (2 learning_rate)` over `d`, with the spectral norm. Reference: Carlson, Cevher
+        and Carin, "Stochastic spectral descent for restricted Boltzmann machines" (2015).
+
+        Args:
+            learning_rate: One over the curvature in the spectral norm. Defaults to `0.1`.
+            **kwargs: As of the class.
+
+        Example: `Muon.spectral_descent(0.05, adam_rate=0.02)`
+        """
+        return cls(learning_rate, **{"momentum": 0.0, "nesterov": False, "scale": "nuclear", **kwargs})
 
     def create_state(self, variables: Variables) -> None:
         """The momentum, and for the weights that Adam steps their second moment."""
@@ -141,10 +161,17 @@ class Muon(HiddenMatrices):
         m |= zip(self._hidden, self._averages(old, G, self._hidden, self.momentum))
         ahead = self._averages(m, G, self._hidden, self.momentum) if self.nesterov else [m[i] for i in self._hidden]
         signs = self._normalized(self.signs(ahead, self.sign))
-        scales = [SCALES[self.scale](*u.size) for u in self._unfoldings]
+        scales = self._scales(ahead, signs)
         direction |= zip(self._hidden, [u.tensor(-c * U) for u, c, U in zip(self._unfoldings, scales, signs)])
         self.remember([*self._m, *self._v], [*(m[i] for i in range(len(G))), *v])
         return self.join([direction[i] for i in range(len(G))], gradients)
+
+    def _scales(self, tiles, signs):
+        scale = SCALES[self.scale]
+        if scale is not None:
+            return [scale(*u.size) for u in self._unfoldings]
+        matrices = [u.matrix(tile) for u, tile in zip(self._unfoldings, tiles)]
+        return [tf.reduce_sum(M * U, [-2, -1], keepdims=True) for M, U in zip(matrices, signs)]
 
     def _normalized(self, signs):
         if self.normalization is None:

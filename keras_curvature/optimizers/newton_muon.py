@@ -58,10 +58,10 @@ class NewtonMuon(ByInputs, Muon):
 
     def __init__(
         self, learning_rate: LearningRate = 3e-3, every: int = 32, ridge: float = 0.2, momentum: float = 0.95,
-        nesterov: bool = True, scale: Literal["moonlight", "jordan", "scion"] = "moonlight", sign: MatrixSign = SIGN,
-        normalization: SecondMoment | None = None, per_head: bool = False, adam_for: Sequence[str] | None = None,
-        adam_rate: float = 1.0, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8,
-        name: str = "newton_muon", **kwargs: Any,
+        nesterov: bool = True, scale: Literal["moonlight", "jordan", "scion", "nuclear"] = "moonlight",
+        sign: MatrixSign = SIGN, normalization: SecondMoment | None = None, per_head: bool = False,
+        adam_for: Sequence[str] | None = None, adam_rate: float = 1.0, beta_1: float = 0.9, beta_2: float = 0.999,
+        epsilon: float = 1e-8, name: str = "newton_muon", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             learning_rate, momentum=momentum, nesterov=nesterov, scale=scale, sign=sign, normalization=normalization,
