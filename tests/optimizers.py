@@ -127,6 +127,7 @@ OPTIMIZERS = {
     "sophia_h": Method(kc.SophiaH, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
     "sophia_g": Method(kc.SophiaG, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
     "esgd": Method(kc.ESGD, {"every": 2}, LONG),
+    "sassha": Method(kc.SASSHA, {"learning_rate": 0.05, "every": 2}, {**LONG, "rho": 0.0}, steps=300),
     "diagonal_newton": Method(kc.DiagonalNewton, {}, {**LONG, "step_max": None}),
     "square_root_free_adam_sampled": Method(
         kc.SquareRootFreeAdam, {"fisher": "sampled"}, {"learning_rate": 0.1}, steps=600, by_gradient=False
@@ -135,6 +136,8 @@ OPTIMIZERS = {
     "kfac": Method(kc.KFAC, LAZY, family=True),
     "kfac_adaptive": Method(kc.KFAC.adaptive, {"damping": kc.LevenbergMarquardt(every=2), "inverses_every": 2}),
     "ekfac": Method(kc.EKFAC, LAZY),
+    "foof": Method(kc.FOOF, {"factors_every": 1, "inverses_every": 2}, {**LONG, "damping": 0.1}),
+    "newton_muon": Method(kc.NewtonMuon, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
     "eva": Method(kc.Eva, {}, {"damping": 0.3, "kl_clip": None}),
     "lbfgs": Method(kc.LBFGS, family=True, amplifies=True),
     "lbfgs_wolfe": Method(kc.LBFGS, {"memory": 3, "search": kc.StrongWolfe(), "update": "damped"}, amplifies=True),

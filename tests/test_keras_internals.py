@@ -74,6 +74,30 @@ def test_takes_training():
     assert keras_internals.takes_training(keras.Sequential()) is True
 
 
+def test_functional_of_is_the_graph_inside_a_sequential():
+    dense = layers.Dense(2)
+    model = keras.Sequential([keras.Input((3,)), dense, layers.ReLU()])
+    inside = keras_internals.functional_of(model)
+    assert isinstance(inside, keras_internals.Functional) and dense in inside.layers
+    assert [tuple(t.shape) for t in inside.outputs] == [(None, 2)]
+    np.testing.assert_array_equal(inside(X), model(X))
+    assert keras_internals.functional_of(keras.Sequential([layers.Dense(2)])) is None  # not built yet
+
+
+def test_made_by_is_the_layer_or_operation_and_what_it_was_given():
+    given, other = keras.Input((3,)), keras.Input((2,))
+    dense = layers.Dense(2)
+    first, second = dense(given), dense(keras.ops.exp(given))
+    together = keras.ops.add(second, other)
+    assert keras_internals.made_by(first)[0] is dense and keras_internals.made_by(first)[1][0] is given
+    operation, inputs = keras_internals.made_by(together)
+    assert not isinstance(operation, layers.Layer) and inputs[0] is second and inputs[1] is other
+    layer, (between,) = keras_internals.made_by(second)  # of its two calls, the second
+    assert layer is dense and keras_internals.made_by(between)[1][0] is given
+    begin, nothing = keras_internals.made_by(given)
+    assert isinstance(begin, layers.InputLayer) and list(nothing) == []
+
+
 @pytest.mark.parametrize("cls", [OwnLoss, OwnLossOfOldSignature])
 def test_compute_loss_passes_training_to_those_who_take_it(cls):
     inputs = keras.Input((3,))
@@ -402,6 +426,13 @@ def test_the_loss_scale_optimizer_of_mixed_float16():
     assert isinstance(scaler.inner_optimizer, keras.optimizers.SGD)
     assert scaler.dynamic_scale.value == 8 and scaler.step_counter.value == 0 and scaler.dynamic_growth_steps == 3
     assert keras.optimizers.SGD().loss_scale_factor is None
+
+
+def test_decays():
+    optimizer, first, second = keras.optimizers.SGD(0.5, weight_decay=0.1), keras.Variable([1.0]), keras.Variable([2.0])
+    optimizer.build([first, second])
+    optimizer.exclude_from_weight_decay(var_list=[second])
+    assert keras_internals.decays(optimizer, first) is True and keras_internals.decays(optimizer, second) is False
 
 
 # Of TensorFlow.

@@ -25,6 +25,7 @@ OVERRIDDEN = {
     (keras.Model, "_make_function"): ["self", "step_function"],
     (keras.Model, "_get_metrics_result_or_logs"): ["self", "logs"],
     (keras.optimizers.Optimizer, "_clip_gradients"): ["self", "grads"],
+    (keras.optimizers.Optimizer, "_apply_weight_decay"): ["self", "variables"],
     (keras.optimizers.Optimizer, "_distributed_tf_update_step"): [
         "self", "distribution", "grads_and_vars", "learning_rate",
     ],

@@ -49,11 +49,26 @@ def test_trajectory_is_that_of_the_reference(run):
     assert_close(seen, REFERENCE[f"plain_{run}"], start)
 
 
+@pytest.mark.parametrize("settings", [{"max_dimension": 5}, {"sides": "shortest"}])
 @pytest.mark.parametrize(("run", "part", "shape"), [("first", slice(0, 36), (4, 9)), ("second", slice(36, 54), (6, 3))])
-def test_one_sided_trajectory_is_that_of_the_reference_without_the_long_axis(run, part, shape):
+def test_one_sided_trajectory_is_that_of_the_reference_without_the_long_axis(run, part, shape, settings):
     start, gradients = REFERENCE["large_start"][part], REFERENCE["large_gradients"][:, part]
-    seen = trajectory(Shampoo(**PLAIN, max_dimension=5), start, gradients, [shape])
+    seen = trajectory(Shampoo(**PLAIN, **settings), start, gradients, [shape])
     assert_close(seen, REFERENCE[f"large_{run}"], start)
+
+
+def test_one_sided_without_grafting_is_asgo():
+    start, gradients = random_gradients([(6, 6), (3,)], steps=6)  # of a square matrix, the outputs
+    settings = {"learning_rate": 0.1, "beta_1": 0.9, "beta_2": 0.8, "epsilon": 1e-3, "every": 1, "grafting": None}
+    seen = trajectory(Shampoo(**settings, sides="shortest"), start, gradients, [(6, 6), (3,)])
+    W, M, V = start[:36].reshape(6, 6), 0.0, 0.0
+    for t, (row, weights) in enumerate(zip(gradients, seen), start=1):
+        G = row[:36].reshape(6, 6)
+        M, V = 0.9 * M + 0.1 * G, 0.8 * V + 0.2 * G.T @ G
+        W = W - 0.1 * M / (1 - 0.9**t) @ power(V / (1 - 0.8**t) + 1e-3 * np.eye(6), -0.5)
+        np.testing.assert_allclose(weights[:36].reshape(6, 6), W, rtol=1e-6)
+    both = trajectory(Shampoo(**settings), start, gradients, [(6, 6), (3,)])
+    np.testing.assert_allclose(seen[:, 36:], both[:, 36:], rtol=1e-12)  # vectors have one axis
 
 
 def power(matrix, exponent):
@@ -160,7 +175,7 @@ def test_singular_factors_of_any_size_do_no_harm(root, scale):
 
 def test_the_bad_are_told():
     wrong = {"beta_1": 1.0, "beta_2": 0.0, "epsilon": 0.0, "every": 0, "block_size": None, "max_dimension": 0,
-             "grafting": "adagrad", "root": EigenRoot}  # fmt: skip
+             "grafting": "adagrad", "root": EigenRoot, "sides": "left"}  # fmt: skip
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"`Shampoo`: `{name}`"):
             Shampoo(**{name: value})

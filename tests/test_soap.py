@@ -82,6 +82,15 @@ def test_merged_axes_are_the_reshaped_tensor():
     np.testing.assert_allclose(merged, trajectory(SOAP(every=2), start, gradients, [(24, 6)]), rtol=1e-12)
 
 
+@pytest.mark.parametrize("settings", [{}, {"factors": "kl"}])
+def test_one_sided_is_without_a_matrix_for_the_long_axis(settings):
+    start, gradients = random_gradients([(4, 9), (7, 3), (5,)])
+    seen = trajectory(SOAP(every=2, sides="shortest", **settings), start, gradients, [(4, 9), (7, 3), (5,)])
+    expected = trajectory(SOAP(every=2, max_dimension=5, **settings), start, gradients, [(4, 9), (7, 3), (5,)])
+    np.testing.assert_array_equal(seen, expected)
+    assert np.abs(seen[-1] - start).max() > 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_xla_takes_the_same_steps(dtype):
@@ -209,7 +218,7 @@ def test_a_first_step_that_is_skipped_is_no_first_step(method, monkeypatch):
 
 def test_the_bad_are_told():
     wrong = {"beta_1": 1.0, "beta_2": -0.1, "epsilon": 0, "every": 0, "max_dimension": 1.5, "merge": 0,
-             "factors": "muon", "sign": None}  # fmt: skip
+             "factors": "muon", "sign": None, "sides": "left"}  # fmt: skip
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"`SOAP`: `{name}`"):
             SOAP(**{name: value})

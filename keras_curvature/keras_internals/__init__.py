@@ -34,6 +34,7 @@ them, and `tests/test_private_names.py` fails if another file uses a private nam
 | `Optimizer._var_key` | `keys_of` | variables mirrored on replicas need a common key |
 | `Optimizer._get_variable_index` | `places_of` | the index of a variable's state |
 | `Adam._velocities`, ... | `state` | `variables` does not say which is which |
+| `Optimizer._use_weight_decay` | `decays` | what `exclude_from_weight_decay` names |
 | `TFOptimizer._distribution_strategy` | `strategy_of` | a wrong strategy would fail only at the first step |
 | **epochs.py** |  |  |
 | `TFEpochIterator._distributed_dataset` | `batch_spec` | callbacks do not get the data |
@@ -57,6 +58,7 @@ Private methods of Keras that the package overrides:
 | `Trainer._make_function` | `training` | logs of several workers; several steps per execution |
 | `Trainer._get_metrics_result_or_logs` | `training` | adds reports to the logs of an epoch |
 | `Optimizer._clip_gradients` | `optimizers/lifecycle.py` | clips gradients, not steps |
+| `Optimizer._apply_weight_decay` | `optimizers/wrappers.py` | a cautious decay is in the step |
 | `TFOptimizer._distributed_tf_update_step` | `optimizers` | updates all variables at once, outside the replicas |
 | `Optimizer._update_model_variables_moving_average` | `optimizers` | averages in float32 |
 | `TFOptimizer._overwrite_model_variables_with_average_value` | `optimizers` | rounds averages to half precision |
@@ -100,7 +102,7 @@ from keras_curvature.keras_internals.models import (
     takes_training,
     unpickled,
 )  # fmt: skip
-from keras_curvature.keras_internals.optimizers import keys_of, places_of, state, strategy_of, trained_by
+from keras_curvature.keras_internals.optimizers import decays, keys_of, places_of, state, strategy_of, trained_by
 from keras_curvature.keras_internals.tensorflow import (
     has_several_workers,
     is_compiled,
@@ -113,9 +115,9 @@ from keras_curvature.keras_internals.versions import ACTIVITY_IS_A_MEAN, HAS_LAS
 __all__ = [
     "ACTIVITY_IS_A_MEAN", "FIT", "HAS_LAST_STEPS", "KERAS", "LOGITS", "MULTI_OPTIMIZER", "NEW_ITERATOR",
     "STEPS_OF_EPOCH", "Functional", "batch_moments", "batch_spec", "begin_at_epoch", "build", "carried", "carry",
-    "changed_losses", "changed_steps", "compute_loss", "function_of", "functional_of", "guard", "guard_attribute",
-    "has_several_workers", "holding", "is_built", "is_compiled", "is_continuous", "is_under_strategy", "keys_of",
-    "last_step", "layers_of", "logits_of", "loss_tracker", "losses_of", "made_by", "options_of", "own_weights",
-    "places_of", "state", "static_shape", "strategy_of", "takes_training", "trained_by", "twin", "unpickled",
-    "uses_merge_calls",
+    "changed_losses", "changed_steps", "compute_loss", "decays", "function_of", "functional_of", "guard",
+    "guard_attribute", "has_several_workers", "holding", "is_built", "is_compiled", "is_continuous",
+    "is_under_strategy", "keys_of", "last_step", "layers_of", "logits_of", "loss_tracker", "losses_of", "made_by",
+    "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of", "takes_training", "trained_by",
+    "twin", "unpickled", "uses_merge_calls",
 ]  # fmt: skip

@@ -27,3 +27,8 @@ def state(optimizer, role):
 def strategy_of(optimizer):
     """The distribution strategy in whose scope an optimizer was created."""
     return optimizer._distribution_strategy
+
+
+def decays(optimizer, variable):
+    """Whether the weight decay of an optimizer acts on a variable: `exclude_from_weight_decay` may have named it."""
+    return optimizer._use_weight_decay(variable)

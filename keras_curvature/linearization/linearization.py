@@ -168,16 +168,13 @@ class Linearization:
         return self.total(both, step)
 
     def total(self, fn: Callable[..., Any], *vectors: Vector) -> Any:
-        """The sum over replicas and micro-batches of a function of the model on one slice of the batch.
+        """The sum over replicas and micro-batches of a function of the model on a slice of the batch.
 
         Args:
             fn: `fn(pure, weights, *vectors)` gives a nest of tensors; it runs once for each slice. `pure` is the model
                 on that slice, a `PureModel`, with `pure.batch = (x, y, sample_weight)`. `pure.evaluate(weights)` gives
                 an `Evaluation` with the `outputs` of the slice, and as its `loss` the slice's share of the loss.
             *vectors: Vectors that all slices get.
-
-        Returns:
-            The sums, in the same nest.
 
         Example:
 
@@ -222,10 +219,13 @@ class Linearization:
             index: Integer number or tensor; the batch is cut into as many whole pieces as it has.
 
         A piece is every second, third, ... example of the slice, so replicas with equal slices together take the piece
-        that one replica would take. A mean over examples (Keras' default loss) becomes the mean over the piece. A batch
-        of fewer than `size` is used whole.
+        that one replica would take. A mean over examples becomes one over the piece. A smaller batch is used whole.
         """
-        how: dict[str, Any] = {"needs": self.needs, "loss_scale": self.loss_scale, "part": (size, index), **self._how}
+        return self.again(part=(size, index))
+
+    def again(self, **changes: Any) -> "Linearization":
+        """The linearization of the same batch with other arguments: `lin.again(shift=step)` is that at `w + step`."""
+        how: dict[str, Any] = {"needs": self.needs, "loss_scale": self.loss_scale, **self._how, **changes}
         return Linearization(self.model, *self._batch, **how)
 
     def commit(self) -> None:

@@ -144,8 +144,9 @@ def _step_of(optimizer, variables):
     """The optimizer's step, a `LinearStep` or a `NotLinear`."""
     name = type(optimizer).__name__
     if isinstance(optimizer, CurvatureOptimizer):
-        masked = NotLinear(f"`{name}(cautious=True)` leaves entries out of its steps: no limit is known.")
-        return masked if optimizer.cautious else optimizer.linear_step()
+        if optimizer.wrappers:
+            return NotLinear(f"`{name}({optimizer.wrappers[0]}=True)` changes its steps: no limit is known.")
+        return optimizer.linear_step()
     owner = next(cls for cls in type(optimizer).__mro__ if "update_step" in vars(cls))
     if owner in OF_KERAS:
         return OF_KERAS[owner](optimizer, variables)

@@ -10,6 +10,7 @@ from keras_curvature.optimizers.diagonal_newton import DiagonalNewton as Diagona
 from keras_curvature.optimizers.ekfac import EKFAC as EKFAC
 from keras_curvature.optimizers.esgd import ESGD as ESGD
 from keras_curvature.optimizers.eva import Eva as Eva
+from keras_curvature.optimizers.foof import FOOF as FOOF
 from keras_curvature.optimizers.gauss_newton import GaussNewton as GaussNewton
 from keras_curvature.optimizers.hessian_free import HessianFree as HessianFree
 from keras_curvature.optimizers.kfac import KFAC as KFAC
@@ -20,9 +21,11 @@ from keras_curvature.optimizers.muon import Muon as Muon
 from keras_curvature.optimizers.neumann import Neumann as Neumann
 from keras_curvature.optimizers.newton import Newton as Newton
 from keras_curvature.optimizers.newton_cg import NewtonCG as NewtonCG
+from keras_curvature.optimizers.newton_muon import NewtonMuon as NewtonMuon
 from keras_curvature.optimizers.nys_newton_cg import NysNewtonCG as NysNewtonCG
 from keras_curvature.optimizers.psgd import PSGD as PSGD
 from keras_curvature.optimizers.saddle_free_newton import SaddleFreeNewton as SaddleFreeNewton
+from keras_curvature.optimizers.sassha import SASSHA as SASSHA
 from keras_curvature.optimizers.scion import Scion as Scion
 from keras_curvature.optimizers.shampoo import Shampoo as Shampoo
 from keras_curvature.optimizers.soap import SOAP as SOAP

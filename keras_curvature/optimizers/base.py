@@ -41,6 +41,9 @@ class CurvatureOptimizer(Lifecycle):
         cautious: Whether entries of the step that disagree in sign with the gradient are left out and the others
             made longer (`optimizers/cautious.py`). A method's own checks of its step see it without the mask. Defaults
             to `False`.
+        cautious_decay: Whether `weight_decay` shrinks only the weights that the step shrinks too. Defaults to `False`.
+        hyperball: Whether each kernel keeps its norm, and its step has `learning_rate` times this norm for a length
+            (`optimizers/hyperball.py`); it excludes `weight_decay`. Defaults to `False`.
         **kwargs: Keras' own: `weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
             ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, name`. On a method with a
             `direction` clipping applies to the step.

@@ -30,12 +30,12 @@ class ByAxis(CurvatureOptimizer):
 
     def create_tiles(
         self, variables: Variables, merge: int, size: int | None = None, longest: int | None = None,
-        vectors: bool = True,
+        vectors: bool = True, sides: str = "all",
     ) -> None:  # fmt: skip
         """Choose the tiles and the axes that get a matrix.
 
-        Axes longer than `longest` (before the cut) get no matrix; vectors get one only if `vectors`. For `merge` and
-        `size` see `Tiles`.
+        Axes longer than `longest` (before the cut) get no matrix; vectors get one only if `vectors`. With
+        `sides="shortest"` only the shortest of the axes left in a tile gets one. For `merge` and `size` see `Tiles`.
         """
         self._tiles = Tiles([tuple(v.shape) for v in variables], merge, size)
         self._shapes = self._tiles.shapes
@@ -48,6 +48,11 @@ class ByAxis(CurvatureOptimizer):
             (i, k) for i, shape in enumerate(self._tiles.origins) for k, n in enumerate(shape)
             if (longest is None or n <= longest) and (vectors or len(shape) > 1)
         ]  # fmt: skip
+        if sides == "shortest":
+            # of equal ones the last, the outputs of a kernel
+            lengths = {(i, k): (self._shapes[i][k], -k) for i, k in self._places}
+            self._places = [min((p for p in self._places if p[0] == i), key=lengths.get)
+                            for i in dict.fromkeys(i for i, _ in self._places)]  # fmt: skip
 
     def add_moments(self, name: str, tiles: Iterable[int] | None = None) -> Variables:
         """A variable of zeros for each tile, or for the tiles with the given numbers."""

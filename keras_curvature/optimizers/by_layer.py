@@ -124,7 +124,7 @@ def computed(function, blocks, factors, *more):
 
 def inverses(blocks, factors, dampings):
     """Inverses of `[A, G, A, G, ...]`, with the damping of each block split between its two factors."""
-    return [] if not blocks else computed(_inverses, blocks, factors, dampings)
+    return [] if not blocks else computed(inverse_pair, blocks, factors, dampings)
 
 
 def is_diagonal(factor, other):
@@ -132,14 +132,15 @@ def is_diagonal(factor, other):
     return factor.shape.rank < other.shape.rank
 
 
-def _inverses(A, G, damping):
-    """Of both factors of a block."""
-    means = _mean_eigenvalue(A, G), _mean_eigenvalue(G, A)
+def inverse_pair(A, G, damping):
+    """The inverses of both factors of a block, with the damping split between them."""
+    means = mean_eigenvalue(A, G), mean_eigenvalue(G, A)
     of_A, of_G = direct.split_damping(*means, damping)
     return _inverse(A, G, of_A), _inverse(G, A, of_G)
 
 
-def _mean_eigenvalue(factor, other):
+def mean_eigenvalue(factor, other):
+    """The mean eigenvalue of a factor, a matrix or a diagonal."""
     return tf.reduce_mean(factor, -1) if is_diagonal(factor, other) else direct.mean_eigenvalue(factor)
 
 

@@ -1,4 +1,6 @@
-"""The cautious mask: entries of a step that would raise the loss to first order are left out.
+"""Cautious steps and cautious weight decay.
+
+The cautious mask leaves out the entries of a step that would raise the loss to first order,
 
     mask = (-step * gradient > 0),    step <- step * mask / max(mean(mask), 0.001)
 
@@ -6,11 +8,17 @@ for each variable, with the mean over its entries, so that the rest of the step 
 
 Reference: Liang et al., "Cautious optimizers: Improving training with one line of code" (2024), whose code has the same
 bound on the mean.
+
+Cautious weight decay shrinks only the weights that the step shrinks too,
+
+    w <- w + learning_rate (step - weight_decay w (step * w <= 0))
+
+Reference: Chen et al., "Cautious weight decay" (2025), equation 1.
 """
 
 import tensorflow as tf
 
-from keras_curvature.component import check
+from keras_curvature import trees
 
 SMALLEST_SHARE = 1e-3
 
@@ -25,11 +33,11 @@ def agreeing(step, gradient):
     return found
 
 
-def check_cautious(owner, cautious, steps_each_weight):
-    """Check the argument; refuse it where no step is handed to Keras."""
-    check(owner, "cautious", cautious, isinstance(cautious, bool), "True or False")
-    if cautious and steps_each_weight:
-        raise ValueError(
-            f"`{type(owner).__name__}` steps each variable by itself, in `update_step`, so no mask can be put on its "
-            "step. Received: cautious=True. Leave it out."
-        )
+def decaying(step, weights, decays):
+    """The step minus each decay times the entries of its weights that shrink by the step, or do not move."""
+    found = []
+    for s, w, decay in zip(step, weights, decays, strict=True):
+        grows = s * tf.cast(tf.sign(w), s.dtype) > 0
+        share = trees.exactly(float(decay), s.dtype) * tf.cast(w, s.dtype)
+        found.append(tf.where(grows, s, s - share) if decay else s)
+    return found

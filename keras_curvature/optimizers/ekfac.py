@@ -1,15 +1,16 @@
 """EKFAC: K-FAC with measured second moments in the eigenbasis of its factors."""
 
-from typing import Any
+from typing import Any, Literal
 
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, register
 from keras_curvature.operators.kronecker import InEigenbasis
-from keras_curvature.optimizers import by_layer
+from keras_curvature.optimizers import adaptive, by_layer
 from keras_curvature.optimizers.kfac import KFAC
 from keras_curvature.solvers import eigenbases
+from keras_curvature.solvers.refresh import Refresh
 from keras_curvature.steps import Damping
 from keras_curvature.typing import Fisher, LearningRate, Sharing
 
@@ -27,7 +28,8 @@ class EKFAC(KFAC):
     factors. A step takes four products with small matrices for each layer, where K-FAC takes two.
 
     Reference: George, Laurent, Bouthillier, Ballas and Vincent, "Fast approximate natural gradient descent in a
-    Kronecker-factored eigenbasis" (2018), Algorithm 1 with running averages (EKFAC-ra). Differences from the paper:
+    Kronecker-factored eigenbasis" (2018), Algorithm 1 with running averages (EKFAC-ra); Gao et al., "Eigenvalue-
+    corrected natural gradient based on a new approximation" (2020), for `factors="tkfac"`. Differences from the paper:
     (1) the differences of `KFAC`; (2) the average of `S`, `eps = min(1 - 1/t, 0.95)`, restarts with every new basis,
     because the old numbers belong to the old basis; (3) a layer keeps its old basis and average if its factors cannot
     be decomposed, or if its new `S` is not finite; (4) layers with a factor of more than 1024 rows do not get their
@@ -40,8 +42,10 @@ class EKFAC(KFAC):
         momentum: See `KFAC`. Defaults to `0.9`.
         factors_every: Steps between two updates of the factors and of `S`. Defaults to `10`.
         inverses_every: Steps between two eigendecompositions, a multiple of `factors_every`; if they are equal, `S` is
-            the last estimate alone. Defaults to `100`.
+            the last estimate alone. Or a `Refresh`: at each update of the factors, the bases that no longer diagonalize
+            them are computed anew; large layers then take no turns. Defaults to `100`.
         fisher, sharing, kl_clip, curvature_batch: See `KFAC`.
+        factors: See `KFAC`; with `"tkfac"` the bases are those of its factors (TEKFAC). Defaults to `"kfac"`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: as `KFAC`.
@@ -56,15 +60,18 @@ class EKFAC(KFAC):
 
     def __init__(
         self, learning_rate: LearningRate = 0.01, damping: float | Damping = 0.03, momentum: float | None = 0.9,
-        factors_every: int = 10, inverses_every: int = 100, fisher: Fisher = "sampled", sharing: Sharing = "expand",
-        kl_clip: float | None = 1e-3, curvature_batch: float | None = None, name: str = "ekfac", **kwargs: Any,
+        factors_every: int = 10, inverses_every: int | Refresh = 100, fisher: Fisher = "sampled",
+        sharing: Sharing = "expand", kl_clip: float | None = 1e-3, curvature_batch: float | None = None,
+        factors: Literal["kfac", "tkfac"] = "kfac", name: str = "ekfac", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             learning_rate, damping, momentum, factors_every, inverses_every, fisher, sharing, kl_clip, curvature_batch,
-            name, **kwargs,
+            factors, name, **kwargs,
         )  # fmt: skip
-        valid = inverses_every % factors_every == 0
-        check(self, "inverses_every", inverses_every, valid, f"a multiple of `factors_every` ({factors_every})")
+        adapts = isinstance(inverses_every, Refresh)
+        valid = inverses_every.check_every == 1 if adapts else inverses_every % factors_every == 0
+        expected = f"a multiple of `factors_every` ({factors_every}), or a `Refresh` with `check_every=1`"
+        check(self, "inverses_every", inverses_every, valid, expected)
 
     def _create_inverses(self):
         """Eigenbases of the factors that are matrices, second moments, and how many looks are in these."""
@@ -86,9 +93,21 @@ class EKFAC(KFAC):
             return [*new, *(self._look_in_bases(batch, kept, seed) if moments else [])]
 
         values = self.refresh(factors + moments, self.factors_every, compute)
+        self._report_refreshes(values[len(factors) :])
         diagonals, found = values[len(self._factors) : len(factors) - 1], values[len(factors) :]
         operators = self._in_bases(found[: len(self._bases)], found[len(self._bases) :], batch.l2, damping)
         return self._side_by_side(operators, diagonals, batch.l2, damping)
+
+    def _report_refreshes(self, found):
+        if not (isinstance(self.inverses_every, Refresh) and self._blocks):
+            return
+        old, new = trees.values(self._bases), found[: len(self._bases)]
+
+        def moved():
+            return tf.add_n([tf.cast(m, tf.float32) for m in adaptive.moved(self._blocks, new, old)])
+
+        looked = tf.equal(self.iterations % self.factors_every, 0)
+        self.report(refreshes=tf.cond(looked, moved, lambda: tf.constant(0.0)))
 
     def _kept_operators(self, l2, damping):
         return self._in_bases(trees.values(self._bases), trees.values(self._moments), l2, damping)
@@ -102,9 +121,11 @@ class EKFAC(KFAC):
     def _look_in_bases(self, batch, factors, seed):
         """`[*bases, *S, looks]`; a block gets a basis and what is seen in it together, or keeps both."""
         old, counts = trees.values(self._bases), tf.identity(self._moment_counts.value)
-        decomposed = self._decomposed(factors, old)
+        if isinstance(self.inverses_every, Refresh):
+            decomposed, due = adaptive.bases(self._blocks, factors, old, self.inverses_every)
+        else:
+            decomposed, due = self._decomposed(factors, old), [self._is_due(turn) for turn in self._turns]
         good = [trees.has_finite_sum(U) for U in decomposed]
-        due = [self._is_due(turn) for turn in self._turns]
         fresh = tf.stack([now & _all(both) for now, both in zip(due, self._of_blocks(good))])
         bases = self._chosen(fresh, decomposed, old)
         seen, _ = batch.kronecker_second_moments(self._blocks, self._of_blocks(bases), fisher=self.fisher, seed=seed)

@@ -36,13 +36,17 @@ class HiddenMatrices(ByAxis):
 
     def choose_hidden(self, variables: Variables, left: Variables, per_head: bool = False) -> None:
         """Choose the tiles with a sign: `_hidden`, their numbers, and `_unfoldings`; all kernels but those `left`."""
-        full = [v for v in variables if 0 not in v.shape]  # the others have no tile
         left_out = {id(v) for v in left}
         self._hidden = [
-            i for i, (v, shape) in enumerate(zip(full, self._shapes, strict=True))
+            i for i, (v, shape) in enumerate(zip(_full(variables), self._shapes, strict=True))
             if ends.is_kernel(v) and len(shape) > 1 and id(v) not in left_out
         ]  # fmt: skip
         self._unfoldings = [Unfolding(self._shapes[i], per_head) for i in self._hidden]
+
+    def hidden_variables(self, variables: Variables) -> Variables:
+        """The variables of the chosen tiles."""
+        full = _full(variables)
+        return [full[i] for i in self._hidden]
 
     def signs(self, tiles: Vector, sign: MatrixSign) -> Vector:
         """The signs of the chosen tiles, as matrices; those of one size together, and tall ones as wide ones."""
@@ -52,3 +56,8 @@ class HiddenMatrices(ByAxis):
         wide = [tf.linalg.matrix_transpose(X) if t else X for X, t in zip(matrices, tall)]
         found = in_stacks(sign.sign, wide, grouped, largest=STACKED)
         return [tf.linalg.matrix_transpose(X) if t else X for X, t in zip(found, tall)]
+
+
+def _full(variables):
+    """The variables with a tile: those with entries."""
+    return [v for v in variables if 0 not in v.shape]

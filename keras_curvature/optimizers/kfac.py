@@ -1,20 +1,22 @@
 """K-FAC: natural-gradient steps with a Kronecker-factored Fisher matrix."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_number, check_part, register
+from keras_curvature.linearization.estimates.trace_factors import FACTORS, restricted
 from keras_curvature.linearization.fisher.sampling import FISHER
 from keras_curvature.linearization.gauss_newton import l2_of, require_convex
 from keras_curvature.linearization.layers import kronecker
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators.kronecker import BlockDiagonal, KroneckerProduct
-from keras_curvature.optimizers import by_layer
+from keras_curvature.optimizers import adaptive, by_layer
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import KL_CLIPPED, LinearStep, NotLinear, heavy_ball
+from keras_curvature.solvers.refresh import Refresh, check_every
 from keras_curvature.steps import Damping, LevenbergMarquardt, Trial, as_damping, quadratic
 from keras_curvature.steps.trust_region import kl_clip as clip
 from keras_curvature.typing import Fisher, LearningRate, Sharing, Variables, Vector
@@ -39,10 +41,13 @@ class KFAC(CurvatureOptimizer):
         v <- -alpha d + mu v,     (alpha, mu) = argmin of g'v + 1/2 v'(F + lambda I) v,     w <- w + learning_rate v
 
     `KFAC.adaptive()` is the latter, with the damping of Martens. Weights without Kronecker factors get
-    `d = g / (diag(F) + lambda)`, and a warning names them.
+    `d = g / (diag(F) + lambda)`, and a warning names them. With `factors="tkfac"` (TKFAC)
+    `A = E[|s|^2 a a'],  G = E[|a|^2 s s'] / E[|a|^2 |s|^2]`: their product has the trace of the block.
 
     Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015),
-    Algorithm 2; Grosse and Martens (2016) for convolutions; Ba, Grosse and Martens (2017) for the stochastic form.
+    Algorithm 2; Grosse and Martens (2016) for convolutions; Ba, Grosse and Martens (2017) for the stochastic form; Gao
+    et al., "A trace-restricted Kronecker-factored approximation to natural gradient" (2020), whose factors are damped
+    by `sqrt(lambda)` each where here `pi` applies.
     Differences from the paper: (1) the damping of the factors is `sqrt(lambda)`, including the L2 regularizer (as in
     kfac-jax), not a second number `gamma` that is searched for; (2) `pi` uses the traces; (3) factors and inverses are
     updated every so many steps, and `t` counts the updates of the factors; (4) the reduction ratio is computed in steps
@@ -59,7 +64,8 @@ class KFAC(CurvatureOptimizer):
         momentum: Factor on the last step; with `None` the quadratic model chooses it and the length of the new
             direction. Defaults to `0.9`.
         factors_every: Steps between two updates of the factors. Defaults to `10`.
-        inverses_every: Steps between two inversions; the replicas share the work. Defaults to `100`.
+        inverses_every: Steps between two inversions, or a `Refresh`: each layer's inverses are computed anew where the
+            trace of a factor, or the damping, has changed. The replicas share the work. Defaults to `100`.
         fisher: `"sampled"`: labels drawn from the model; `"exact"`: all possible labels, weighted (one backward pass
             for each class); `"empirical"`: the true labels. Defaults to `"sampled"`.
         sharing: `"expand"` or `"reduce"`: whether positions at which a layer uses the same weights (pixels, tokens)
@@ -71,11 +77,12 @@ class KFAC(CurvatureOptimizer):
             a number of examples, or `None` for all. With `momentum=None`, choose parts with several times more outputs
             (examples times classes) than weights; with smaller parts, start with more damping. Defaults to `None`
             (Martens and Grosse: 1/8 and 1/4).
+        factors: `"kfac"` or `"tkfac"`; see `linearization/estimates/trace_factors.py`. Defaults to `"kfac"`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `failed_refreshes` (factors and inverses that were not finite), `step_norm`, `skipped_steps`;
-    where they are used `kl_clip` (the multiple of `d`), `reduction_ratio` (at the checks), and with `momentum=None`
-    `alpha`, `mu` and `rejected_steps`.
+    where they are used `refreshes` (layers with new inverses, with a `Refresh`), `kl_clip` (the multiple of `d`),
+    `reduction_ratio` (at the checks), and with `momentum=None` `alpha`, `mu` and `rejected_steps`.
 
     Example:
 
@@ -88,41 +95,44 @@ class KFAC(CurvatureOptimizer):
     needs = Needs(layers=True)
     reports = {
         "damping": "last", "kl_clip": "mean", "alpha": "mean", "mu": "mean", "reduction_ratio": "mean",
-        "rejected_steps": "sum", "failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum",
+        "rejected_steps": "sum", "failed_refreshes": "sum", "refreshes": "sum", "step_norm": "mean",
+        "skipped_steps": "sum",
     }  # fmt: skip
 
     def __init__(
         self, learning_rate: LearningRate = 0.01, damping: float | Damping = 0.03, momentum: float | None = 0.9,
-        factors_every: int = 10, inverses_every: int = 100, fisher: Fisher = "sampled", sharing: Sharing = "expand",
-        kl_clip: float | None = 1e-3, curvature_batch: float | None = None, name: str = "kfac", **kwargs: Any,
+        factors_every: int = 10, inverses_every: int | Refresh = 100, fisher: Fisher = "sampled",
+        sharing: Sharing = "expand", kl_clip: float | None = 1e-3, curvature_batch: float | None = None,
+        factors: Literal["kfac", "tkfac"] = "kfac", name: str = "kfac", **kwargs: Any,
     ) -> None:  # fmt: skip
         rule, free = as_damping(self, damping), momentum is None
         # only the damping limits the step in the null space of a part of the batch, so every step is checked
         watches = free and curvature_batch is not None
         trial = Trial(rule, accepts="lower" if free else "any", at="last", always=watches)
         there = {"kl_clip": not free and kl_clip is not None, "alpha": free, "mu": free, "reduction_ratio": trial.looks}
-        there["rejected_steps"] = free and trial.looks
+        there |= {"rejected_steps": free and trial.looks, "refreshes": isinstance(inverses_every, Refresh)}
         needs = Needs(layers=True, products=free or bool(rule.every))
         super().__init__(learning_rate, needs=needs, name=name, **kwargs)
         self.reports = {n: how for n, how in type(self).reports.items() if there.get(n, True)}
         self.damping, self.momentum, self.fisher, self.sharing = damping, momentum, fisher, sharing
         self.factors_every, self.inverses_every = factors_every, inverses_every
-        self.kl_clip, self.curvature_batch = kl_clip, curvature_batch
+        self.kl_clip, self.curvature_batch, self.factors = kl_clip, curvature_batch, factors
         self._rule, self._trial = rule, trial
         if momentum is not None:
             check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
         check_count(self, "factors_every", factors_every)
-        check_count(self, "inverses_every", inverses_every)
+        check_every(self, "inverses_every", inverses_every)
         check(self, "fisher", fisher, fisher in FISHER, '"sampled", "empirical" or "exact"')
         check(self, "sharing", sharing, sharing in kronecker.SHARING, '"expand" or "reduce"')
         if kl_clip is not None:
             check_number(self, "kl_clip", kl_clip, low=0, open_low=True)
         check_part(self, "curvature_batch", curvature_batch)
+        check(self, "factors", factors, isinstance(factors, str) and factors in FACTORS, '"kfac" or "tkfac"')
 
     @classmethod
     def adaptive(
         cls, learning_rate: LearningRate = 1.0, damping: float | Damping | None = None, factors_every: int = 5,
-        inverses_every: int = 20, **kwargs: Any,
+        inverses_every: int | Refresh = 20, **kwargs: Any,
     ) -> Self:  # fmt: skip
         """The form of Martens and Grosse (2015), for large batches and hard problems.
 
@@ -246,10 +256,15 @@ class KFAC(CurvatureOptimizer):
         """One for each block."""
         dampings = [self._damping_of(batch.l2, b.variables, damping, A) for b, A in zip(self._blocks, factors[::2])]
 
-        def compute():
-            return by_layer.inverses(self._blocks, factors, dampings)
+        def weighed():
+            return restricted(self._blocks, factors) if self.factors == "tkfac" else factors
 
-        inverses = self.refresh(self._inverses, self.inverses_every, compute)
+        if isinstance(self.inverses_every, Refresh) and self._blocks:
+            inverses = adaptive.inverses(self, self._blocks, weighed, dampings, self._inverses, self._last)
+        else:
+            inverses = self.refresh(
+                self._inverses, self.inverses_every, lambda: by_layer.inverses(self._blocks, weighed(), dampings)
+            )
         return [KroneckerProduct(*pair) for pair in by_layer.pairs(inverses)]
 
     def _kept_operators(self, l2, damping):
@@ -273,10 +288,12 @@ class KFAC(CurvatureOptimizer):
     def _look(self, batch, seed):
         """`[A, G, A, G, ..., diagonals, looks]` after one more look."""
         counts = tf.identity(self._counts.value)
-        found, diagonals = batch.kronecker_factors(self._blocks, self._diagonal, self.fisher, seed)
+        found, diagonals = FACTORS[self.factors](batch, self._blocks, self._diagonal, self.fisher, seed)
         new = [*(factor for pair in found for factor in pair), *diagonals]
         averages, fine = by_layer.averaged(self._factors + self._diagonals, new, counts)
         return [*averages, counts + tf.cast(fine, counts.dtype)]
 
     def _create_inverses(self):
         self._inverses = by_layer.create_factors(self, self._blocks, "inverse")
+        if isinstance(self.inverses_every, Refresh):
+            self._last = adaptive.create_last(self, self._blocks)

@@ -16,23 +16,19 @@ from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers import first_batch
 from keras_curvature.optimizers.arguments import check_keras_arguments
-from keras_curvature.optimizers.cautious import agreeing, check_cautious
-from keras_curvature.optimizers.state import SavedOptimizer
+from keras_curvature.optimizers.wrappers import WrappedOptimizer
 from keras_curvature.typing import LearningRate, Shape, Tensors, Variables
 
 
-class Lifecycle(SavedOptimizer):
+class Lifecycle(WrappedOptimizer):
     """The part of `CurvatureOptimizer` that Keras calls."""
 
-    def __init__(
-        self, learning_rate: LearningRate, needs: Needs | None = None, cautious: bool = False, **kwargs: Any
-    ) -> None:  # fmt: skip
+    def __init__(self, learning_rate: LearningRate, needs: Needs | None = None, **kwargs: Any) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
         if needs is not None:
             self.needs = needs
         check_keras_arguments(self, learning_rate, kwargs)
-        check_cautious(self, cautious, self.needs.only_gradients and not self._preconditions)
-        self.cautious = cautious
+        self.check_wrappers(self.needs.only_gradients and not self._preconditions)
         self._noted, self._reported, self._rejected = [], {}, None
         self._hands_a_step, self._model = False, lambda: None
 
@@ -54,8 +50,8 @@ class Lifecycle(SavedOptimizer):
         self._noted, self._reported, self._rejected = [], {}, None
         with tf.name_scope(self.name):
             handed, finite = self._handed(linearization)
-            # a method that has the inner products reports it, of the step without a mask
-            length = None if self.cautious else self._reported.get("step_norm")
+            # a method that has the inner products reports it, of its own step
+            length = None if self.wrappers else self._reported.get("step_norm")
             length = trees.norm(handed) if length is None else length
             finite &= tf.math.is_finite(length) & self._no_refresh_overflowed(linearization)
             begins = self._begins(linearization)
@@ -103,10 +99,10 @@ class Lifecycle(SavedOptimizer):
     def _handed(self, linearization):
         """`(the gradient or the step, which Keras is handed; whether loss and gradient are finite)`."""
         if not self.needs.only_gradients:
-            handed = self._masked(self.direction(linearization), lambda: linearization.gradient)
+            handed = self.wrapped(self.direction(linearization), lambda: linearization.gradient)
         elif self._preconditions and not self.gradient_accumulation_steps:
             gradient = super()._clip_gradients(linearization.gradient)
-            handed = self._masked(self.precondition(gradient), lambda: gradient)
+            handed = self.wrapped(self.precondition(gradient), lambda: gradient)
         else:
             handed = linearization.gradient
         finite = tf.constant(True)
@@ -116,10 +112,6 @@ class Lifecycle(SavedOptimizer):
         else:
             known = handed is not linearization.gradient
         return handed, finite & trees.is_finite(linearization.gradient) if known else finite
-
-    def _masked(self, step, gradient):
-        """The step; if `cautious`, without what disagrees with the gradient."""
-        return agreeing(step, gradient()) if self.cautious else step
 
     def _clip_gradients(self, grads):
         """Keras' clipping, except for a step that was made from clipped gradients."""
@@ -133,7 +125,7 @@ class Lifecycle(SavedOptimizer):
             return
         self._noted = []
         gradients = [gradient for gradient, _ in grads_and_vars]
-        directions = self._masked(self.precondition(gradients), lambda: gradients)
+        directions = self.wrapped(self.precondition(gradients), lambda: gradients)
         noted, self._noted, self._reported = list(self._noted), [], {}  # tensors of a branch of Keras' own
 
         def take():

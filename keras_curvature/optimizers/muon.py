@@ -158,4 +158,6 @@ class Muon(HiddenMatrices):
 
     def linear_step(self) -> NotLinear:
         """No known limit."""
-        return NotLinear("The steps of `Muon` have a length of their own: no limit on the curvature is known.")
+        return NotLinear(
+            f"The steps of `{type(self).__name__}` have a length of their own: no limit on the curvature is known."
+        )

@@ -30,6 +30,9 @@ class Shampoo(ByAxis):
     vector, such as a bias, one, and `-1/2`. The roots are computed in each `every`-th step; until the first of them the
     grafted step itself is taken (`grafting=None`: the momentum).
 
+    `sides="shortest"` is ASGO (An et al., "ASGO: Adaptive structured gradient optimization", 2025), or, with grafting,
+    one-sided Shampoo.
+
     Reference: Gupta, Koren and Singer, "Shampoo: Preconditioned stochastic tensor optimization" (2018), Algorithms 1
     and 2; Anil et al., "Scalable second order optimization for deep learning" (2020), for blocks (here: tiles),
     grafting and delayed roots; and the code of Shi et al., "A distributed data-parallel PyTorch implementation of the
@@ -60,6 +63,8 @@ class Shampoo(ByAxis):
             correction of its second moment), `"sgd"`, or `None`. Defaults to `"adam"`.
         root: `EigenRoot` or `CoupledNewton`, with an optional other exponent for tensors with two or more factors.
             Defaults to `EigenRoot()`.
+        sides: `"all"`, or `"shortest"`: one factor for each tile, of its shortest axis, with the exponent `-1/2`
+            (one-sided Shampoo; with `grafting=None` ASGO). It has about half the cost. Defaults to `"all"`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `failed_refreshes` (failed roots; the old ones are kept), `refreshes` (with a `Refresh`: changed roots),
@@ -76,7 +81,7 @@ class Shampoo(ByAxis):
         self, learning_rate: LearningRate = 1e-3, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-12,
         every: int | Refresh = 10, block_size: int = 512, max_dimension: int | None = None,
         grafting: Literal["adam", "rmsprop", "sgd"] | None = "adam", root: EigenRoot | CoupledNewton = EigenRoot(),
-        name: str = "shampoo", **kwargs: Any,
+        sides: Literal["all", "shortest"] = "all", name: str = "shampoo", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         check_number(self, "beta_1", beta_1, low=0, high=1, open_high=True)
@@ -90,13 +95,15 @@ class Shampoo(ByAxis):
         check(self, "grafting", grafting, grafting in known, '"adam", "rmsprop", "sgd" or None')
         check_component(self, "root", root, "inverse_root", "EigenRoot()")
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
+        check(self, "sides", sides, sides in ("all", "shortest"), '"all" or "shortest"')
         self.block_size, self.max_dimension, self.grafting, self.root = block_size, max_dimension, grafting, root
+        self.sides = sides
         self.count_refreshes()
 
     def create_state(self, variables: Variables) -> None:
         """The momentum, the second moment of the grafted method, the factors and their roots."""
         merge = min(self.block_size, self.max_dimension or self.block_size)
-        self.create_tiles(variables, merge, self.block_size, self.max_dimension)
+        self.create_tiles(variables, merge, self.block_size, self.max_dimension, sides=self.sides)
         self._m = self.add_moments("m") if self.beta_1 else []
         self._v = self.add_moments("v") if self.grafting in ("adam", "rmsprop") else []
         self._factors = self.add_matrices("factor")

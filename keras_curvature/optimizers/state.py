@@ -82,7 +82,6 @@ class SavedOptimizer(AveragedWeights):
 
     def __init__(self, learning_rate: LearningRate, **kwargs: Any) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
-        self.cautious = False
         self._waiting = StoredState()  # loaded, but not assigned before `build`
         self._unbuilt_count = len(self.variables)  # iterations, and a learning rate that is no schedule
 
@@ -138,8 +137,6 @@ class SavedOptimizer(AveragedWeights):
     def get_config(self) -> Config:
         """Keras' config and the arguments of `__init__`, with components in serialized form."""
         config = super().get_config()
-        if self.cautious:  # only then, so that earlier versions read the other files
-            config["cautious"] = True
         for name in inspect.signature(type(self).__init__).parameters:
             if name not in ("self", "kwargs", "learning_rate"):
                 config[name] = component.serialize(getattr(self, name))

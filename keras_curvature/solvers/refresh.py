@@ -17,6 +17,7 @@ class Refresh(Component):
 
         a basis Q, where    |B - diag B| > tolerance |B|,    B = Q' A Q
         a root,    where    |A - A_last| > tolerance |A|,    A_last: its matrix at the last root
+        inverses of K-FAC,  where the trace of a factor, or the damping, has changed by the tolerance
 
     Both compare `A` with what stands for it: `Q diag(B) Q'`, whose eigenvalues are corrected in each step, or `A_last`.
     A look at a basis costs two products of its size, and at a root a difference; a basis takes one more product and a
@@ -24,9 +25,11 @@ class Refresh(Component):
     if one is due, and only the due ones are taken over.
 
     Reference: Eschenhagen et al., "Purifying Shampoo: Investigating Shampoo's heuristics by decomposing its
-    preconditioner" (2025, arXiv 2506.03595), and github.com/facebookresearch/optimizers, `matrix_functions.py`.
-    Differences: (1) one QR iteration for each refresh, the first basis by an eigendecomposition; (2) the criterion for
-    roots is this package's.
+    preconditioner" (2025, arXiv 2506.03595), and github.com/facebookresearch/optimizers, `matrix_functions.py`; Chen et
+    al., "THOR, trace-based hardware-driven layer-oriented natural gradient descent computation" (2021), for traces.
+    Differences: (1) one QR iteration for each refresh, the first basis by an eigendecomposition, as all of EKFAC's; (2)
+    the criterion for roots is this package's; (3) THOR leaves the damping out of the criterion, and stops refreshing
+    for good below a second tolerance.
 
     Args:
         tolerance: In [0, 1); 0: computed anew at each look. Defaults to `0.01` (the authors' code).
@@ -46,11 +49,28 @@ class Refresh(Component):
         """The bases of a stack `(..., n, n)`, refined where they are due; NaN where that failed."""
         if not self.tolerance:
             return eigenbases.refine(matrices, bases, sort)
+        due = self._off_diagonal(matrices, bases)
+        return _taken_where(due, lambda: eigenbases.refine(matrices, bases, sort), bases)
+
+    def eigenbasis(self, matrices: tf.Tensor, bases: tf.Tensor) -> tf.Tensor:
+        """The bases of a stack, decomposed anew where they are due; NaN where that failed."""
+        if not self.tolerance:
+            return eigenbases.decompose(matrices)
+        return _taken_where(self._off_diagonal(matrices, bases), lambda: eigenbases.decompose(matrices), bases)
+
+    def changed(self, now: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
+        """Whether an entry of each row has changed by more than the tolerance; true where it is not finite."""
+        if not self.tolerance:
+            return tf.ones(now.shape[:1], tf.bool)
+        same = tf.abs(now - last) <= self.tolerance * tf.abs(last)
+        return tf.logical_not(tf.reduce_all(same, -1))
+
+    def _off_diagonal(self, matrices, bases):
+        """Whether bases no longer diagonalize their matrices, `(..., 1, 1)`; true where these are not finite."""
         finite, scaled = without_failures(matrices)
         B = tf.matmul(bases, tf.matmul(in_units(scaled)[1], bases), transpose_a=True)
         off = tf.linalg.set_diag(B, tf.zeros_like(tf.linalg.diag_part(B)))
-        due = self._is_due(off, B) | tf.logical_not(finite)
-        return _taken_where(due, lambda: eigenbases.refine(matrices, bases, sort), bases)
+        return self._is_due(off, B) | tf.logical_not(finite)
 
     def root(
         self, compute: Callable[[tf.Tensor], tf.Tensor], matrices: tf.Tensor, roots: tf.Tensor, last: tf.Tensor

@@ -64,7 +64,7 @@ def kronecker_factors(
             the model; labels are drawn, and the loss is not the negative logarithm of a known likelihood.
     """
     require(lin, "kronecker_factors", "layers")
-    return _summed(lin, blocks, diagonal, fisher, seed, _factors)
+    return summed(lin, blocks, diagonal, fisher, seed, factors_of)
 
 
 def kronecker_second_moments(
@@ -94,7 +94,7 @@ def kronecker_second_moments(
     def of_block(block, seen, by_label):
         return _second_moment(block, seen, by_label, *basis[id(block)])
 
-    return _summed(lin, blocks, diagonal, fisher, seed, of_block)
+    return summed(lin, blocks, diagonal, fisher, seed, of_block)
 
 
 def kronecker_means(lin, blocks: Sequence[Block]) -> list[Pair]:
@@ -123,7 +123,9 @@ def kronecker_means(lin, blocks: Sequence[Block]) -> list[Pair]:
     return lin.with_gradient(local)
 
 
-def _summed(lin, blocks, diagonal, fisher, seed, of_block):
+def summed(lin, blocks, diagonal, fisher, seed, of_block):
+    """`([of_block(block, seen, slopes by label)], [diagonal])`, summed over slices and replicas."""
+
     def local(recorded):
         seen, labels, slopes = recorded.once(_key(blocks, fisher, seed), lambda: _drawn(recorded, blocks, fisher, seed))
         signed = [_signed(recorded, cotangents, diagonal, seed) for cotangents in labels if diagonal]
@@ -156,21 +158,27 @@ def _signed(recorded, cotangents, diagonal, seed):
     return [sums[i] for i in diagonal]
 
 
-def _factors(block, seen, by_label):
+def factors_of(block, seen, by_label):
     """`(A, G)`."""
     if not by_label[0]:
         return tuple(tf.zeros(shape, block.dtype) for shape in block.factor_shapes)
     if block.sharing == "exact":
         A, G = _exactly(block, seen, by_label)
     else:
-        inputs, by_label = seen.inputs(block), list(by_label)
-        if block.sharing == "reduce":
-            inputs = [tf.reduce_mean(joined(inputs, seen, block), 2, keepdims=True)]
-            by_label = [[tf.reduce_sum(joined(slopes, seen, block), 2, keepdims=True)] for slopes in by_label]
+        inputs, by_label = shared(block, seen, by_label)
         squares = frequencies(inputs, block) if block.has_indices else sum_square(inputs)
         A = mean(squares, inputs, seen)
         G = tf.add_n([sum_square(slopes) for slopes in by_label])
     return tuple(tf.reshape(factor, shape) for factor, shape in zip((A, G), block.factor_shapes))
+
+
+def shared(block, seen, by_label):
+    """`(inputs, slopes by label)` as the block's `sharing` has them: with "reduce", one position for each example."""
+    inputs, by_label = seen.inputs(block), list(by_label)
+    if block.sharing == "reduce":
+        inputs = [tf.reduce_mean(joined(inputs, seen, block), 2, keepdims=True)]
+        by_label = [[tf.reduce_sum(joined(slopes, seen, block), 2, keepdims=True)] for slopes in by_label]
+    return inputs, by_label
 
 
 def _exactly(block, seen, by_label):

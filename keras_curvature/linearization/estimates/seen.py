@@ -97,7 +97,7 @@ def _flat(x):
 def joined(parts, seen, block):
     """Calls side by side, `(groups, examples, positions, d)`."""
     _check_same_rows(parts, seen.place.examples, block.weights.layer)
-    folded = [_by_example(x, seen.place.examples) for x in parts]
+    folded = [by_example(x, seen.place.examples) for x in parts]
     return folded[0] if len(folded) == 1 else tf.concat(folded, 2)
 
 
@@ -113,7 +113,7 @@ def _check_same_rows(parts, examples, layer):
         )
 
 
-def _by_example(x, examples):
+def by_example(x, examples):
     """Moves several rows per example to the positions. Rows that all examples share count as one example."""
     groups, rows, positions, width = sizes(x)
     if isinstance(rows, int) and isinstance(examples, int):
