@@ -256,3 +256,27 @@ def test_the_dry_run(tmp_path):
     assert set(one) == set(two)
     for name, value in one.items():
         np.testing.assert_array_equal(value, two[name], err_msg=name)
+
+
+# Programs for a machine without TensorFlow.
+
+
+def test_exported_programs_that_are_not_there(tmp_path, capsys):
+    import run_exported
+
+    for arguments, said in (([str(tmp_path)], "no programs"), ([str(tmp_path / "nowhere")], "no programs")):
+        with pytest.raises(SystemExit):
+            run_exported.main(arguments)
+        assert said in capsys.readouterr().err
+    (tmp_path / "cnn-sgd-float32.json").write_text("{}")
+    with pytest.raises(ValueError, match="copy the whole folder"):
+        run_exported.found_in(str(tmp_path))
+
+
+def test_an_exported_program_of_another_version_says_so():
+    import run_exported
+
+    spec = {"written": {"JAX": "0.9.0", "TensorFlow": "2.20.0"}}
+    assert run_exported.other_versions(spec, "0.9.0") == ""
+    assert "jax 0.9.0 and TensorFlow 2.20.0, this is jax 0.10.2" in run_exported.other_versions(spec, "0.10.2")
+    assert "write it anew" in run_exported.other_versions({}, "0.10.2")

@@ -18,6 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 STEPS = 3
+LARGEST = 64 * 2**20  # bytes of all files that are to travel together
 SHOWN = 64  # numbers of each tensor that are compared
 
 
@@ -31,8 +32,10 @@ def write(folder, network, optimizer, policy, examples):
         examples: In the batch.
     """
     import executed
+    import jax
     import keras
     import numpy as np
+    import tensorflow as tf
     from run_exported import batch, drawn, shown
     from traced import NETWORKS, traced
 
@@ -56,6 +59,7 @@ def write(folder, network, optimizer, policy, examples):
     spec = {
         "network": network, "optimizer": optimizer, "policy": policy, "updates": sorted(step.updates.items()),
         "inputs": [[list(spec.shape), spec.dtype.name] for spec in step.inputs], "classes": int(model.output_shape[-1]),
+        "written": {"TensorFlow": tf.__version__, "Keras": keras.__version__, "JAX": jax.__version__},
         "captured": [_captured(value, number) for value, number in zip(values, trained)], "weights": trained,
     }  # fmt: skip
     x, y = batch(spec)
@@ -109,6 +113,8 @@ def main(argv=None):
                 total += size
                 print(f"{network} {optimizer} {policy}: {size / 1e6:.2f} MB", flush=True)
     print(f"{total / 1e6:.1f} MB in {args.folder}")
+    if total > LARGEST:
+        print(f"more than {LARGEST / 1e6:.0f} MB: fewer optimizers, or smaller networks, travel more easily")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a step of each optimizer reduces, multiplies and remembers: `formula(optimizer)`."""
 
+import dataclasses
 import math
 import os
 
@@ -8,7 +9,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings, be
 import formulas_newton
 import keras
 from costs import GRADIENT, LOSS, WITH_LOSS, Method, Work
-from matrices import factors, inverses, lengths, means, pairs, signs, squares, stacked
+from matrices import (
+    STACKED,
+    factors,
+    inverses,
+    lengths,
+    means,
+    of_inputs,
+    of_kernel,
+    pairs,
+    signs,
+    squares,
+    stacked,
+)
 
 import keras_curvature as kc
 
@@ -83,11 +96,12 @@ def kfac(optimizer, step):
 
 
 def ekfac(optimizer, step):
-    """Factors; the second moments in their bases; the bases."""
-    sections = {
-        "step": step, "cond": Work(others=factors, slopes=1), "cond_1": Work(others=squares, slopes=1),
-        "cond_1/cond": Work(others=inverses),
-    }  # fmt: skip
+    """Factors and, by the same pass, second moments in their bases; the bases, of large factors in other steps."""
+
+    def estimates(model, replicas):
+        return factors(model, replicas) + squares(model, replicas)
+
+    sections = {"step": step, "cond": Work(others=estimates, slopes=1), "cond/cond": Work(others=inverses)}
     often, seldom = 1 / optimizer.factors_every, 1 / optimizer.inverses_every
 
     def kept(model):
@@ -95,8 +109,7 @@ def ekfac(optimizer, step):
         return 2 * sum(map(sum, pairs(model))) + moments + sum(model.outside) + len(model.outside)
 
     return Method(
-        sections, 1, 8, 2, {"cond": often, "cond_1": often, "cond_1/cond": seldom}, kept=kept, matrices=True,
-        traffic=9,
+        sections, 1, 8, 3, {"cond": often, "cond/cond": seldom}, kept=kept, matrices=True, traffic=9,
     )  # fmt: skip
 
 
@@ -196,6 +209,39 @@ def muon(optimizer, step):
     )  # fmt: skip
 
 
+def foof(optimizer, step):
+    """A momentum; second moments of the inputs of each layer, and their inverses."""
+    return _by_inputs({"step": step}, 5, optimizer.factors_every, optimizer.inverses_every, 9)
+
+
+def newton_muon(optimizer, step):
+    """Muon's state and signs; second moments of the inputs of the layers between the ends, and their inverses."""
+    plain = muon(optimizer, step)
+    method = _by_inputs(plain.sections, 7, optimizer.every, optimizer.every, 11, bias=False)
+    return dataclasses.replace(method, kept=lambda model: plain.kept(model) + method.kept(model))
+
+
+def _by_inputs(sections, vectors, factors_every, inverses_every, traffic, bias=True):
+    """Moments of the inputs of all layers with the row of the bias, or of those between the ends without it."""
+
+    def of(model):
+        blocks = [b for b in model.blocks if bias or of_kernel(b) in model.hidden]
+        return [of_inputs(block, bias) for block in blocks]
+
+    def estimates(model, replicas):
+        return [of(model)]
+
+    def inverted(model, replicas):
+        sizes = stacked([(size,) for size in of(model)], replicas, STACKED)
+        return [sizes] if sizes else []
+
+    return Method(
+        sections | {"cond": Work(others=estimates), "cond_1": Work(others=inverted)}, 1, vectors, 1,
+        {"cond": 1 / factors_every, "cond_1": 1 / inverses_every},
+        kept=lambda model: 2 * sum(of(model)) + len(of(model)), matrices=True, traffic=traffic,
+    )  # fmt: skip
+
+
 def scion(optimizer, step):
     """A momentum; signs of the matrices between the ends of the model."""
     return Method({"step": _and(step, others=signs)}, 1, 5, matrices=True, traffic=8)
@@ -217,6 +263,12 @@ def splus(optimizer, step):
     )  # fmt: skip
 
 
+def sassha(optimizer, step):
+    """A gradient uphill; now and then a product there; the estimates of each variable are counted."""
+    more = {"reductions": 2, "vectors": 1, "scalars": 1, "forward": 1, "backward": 1} if optimizer.rho else {}
+    return by_weight(2, 5, 5, 11, **_hessian)(optimizer, _and(step, **more))
+
+
 _hessian = {"reductions": 1, "vectors": 1, "hessians": 1}
 FORMULAS = {
     keras.optimizers.SGD: first_order(1, 5),
@@ -235,6 +287,9 @@ FORMULAS = {
     kc.EKFAC: ekfac,
     kc.Eva: eva,
     kc.Shampoo: shampoo,
+    kc.FOOF: foof,
+    kc.NewtonMuon: newton_muon,
+    kc.SASSHA: sassha,
     kc.SOAP: soap,
     kc.KLShampoo: kl_shampoo,
     kc.PSGD: psgd,

@@ -28,6 +28,18 @@ def pairs(model):
     return [tuple(math.prod(block[:-2]) * n * n for n in block[-2:]) for block in model.blocks]
 
 
+def of_kernel(block):
+    """Size of the kernel of a layer with a bias."""
+    *groups, rows, columns = block
+    return math.prod(groups) * (rows - 1) * columns
+
+
+def of_inputs(block, bias=True):
+    """Size of the factor of a layer's inputs, of a layer with a bias with or without its row."""
+    *groups, rows, _ = block
+    return math.prod(groups) * (rows if bias else rows - 1) ** 2
+
+
 def factors(model, replicas):
     """The factors of all layers, and a diagonal for each variable outside of these."""
     return [[*sum(pairs(model), ()), *model.outside]]

@@ -3,13 +3,15 @@
     python run_exported.py FOLDER [--seconds 5]
 
 For each network and precision, SGD first: milliseconds of a step, ratio to SGD's, memory of the program, and the
-largest difference from TensorFlow's weights after three steps, beside the largest weight.
+largest difference from TensorFlow's weights after three steps, beside the largest weight. A program that does not load
+or run (another version of JAX, too little memory) gets a line that says so, and the others go on.
 """
 
 import argparse
 import glob
 import json
 import os
+import sys
 import time
 import zlib
 
@@ -65,12 +67,10 @@ def load(text, device):
         return device.client.compile_and_load(module, xla_client.DeviceList((device,)), options)
 
 
-def measured(path, seconds, device):
+def measured(spec, path, seconds, device):
     """`{"ms", "memory", "difference", "largest"}` of a program."""
     import jax
 
-    with open(path) as file:
-        spec = json.load(file)
     with open(path.replace(".json", ".mlir.z"), "rb") as file:
         program = load(zlib.decompress(file.read()).decode(), device)
     memory = program.get_compiled_memory_stats()
@@ -102,30 +102,67 @@ def measured(path, seconds, device):
     }  # fmt: skip
 
 
+def found_in(folder):
+    """`[(path, what is in the file)]`, SGD first; raises a `ValueError` where there is nothing to run."""
+    paths = sorted(glob.glob(os.path.join(folder, "*.json")), key=lambda path: ("-sgd-" not in path, path))
+    if not paths:
+        raise ValueError(f"no programs (*.json) in {folder!r}: write them by `python tpu/exported.py {folder}`")
+    specs = []
+    for path in paths:
+        with open(path) as file:
+            specs.append((path, json.load(file)))
+        if not os.path.exists(path.replace(".json", ".mlir.z")):
+            raise ValueError(f"{path!r} has no program beside it (.mlir.z): copy the whole folder")
+    return specs
+
+
+def other_versions(spec, jax_version):
+    """What to say if a program is not that of this JAX, or nothing."""
+    written = spec.get("written")
+    if written is None:
+        return "written before files named their versions: write it anew by exported.py"
+    if written["JAX"] == jax_version:
+        return ""
+    return (
+        f"written with jax {written['JAX']} and TensorFlow {written['TensorFlow']}, this is jax {jax_version}: "
+        f"install that jax, or write it anew beside this one"
+    )
+
+
 def main(argv=None):
     """The program."""
-    import jax
-
     parser = argparse.ArgumentParser(description="Times programs of exported.py.")
     parser.add_argument("folder", help="of exported.py")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing for each program; default 5")
     args = parser.parse_args(argv)
+    try:
+        programs = found_in(args.folder)
+    except ValueError as error:
+        parser.error(str(error))
+    import jax
+
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}")
     print(f"{'program':<60} {'ms':>9} {'of SGD':>7} {'MB':>9} {'difference':>11} {'of':>7}")
-    reference = {}
-    paths = sorted(glob.glob(os.path.join(args.folder, "*.json")), key=lambda path: ("-sgd-" not in path, path))
-    for path in paths:
+    reference, failed = {}, 0
+    for path, spec in programs:
         name = os.path.basename(path).removesuffix(".json")
         network, _, policy = name.split("-")
-        found = measured(path, args.seconds, device)
-        reference.setdefault((network, policy), found["ms"])
+        try:
+            found = measured(spec, path, args.seconds, device)
+        except Exception as error:  # of the compiler or the device, which have many kinds
+            failed += 1
+            reason = other_versions(spec, jax.__version__) or str(error).strip().splitlines()[0][:160]
+            print(f"{name:<60} failed: {reason}", flush=True)
+            continue
+        reference.setdefault((network, policy), found["ms"] if "-sgd-" in name else float("nan"))
         ratio = found["ms"] / reference[network, policy]
         print(
             f"{name:<60} {found['ms']:>9.3f} {ratio:>7.2f} {found['memory'] / 1e6:>9.1f} {found['difference']:>11.1e} "
             f"{found['largest']:>7.3f}", flush=True,
         )  # fmt: skip
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

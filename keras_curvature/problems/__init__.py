@@ -12,6 +12,7 @@ NumPy arrays, so that optimizers can start from the same weights and train on th
 package.
 """
 
+from keras_curvature.problems import lightbench
 from keras_curvature.problems.analytic import quadratic, rahimi_recht, rosenbrock
 from keras_curvature.problems.base import Problem, seeded
 from keras_curvature.problems.datasets import data, synthetic
@@ -31,6 +32,7 @@ __all__ = [
     "data",
     "first_below",
     "get",
+    "lightbench",
     "logistic",
     "nist",
     "poisson",
