@@ -137,6 +137,8 @@ OPTIMIZERS = {
     "kfac_adaptive": Method(kc.KFAC.adaptive, {"damping": kc.LevenbergMarquardt(every=2), "inverses_every": 2}),
     "ekfac": Method(kc.EKFAC, LAZY),
     "foof": Method(kc.FOOF, {"factors_every": 1, "inverses_every": 2}, {**LONG, "damping": 0.1}),
+    "tnt": Method(kc.TNT, {"learning_rate": 1e-3, "damping": 0.1, **LAZY},
+        {"learning_rate": 0.05, "damping": 0.5}, steps=300),
     "singd": Method(kc.SINGD, {"learning_rate": 0.05, "damping": 0.1, "every": 2}, {**LONG, "damping": 0.3}),
     "newton_muon": Method(kc.NewtonMuon, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
     "eva": Method(kc.Eva, {}, {"damping": 0.3, "kl_clip": None}),

@@ -34,6 +34,7 @@ from keras_curvature.optimizers.sophia import SophiaG as SophiaG
 from keras_curvature.optimizers.sophia import SophiaH as SophiaH
 from keras_curvature.optimizers.splus import SPlus as SPlus
 from keras_curvature.optimizers.square_root_free_adam import SquareRootFreeAdam as SquareRootFreeAdam
+from keras_curvature.optimizers.tnt import TNT as TNT
 from keras_curvature.optimizers.two_loop_neumann import TwoLoopNeumann as TwoLoopNeumann
 
 # A type checker cannot compute this list. Without it, it takes all names above as public.
