@@ -137,6 +137,7 @@ OPTIMIZERS = {
     "kfac_adaptive": Method(kc.KFAC.adaptive, {"damping": kc.LevenbergMarquardt(every=2), "inverses_every": 2}),
     "ekfac": Method(kc.EKFAC, LAZY),
     "foof": Method(kc.FOOF, {"factors_every": 1, "inverses_every": 2}, {**LONG, "damping": 0.1}),
+    "skfac": Method(kc.SKFAC, {}, {"learning_rate": 0.1}),
     "tnt": Method(kc.TNT, {"learning_rate": 1e-3, "damping": 0.1, **LAZY},
         {"learning_rate": 0.05, "damping": 0.5}, steps=300),
     "singd": Method(kc.SINGD, {"learning_rate": 0.05, "damping": 0.1, "every": 2}, {**LONG, "damping": 0.3}),

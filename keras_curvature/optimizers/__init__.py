@@ -29,6 +29,7 @@ from keras_curvature.optimizers.sassha import SASSHA as SASSHA
 from keras_curvature.optimizers.scion import Scion as Scion
 from keras_curvature.optimizers.shampoo import Shampoo as Shampoo
 from keras_curvature.optimizers.singd import SINGD as SINGD
+from keras_curvature.optimizers.skfac import SKFAC as SKFAC
 from keras_curvature.optimizers.soap import SOAP as SOAP
 from keras_curvature.optimizers.sophia import SophiaG as SophiaG
 from keras_curvature.optimizers.sophia import SophiaH as SophiaH

@@ -7,6 +7,7 @@ own inverse:
     1 / (m + lambda)                     M a diagonal
     (A (x) G + lambda I)^-1              by factors: (A + pi sqrt(lambda) I)^-1 (x) (G + sqrt(lambda)/pi I)^-1
     (aa' (x) bb' + lambda I)^-1          exactly, by Sherman and Morrison
+    (X'X + lambda I)^-1                  by the rows of `X`, if they are few (Woodbury)
 
 A Kronecker product plus a multiple of the identity is not a Kronecker product. So the damping is split over the factors
 in proportion to their mean eigenvalues (`pi`). The result does not depend on which factor holds the scale.
@@ -93,6 +94,28 @@ def solve_rank_one(a, b, damping, W):
     squares = tf.reduce_sum(a * a, [-2, -1], keepdims=True) * tf.reduce_sum(b * b, [-2, -1], keepdims=True)
     along = tf.matmul(tf.matmul(a, W, transpose_a=True), b, transpose_b=True)  # (..., 1, 1)
     return (W - along / (damping + squares) * a * b) / damping
+
+
+def solve_by_rows(rows, damping, W):
+    """`(X'X + damping I)^-1 W` for the rows `X`, or for several of them; NaN where Cholesky fails.
+
+    By Woodbury's identity, `(W - X' (X X' + damping I)^-1 X W) / damping`, or directly where there are as many rows as
+    columns. Where an eigenvalue of `X'X` is much larger than the damping the identity loses digits, about those of
+    their quotient.
+
+    Args:
+        rows: `(..., r, d)`.
+        damping: A positive scalar, or one for each of several.
+        W: `(..., d, m)`.
+    """
+    r, d = rows.shape[-2:]
+    damping = trees.exactly(damping, W.dtype)
+    if r is not None and r >= d:
+        return tf.matmul(inverse(tf.matmul(rows, rows, transpose_a=True), damping), W)
+    gram = tf.matmul(rows, rows, transpose_b=True)
+    damped = tf.linalg.set_diag(gram, tf.linalg.diag_part(gram) + damping[..., tf.newaxis])
+    inner = tf.linalg.cholesky_solve(tf.linalg.cholesky(damped), tf.matmul(rows, W))
+    return (W - tf.matmul(rows, inner, transpose_a=True)) / damping[..., tf.newaxis, tf.newaxis]
 
 
 def symmetric(matrix):

@@ -127,7 +127,7 @@ def summed(lin, blocks, diagonal, fisher, seed, of_block):
     """`([of_block(block, seen, slopes by label)], [diagonal])`, summed over slices and replicas."""
 
     def local(recorded):
-        seen, labels, slopes = recorded.once(_key(blocks, fisher, seed), lambda: _drawn(recorded, blocks, fisher, seed))
+        seen, labels, slopes = recorded.once(key(blocks, fisher, seed), lambda: drawn(recorded, blocks, fisher, seed))
         signed = [_signed(recorded, cotangents, diagonal, seed) for cotangents in labels if diagonal]
         return [of_block(block, seen, [of(block) for of in slopes]) for block in blocks], signed
 
@@ -136,13 +136,14 @@ def summed(lin, blocks, diagonal, fisher, seed, of_block):
     return found, [tf.add_n([tf.square(s) for s in each]) for each in zip(*signed)]
 
 
-def _drawn(recorded, blocks, fisher, seed):
+def drawn(recorded, blocks, fisher, seed):
     """`(Seen, labels, slopes)`: what one backward pass for each label shows."""
     seen, labels = Seen(recorded, blocks), _labels(recorded, fisher, seed)
     return seen, labels, [seen.slopes(cotangents) for cotangents in labels]
 
 
-def _key(blocks, fisher, seed):
+def key(blocks, fisher, seed):
+    """What `drawn` is remembered by in a recorded pass."""
     return "drawn", tuple(id(block) for block in blocks), fisher, seed.ref() if tf.is_tensor(seed) else seed
 
 
