@@ -40,7 +40,7 @@ class SASSHA(DiagonalOptimizer):
         beta_2: Decay of the average of estimates. Defaults to `0.999` (the authors).
         hessian_power: Exponent of the diagonal, in [0, 1]. Defaults to `0.5` (the authors).
         epsilon: Added to the denominator. Defaults to `1e-4` (the authors).
-        every: A new estimate in every so many steps. Defaults to `10` (the authors). An estimate is zero for the weights
+        every: A new estimate in every so many steps. Defaults to `10` (the authors). An estimate is zero for weights
             of inputs that are zero in its whole batch; on data with such inputs (pixels of digits), use `every=1` or a
             larger `epsilon`.
         **kwargs: See `CurvatureOptimizer`.
