@@ -113,6 +113,57 @@ def ekfac(optimizer, step):
     )  # fmt: skip
 
 
+def skfac(optimizer, step):
+    """Each step the rows of the factors, gathered; factors of normalization layers alone, which have two rows."""
+    begin = kfac(optimizer, step).sections["step"]
+
+    def of(model, replicas):
+        small = [tuple(math.prod(b[:-2]) * n * n for n in b[-2:]) for b in model.blocks if is_small(b)]
+        sums = [*sum(small, ()), *model.outside]
+        wide = [b for b in model.blocks if not is_small(b)]
+        rows = [[replicas * model.examples * math.prod(b[:-2]) * n] for b in wide for n in b[-2:]]
+        return ([sums] if sums else []) + rows
+
+    def is_small(block):
+        return len(block) == 3 and block[1] <= 2 and block[2] == 1
+
+    return Method(
+        {"step": _and(begin, others=of, slopes=1)}, 1, 7, 2, matrices=True, traffic=9,
+        kept=lambda model: sum(model.outside) + len(model.outside),
+    )  # fmt: skip
+
+
+def singd(optimizer, step):
+    """K-FAC's factors now and then, and with them a change of four matrices for each layer."""
+
+    def estimates(model, replicas):
+        moved = stacked([(a, g, a, g) for a, g in pairs(model)], replicas, STACKED * 2 / 3)
+        return factors(model, replicas) + ([moved] if moved else [])
+
+    return Method(
+        {"step": step, "cond": Work(others=estimates, slopes=1)}, 1, 7, 2, {"cond": 1 / optimizer.every},
+        kept=lambda model: 2 * sum(map(sum, pairs(model))) + 2 * sum(model.outside) + len(model.blocks)
+        + len(model.outside), matrices=True, traffic=9,
+    )  # fmt: skip
+
+
+def tnt(optimizer, step):
+    """A momentum; the gradient for drawn labels now and then; a covariance for each axis, and their inverses."""
+
+    def of(model):
+        return [n for tile in lengths(model, optimizer.merge, longest=optimizer.max_dimension) for n in tile]
+
+    def inverted(model, replicas):
+        sizes = stacked([(n * n,) for n in of(model)], replicas)
+        return [sizes] if sizes else []
+
+    sections = {"step": step, "cond": Work(reductions=1, vectors=1, backward=1), "cond_1": Work(others=inverted)}
+    return Method(
+        sections, 1, 7, 2, {"cond": 1 / optimizer.factors_every, "cond_1": 1 / optimizer.inverses_every},
+        kept=lambda model: 2 * sum(n * n for n in of(model)) + len(of(model)), matrices=True, traffic=10,
+    )  # fmt: skip
+
+
 def eva(optimizer, step):
     """The means of a layer's inputs and slopes, in the call of the gradient."""
     begin = Work(reductions=1, vectors=1, scalars=1, others=means, forward=1, backward=1)
@@ -286,6 +337,9 @@ FORMULAS = {
     kc.KFAC: kfac,
     kc.EKFAC: ekfac,
     kc.Eva: eva,
+    kc.SKFAC: skfac,
+    kc.SINGD: singd,
+    kc.TNT: tnt,
     kc.Shampoo: shampoo,
     kc.FOOF: foof,
     kc.NewtonMuon: newton_muon,
