@@ -78,19 +78,18 @@ class BFGS(QuasiNewton):
             )
         self._H = self.add_variable((size, size), dtype="float64", name="inverse_hessian", aggregation="none")
 
-    def multiply(self, gradient: Vector, count: tf.Tensor, scale: tf.Tensor) -> Vector:
-        """`H g`, one dense product."""
-        scaled = trees.scale(scale, gradient)
-        dense = trees.unflatten(tf.linalg.matvec(self._H.value, trees.flatten(gradient, tf.float64)), gradient)
-        return trees.where(count > 0, dense, scaled)
+    def descent(self, gradient: Vector, products: list[tf.Tensor], count: tf.Tensor, scale: tf.Tensor) -> Vector:
+        """`-H g`, one dense product."""
+        dense = tf.linalg.matvec(self._H.value, trees.flatten(gradient, tf.float64))
+        return trees.where(count > 0, trees.unflatten(-dense, gradient), trees.scale(-scale, gradient))
 
-    def learn(self, pair: Pair, count: tf.Tensor, scale: tf.Tensor) -> None:
+    def learn(self, pair: Pair, products: list[tf.Tensor], count: tf.Tensor, scale: tf.Tensor) -> list[tf.Tensor]:
         """Update `H` by the pair."""
         s, y, sy = trees.flatten(pair.s, tf.float64), trees.flatten(pair.y, tf.float64), pair.sy
         first = tf.equal(count, 0)
         begin = scale if self.scaling else sy / tf.tensordot(y, y, 1)
         identity = tf.eye(tf.size(s), dtype=tf.float64)
-        # without scaling the first H is that of the two-loop recursion
+        # without scaling the first H is that of `LBFGS`
         old = tf.cond(first, lambda: begin * identity, lambda: tf.identity(self._H.value))
         Hy = tf.linalg.matvec(old, y)
         yHy = tf.tensordot(y, Hy, 1)
@@ -99,6 +98,7 @@ class BFGS(QuasiNewton):
         new = (old - _outer(Hy, Hy) / yHy + phi * yHy * _outer(v, v)) / tau + _outer(s, s) / sy
         good = pair.learns & tf.math.is_finite(tf.reduce_sum(new))
         self.remember(self._H, tf.cond(good, lambda: new, lambda: tf.identity(self._H.value)))
+        return []
 
     def _coefficients(self, sy, yHy, sBs, first, size):
         """`(phi, tau)` of the update, float64 scalars."""

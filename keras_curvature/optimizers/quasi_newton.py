@@ -20,7 +20,7 @@ from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
-from keras_curvature.steps.search import OneLength, Search, search_along
+from keras_curvature.steps.search import OneLength, Search, pick, search_along
 from keras_curvature.typing import LearningRate, Variables, Vector
 
 # Smallest `s'y / (|g| |s|^2)` of a pair that is kept (Li and Fukushima 2001), and Powell's constants.
@@ -36,19 +36,29 @@ class Pair(NamedTuple):
         s: The step, a vector.
         y: The difference of the gradients, a vector.
         sy: `s'y`.
+        yy: `y'y`.
         sBs: `s'B s` for `B = H^-1` before the step: no product, because `B s = -length * g`.
         learns: Whether to learn from the pair.
+        gradient: The gradient at the end of the step, a vector.
+        sg: `s'gradient`.
+        of_end: The factor of `gradient` in `y`: 1, or less of a damped pair.
+        of_begin: The factor of the gradient at the begin of the step in `y`: -1, or another of a damped pair.
     """
 
     s: Vector
     y: Vector
     sy: tf.Tensor
+    yy: tf.Tensor
     sBs: tf.Tensor
     learns: tf.Tensor
+    gradient: Vector
+    sg: tf.Tensor
+    of_end: tf.Tensor
+    of_begin: tf.Tensor
 
 
 class QuasiNewton(CurvatureOptimizer):
-    """Base of `LBFGS` and `BFGS`; see the module. A subclass keeps `H` and writes `multiply` and `learn`.
+    """Base of `LBFGS` and `BFGS`; see the module. A subclass keeps `H` and writes `descent` and `learn`.
 
     Where `-H g` does not descend, `H` is forgotten and the step is along `-g`; after a search that found no lower
     point, the next step is.
@@ -82,12 +92,16 @@ class QuasiNewton(CurvatureOptimizer):
 
     # A method implements these.
 
-    def multiply(self, gradient: Vector, count: tf.Tensor, scale: tf.Tensor) -> Vector:
-        """`H g`, from `count` pairs so far; `scale * g` without any."""
-        raise NotImplementedError(f"`{type(self).__name__}` must implement `multiply`.")
+    def products(self, gradient: Vector) -> list[tf.Tensor]:
+        """The products of a gradient with what is remembered, which `descent` and `learn` are given."""
+        return []
 
-    def learn(self, pair: Pair, count: tf.Tensor, scale: tf.Tensor) -> None:
-        """Remember the next `H`: as it is where `pair.learns` is false."""
+    def descent(self, gradient: Vector, products: list[tf.Tensor], count: tf.Tensor, scale: tf.Tensor) -> Vector:
+        """`-H g`, from `count` pairs so far; `-scale * g` without any."""
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `descent`.")
+
+    def learn(self, pair: Pair, products: list[tf.Tensor], count: tf.Tensor, scale: tf.Tensor) -> list[tf.Tensor]:
+        """Remember the next `H`: as it is where `pair.learns` is false; the products of `pair.gradient` with it."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `learn`.")
 
     def kept(self, count: tf.Tensor) -> tf.Tensor:
@@ -95,48 +109,55 @@ class QuasiNewton(CurvatureOptimizer):
         return count
 
     def create_state(self, variables: Variables) -> None:
-        """The number of pairs; the last end point, with its loss and gradient."""
+        """The number of pairs; the last end point, with its loss and gradient, and the `products` of that."""
         self._count = self.add_variable((), initializer="zeros", dtype="int32", name="pairs", aggregation="none")
         self._end = self.add_optimizer_variables(variables, "end")
         self._gradient = self.add_optimizer_variables(variables, "gradient")
         self._loss = self.add_scalar(float("nan"), "loss")
+        self._products = []
 
     # The step.
 
     def direction(self, lin: Linearization) -> Vector:
         """The step that the search found along `-H g`."""
-        w, g = lin.weights, self._gradient_of(lin)
+        w, (g, products) = lin.weights, self._gradient_of(lin)
         norm = tf.cast(trees.norm(g), tf.float64)
         scale = self._first_scale(norm)
-        d, slope, count, reset = self._descent(g, norm, scale)
+        d, dd, slope, count, reset = self._descent(g, products, norm, scale)
         found = self._look(lin, d, slope, g)
         accepted = found.point.length > 0
         step = trees.scale(found.point.length, d)
 
-        pair = self._pair(step, g, slope, norm, found)
-        self.learn(pair, count, scale)
+        pair = self._pair(step, g, slope, norm, found, dd)
+        after = self.learn(pair, products, count, scale)
         stuck = ~accepted & (norm > 0)
         self.remember(self._count, tf.where(stuck, 0, count + tf.cast(pair.learns, count.dtype)))
-        self.remember(self._end, trees.where(accepted, trees.add(w, step), w))
+        self.remember(self._end, trees.add(w, step))  # where no length is accepted, the step is zero
         self.remember(self._gradient, found.gradient)
+        self.remember(self._products, after)
         self.remember(self._loss, found.point.loss)
         self.reject(~accepted)
-        self._tell(found, pair, count, reset | stuck)
-        # without a search Keras multiplies by the length; a gradient that is not finite must skip the step
-        otherwise = tf.where(tf.math.is_finite(norm), 0.0, float("nan"))
-        step = d if self.search is None else step
-        return [tf.where(accepted, a, tf.cast(otherwise, a.dtype) * tf.ones_like(a)) for a in step]
+        self._tell(found, pair, count, reset | stuck, dd, norm)
+        return d if self.search is None else step  # without a search Keras multiplies by the length
 
     def _gradient_of(self, lin):
-        """The gradient; that of the last end point if weights and loss are the same."""
+        """The gradient and its products; those of the last end point if weights and loss are the same."""
         loss = lin.loss
         last = tf.cast(self._loss.value, loss.dtype)
         same = tf.abs(loss - last) <= SAME_LOSS.get(loss.dtype, SAME_LOSS[tf.float32]) * tf.abs(last)
         for here, end in zip(lin.weights, trees.values(self._end)):
             same &= tf.reduce_all(tf.equal(here, end))
-        gradient = tf.cond(same, lambda: trees.values(self._gradient), lambda: _full_precision(lin.gradient))
+
+        def anew():
+            gradient = _full_precision(lin.gradient)
+            return gradient, self.products(gradient)
+
+        def known():
+            return trees.values(self._gradient), [tf.identity(v.value) for v in self._products]
+
+        gradient, products = tf.cond(same, known, anew)
         lin.take_gradient(gradient)
-        return gradient
+        return gradient, products
 
     def _first_scale(self, norm):
         """`H` before the first pair, a float64 scalar."""
@@ -144,14 +165,16 @@ class QuasiNewton(CurvatureOptimizer):
             return tf.constant(self.initial_scale, tf.float64)
         return tf.where(norm > 1.0, 1.0 / norm, 1.0)
 
-    def _descent(self, g, norm, scale):
-        """`(direction, slope, count of pairs, whether H was forgotten)`."""
+    def _descent(self, g, products, norm, scale):
+        """`(direction, its squared norm, slope, count of pairs, whether H was forgotten)`."""
         count = tf.identity(self._count.value)
-        d = trees.negative(self.multiply(g, count, scale))
-        slope = tf.cast(trees.dot(g, d), tf.float64)
-        descends = (slope < 0) & trees.is_finite(d)
-        d = trees.where(descends, d, trees.scale(-scale, g))
-        return d, tf.where(descends, slope, -scale * norm**2), tf.where(descends, count, 0), ~descends & (norm > 0)
+        d = self.descent(g, products, count, scale)
+        slope, dd = tf.cast(trees.dot(g, d), tf.float64), tf.cast(trees.squared_norm(d), tf.float64)
+        descends = (slope < 0) & tf.math.is_finite(dd)
+        # conditions, because `tf.where` would copy the vectors
+        d = tf.cond(descends, lambda: d, lambda: trees.scale(-scale, g))
+        dd, slope, count = pick(descends, (dd, slope, count), ((scale * norm) ** 2, -scale * norm**2, 0))
+        return d, dd, slope, count, ~descends & (norm > 0)
 
     def _look(self, lin, d, slope, g):
         """What the search found; without a search, the point at the learning rate if it is finite."""
@@ -166,26 +189,32 @@ class QuasiNewton(CurvatureOptimizer):
         first = tf.cast(self.learning_rate, tf.float64) if self.search is None else 1.0
         return search_along(rule, along, d, lin.loss, slope, g, first)
 
-    def _pair(self, s, g, slope, norm, found):
+    def _pair(self, s, g, slope, norm, found, dd):
         """The `Pair` of a step."""
         y, length = trees.subtract(found.gradient, g), found.point.length
-        sy, ss = tf.cast(trees.dot(s, y), tf.float64), tf.cast(trees.squared_norm(s), tf.float64)
-        sBs = -(length**2) * slope
+        sy, ss, sBs = tf.cast(trees.dot(s, y), tf.float64), length**2 * dd, -(length**2) * slope
+        theta = tf.ones((), tf.float64)
         if self.update == "damped":
             short = sy < POWELL * sBs
             theta = tf.where(short, (1.0 - POWELL) * sBs / tf.where(short, sBs - sy, 1.0), 1.0)
             y = trees.add(trees.scale(theta, y), trees.scale(-length * (1.0 - theta), g))
             sy = theta * sy + (1.0 - theta) * sBs
+        yy = tf.cast(trees.squared_norm(y), tf.float64)
         curved = (sy >= CAUTION * norm * ss) if self.update == "cautious" else (sy > 0)
-        return Pair(s, y, sy, sBs, (length > 0) & curved & (sy > 0) & tf.math.is_finite(sy))
+        learns = (length > 0) & curved & (sy > 0) & tf.math.is_finite(sy) & tf.math.is_finite(yy)
+        of_begin = -theta - length * (1.0 - theta)
+        return Pair(s, y, sy, yy, sBs, learns, found.gradient, length * found.point.slope, theta, of_begin)
 
-    def _tell(self, found, pair, count, reset):
-        ss = tf.cast(trees.squared_norm(pair.s), tf.float64)
+    def _tell(self, found, pair, count, reset, dd, norm):
+        length = found.point.length
+        ss = length**2 * dd
+        taken = tf.sqrt(dd if self.search is None else ss)
         self.report(
-            evaluations=found.evaluations, step_length=found.point.length, pairs=self.kept(count),
+            evaluations=found.evaluations, step_length=length, pairs=self.kept(count),
             curvature=tf.where(ss > 0, pair.sy / tf.where(ss > 0, ss, 1.0), float("nan")),
             gradient_max=trees.largest(found.gradient), search_end=found.end, resets=tf.cast(reset, tf.float32),
-            overflows=found.overflows,
+            # a gradient that is not finite skips the step
+            overflows=found.overflows, step_norm=tf.where(tf.math.is_finite(norm), taken, float("nan")),
         )  # fmt: skip
 
     def linear_step(self) -> NotLinear:
