@@ -192,7 +192,7 @@ def updated(scaling, seed=0, first=False):
     optimizer._H.assign(H)
     Bs = np.linalg.solve(H, s)
     known = {name: tf.constant(value) for name, value in {"sy": s @ y, "yy": y @ y, "sBs": s @ Bs, "learns": True}.items()}
-    rest = dict.fromkeys(("gradient", "sg", "of_end", "of_begin"))
+    rest = dict.fromkeys(set(Pair._fields) - {"s", "y", *known}, tf.zeros((), tf.float64))
     pair = Pair(s=[tf.constant(s)], y=[tf.constant(y)], **known, **rest)
     with mock.patch.object(optimizer, "remember") as remember:
         optimizer.learn(pair, [], tf.constant(0 if first else 5), tf.constant(1.0, tf.float64))

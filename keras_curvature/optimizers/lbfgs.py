@@ -61,10 +61,11 @@ class LBFGS(QuasiNewton):
 
     def __init__(
         self, learning_rate: LearningRate = 1.0, memory: int = 10, search: Search | None = HagerZhang(),
-        update: Literal["cautious", "damped"] = "cautious", initial_scale: float | None = None, name: str = "lbfgs",
+        update: Literal["cautious", "damped"] = "cautious", initial_scale: float | None = None, logarithm: bool = False,
+        name: str = "lbfgs",
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        super().__init__(learning_rate, search, update, initial_scale, name=name, **kwargs)
+        super().__init__(learning_rate, search, update, initial_scale, logarithm, name=name, **kwargs)
         self.memory = memory
         check_count(self, "memory", memory)
 

@@ -27,6 +27,8 @@ from keras_curvature.typing import LearningRate, Variables, Vector
 CAUTION, POWELL = 1e-6, 0.2
 # How far two losses of one batch may differ by rounding, relatively.
 SAME_LOSS = {tf.float64: 1e-12, tf.float32: 2e-6}
+# Of a loss whose logarithm is minimized.
+SMALLEST = {tf.float64: 1e-300, tf.float32: 1e-37}
 
 
 class Pair(NamedTuple):
@@ -43,6 +45,7 @@ class Pair(NamedTuple):
         sg: `s'gradient`.
         of_end: The factor of `gradient` in `y`: 1, or less of a damped pair.
         of_begin: The factor of the gradient at the begin of the step in `y`: -1, or another of a damped pair.
+        decrease: How much lower the loss is after the step.
     """
 
     s: Vector
@@ -55,6 +58,7 @@ class Pair(NamedTuple):
     sg: tf.Tensor
     of_end: tf.Tensor
     of_begin: tf.Tensor
+    decrease: tf.Tensor
 
 
 class QuasiNewton(CurvatureOptimizer):
@@ -68,6 +72,7 @@ class QuasiNewton(CurvatureOptimizer):
         search: A search, or `None`.
         update: `"cautious"` or `"damped"`.
         initial_scale: `H` before the first pair, a number; `None`: `min(1, 1/|g|)`.
+        logarithm: Whether to minimize the logarithm of the loss.
         **kwargs: See `CurvatureOptimizer`.
     """
 
@@ -79,16 +84,17 @@ class QuasiNewton(CurvatureOptimizer):
 
     def __init__(
         self, learning_rate: LearningRate, search: Search | None, update: Literal["cautious", "damped"],
-        initial_scale: float | None, **kwargs: Any,
+        initial_scale: float | None, logarithm: bool, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, **kwargs)
-        self.search, self.update, self.initial_scale = search, update, initial_scale
+        self.search, self.update, self.initial_scale, self.logarithm = search, update, initial_scale, logarithm
         if search is not None:
             check_component(self, "search", search, "advance", "HagerZhang()")
         check(self, "update", update, update in ("cautious", "damped"), '"cautious" or "damped"')
         if initial_scale is not None:
             valid = is_number(initial_scale) and initial_scale > 0
             check(self, "initial_scale", initial_scale, valid, "a number above 0, or None")
+        check(self, "logarithm", logarithm, isinstance(logarithm, bool), "True or False")
 
     # A method implements these.
 
@@ -103,6 +109,10 @@ class QuasiNewton(CurvatureOptimizer):
     def learn(self, pair: Pair, products: list[tf.Tensor], count: tf.Tensor, scale: tf.Tensor) -> list[tf.Tensor]:
         """Remember the next `H`: as it is where `pair.learns` is false; the products of `pair.gradient` with it."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `learn`.")
+
+    def first_length(self, slope: tf.Tensor) -> tf.Tensor:
+        """The length that a search looks at first, a float64 scalar."""
+        return tf.ones((), tf.float64)
 
     def kept(self, count: tf.Tensor) -> tf.Tensor:
         """How many of `count` pairs `H` still knows."""
@@ -120,15 +130,16 @@ class QuasiNewton(CurvatureOptimizer):
 
     def direction(self, lin: Linearization) -> Vector:
         """The step that the search found along `-H g`."""
-        w, (g, products) = lin.weights, self._gradient_of(lin)
+        w, loss = lin.weights, self._minimized(lin.loss)
+        g, products = self._gradient_of(lin, loss)
         norm = tf.cast(trees.norm(g), tf.float64)
         scale = self._first_scale(norm)
         d, dd, slope, count, reset = self._descent(g, products, norm, scale)
-        found = self._look(lin, d, slope, g)
+        found = self._look(lin, loss, d, slope, g)
         accepted = found.point.length > 0
         step = trees.scale(found.point.length, d)
 
-        pair = self._pair(step, g, slope, norm, found, dd)
+        pair = self._pair(step, g, slope, norm, found, dd, loss)
         after = self.learn(pair, products, count, scale)
         stuck = ~accepted & (norm > 0)
         self.remember(self._count, tf.where(stuck, 0, count + tf.cast(pair.learns, count.dtype)))
@@ -140,23 +151,35 @@ class QuasiNewton(CurvatureOptimizer):
         self._tell(found, pair, count, reset | stuck, dd, norm)
         return d if self.search is None else step  # without a search Keras multiplies by the length
 
-    def _gradient_of(self, lin):
+    def _minimized(self, loss):
+        """The loss, or its logarithm; NaN for that of a negative one."""
+        if not self.logarithm:
+            return loss
+        return tf.where(loss >= 0, tf.math.log(tf.maximum(loss, SMALLEST[loss.dtype])), float("nan"))
+
+    def _its_gradient(self, loss, gradient):
+        """The gradient of what is minimized."""
+        gradient = _full_precision(gradient)
+        return trees.scale(1.0 / tf.maximum(loss, SMALLEST[loss.dtype]), gradient) if self.logarithm else gradient
+
+    def _gradient_of(self, lin, loss):
         """The gradient and its products; those of the last end point if weights and loss are the same."""
-        loss = lin.loss
         last = tf.cast(self._loss.value, loss.dtype)
-        same = tf.abs(loss - last) <= SAME_LOSS.get(loss.dtype, SAME_LOSS[tf.float32]) * tf.abs(last)
+        size = tf.maximum(tf.abs(last), 1.0) if self.logarithm else tf.abs(last)
+        same = tf.abs(loss - last) <= SAME_LOSS.get(loss.dtype, SAME_LOSS[tf.float32]) * size
         for here, end in zip(lin.weights, trees.values(self._end)):
             same &= tf.reduce_all(tf.equal(here, end))
 
         def anew():
-            gradient = _full_precision(lin.gradient)
+            gradient = self._its_gradient(lin.loss, lin.gradient)
             return gradient, self.products(gradient)
 
         def known():
             return trees.values(self._gradient), [tf.identity(v.value) for v in self._products]
 
         gradient, products = tf.cond(same, known, anew)
-        lin.take_gradient(gradient)
+        if not self.logarithm:
+            lin.take_gradient(gradient)
         return gradient, products
 
     def _first_scale(self, norm):
@@ -176,20 +199,20 @@ class QuasiNewton(CurvatureOptimizer):
         dd, slope, count = pick(descends, (dd, slope, count), ((scale * norm) ** 2, -scale * norm**2, 0))
         return d, dd, slope, count, ~descends & (norm > 0)
 
-    def _look(self, lin, d, slope, g):
+    def _look(self, lin, loss, d, slope, g):
         """What the search found; without a search, the point at the learning rate if it is finite."""
 
         def along(length):
-            loss, gradient = lin.loss_and_gradient_at(trees.scale(length, d))
-            return loss, _full_precision(gradient)
+            there, gradient = lin.loss_and_gradient_at(trees.scale(length, d))
+            return self._minimized(there), self._its_gradient(there, gradient)
 
         # from a loss that is not finite no search begins, and the step is skipped
-        slope = tf.where(tf.math.is_finite(lin.loss), slope, float("nan"))
-        rule = OneLength() if self.search is None else self.search
-        first = tf.cast(self.learning_rate, tf.float64) if self.search is None else 1.0
-        return search_along(rule, along, d, lin.loss, slope, g, first)
+        slope = tf.where(tf.math.is_finite(loss), slope, float("nan"))
+        if self.search is None:
+            return search_along(OneLength(), along, d, loss, slope, g, tf.cast(self.learning_rate, tf.float64))
+        return search_along(self.search, along, d, loss, slope, g, self.first_length(slope))
 
-    def _pair(self, s, g, slope, norm, found, dd):
+    def _pair(self, s, g, slope, norm, found, dd, loss):
         """The `Pair` of a step."""
         y, length = trees.subtract(found.gradient, g), found.point.length
         sy, ss, sBs = tf.cast(trees.dot(s, y), tf.float64), length**2 * dd, -(length**2) * slope
@@ -203,16 +226,19 @@ class QuasiNewton(CurvatureOptimizer):
         curved = (sy >= CAUTION * norm * ss) if self.update == "cautious" else (sy > 0)
         learns = (length > 0) & curved & (sy > 0) & tf.math.is_finite(sy) & tf.math.is_finite(yy)
         of_begin = -theta - length * (1.0 - theta)
-        return Pair(s, y, sy, yy, sBs, learns, found.gradient, length * found.point.slope, theta, of_begin)
+        decrease = tf.cast(loss, tf.float64) - found.point.loss
+        return Pair(s, y, sy, yy, sBs, learns, found.gradient, length * found.point.slope, theta, of_begin, decrease)
 
     def _tell(self, found, pair, count, reset, dd, norm):
         length = found.point.length
         ss = length**2 * dd
         taken = tf.sqrt(dd if self.search is None else ss)
+        largest = tf.cast(trees.largest(found.gradient), tf.float64)
+        largest *= tf.exp(found.point.loss) if self.logarithm else 1.0
         self.report(
             evaluations=found.evaluations, step_length=length, pairs=self.kept(count),
             curvature=tf.where(ss > 0, pair.sy / tf.where(ss > 0, ss, 1.0), float("nan")),
-            gradient_max=trees.largest(found.gradient), search_end=found.end, resets=tf.cast(reset, tf.float32),
+            gradient_max=largest, search_end=found.end, resets=tf.cast(reset, tf.float32),
             # a gradient that is not finite skips the step
             overflows=found.overflows, step_norm=tf.where(tf.math.is_finite(norm), taken, float("nan")),
         )  # fmt: skip
