@@ -15,6 +15,7 @@ package.
 from keras_curvature.problems.analytic import quadratic, rahimi_recht, rosenbrock
 from keras_curvature.problems.base import Problem, seeded
 from keras_curvature.problems.datasets import data, synthetic
+from keras_curvature.problems.evolution import convection, reaction, wave
 from keras_curvature.problems.logistic_regression import logistic
 from keras_curvature.problems.losses import SumSquares
 from keras_curvature.problems.networks import SparseNormal
@@ -28,6 +29,7 @@ __all__ = [
     "Problem",
     "SparseNormal",
     "SumSquares",
+    "convection",
     "data",
     "first_below",
     "get",
@@ -36,6 +38,7 @@ __all__ = [
     "poisson",
     "quadratic",
     "rahimi_recht",
+    "reaction",
     "relative_error",
     "rosenbrock",
     "rosenbrock_start",
@@ -43,4 +46,5 @@ __all__ = [
     "sinc",
     "synthetic",
     "table_1_starts",
+    "wave",
 ]
