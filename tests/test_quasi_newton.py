@@ -191,7 +191,8 @@ def updated(scaling, seed=0, first=False):
     y = y if s @ y > 0 else y + s * (1.0 - s @ y) / (s @ s)
     optimizer._H.assign(H)
     Bs = np.linalg.solve(H, s)
-    known = {name: tf.constant(value) for name, value in {"sy": s @ y, "yy": y @ y, "sBs": s @ Bs, "learns": True}.items()}
+    known = {"sy": s @ y, "yy": y @ y, "sBs": s @ Bs, "learns": True}
+    known = {name: tf.constant(value) for name, value in known.items()}
     rest = dict.fromkeys(set(Pair._fields) - {"s", "y", *known}, tf.zeros((), tf.float64))
     pair = Pair(s=[tf.constant(s)], y=[tf.constant(y)], **known, **rest)
     with mock.patch.object(optimizer, "remember") as remember:

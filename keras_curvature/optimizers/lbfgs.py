@@ -119,7 +119,7 @@ class LBFGS(QuasiNewton):
         return tf.concat([tf.gather(b[:, 0], back), tf.gather(-gamma * a[:, 0], back)], 0)
 
     def learn(self, pair: Pair, products: list[tf.Tensor], count: tf.Tensor, scale: tf.Tensor) -> list[tf.Tensor]:
-        """Put the pair in the place of the oldest; its products with the others are differences of those of gradients."""
+        """Put the pair in the place of the oldest; `y` has the products of the gradients that it is a difference of."""
         slot, (end,) = count % self.memory, self.products(pair.gradient)
         here = tf.range(self.memory) == slot
         with_y = pair.of_end * end + pair.of_begin * products[0]

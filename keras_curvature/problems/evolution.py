@@ -167,7 +167,7 @@ def convection(beta: float = 40.0, points: int = 10000, width: int = 200, depth:
 def reaction(rho: float = 5.0, points: int = 10000, width: int = 200, depth: int = 3) -> Problem:
     """Logistic growth at each point of a periodic space; otherwise as `convection`.
 
-        u_t = rho u (1 - u),      u(x, 0) = exp(-8 (x - pi)^2 / pi^2) = h,      u* = h e / (h e + 1 - h),  e = exp(rho t)
+        u_t = rho u (1 - u),      u(x, 0) = exp(-8 (x - pi)^2 / pi^2) = h,      u* = h / (h + (1 - h) exp(-rho t))
 
     Args:
         rho: The rate of growth. Defaults to `5.0` (the paper).
