@@ -12,7 +12,7 @@ from analytic import NOTHING, ONE, OfWeights, function_model, steps, the_output,
 from cases import put
 
 import keras_curvature as kc
-from keras_curvature.optimizers.quasi_newton import CAUTION
+from keras_curvature.optimizers.quasi_newton import CAUTION, Pair
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 OF_OPTAX = pathlib.Path(__file__).parent / "reference" / "lbfgs_optax.txt"
@@ -137,17 +137,19 @@ def trained(optimizer, steps=7, function="log_sum_exp"):
     return model, model.optimizer
 
 
-def inverse_hessian(optimizer):
+def inverse_hessian(optimizer, size=8):
     """`H`, dense, from products with the unit vectors."""
     count, scale = tf.identity(optimizer._count.value), tf.constant(1.0, tf.float64)
-    return np.array([optimizer.multiply([tf.constant(unit)], count, scale)[0].numpy() for unit in np.eye(8)])
+    units = [[tf.constant(unit)] for unit in np.eye(size)]
+    return np.array([-optimizer.descent(e, optimizer.products(e), count, scale)[0].numpy() for e in units])
 
 
 def pairs(optimizer):
     """The pairs in memory, oldest first."""
     count, memory = int(optimizer._count.numpy()), optimizer.memory
     order = [i % memory for i in range(max(0, count - memory), count)]
-    return [(optimizer._s[0].numpy()[i], optimizer._y[0].numpy()[i]) for i in order]
+    rows = optimizer._memory[0].numpy()
+    return [(rows[i], rows[memory + i]) for i in order]
 
 
 def dense_bfgs(H, known):
@@ -189,11 +191,12 @@ def updated(scaling, seed=0, first=False):
     y = y if s @ y > 0 else y + s * (1.0 - s @ y) / (s @ s)
     optimizer._H.assign(H)
     Bs = np.linalg.solve(H, s)
-    from keras_curvature.optimizers.quasi_newton import Pair
-
-    pair = Pair([tf.constant(s)], [tf.constant(y)], tf.constant(s @ y), tf.constant(s @ Bs), tf.constant(True))
+    known = {"sy": s @ y, "yy": y @ y, "sBs": s @ Bs, "learns": True}
+    known = {name: tf.constant(value) for name, value in known.items()}
+    rest = dict.fromkeys(set(Pair._fields) - {"s", "y", *known}, tf.zeros((), tf.float64))
+    pair = Pair(s=[tf.constant(s)], y=[tf.constant(y)], **known, **rest)
     with mock.patch.object(optimizer, "remember") as remember:
-        optimizer.learn(pair, tf.constant(0 if first else 5), tf.constant(1.0, tf.float64))
+        optimizer.learn(pair, [], tf.constant(0 if first else 5), tf.constant(1.0, tf.float64))
     return H, s, y, Bs, remember.call_args.args[1].numpy()
 
 
@@ -342,14 +345,8 @@ def test_pairs_without_curvature_are_left_out_or_mended():
             if update == "cautious" and log["resets"] == 0:
                 g = value_and_gradient("eggholder", weights(model))[1]
                 assert learnt == (log["curvature"] >= CAUTION * np.linalg.norm(g)) or abs(log["curvature"]) < 1e-3
-        H = inverse_hessian_of_two(model.optimizer)
+        H = inverse_hessian(model.optimizer, 2)
         assert np.linalg.eigvalsh(H).min() > 0
-
-
-def inverse_hessian_of_two(optimizer):
-    """`H` of a function of two weights."""
-    count, scale = tf.identity(optimizer._count.value), tf.constant(1.0, tf.float64)
-    return np.array([optimizer.multiply([tf.constant(unit)], count, scale)[0].numpy() for unit in np.eye(2)])
 
 
 @pytest.mark.parametrize("make", [kc.LBFGS, kc.BFGS])
@@ -358,8 +355,7 @@ def test_a_direction_that_does_not_descend_gives_way_to_the_gradient(make):
     steps(model, 4)
     optimizer = model.optimizer
     if make is kc.LBFGS:
-        optimizer._gamma.assign(-1.0)
-        optimizer._rho.assign(np.zeros(10))
+        optimizer._yy.assign(-1e6 * np.eye(10))
     else:
         optimizer._H.assign(-np.eye(2))
     before = value_and_gradient("himmelblau", weights(model))

@@ -3,18 +3,23 @@
     python examples/benchmarks/quasi_newton.py counts          # usual functions: evaluations to a gradient of 1e-8
     python examples/benchmarks/quasi_newton.py logistic        # on scikit-learn's sets, beside SciPy's L-BFGS-B
     python examples/benchmarks/quasi_newton.py pinn            # a Poisson problem, five seeds, 3000 steps
-    python examples/benchmarks/quasi_newton.py pinn --float32  # what single precision costs
+    python examples/benchmarks/quasi_newton.py stages          # convection, reaction, wave: Adam, L-BFGS, NysNewton-CG
+
+`pinn` and `stages` take `--float32`: what single precision costs; and `--log FILE`: what it holds is not run again.
 
 Counts are of evaluations of loss and gradient, the start included; they do not depend on the machine. An error of
 `pinn` is that of the network against the solution in L2, relative, on a grid of 100 x 100 points.
 """
 
 import argparse
+import json
+import pathlib
 
 import keras
 import numpy as np
 import scipy.optimize
 import sklearn.datasets
+import tensorflow as tf
 from keras import ops
 
 import keras_curvature as kc
@@ -23,6 +28,7 @@ from keras_curvature import problems
 METHODS = {
     "LBFGS": kc.LBFGS, "LBFGS StrongWolfe": lambda: kc.LBFGS(search=kc.StrongWolfe()), "BFGS": kc.BFGS,
     "BFGS self-scaled": lambda: kc.BFGS(scaling="self_scaled"), "BFGS broyden": lambda: kc.BFGS(scaling="broyden"),
+    "BFGS broyden log": lambda: kc.BFGS(scaling="broyden", logarithm=True),
 }  # fmt: skip
 FUNCTIONS = {
     "Rosenbrock": (lambda w: 100.0 * (w[1] - w[0] ** 2) ** 2 + (1.0 - w[0]) ** 2, (-1.2, 1.0)),
@@ -134,39 +140,105 @@ def logistic():
         print(f"{name:20}{theirs:8d}{ours:8.0f}{min(losses) / minimum - 1:16.1e}", flush=True)
 
 
-# A physics-informed network.
+# Physics-informed networks.
 
 
-def pinn(steps, seeds, methods):
+class Log:
+    """Results by name, in a file of JSON lines if there is one."""
+
+    def __init__(self, path):
+        self.path = None if path is None else pathlib.Path(path)
+        lines = self.path.read_text().splitlines() if self.path and self.path.exists() else []
+        self.known = {line["run"]: line for line in map(json.loads, lines)}
+
+    def once(self, run, compute):
+        """What `compute()` returns, a dictionary; not computed if the file has it."""
+        if run not in self.known:
+            self.known[run] = {"run": run, **compute()}
+            if self.path:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(self.known[run]) + "\n")
+        return self.known[run]
+
+
+def steps_of(model, problem, optimizer, steps):
+    """Train a model on all points at once; the history of one epoch of so many steps."""
+    batches = tf.data.Dataset.from_tensors(problem.data()).repeat()
+    model.compile(optimizer, loss=problem.loss(), jit_compile=False)
+    return model.fit(batches, steps_per_epoch=steps, verbose=0).history
+
+
+def pinn(arguments):
     """Poisson's equation in the unit square, the network and grid of energy natural gradients."""
-    problem = problems.poisson()
-    x, y = problem.data()
-    print(f"{'error in L2':20}" + "".join(f"{f'seed {seed}':>11}" for seed in range(seeds)) + f"{'evaluations':>14}")
-    for name in methods:
-        make, errors, evaluations = METHODS[name], [], []
-        for seed in range(seeds):
-            model = kc.curved(problem.compiled(make(), seed=seed))
-            stop = kc.callbacks.Converged(gradient=0.0, patience=5, verbose=0)
-            history = model.fit(x, y, batch_size=len(x), epochs=steps, verbose=0, callbacks=[stop]).history
-            errors.append(problems.relative_error(model))
-            evaluations.append(sum(history["evaluations"]))
-        row = "".join(f"{error:11.1e}" for error in errors)
-        print(f"{name:20}{row}{np.median(evaluations):14.0f}", flush=True)
+    problem, log, seeds = problems.poisson(), Log(arguments.log), range(arguments.seeds)
+    print(f"{'error in L2':20}" + "".join(f"{f'seed {seed}':>11}" for seed in seeds) + f"{'evaluations':>14}")
+
+    def run(name, seed):
+        model = kc.curved(problem.model(seed))
+        if arguments.adam:
+            steps_of(model, problem, keras.optimizers.Adam(1e-3), arguments.adam)
+        evaluations = steps_of(model, problem, METHODS[name](), arguments.steps)["evaluations"][0]
+        return {"error": problems.relative_error(model), "evaluations": evaluations}
+
+    for name in arguments.methods:
+        key = f"poisson {name} {arguments.adam}+{arguments.steps} {keras.config.floatx()}"
+        found = [log.once(f"{key} {seed}", lambda name=name, seed=seed: run(name, seed)) for seed in seeds]
+        row = "".join(f"{one['error']:11.1e}" for one in found)
+        print(f"{name:20}{row}{np.median([one['evaluations'] for one in found]):14.0f}", flush=True)
+
+
+# name: (optimizer, the argument with its steps)
+STAGES = {
+    "Adam": (lambda: keras.optimizers.Adam(1e-3), "adam"),
+    "L-BFGS": (lambda: kc.LBFGS(memory=100), "steps"),
+    "NysNewton-CG": (
+        lambda: kc.NysNewtonCG(
+            rank=60, damping=1e-3,
+            solver=kc.ConjugateGradient(max_steps=100, progress_tolerance=0.0, residual_tolerance=1e-8),
+        ), "newton",
+    ),
+}  # fmt: skip
+
+
+def stages(arguments):
+    """Errors after each of three methods, one after the other on the same network."""
+    log = Log(arguments.log)
+    print(f"{'error in L2, relative':24}" + "".join(f"{stage:>14}" for stage in STAGES))
+    for name in ("convection", "reaction", "wave"):
+        problem = getattr(problems, name)(points=arguments.points, width=arguments.width)
+
+        def run(problem=problem):
+            model, errors, losses = kc.curved(problem.model(0)), {}, {}
+            for stage, (make, steps) in STAGES.items():
+                steps_of(model, problem, make(), getattr(arguments, steps))
+                errors[stage] = problems.relative_error(model)
+                losses[stage] = float(model.evaluate(*problem.data(), batch_size=problem.batch_size, verbose=0))
+            return {"error": errors, "loss": losses}
+
+        protocol = f"{arguments.points} {arguments.width} {arguments.adam}+{arguments.steps}+{arguments.newton}"
+        found = log.once(f"{name} {protocol} {keras.config.floatx()}", run)
+        for what in ("error", "loss"):
+            row = "".join(f"{found[what][stage]:14.1e}" for stage in STAGES)
+            print(f"{name + ' ' * 8 + what:24}{row}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("problem", choices=["counts", "logistic", "pinn"])
-    parser.add_argument("--steps", type=int, default=3000, help="steps of `pinn`, in each run")
+    parser.add_argument("problem", choices=["counts", "logistic", "pinn", "stages"])
+    parser.add_argument("--steps", type=int, default=3000, help="quasi-Newton steps of `pinn` and `stages`")
+    parser.add_argument("--adam", type=int, default=0, help="steps of Adam before")
+    parser.add_argument("--newton", type=int, default=200, help="steps of NysNewton-CG after")
+    parser.add_argument("--points", type=int, default=1000, help="points inside, of `stages`; the paper: 10000")
+    parser.add_argument("--width", type=int, default=50, help="width of the network of `stages`; the paper: 200")
     parser.add_argument("--seeds", type=int, default=5, help="runs of `pinn`")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="of `pinn`; default: all")
     parser.add_argument("--float32", action="store_true", help="compute in single precision")
+    parser.add_argument("--log", help="file that results are added to, and read from")
     arguments = parser.parse_args()
     keras.config.set_floatx("float32" if arguments.float32 else "float64")
-    if arguments.problem == "pinn":
-        pinn(arguments.steps, arguments.seeds, arguments.methods)
-    else:
-        {"counts": counts, "logistic": logistic}[arguments.problem]()
+    {"counts": lambda _: counts(), "logistic": lambda _: logistic(), "pinn": pinn, "stages": stages}[arguments.problem](
+        arguments
+    )
 
 
 if __name__ == "__main__":

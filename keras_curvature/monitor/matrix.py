@@ -240,7 +240,7 @@ class Curvature(LinearOperator):
         return noise(self.objective, micro_batch, parts)
 
     def solve(
-        self, vector: Vector, damping: float, tolerance: float = 1e-6, max_products: int = 1000
+        self, vector: Vector, damping: float, tolerance: float = 1e-6, max_products: int = 1000, rank: int = 0
     ) -> Solution:  # fmt: skip
         """The solution of `(B + damping I) x = vector`, a `Solution`, by conjugate gradients.
 
@@ -252,6 +252,8 @@ class Curvature(LinearOperator):
             tolerance: Largest residual `|vector - (B + damping I) x|`, relative to `|vector|`. Defaults to `1e-6`.
             max_products: An integer. `Solution.residual` has the residual reached; a warning says when it is above the
                 tolerance. Defaults to `1000`.
+            rank: Number of products to spend on a Nyström preconditioner, which takes as many of the largest
+                eigenvalues away; they count towards `max_products`. Defaults to `0`: no preconditioner.
 
         Raises:
             ValueError: The Hessian is not positive definite with this damping; the message has its most negative
@@ -259,7 +261,7 @@ class Curvature(LinearOperator):
         """
         trees.check("vector", vector, self.variables)
         operator = self._shown()
-        return solve(self, operator, vector, damping, tolerance, max_products, asked_by=Curvature.solve)
+        return solve(self, operator, vector, damping, tolerance, max_products, rank, asked_by=Curvature.solve)
 
     @property
     def _like(self):

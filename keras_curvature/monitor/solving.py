@@ -2,29 +2,43 @@
 
 import warnings
 
+import tensorflow as tf
+
+from keras_curvature import trees
 from keras_curvature.component import check_count, check_number
 from keras_curvature.operators import Function, Identity
 from keras_curvature.solvers import ConjugateGradient
+from keras_curvature.solvers.nystrom import NystromPreconditioner, sketch
 
 
-def solve(curvature, operator, vector, damping, tolerance, max_products, asked_by):
+def solve(curvature, operator, vector, damping, tolerance, max_products, rank, asked_by):
     """The solution of `(B + damping I) x = vector`; see `Curvature.solve`.
 
     Args:
         curvature: The `Curvature`, which finds the smallest eigenvalue.
         operator: The operator to multiply by: the same matrix.
-        vector, damping, tolerance, max_products: As in `Curvature.solve`.
+        vector, damping, tolerance, max_products, rank: As in `Curvature.solve`.
         asked_by: The function to name in messages.
     """
     check_number(asked_by, "damping", damping, low=0)
     check_number(asked_by, "tolerance", tolerance, low=0, open_low=True)
     check_count(asked_by, "max_products", max_products)
+    check_count(asked_by, "rank", rank, low=0)
+    if rank >= max_products:
+        raise ValueError(
+            f"`Curvature.solve`: `rank` must be less than `max_products` ({max_products}). Received: rank={rank}"
+        )
     if not curvature.psd:
         _check_positive(curvature, damping)
-    solver = ConjugateGradient(max_products, progress_tolerance=0.0, residual_tolerance=tolerance)
+    rank = min(rank, trees.count(vector))
+    solver = ConjugateGradient(max_products - rank, progress_tolerance=0.0, residual_tolerance=tolerance)
     damped = Function((operator + damping * Identity()).multiply, psd=True)
-    solution = solver.solve(damped, list(vector))
-    residual, products = float(solution.residual), int(solution.steps)
+    preconditioner = None
+    if rank:
+        found = sketch(operator, vector, rank, tf.constant(curvature.objective.seed))
+        preconditioner = NystromPreconditioner(found.vectors, found.values, damping)
+    solution = solver.solve(damped, list(vector), preconditioner=preconditioner)
+    residual, products = float(solution.residual), int(solution.steps) + rank
     if residual > tolerance and products < max_products and not curvature.psd:
         raise ValueError(
             f"`Curvature.solve`: the Hessian with damping={damping!r} is not positive definite: conjugate gradients "

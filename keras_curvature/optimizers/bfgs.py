@@ -13,6 +13,8 @@ from keras_curvature.typing import LearningRate, Variables, Vector
 
 # The dense matrix is n x n in float64.
 MOST_BYTES = 4e9
+# On the first length that the last decrease predicts, as in SciPy's `line_search`.
+MARGIN = 1.01
 
 
 @register
@@ -60,9 +62,10 @@ class BFGS(QuasiNewton):
     def __init__(
         self, learning_rate: LearningRate = 1.0, scaling: Literal["self_scaled", "broyden"] | None = None,
         search: Search | None = HagerZhang(), update: Literal["cautious", "damped"] = "cautious",
-        initial_scale: float | None = None, name: str = "bfgs", **kwargs: Any,
+        initial_scale: float | None = None, logarithm: bool = False,
+        name: str = "bfgs", **kwargs: Any,
     ) -> None:  # fmt: skip
-        super().__init__(learning_rate, search, update, initial_scale, name=name, **kwargs)
+        super().__init__(learning_rate, search, update, initial_scale, logarithm, name=name, **kwargs)
         self.scaling = scaling
         check(self, "scaling", scaling, scaling in (None, "self_scaled", "broyden"), 'None, "self_scaled" or "broyden"')
 
@@ -76,29 +79,40 @@ class BFGS(QuasiNewton):
                 f"`BFGS` keeps a dense matrix of float64 numbers, {needed / 1e9:.1f} GB for this model. Received: a "
                 f"model with {size} trainable weights; at most {int((MOST_BYTES / 8) ** 0.5)} fit. Use `LBFGS()`."
             )
+        if self.scaling:
+            self._decrease = self.add_scalar(0.0, "decrease")
         self._H = self.add_variable((size, size), dtype="float64", name="inverse_hessian", aggregation="none")
 
-    def multiply(self, gradient: Vector, count: tf.Tensor, scale: tf.Tensor) -> Vector:
-        """`H g`, one dense product."""
-        scaled = trees.scale(scale, gradient)
-        dense = trees.unflatten(tf.linalg.matvec(self._H.value, trees.flatten(gradient, tf.float64)), gradient)
-        return trees.where(count > 0, dense, scaled)
+    def first_length(self, slope: tf.Tensor) -> tf.Tensor:
+        """1; with scaling, no longer than where a parabola would fall as far as the last step."""
+        if self.scaling is None:
+            return super().first_length(slope)
+        predicted = -2.0 * MARGIN * tf.cast(self._decrease.value, tf.float64) / slope
+        return tf.where((predicted > 0) & (predicted < 1), predicted, 1.0)
 
-    def learn(self, pair: Pair, count: tf.Tensor, scale: tf.Tensor) -> None:
+    def descent(self, gradient: Vector, products: list[tf.Tensor], count: tf.Tensor, scale: tf.Tensor) -> Vector:
+        """`-H g`, one dense product."""
+        dense = tf.linalg.matvec(self._H.value, trees.flatten(gradient, tf.float64))
+        return trees.where(count > 0, trees.unflatten(-dense, gradient), trees.scale(-scale, gradient))
+
+    def learn(self, pair: Pair, products: list[tf.Tensor], count: tf.Tensor, scale: tf.Tensor) -> list[tf.Tensor]:
         """Update `H` by the pair."""
         s, y, sy = trees.flatten(pair.s, tf.float64), trees.flatten(pair.y, tf.float64), pair.sy
         first = tf.equal(count, 0)
         begin = scale if self.scaling else sy / tf.tensordot(y, y, 1)
         identity = tf.eye(tf.size(s), dtype=tf.float64)
-        # without scaling the first H is that of the two-loop recursion
+        # without scaling the first H is that of `LBFGS`
         old = tf.cond(first, lambda: begin * identity, lambda: tf.identity(self._H.value))
         Hy = tf.linalg.matvec(old, y)
         yHy = tf.tensordot(y, Hy, 1)
         phi, tau = self._coefficients(sy, yHy, pair.sBs, first, tf.cast(tf.size(s), tf.float64))
         v = s / sy - Hy / yHy
         new = (old - _outer(Hy, Hy) / yHy + phi * yHy * _outer(v, v)) / tau + _outer(s, s) / sy
+        if self.scaling:
+            self.remember(self._decrease, tf.cast(pair.decrease, self._decrease.dtype))
         good = pair.learns & tf.math.is_finite(tf.reduce_sum(new))
         self.remember(self._H, tf.cond(good, lambda: new, lambda: tf.identity(self._H.value)))
+        return []
 
     def _coefficients(self, sy, yHy, sBs, first, size):
         """`(phi, tau)` of the update, float64 scalars."""

@@ -6,14 +6,16 @@ from typing import Any, Literal, Self
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_component, check_number, check_part, register
+from keras_curvature.component import check, check_component, check_number, check_part, is_number, register
 from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal, Identity, Scaled
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
-from keras_curvature.solvers import ConjugateGradient
+from keras_curvature.optimizers.rows import add_rows
+from keras_curvature.solvers import ConjugateGradient, Nystrom
+from keras_curvature.solvers.nystrom import NystromPreconditioner, sketch
 from keras_curvature.steps import ArmijoLineSearch, Damping, LevenbergMarquardt, Trial, as_damping
 from keras_curvature.typing import LearningRate, Variables, Vector
 
@@ -51,12 +53,13 @@ class HessianFree(CurvatureOptimizer):
         curvature_batch: Part of the batch that curvature products use, another part in each step: a share in (0, 1], a
             number of examples, or `None` for all. Defaults to `None`.
         warm_start: Share of the last solution to start from, in [0, 1]. Defaults to `0.95` (Martens).
-        preconditioner: Exponent of the preconditioner; `0.0` for none. Defaults to `0.75` (Martens).
+        preconditioner: Exponent of the diagonal preconditioner, `0.0` for none; or `Nystrom()`, which takes the largest
+            eigenvalues away. Defaults to `0.75` (Martens).
         structural_damping: `mu` in `lambda (I + mu J_h'J_h / N)`, for recurrent models. Defaults to `0.0`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `reduction_ratio`, `cg_iterations`, `step_length` (of the line search), `step_norm`,
-    `skipped_steps`.
+    `skipped_steps`; with `Nystrom()` `failed_refreshes`.
 
     Example:
 
@@ -77,7 +80,7 @@ class HessianFree(CurvatureOptimizer):
         self, learning_rate: LearningRate = 1.0, damping: float | Damping = LevenbergMarquardt.martens(),
         solver: ConjugateGradient = ConjugateGradient(), line_search: ArmijoLineSearch | None = ArmijoLineSearch(),
         curvature: Literal["gauss_newton", "hessian"] = "gauss_newton", curvature_batch: float | None = None,
-        warm_start: float = 0.95, preconditioner: float = 0.75, structural_damping: float = 0.0,
+        warm_start: float = 0.95, preconditioner: float | Nystrom = 0.75, structural_damping: float = 0.0,
         name: str = "hessian_free", **kwargs: Any,
     ) -> None:  # fmt: skip
         check(self, "curvature", curvature, curvature in ("gauss_newton", "hessian"), '"gauss_newton" or "hessian"')
@@ -94,7 +97,11 @@ class HessianFree(CurvatureOptimizer):
             check_component(self, "line_search", line_search, "search", "ArmijoLineSearch()")
         check_part(self, "curvature_batch", curvature_batch)
         check_number(self, "warm_start", warm_start, low=0, high=1)
-        check_number(self, "preconditioner", preconditioner, low=0, high=1)
+        if isinstance(preconditioner, Nystrom):
+            self.reports = {"failed_refreshes": "sum", **type(self).reports}
+        else:
+            valid = is_number(preconditioner) and 0 <= preconditioner <= 1
+            check(self, "preconditioner", preconditioner, valid, "a number in [0, 1], or `Nystrom()`")
         check_number(self, "structural_damping", structural_damping, low=0)
 
     @classmethod
@@ -116,9 +123,13 @@ class HessianFree(CurvatureOptimizer):
         return cls(**{"damping": rho, "solver": solver, "name": "sgn", **plain, **kwargs})
 
     def create_state(self, variables: Variables) -> None:
-        """The last end point of conjugate gradients, and the damping."""
+        """The last end point of conjugate gradients, and the damping; the sketch of `Nystrom()`."""
         self._last = self.add_optimizer_variables(variables, "solution")
         self._damping = self.add_scalar(self._rule.initial, "damping")
+        if isinstance(self.preconditioner, Nystrom):
+            rank = min(self.preconditioner.rank, trees.count(variables))
+            self._vectors = add_rows(self, variables, rank, "sketch")
+            self._values = self.add_variable((rank,), dtype="float64", name="eigenvalues", aggregation="none")
 
     def direction(self, lin: Linearization) -> Vector:
         """The accepted step."""
@@ -134,7 +145,7 @@ class HessianFree(CurvatureOptimizer):
             A = A + Scaled(damping * self.structural_damping, batch.hidden_gauss_newton(), nonnegative=True)
 
         start = trees.scale(self.warm_start, trees.values(self._last))
-        solution = solver.solve(A, trees.negative(g), start, self._preconditioner(lin, damping))
+        solution = solver.solve(A, trees.negative(g), start, self._preconditioner(lin, B, damping))
         solved = trees.where(trees.is_finite(solution.value), solution.value, trees.zeros_like(g))
         step, quadratic, loss = self._backtrack(lin, solution)
 
@@ -160,10 +171,18 @@ class HessianFree(CurvatureOptimizer):
             "it takes curvature into account, however large. Watch its `reduction_ratio` and `damping`."
         )
 
-    def _preconditioner(self, lin, damping):
-        """`(mean_i g_i^2 + lambda + l2)^-exponent`, an operator; `None` if it is switched off."""
+    def _preconditioner(self, lin, B, damping):
+        """`(mean_i g_i^2 + lambda + l2)^-exponent`, or that of the sketch of `B`; `None` if it is switched off."""
         if not self.preconditioner:
             return None
+        if isinstance(self.preconditioner, Nystrom):
+
+            def renewed():
+                new = sketch(B, lin.weights, self._values.shape[0], self.iterations)
+                return [*new.vectors, new.values]
+
+            *vectors, values = self.refresh([*self._vectors, self._values], self.preconditioner.every, renewed)
+            return NystromPreconditioner(vectors, values, damping)
         squares = lin.squared_gradients(seed=tf.cast(self.iterations, tf.int32))
         entries = [s + tf.cast(damping, s.dtype) + l2 for s, l2 in zip(squares, lin.l2)]
         # an input that is always 0 and no damping: that weight has no gradient, and any entry will do

@@ -7,7 +7,8 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check_count, register
 from keras_curvature.optimizers.quasi_newton import Pair, QuasiNewton
-from keras_curvature.optimizers.rows import Row, add_rows
+from keras_curvature.optimizers.rows import Rows, add_rows
+from keras_curvature.solvers import row_vectors
 from keras_curvature.steps import HagerZhang
 from keras_curvature.steps.search import Search
 from keras_curvature.typing import LearningRate, Variables, Vector
@@ -60,60 +61,75 @@ class LBFGS(QuasiNewton):
 
     def __init__(
         self, learning_rate: LearningRate = 1.0, memory: int = 10, search: Search | None = HagerZhang(),
-        update: Literal["cautious", "damped"] = "cautious", initial_scale: float | None = None, name: str = "lbfgs",
+        update: Literal["cautious", "damped"] = "cautious", initial_scale: float | None = None, logarithm: bool = False,
+        name: str = "lbfgs",
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        super().__init__(learning_rate, search, update, initial_scale, name=name, **kwargs)
+        super().__init__(learning_rate, search, update, initial_scale, logarithm, name=name, **kwargs)
         self.memory = memory
         check_count(self, "memory", memory)
 
     def create_state(self, variables: Variables) -> None:
-        """The pairs, one in each row; their `rho`, and `gamma`."""
+        """The pairs, one in each row, first all `s`; `S'Y` and `Y'Y`; `gamma`; the products of the last gradient."""
         super().create_state(variables)
-        self._s = add_rows(self, variables, self.memory, "s")
-        self._y = add_rows(self, variables, self.memory, "y")
-        self._rho = self.add_variable((self.memory,), dtype="float64", name="rho", aggregation="none")
+        self._memory = add_rows(self, variables, 2 * self.memory, "pairs")
+        shape = (self.memory, self.memory)
+        self._sy, self._yy = (
+            self.add_variable(shape, dtype="float64", name=name, aggregation="none") for name in ("sy", "yy")
+        )
         self._gamma = self.add_scalar(1.0, "gamma")
+        like = {"dtype": "float64", "name": "products", "aggregation": "none"}
+        self._products = [self.add_variable((2 * self.memory,), **like)]
 
     def kept(self, count: tf.Tensor) -> tf.Tensor:
         """At most `memory`."""
         return tf.minimum(count, self.memory)
 
-    def multiply(self, gradient: Vector, count: tf.Tensor, scale: tf.Tensor) -> Vector:
-        """`H g` by the two-loop recursion; a loop over the pairs, newest first and back."""
+    def products(self, gradient: Vector) -> list[tf.Tensor]:
+        """`S'g` and `Y'g`, in one tensor."""
+        return [tf.cast(row_vectors.coefficients(trees.values(self._memory), gradient), tf.float64)]
+
+    def descent(self, gradient: Vector, products: list[tf.Tensor], count: tf.Tensor, scale: tf.Tensor) -> Vector:
+        """`-H g`, one combination of all pairs and the gradient."""
+        gamma = tf.where(count > 0, tf.cast(self._gamma.value, tf.float64), scale)
+        combined = row_vectors.combine(-self._coefficients(products[0], count, gamma), trees.values(self._memory))
+        return trees.add(combined, gradient, -gamma)
+
+    def _coefficients(self, products, count, gamma):
+        """The coefficients of all pairs in `H g - gamma g`, `(2 memory,)` in the order of the rows.
+
+        The two-loop recursion in these coordinates: with `S'Y` of the pairs from old to new, `R` its upper triangle and
+        `D` its diagonal, `a = R^-1 S'g` is what the first loop finds, and `R^-T (D a + gamma (Y'Y a - Y'g))` the other.
+        """
         used = self.kept(count)
-        places, rhos = tf.range(self.memory), tf.identity(self._rho.value)
+        places = tf.range(self.memory)
+        order, known = (count - used + places) % self.memory, places < used
+        back = (places - (count - used)) % self.memory
 
-        def first(i, q, alphas):
-            slot = (count - 1 - i) % self.memory
-            alpha = rhos[slot] * tf.cast(trees.dot(self._row(self._s, slot), q), tf.float64)
-            return i + 1, trees.add(q, self._row(self._y, slot), -alpha), tf.where(places == slot, alpha, alphas)
+        def ordered(matrix):
+            matrix = tf.gather(tf.gather(matrix, order), order, axis=1)
+            return tf.where(known[:, None] & known[None, :], matrix, tf.zeros_like(matrix))
 
-        def second(i, r):
-            slot = (count - used + i) % self.memory
-            beta = rhos[slot] * tf.cast(trees.dot(self._row(self._y, slot), r), tf.float64)
-            return i + 1, trees.add(r, self._row(self._s, slot), alphas[slot] - beta)
+        sg, yg = (tf.where(known, tf.gather(part, order), 0.0) for part in tf.split(products, 2))
+        upper = tf.linalg.band_part(ordered(self._sy.value), 0, -1)
+        R = upper + tf.linalg.diag(tf.where(known, tf.zeros((), tf.float64), 1.0))
+        a = tf.linalg.triangular_solve(R, sg[:, None], lower=False)
+        inner = tf.linalg.diag_part(upper)[:, None] * a + gamma * (tf.matmul(ordered(self._yy.value), a) - yg[:, None])
+        b = tf.linalg.triangular_solve(R, inner, lower=False, adjoint=True)
+        return tf.concat([tf.gather(b[:, 0], back), tf.gather(-gamma * a[:, 0], back)], 0)
 
-        one_by_one = {"parallel_iterations": 1}
-        begin = (tf.constant(0), list(gradient), tf.zeros_like(rhos))
-        _, q, alphas = tf.while_loop(lambda i, *_: i < used, first, begin, **one_by_one)
-        q = trees.scale(tf.where(count > 0, tf.cast(self._gamma.value, tf.float64), scale), q)
-        return tf.while_loop(lambda i, _: i < used, second, (tf.constant(0), q), **one_by_one)[1]
-
-    def learn(self, pair: Pair, count: tf.Tensor, scale: tf.Tensor) -> None:
-        """Put the pair in the place of the oldest."""
-        slot = count % self.memory
-        for memory, new in ((self._s, pair.s), (self._y, pair.y)):
-            rows = [Row(variable, slot) for variable in memory]
-            for row, value in zip(rows, trees.where(pair.learns, new, [row.read() for row in rows])):
-                self.remember(row, value)
-        sy = tf.where(pair.learns, pair.sy, 1.0)
-        yy = tf.where(pair.learns, tf.cast(trees.squared_norm(pair.y), tf.float64), 1.0)
-        here = pair.learns & (tf.range(self.memory) == slot)
-        self.remember(self._rho, tf.where(here, 1.0 / sy, self._rho.value))
-        self.remember(self._gamma, tf.where(pair.learns, tf.cast(sy / yy, self._gamma.dtype), self._gamma.value))
-
-    @staticmethod
-    def _row(memory, slot):
-        """A row of the memory, a vector."""
-        return [Row(variable, slot).read() for variable in memory]
+    def learn(self, pair: Pair, products: list[tf.Tensor], count: tf.Tensor, scale: tf.Tensor) -> list[tf.Tensor]:
+        """Put the pair in the place of the oldest; `y` has the products of the gradients that it is a difference of."""
+        slot, (end,) = count % self.memory, self.products(pair.gradient)
+        here = tf.range(self.memory) == slot
+        with_y = pair.of_end * end + pair.of_begin * products[0]
+        sy, yy = tf.split(with_y, 2)
+        sy, yy = tf.where(here, pair.sy, sy), tf.where(here, pair.yy, yy)
+        across, down = pair.learns & here[None, :], pair.learns & here[:, None]
+        self.remember(Rows(self._memory, [slot, self.memory + slot], pair.learns), [pair.s, pair.y])
+        self.remember(self._sy, tf.where(across, sy[:, None], self._sy.value))
+        self.remember(self._yy, tf.where(across, yy[:, None], tf.where(down, yy[None, :], self._yy.value)))
+        gamma = tf.cast(pair.sy / tf.where(pair.learns, pair.yy, 1.0), self._gamma.dtype)
+        self.remember(self._gamma, tf.where(pair.learns, gamma, self._gamma.value))
+        own = tf.stack([pair.sg, tf.cast(trees.dot(pair.y, pair.gradient), tf.float64)])
+        return [tf.where(pair.learns & tf.tile(here, [2]), tf.repeat(own, self.memory), end)]

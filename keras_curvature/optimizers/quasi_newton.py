@@ -20,13 +20,15 @@ from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
-from keras_curvature.steps.search import OneLength, Search, search_along
+from keras_curvature.steps.search import OneLength, Search, pick, search_along
 from keras_curvature.typing import LearningRate, Variables, Vector
 
 # Smallest `s'y / (|g| |s|^2)` of a pair that is kept (Li and Fukushima 2001), and Powell's constants.
 CAUTION, POWELL = 1e-6, 0.2
 # How far two losses of one batch may differ by rounding, relatively.
 SAME_LOSS = {tf.float64: 1e-12, tf.float32: 2e-6}
+# Of a loss whose logarithm is minimized.
+SMALLEST = {tf.float64: 1e-300, tf.float32: 1e-37}
 
 
 class Pair(NamedTuple):
@@ -36,19 +38,31 @@ class Pair(NamedTuple):
         s: The step, a vector.
         y: The difference of the gradients, a vector.
         sy: `s'y`.
+        yy: `y'y`.
         sBs: `s'B s` for `B = H^-1` before the step: no product, because `B s = -length * g`.
         learns: Whether to learn from the pair.
+        gradient: The gradient at the end of the step, a vector.
+        sg: `s'gradient`.
+        of_end: The factor of `gradient` in `y`: 1, or less of a damped pair.
+        of_begin: The factor of the gradient at the begin of the step in `y`: -1, or another of a damped pair.
+        decrease: How much lower the loss is after the step.
     """
 
     s: Vector
     y: Vector
     sy: tf.Tensor
+    yy: tf.Tensor
     sBs: tf.Tensor
     learns: tf.Tensor
+    gradient: Vector
+    sg: tf.Tensor
+    of_end: tf.Tensor
+    of_begin: tf.Tensor
+    decrease: tf.Tensor
 
 
 class QuasiNewton(CurvatureOptimizer):
-    """Base of `LBFGS` and `BFGS`; see the module. A subclass keeps `H` and writes `multiply` and `learn`.
+    """Base of `LBFGS` and `BFGS`; see the module. A subclass keeps `H` and writes `descent` and `learn`.
 
     Where `-H g` does not descend, `H` is forgotten and the step is along `-g`; after a search that found no lower
     point, the next step is.
@@ -58,6 +72,7 @@ class QuasiNewton(CurvatureOptimizer):
         search: A search, or `None`.
         update: `"cautious"` or `"damped"`.
         initial_scale: `H` before the first pair, a number; `None`: `min(1, 1/|g|)`.
+        logarithm: Whether to minimize the logarithm of the loss.
         **kwargs: See `CurvatureOptimizer`.
     """
 
@@ -69,74 +84,103 @@ class QuasiNewton(CurvatureOptimizer):
 
     def __init__(
         self, learning_rate: LearningRate, search: Search | None, update: Literal["cautious", "damped"],
-        initial_scale: float | None, **kwargs: Any,
+        initial_scale: float | None, logarithm: bool, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, **kwargs)
-        self.search, self.update, self.initial_scale = search, update, initial_scale
+        self.search, self.update, self.initial_scale, self.logarithm = search, update, initial_scale, logarithm
         if search is not None:
             check_component(self, "search", search, "advance", "HagerZhang()")
         check(self, "update", update, update in ("cautious", "damped"), '"cautious" or "damped"')
         if initial_scale is not None:
             valid = is_number(initial_scale) and initial_scale > 0
             check(self, "initial_scale", initial_scale, valid, "a number above 0, or None")
+        check(self, "logarithm", logarithm, isinstance(logarithm, bool), "True or False")
 
     # A method implements these.
 
-    def multiply(self, gradient: Vector, count: tf.Tensor, scale: tf.Tensor) -> Vector:
-        """`H g`, from `count` pairs so far; `scale * g` without any."""
-        raise NotImplementedError(f"`{type(self).__name__}` must implement `multiply`.")
+    def products(self, gradient: Vector) -> list[tf.Tensor]:
+        """The products of a gradient with what is remembered, which `descent` and `learn` are given."""
+        return []
 
-    def learn(self, pair: Pair, count: tf.Tensor, scale: tf.Tensor) -> None:
-        """Remember the next `H`: as it is where `pair.learns` is false."""
+    def descent(self, gradient: Vector, products: list[tf.Tensor], count: tf.Tensor, scale: tf.Tensor) -> Vector:
+        """`-H g`, from `count` pairs so far; `-scale * g` without any."""
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `descent`.")
+
+    def learn(self, pair: Pair, products: list[tf.Tensor], count: tf.Tensor, scale: tf.Tensor) -> list[tf.Tensor]:
+        """Remember the next `H`: as it is where `pair.learns` is false; the products of `pair.gradient` with it."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `learn`.")
+
+    def first_length(self, slope: tf.Tensor) -> tf.Tensor:
+        """The length that a search looks at first, a float64 scalar."""
+        return tf.ones((), tf.float64)
 
     def kept(self, count: tf.Tensor) -> tf.Tensor:
         """How many of `count` pairs `H` still knows."""
         return count
 
     def create_state(self, variables: Variables) -> None:
-        """The number of pairs; the last end point, with its loss and gradient."""
+        """The number of pairs; the last end point, with its loss and gradient, and the `products` of that."""
         self._count = self.add_variable((), initializer="zeros", dtype="int32", name="pairs", aggregation="none")
         self._end = self.add_optimizer_variables(variables, "end")
         self._gradient = self.add_optimizer_variables(variables, "gradient")
         self._loss = self.add_scalar(float("nan"), "loss")
+        self._products = []
 
     # The step.
 
     def direction(self, lin: Linearization) -> Vector:
         """The step that the search found along `-H g`."""
-        w, g = lin.weights, self._gradient_of(lin)
+        w, loss = lin.weights, self._minimized(lin.loss)
+        g, products = self._gradient_of(lin, loss)
         norm = tf.cast(trees.norm(g), tf.float64)
         scale = self._first_scale(norm)
-        d, slope, count, reset = self._descent(g, norm, scale)
-        found = self._look(lin, d, slope, g)
+        d, dd, slope, count, reset = self._descent(g, products, norm, scale)
+        found = self._look(lin, loss, d, slope, g)
         accepted = found.point.length > 0
         step = trees.scale(found.point.length, d)
 
-        pair = self._pair(step, g, slope, norm, found)
-        self.learn(pair, count, scale)
+        pair = self._pair(step, g, slope, norm, found, dd, loss)
+        after = self.learn(pair, products, count, scale)
         stuck = ~accepted & (norm > 0)
         self.remember(self._count, tf.where(stuck, 0, count + tf.cast(pair.learns, count.dtype)))
-        self.remember(self._end, trees.where(accepted, trees.add(w, step), w))
+        self.remember(self._end, trees.add(w, step))  # where no length is accepted, the step is zero
         self.remember(self._gradient, found.gradient)
+        self.remember(self._products, after)
         self.remember(self._loss, found.point.loss)
         self.reject(~accepted)
-        self._tell(found, pair, count, reset | stuck)
-        # without a search Keras multiplies by the length; a gradient that is not finite must skip the step
-        otherwise = tf.where(tf.math.is_finite(norm), 0.0, float("nan"))
-        step = d if self.search is None else step
-        return [tf.where(accepted, a, tf.cast(otherwise, a.dtype) * tf.ones_like(a)) for a in step]
+        self._tell(found, pair, count, reset | stuck, dd, norm)
+        return d if self.search is None else step  # without a search Keras multiplies by the length
 
-    def _gradient_of(self, lin):
-        """The gradient; that of the last end point if weights and loss are the same."""
-        loss = lin.loss
+    def _minimized(self, loss):
+        """The loss, or its logarithm; NaN for that of a negative one."""
+        if not self.logarithm:
+            return loss
+        return tf.where(loss >= 0, tf.math.log(tf.maximum(loss, SMALLEST[loss.dtype])), float("nan"))
+
+    def _its_gradient(self, loss, gradient):
+        """The gradient of what is minimized."""
+        gradient = _full_precision(gradient)
+        return trees.scale(1.0 / tf.maximum(loss, SMALLEST[loss.dtype]), gradient) if self.logarithm else gradient
+
+    def _gradient_of(self, lin, loss):
+        """The gradient and its products; those of the last end point if weights and loss are the same."""
         last = tf.cast(self._loss.value, loss.dtype)
-        same = tf.abs(loss - last) <= SAME_LOSS.get(loss.dtype, SAME_LOSS[tf.float32]) * tf.abs(last)
+        size = tf.maximum(tf.abs(last), 1.0) if self.logarithm else tf.abs(last)
+        same = tf.abs(loss - last) <= SAME_LOSS.get(loss.dtype, SAME_LOSS[tf.float32]) * size
         for here, end in zip(lin.weights, trees.values(self._end)):
             same &= tf.reduce_all(tf.equal(here, end))
-        gradient = tf.cond(same, lambda: trees.values(self._gradient), lambda: _full_precision(lin.gradient))
-        lin.take_gradient(gradient)
-        return gradient
+
+        def anew():
+            gradient = self._its_gradient(lin.loss, lin.gradient)
+            return gradient, self.products(gradient)
+
+        def known():
+            return trees.values(self._gradient), [tf.identity(v.value) for v in self._products]
+
+        gradient, products = tf.cond(same, known, anew)
+        if not self.logarithm:
+            lin.take_gradient(gradient)
+        return gradient, products
 
     def _first_scale(self, norm):
         """`H` before the first pair, a float64 scalar."""
@@ -144,48 +188,59 @@ class QuasiNewton(CurvatureOptimizer):
             return tf.constant(self.initial_scale, tf.float64)
         return tf.where(norm > 1.0, 1.0 / norm, 1.0)
 
-    def _descent(self, g, norm, scale):
-        """`(direction, slope, count of pairs, whether H was forgotten)`."""
+    def _descent(self, g, products, norm, scale):
+        """`(direction, its squared norm, slope, count of pairs, whether H was forgotten)`."""
         count = tf.identity(self._count.value)
-        d = trees.negative(self.multiply(g, count, scale))
-        slope = tf.cast(trees.dot(g, d), tf.float64)
-        descends = (slope < 0) & trees.is_finite(d)
-        d = trees.where(descends, d, trees.scale(-scale, g))
-        return d, tf.where(descends, slope, -scale * norm**2), tf.where(descends, count, 0), ~descends & (norm > 0)
+        d = self.descent(g, products, count, scale)
+        slope, dd = tf.cast(trees.dot(g, d), tf.float64), tf.cast(trees.squared_norm(d), tf.float64)
+        descends = (slope < 0) & tf.math.is_finite(dd)
+        # conditions, because `tf.where` would copy the vectors
+        d = tf.cond(descends, lambda: d, lambda: trees.scale(-scale, g))
+        dd, slope, count = pick(descends, (dd, slope, count), ((scale * norm) ** 2, -scale * norm**2, 0))
+        return d, dd, slope, count, ~descends & (norm > 0)
 
-    def _look(self, lin, d, slope, g):
+    def _look(self, lin, loss, d, slope, g):
         """What the search found; without a search, the point at the learning rate if it is finite."""
 
         def along(length):
-            loss, gradient = lin.loss_and_gradient_at(trees.scale(length, d))
-            return loss, _full_precision(gradient)
+            there, gradient = lin.loss_and_gradient_at(trees.scale(length, d))
+            return self._minimized(there), self._its_gradient(there, gradient)
 
         # from a loss that is not finite no search begins, and the step is skipped
-        slope = tf.where(tf.math.is_finite(lin.loss), slope, float("nan"))
-        rule = OneLength() if self.search is None else self.search
-        first = tf.cast(self.learning_rate, tf.float64) if self.search is None else 1.0
-        return search_along(rule, along, d, lin.loss, slope, g, first)
+        slope = tf.where(tf.math.is_finite(loss), slope, float("nan"))
+        if self.search is None:
+            return search_along(OneLength(), along, d, loss, slope, g, tf.cast(self.learning_rate, tf.float64))
+        return search_along(self.search, along, d, loss, slope, g, self.first_length(slope))
 
-    def _pair(self, s, g, slope, norm, found):
+    def _pair(self, s, g, slope, norm, found, dd, loss):
         """The `Pair` of a step."""
         y, length = trees.subtract(found.gradient, g), found.point.length
-        sy, ss = tf.cast(trees.dot(s, y), tf.float64), tf.cast(trees.squared_norm(s), tf.float64)
-        sBs = -(length**2) * slope
+        sy, ss, sBs = tf.cast(trees.dot(s, y), tf.float64), length**2 * dd, -(length**2) * slope
+        theta = tf.ones((), tf.float64)
         if self.update == "damped":
             short = sy < POWELL * sBs
             theta = tf.where(short, (1.0 - POWELL) * sBs / tf.where(short, sBs - sy, 1.0), 1.0)
             y = trees.add(trees.scale(theta, y), trees.scale(-length * (1.0 - theta), g))
             sy = theta * sy + (1.0 - theta) * sBs
+        yy = tf.cast(trees.squared_norm(y), tf.float64)
         curved = (sy >= CAUTION * norm * ss) if self.update == "cautious" else (sy > 0)
-        return Pair(s, y, sy, sBs, (length > 0) & curved & (sy > 0) & tf.math.is_finite(sy))
+        learns = (length > 0) & curved & (sy > 0) & tf.math.is_finite(sy) & tf.math.is_finite(yy)
+        of_begin = -theta - length * (1.0 - theta)
+        decrease = tf.cast(loss, tf.float64) - found.point.loss
+        return Pair(s, y, sy, yy, sBs, learns, found.gradient, length * found.point.slope, theta, of_begin, decrease)
 
-    def _tell(self, found, pair, count, reset):
-        ss = tf.cast(trees.squared_norm(pair.s), tf.float64)
+    def _tell(self, found, pair, count, reset, dd, norm):
+        length = found.point.length
+        ss = length**2 * dd
+        taken = tf.sqrt(dd if self.search is None else ss)
+        largest = tf.cast(trees.largest(found.gradient), tf.float64)
+        largest *= tf.exp(found.point.loss) if self.logarithm else 1.0
         self.report(
-            evaluations=found.evaluations, step_length=found.point.length, pairs=self.kept(count),
+            evaluations=found.evaluations, step_length=length, pairs=self.kept(count),
             curvature=tf.where(ss > 0, pair.sy / tf.where(ss > 0, ss, 1.0), float("nan")),
-            gradient_max=trees.largest(found.gradient), search_end=found.end, resets=tf.cast(reset, tf.float32),
-            overflows=found.overflows,
+            gradient_max=largest, search_end=found.end, resets=tf.cast(reset, tf.float32),
+            # a gradient that is not finite skips the step
+            overflows=found.overflows, step_norm=tf.where(tf.math.is_finite(norm), taken, float("nan")),
         )  # fmt: skip
 
     def linear_step(self) -> NotLinear:

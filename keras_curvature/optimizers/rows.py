@@ -1,12 +1,16 @@
-"""A memory of several vectors: one variable `(rows, *shape)` for each weight, whose rows are assigned in place."""
+"""A memory of several vectors: one variable `(rows, *shape)` for each weight, whose rows are assigned in place.
+
+Once a row was assigned TensorFlow copies the whole variable whenever it is read, until it is told not to.
+"""
 
 import dataclasses
 
 import keras
 import tensorflow as tf
 
-from keras_curvature import replicas, trees
-from keras_curvature.typing import Variables
+from keras_curvature import keras_internals, replicas, trees
+from keras_curvature.linearization.pure import slices
+from keras_curvature.typing import Variables, Vector
 
 
 def add_rows(optimizer: keras.Optimizer, variables: Variables, rows: int, name: str) -> Variables:
@@ -20,22 +24,33 @@ def add_rows(optimizer: keras.Optimizer, variables: Variables, rows: int, name: 
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """Row `index`, an integer scalar tensor, of a variable `(rows, ...)`; `remember` takes it for a variable."""
+class Rows:
+    """Rows `indices`, integer scalar tensors, of variables of `add_rows`; `remember` takes it for a variable.
 
-    variable: keras.Variable
-    index: tf.Tensor
+    Args:
+        variables: The variables.
+        indices: A list of integer scalar tensors.
+        when: Whether to assign, a boolean scalar tensor.
+    """
 
-    def read(self) -> tf.Tensor:
-        """The row."""
-        return tf.gather(self.variable.value, self.index)
+    variables: Variables
+    indices: list[tf.Tensor]
+    when: tf.Tensor
 
-    def assign(self, value: tf.Tensor) -> None:
-        """Assign the row, on every replica."""
-        replicas.on_each_copy(self.variable.value, _scatter, self.index, value)
+    def assign(self, vectors: list[Vector]) -> None:
+        """Assign a vector to each of the rows, on every replica."""
+
+        def assign():
+            for vector, index in zip(vectors, self.indices, strict=True):
+                for variable, value in zip(self.variables, vector, strict=True):
+                    replicas.on_each_copy(variable.value, _scatter, index, value)
+
+        tf.cond(self.when, assign, lambda: None)
 
 
 def _scatter(variable, index, value):
     """Assign one row of this device's copy."""
     updates = tf.cast(value, variable.dtype)[None]
     tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=index[None], updates=updates)
+    if not keras_internals.is_compiled(slices.graph()):
+        tf.raw_ops.DisableCopyOnRead(resource=variable.handle)

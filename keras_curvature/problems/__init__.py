@@ -16,6 +16,7 @@ from keras_curvature.problems import lightbench
 from keras_curvature.problems.analytic import quadratic, rahimi_recht, rosenbrock
 from keras_curvature.problems.base import Problem, seeded
 from keras_curvature.problems.datasets import data, synthetic
+from keras_curvature.problems.evolution import convection, reaction, wave
 from keras_curvature.problems.logistic_regression import logistic
 from keras_curvature.problems.losses import SumSquares
 from keras_curvature.problems.networks import SparseNormal
@@ -29,6 +30,7 @@ __all__ = [
     "Problem",
     "SparseNormal",
     "SumSquares",
+    "convection",
     "data",
     "first_below",
     "get",
@@ -38,6 +40,7 @@ __all__ = [
     "poisson",
     "quadratic",
     "rahimi_recht",
+    "reaction",
     "relative_error",
     "rosenbrock",
     "rosenbrock_start",
@@ -45,4 +48,5 @@ __all__ = [
     "sinc",
     "synthetic",
     "table_1_starts",
+    "wave",
 ]

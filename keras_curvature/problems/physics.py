@@ -48,6 +48,10 @@ class PoissonResiduals(keras.layers.Layer):
         """`u*` at points: `(batch, 1)`."""
         return tf.reduce_prod(tf.sin(np.pi * x), -1, keepdims=True)
 
+    def grid(self, points):
+        """`points^dimension` points inside, as the error is measured on."""
+        return _inside(self.dimension, points)
+
     def call(self, inputs):
         """Rows `[x, a, b]` to residuals: `(batch, dimension + 2)` to `(batch, 1)`."""
         d = self.dimension
@@ -58,6 +62,14 @@ class PoissonResiduals(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "dimension": self.dimension, "width": self.width, "stddev": self.stddev}
+
+
+def slopes(u, x):
+    """`(u, first)` derivatives of a function of points; see `derivatives`."""
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = u(x)
+    return value, tape.gradient(value, x)
 
 
 def derivatives(u, x):
@@ -129,14 +141,14 @@ def poisson(dimension: int = 2, points: int = 30, width: int = 32) -> Problem:
 
 
 def relative_error(model: keras.Model, points: int = 100) -> float:
-    """The error of a model of `poisson` in L2 over a grid inside the domain, relative to the solution.
+    """The error of a model of `poisson`, `convection`, `reaction` or `wave` in L2, relative to the solution.
 
     Args:
         model: The model.
-        points: Points in each direction. Defaults to `100`.
+        points: Points in each direction of a grid inside the domain. Defaults to `100`.
     """
     residuals = model.get_layer("residuals")
-    x = tf.constant(_inside(residuals.dimension, points), residuals.compute_dtype)
+    x = tf.constant(residuals.grid(points), residuals.compute_dtype)
     u, solution = residuals.u(x), residuals.solution(x)
     return float(tf.norm(u - solution) / tf.norm(solution))
 

@@ -6,6 +6,7 @@ from keras_curvature.solvers.kronecker_geometry import KroneckerGeometry
 from keras_curvature.solvers.low_rank import LowRankGeometry
 from keras_curvature.solvers.matrix_sign import NewtonSchulz, PolarExpress
 from keras_curvature.solvers.neumann import NeumannSeries
+from keras_curvature.solvers.nystrom import Nystrom
 from keras_curvature.solvers.refresh import Refresh
 from keras_curvature.solvers.roots import CoupledNewton, EigenRoot
 from keras_curvature.solvers.second_moment import SecondMoment
@@ -18,6 +19,7 @@ __all__ = [
     "LowRankGeometry",
     "NeumannSeries",
     "NewtonSchulz",
+    "Nystrom",
     "PolarExpress",
     "Refresh",
     "SecondMoment",

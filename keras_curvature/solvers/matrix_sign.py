@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_curvature.component import Component, check, check_count, register
+from keras_curvature.solvers.row_vectors import rounds_products
 
 Bound: TypeAlias = Literal["frobenius", "gram"]
 
@@ -53,7 +54,7 @@ class MatrixSign(Component):
         # through the Gram matrix, 4 products of (rows, rows) for each step, instead of 1 of them and 2 with the columns
         rows, columns = matrices.shape[-2:]
         cheaper = (4 * self.steps - 3) * rows < (2 * self.steps - 2) * columns + self.steps * rows
-        return (_through_gram if cheaper and not _rounds_products() else _directly)(X, A, polynomials)
+        return (_through_gram if cheaper and not rounds_products() else _directly)(X, A, polynomials)
 
     def values(self, s: np.ndarray) -> np.ndarray:
         """The polynomial `p` itself, of singular values that are already divided by the bound; a NumPy array."""
@@ -146,11 +147,6 @@ class PolarExpress(MatrixSign):
 def _in_range(matrices):
     """Each matrix divided by its largest entry, so that squares neither overflow nor vanish; zeros stay zeros."""
     return matrices * tf.math.reciprocal_no_nan(tf.reduce_max(tf.abs(matrices), axis=(-2, -1), keepdims=True))
-
-
-def _rounds_products():
-    """Whether products of matrices may be rounded to TF32 or bfloat16, which `_through_gram` would amplify."""
-    return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
 
 
 def _directly(X, A, polynomials):

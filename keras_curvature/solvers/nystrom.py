@@ -16,9 +16,38 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_curvature import trees
+from keras_curvature.component import Component, check_count, register
 from keras_curvature.operators import LinearOperator
 from keras_curvature.solvers import row_vectors
 from keras_curvature.typing import Scalar, Vector
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Nystrom(Component):
+    """The choice of a Nyström preconditioner for conjugate gradients.
+
+        P^-1 = U diag((l_r + mu) / (l + mu)) U' + I - U U',      B ~ U diag(l) U' from `rank` products,  mu: the damping
+
+    It takes the largest eigenvalues away, on which conjugate gradients would spend their iterations. Costs `rank`
+    products every `every` steps, and `rank` copies of the weights.
+
+    Reference: Frangella, Tropp and Udell, "Randomized Nyström preconditioning" (2023), Algorithm 5.1; `every`: Rathore,
+    Lei, Frangella, Lu and Udell (2024).
+
+    Args:
+        rank: Number of products. Defaults to `50` (DeepXDE).
+        every: Steps between two sketches. Defaults to `20` (Rathore et al.).
+
+    Example: `HessianFree(preconditioner=Nystrom(rank=20))`
+    """
+
+    rank: int = 50
+    every: int = 20
+
+    def __post_init__(self):
+        check_count(self, "rank", self.rank)
+        check_count(self, "every", self.every)
 
 
 class Sketch(NamedTuple):
@@ -58,8 +87,7 @@ def sketch(operator: LinearOperator, like: Vector, rank: int, seed: tf.Tensor) -
     # LAPACK may not return from a NaN
     core, Y = tf.where(finite, core, tf.eye(rank, dtype=tf.float64)), [tf.where(finite, y, tf.ones_like(y)) for y in Y]
     size = tf.reduce_max(tf.abs(core))
-    rounding = 2.2e-16 if trees.scalar_dtype(like) == tf.float64 else 1.2e-7
-    shift = tf.maximum(10.0 * rounding * size, -2.0 * tf.linalg.eigvalsh(core)[0]) + 1e-300
+    shift = tf.maximum(10.0 * _rounding(like) * size, -2.0 * tf.linalg.eigvalsh(core)[0]) + 1e-300
     Y = [y + tf.cast(shift, y.dtype) * p for y, p in zip(Y, phi)]
     half = tf.linalg.cholesky(core + shift * tf.eye(rank, dtype=tf.float64))
     B = row_vectors.combine(tf.linalg.triangular_solve(half, tf.eye(rank, dtype=tf.float64)), Y)
@@ -78,7 +106,7 @@ class NystromPreconditioner(LinearOperator):
     Args:
         vectors: `U`, as in `Sketch`.
         values: `l`, as in `Sketch`; `l_r` is the last.
-        damping: `mu`, a positive scalar.
+        damping: `mu`, a scalar; taken as the rounding error of `l` where it is less.
     """
 
     vectors: Vector
@@ -88,10 +116,15 @@ class NystromPreconditioner(LinearOperator):
 
     def multiply(self, vector: Vector) -> Vector:
         inside = row_vectors.coefficients(self.vectors, vector)
-        mu = trees.exactly(self.damping, tf.float64)
-        factors = (self.values[-1] + mu) / (self.values + mu) - 1.0
+        rounding = _rounding(vector) * self.values[0]
+        mu = tf.maximum(trees.exactly(self.damping, tf.float64), rounding)
+        factors = tf.math.divide_no_nan(self.values[-1] - self.values, self.values + mu)
         change = tf.cast(factors, inside.dtype) * inside
         return trees.add(vector, row_vectors.combine(change, self.vectors))
+
+
+def _rounding(vector):
+    return 2.2e-16 if trees.scalar_dtype(vector) == tf.float64 else 1.2e-7
 
 
 def _gram(A, B):

@@ -1,4 +1,8 @@
-"""Several vectors in the rows of tensors `(rows, *shape)`, one tensor for each weight, within a graph."""
+"""Several vectors in the rows of tensors `(rows, *shape)`, one tensor for each weight, within a graph.
+
+On a CPU a product of the rows with a vector is a product of matrices, one pass over the memory. On a GPU or a TPU such
+a product would be rounded to TF32 or bfloat16: there it is a sum of products, whose intermediate values XLA fuses.
+"""
 
 import tensorflow as tf
 
@@ -6,13 +10,29 @@ from keras_curvature import trees
 from keras_curvature.typing import Vector
 
 
+def rounds_products():
+    """Whether products of matrices may be rounded to TF32 or bfloat16."""
+    return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
+
+
 def coefficients(rows: Vector, vector: Vector) -> tf.Tensor:
-    """The inner product of each row with a vector, `(rows,)`; no matrix product, which a GPU or a TPU would round."""
+    """The inner product of each row with a vector, `(rows,)`, in the dtype of inner products."""
     dtype = trees.scalar_dtype(vector)
-    axes = [list(range(1, a.shape.rank)) for a in rows]
-    return tf.add_n([tf.reduce_sum(tf.cast(a * v[None], dtype), axis) for a, v, axis in zip(rows, vector, axes)])
+    if rounds_products():
+        axes = [list(range(1, a.shape.rank)) for a in rows]
+        return tf.add_n([tf.reduce_sum(tf.cast(a * v[None], dtype), axis) for a, v, axis in zip(rows, vector, axes)])
+    flat = [(_flat(a), tf.reshape(v, [-1])) for a, v in zip(rows, vector)]
+    return tf.add_n([tf.cast(tf.linalg.matvec(a, v), dtype) for a, v in flat])
 
 
 def combine(weights: tf.Tensor, rows: Vector) -> Vector:
     """The combination of the rows with weights `(rows,)`, a vector; with a matrix `(count, rows)`, `count` new rows."""
+    if weights.shape.rank == 1 and rounds_products():
+        return [tf.reduce_sum(tf.reshape(tf.cast(weights, a.dtype), [-1] + [1] * (a.shape.rank - 1)) * a, 0)
+                for a in rows]  # fmt: skip
     return [tf.tensordot(tf.cast(weights, a.dtype), a, 1) for a in rows]
+
+
+def _flat(rows):
+    """`(rows, *shape)` to `(rows, entries)`."""
+    return tf.reshape(rows, (rows.shape[0], -1))

@@ -115,8 +115,10 @@ def search_along(
         state = rule.advance(start, state, trial)
         overflows += tf.cast(tf.math.is_inf(trial.loss), tf.int32)
         takes, returns = tf.equal(state.keep, TRIAL), tf.equal(state.keep, START)
-        kept_gradient = [tf.where(takes, new, tf.where(returns, g, old))
-                         for new, old, g in zip(found, kept_gradient, gradient)]  # fmt: skip
+        # of `KEEP, TRIAL, START`; a condition, because `tf.where` would copy the vectors
+        kept_gradient = tf.switch_case(
+            state.keep, [lambda: list(kept_gradient), lambda: list(found), lambda: list(gradient)]
+        )
         return evaluations + 1, overflows, state, pick(takes, trial, pick(returns, start, kept)), kept_gradient
 
     def goes_on(evaluations, overflows, state, kept, kept_gradient):
@@ -127,8 +129,8 @@ def search_along(
     )
     end = tf.where(tf.equal(state.end, SEARCHING), BUDGET, state.end)
     serves = tf.equal(end, CONDITIONS_MET) | (kept.loss < start.loss)  # without the conditions, a lower loss at least
-    kept, kept_gradient = pick(serves, (kept, kept_gradient), (start, list(gradient)))
-    return Found(kept, kept_gradient, evaluations, overflows, end)
+    kept_gradient = tf.cond(serves, lambda: list(kept_gradient), lambda: list(gradient))
+    return Found(pick(serves, kept, start), kept_gradient, evaluations, overflows, end)
 
 
 class OneLength:
