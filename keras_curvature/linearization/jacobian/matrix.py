@@ -44,13 +44,12 @@ class RowMatrix:
         return self._flat_parts().shape[0]
 
     @property
-    def bytes_by_layers(self) -> int | None:
-        """Bytes of the inputs and slopes that the rows are made of; `None` without layers, or if it is not known."""
+    def bytes_of_gram(self) -> int:
+        """Bytes of the Gram matrix and of all that it is made of by layers, as far as shapes are known."""
         layers, rest = self._taken()
         tensors = [t for layer in layers for t in (layer.a, layer.d)] + ([] if rest is None else [rest])
-        if not layers or not all(t.shape.is_fully_defined() for t in tensors):
-            return None
-        return sum(t.shape.num_elements() * t.dtype.size for t in tensors)
+        known = sum(t.shape.num_elements() * t.dtype.size for t in tensors if t.shape.is_fully_defined())
+        return known + 2 * (self.count or 0) ** 2 * trees.scalar_dtype(self._lin.weights).size
 
     @property
     def is_by_layers(self) -> bool:
@@ -101,6 +100,7 @@ class RowMatrix:
                 scale = trees.flatten([tf.fill(w.shape, tf.cast(s, w.dtype)) for s, w in zip(scale, self._lin.weights)])
             A = self.dense()
             return tf.matmul(A if scale is None else A * scale, A, transpose_b=True)
+        _ask_for_memory(self._memory, self.bytes_of_gram, f"The Gram matrix of the {self.count} rows needs")
         layers, rest = self._taken()
         if scale is not None:
             layers = [by_layers.scaled(layer, scale) for layer in layers]
@@ -141,7 +141,7 @@ class RowMatrix:
             noted.update(blocks=blocks, counts=frame.counts(), others=others)
             total = recorded.pure.place.total
             if blocks and others and isinstance(total, int):
-                self._ask_for_memory(total * sum(frame.counts()), trees.count([recorded.weights[i] for i in others]))
+                self._ask_for_array(total * sum(frame.counts()), trees.count([recorded.weights[i] for i in others]))
             seen = by_layers.seen(frame, blocks) if blocks else []
             rest = columns.dense(frame, others) if blocks and others else []
             return frame.parts(), seen, rest
@@ -200,7 +200,7 @@ class RowMatrix:
     def _dense(self):
         n, dtype = trees.count(self._lin.weights), trees.scalar_dtype(self._lin.weights)
         if self.count is not None:
-            self._ask_for_memory(self.count, n)
+            self._ask_for_array(self.count, n)
         if self.is_by_layers:
             return self._dense_by_layers(n, dtype)
 
@@ -226,16 +226,10 @@ class RowMatrix:
                 found[i] = part
         return tf.ensure_shape(tf.concat([a for a in found if tf.is_tensor(a)], 1), [None, n])
 
-    def _ask_for_memory(self, rows, n):
-        """Refuse an array of rows of `n` weights that does not fit."""
-        size = trees.scalar_dtype(self._lin.weights).size
-        if rows * n * size > self._memory:
-            raise ValueError(
-                f"The rows of the Jacobian as an array, {rows} rows of {n} weights, need {rows * n * size:,} bytes. "
-                f"Received: memory={self._memory:,}. {self._memory // (n * size):,} rows would fit: use smaller "
-                "batches, or more memory by `lin.rows(memory=...)` or `GaussNewton(memory=...)`; or solve without the "
-                "array, by `GaussNewton(solver=ConjugateGradient())`."
-            )
+    def _ask_for_array(self, rows, n):
+        each = n * trees.scalar_dtype(self._lin.weights).size
+        what = f"The rows of the Jacobian as an array, {rows} rows of {n} weights, need"
+        _ask_for_memory(self._memory, rows * each, what, f"{self._memory // each:,} rows would fit: ")
 
     # On every replica, one tensor for each part.
 
@@ -275,6 +269,16 @@ class RowMatrix:
             found.append(replicas.each(cut, start, part))
             before += total
         return found
+
+
+def _ask_for_memory(memory, needed, what, fits=""):
+    """Refuse to take more bytes than `memory`."""
+    if needed > memory:
+        raise ValueError(
+            f"{what} {needed:,} bytes. Received: memory={memory:,}. {fits}{'use' if fits else 'Use'} smaller batches, "
+            "or more memory by `lin.rows(memory=...)` or `GaussNewton(memory=...)`; or solve without rows, by "
+            "`GaussNewton(solver=ConjugateGradient())`."
+        )
 
 
 def _entries(tensor):
