@@ -95,6 +95,8 @@ OPTIMIZERS = {
     "energy_natural_gradient": Method(
         kc.GaussNewton.energy_natural_gradient, {"damping": 0.1, "line_search": kc.GridSearch(count=4)}, steps=20
     ),
+    "natural_gradient": Method(kc.NaturalGradient, {"fisher": "exact"}),
+    "natural_gradient_average": Method(kc.NaturalGradient, {"damping": 1.0, "decay": 0.5, "fisher": "empirical"}),
     "shampoo": Method(kc.Shampoo, {"learning_rate": 0.01, "every": 2, "epsilon": 1e-3}, {"learning_rate": 0.3}),
     "shampoo_newton": Method(
         kc.Shampoo,

@@ -29,6 +29,7 @@ them, and `tests/test_private_names.py` fails if another file uses a private nam
 | `Tensor._keras_logits`, `_keras_mask` | `carried`, `carry`, `logits_of`, `LOGITS` | Keras sets these attributes |
 | **layers.py** |  |  |
 | `BatchNormalization._moments` | `batch_moments` | `keras.ops.moments` takes no mask |
+| `keras.src.layers`, its folders | `folder_of` | which classes are Keras' own, and of what kind |
 | **optimizers.py** |  |  |
 | `Optimizer._trainable_variables` | `trained_by` | `variables` is the optimizer's state |
 | `Optimizer._var_key` | `keys_of` | variables mirrored on replicas need a common key |

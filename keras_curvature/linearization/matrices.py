@@ -11,7 +11,7 @@ from keras_curvature.linearization.fisher import convexity
 from keras_curvature.linearization.gauss_newton import GaussNewton
 from keras_curvature.linearization.jacobian import frames
 from keras_curvature.linearization.jacobian.matrix import MEMORY, RowMatrix
-from keras_curvature.linearization.jacobian.rows import Rows
+from keras_curvature.linearization.jacobian.rows import FisherRows, Rows
 from keras_curvature.linearization.layers import taps
 from keras_curvature.linearization.needs import require
 from keras_curvature.operators import Function, LinearOperator
@@ -130,8 +130,8 @@ def gradients_of_examples(lin, memory: int = MEMORY) -> RowMatrix:
 
 def fisher_rows(
     lin, kind: Literal["exact", "empirical", "sampled"] = "empirical", seed: Integer = 0, memory: int = MEMORY
-) -> RowMatrix:  # fmt: skip
-    """Rows `S` whose squares sum to a Fisher matrix, `F = S'S`, a `RowMatrix`; see `fisher` for the definitions.
+) -> FisherRows:  # fmt: skip
+    """Rows `S` whose squares sum to a Fisher matrix, `F = S'S`, as `FisherRows`; see `fisher` for the definitions.
 
     Args:
         kind: `"empirical"`: a row for each example, with the true labels; `"sampled"`: a row for each example, with
@@ -147,7 +147,7 @@ def fisher_rows(
     kinds = ("exact", "empirical", "sampled")
     check(fisher_rows, "kind", kind, kind in kinds, '"exact", "empirical" or "sampled"')
     require(lin, "fisher_rows", "products")
-    return RowMatrix(lin, frames.of_fisher(kind, seed), memory, fisher_rows)
+    return FisherRows(lin, kind, seed, memory)
 
 
 def hidden_gauss_newton(lin) -> LinearOperator:

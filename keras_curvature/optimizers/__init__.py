@@ -17,6 +17,7 @@ from keras_curvature.optimizers.kl_shampoo import KLShampoo as KLShampoo
 from keras_curvature.optimizers.lbfgs import LBFGS as LBFGS
 from keras_curvature.optimizers.lissa import LiSSA as LiSSA
 from keras_curvature.optimizers.muon import Muon as Muon
+from keras_curvature.optimizers.natural_gradient import NaturalGradient as NaturalGradient
 from keras_curvature.optimizers.neumann import Neumann as Neumann
 from keras_curvature.optimizers.newton import Newton as Newton
 from keras_curvature.optimizers.newton_cg import NewtonCG as NewtonCG

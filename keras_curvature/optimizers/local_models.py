@@ -19,7 +19,7 @@ EXPECTED = '"auto", "rows", "weights", "qr", "svd", or a component such as `Conj
 FEW = 2048
 
 
-def made(lin, solver, memory, undamped, scaling):
+def made(lin, solver, memory, undamped, scaling, rows=None, operator=None):
     """The local model for the argument `solver` of an optimizer.
 
     Args:
@@ -28,16 +28,18 @@ def made(lin, solver, memory, undamped, scaling):
         memory: The most bytes that the array of rows may take.
         undamped: Whether there is no damping.
         scaling: The scaling of the damping, `"identity"` or another, which needs the rows.
+        rows, operator: `A` and `G`. Default to those of the Gauss-Newton matrix.
     """
+    operator = lin.gauss_newton if operator is None else operator
     if isinstance(solver, ConjugateGradient):
-        return WithProducts(lin, solver)
-    rows = lin.rows(memory)  # one for the choice and the model: replicas gather its residuals once
+        return WithProducts(lin, solver, operator())
+    rows = lin.rows(memory) if rows is None else rows  # one for the choice and the model: replicas gather its residuals once
     if scaling == "identity" and not undamped and _is_solved_by_layers(lin, rows, solver, memory):
         return WithGram(lin, rows)
     if solver == "auto":
         solver = _chosen(lin, rows, memory, undamped)
         if solver is None and scaling == "identity" and not undamped:
-            return WithProducts(lin, ConjugateGradient())
+            return WithProducts(lin, ConjugateGradient(), operator())
     return WithRows(lin, rows, solver or "rows", undamped)
 
 
@@ -238,8 +240,8 @@ class WithProducts:
 
     solved_by = "conjugate gradients"
 
-    def __init__(self, lin, solver):
-        self._lin, self._solver, self._G, self._g = lin, solver, lin.gauss_newton(), lin.gradient
+    def __init__(self, lin, solver, operator):
+        self._lin, self._solver, self._G, self._g = lin, solver, operator, lin.gradient
         self._found = None
 
     def is_finite(self):

@@ -1,10 +1,10 @@
-"""The class `Rows`: what `Linearization.rows` returns."""
+"""The classes `Rows` and `FisherRows`: what `Linearization.rows` and `fisher_rows` return."""
 
 import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.linearization.jacobian import roots
-from keras_curvature.linearization.jacobian.frames import OfOutputs
+from keras_curvature.linearization.jacobian.frames import OfOutputs, of_fisher
 from keras_curvature.linearization.jacobian.matrix import MEMORY, RowMatrix
 from keras_curvature.typing import Vector
 
@@ -73,6 +73,30 @@ class Rows(RowMatrix):
         regularized = any(getattr(v, "regularizer", None) is not None for v in self._lin.variables)
         self._exact = roots.are_squares(recorded) and not (regularized or recorded.evaluation.has_added)
         return OfOutputs(recorded)
+
+
+class FisherRows(RowMatrix):
+    """Rows `S` whose squares sum to a Fisher matrix, `F = S'S`; made by `Linearization.fisher_rows`.
+
+    To a solver for Gauss-Newton steps they have residuals of zero, and the gradient as their remainder.
+
+    Args:
+        lin, kind, seed, memory: See `Linearization.fisher_rows`.
+        gradient: The gradient, for `remainder()`. Defaults to that of `lin`.
+    """
+
+    def __init__(self, lin, kind, seed, memory=MEMORY, gradient=None):
+        super().__init__(lin, of_fisher(kind, seed), memory, type(lin).fisher_rows)
+        self._gradient = gradient
+
+    @property
+    def residual(self) -> tf.Tensor:
+        """Zeros, `(N,)`."""
+        return self._flat_parts()
+
+    def remainder(self) -> Vector:
+        """The gradient, a vector."""
+        return self._lin.gradient if self._gradient is None else self._gradient
 
 
 class _Shifted:
