@@ -119,6 +119,10 @@ OPTIMIZERS = {
     "muon_normalized": Method(
         kc.Muon, {"learning_rate": 0.01, "normalization": kc.SecondMoment(), "adam_for": []}, FALLING, steps=600
     ),
+    "mfac": Method(kc.MFAC, {"learning_rate": 0.01, "window": 4, "damping": 1e-2}, {
+        "learning_rate": 0.3, "window": 4, "damping": 1.0,
+    }),
+    "ggt": Method(kc.GGT, {"learning_rate": 0.01, "window": 4}, FALLING, steps=600),
     "psgd_newton": Method(
         kc.PSGD, {"learning_rate": 0.05, "kind": "newton", "geometry": kc.LowRankGeometry(rank=2), "every": 2}, LONG,
         family=True, by_gradient=False,

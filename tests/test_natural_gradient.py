@@ -121,9 +121,9 @@ def test_the_damping_adapts_by_the_ratio_of_the_change_to_the_prediction():
 def test_it_trains_a_classifier_faster_than_its_gradient():
     random = np.random.default_rng(0)
     x = random.standard_normal((256, 8)).astype("float32") * np.logspace(-1, 1, 8).astype("float32")
-    y = (np.sin(x[:, 0] * 20) + x[:, 7] / 10 > 0).astype("int32")
+    y = (x @ (random.standard_normal(8) / np.logspace(-1, 1, 8)) > 0).astype("int32")
     losses = {}
-    for name, optimizer in (("natural", NaturalGradient()), ("sgd", keras.optimizers.SGD(0.1))):
+    for name, optimizer in (("natural", NaturalGradient(fisher="exact")), ("sgd", keras.optimizers.SGD(0.1))):
         keras.utils.set_random_seed(0)
         model = kc.curved(keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, "tanh"), keras.layers.Dense(2)]))
         model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
