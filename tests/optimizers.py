@@ -121,7 +121,7 @@ OPTIMIZERS = {
     ),
     "mfac": Method(kc.MFAC, {"learning_rate": 0.01, "window": 4, "damping": 1e-2}, {
         "learning_rate": 0.3, "window": 4, "damping": 1.0,
-    }),
+    }, steps=300),
     "ggt": Method(kc.GGT, {"learning_rate": 0.01, "window": 4}, FALLING, steps=600),
     "psgd_newton": Method(
         kc.PSGD, {"learning_rate": 0.05, "kind": "newton", "geometry": kc.LowRankGeometry(rank=2), "every": 2}, LONG,

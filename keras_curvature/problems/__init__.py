@@ -15,6 +15,7 @@ package.
 from keras_curvature.problems.analytic import quadratic, rahimi_recht, rosenbrock
 from keras_curvature.problems.base import Problem, seeded
 from keras_curvature.problems.datasets import data, synthetic
+from keras_curvature.problems.evolution import burgers, error_of_solution, heat
 from keras_curvature.problems.logistic_regression import logistic
 from keras_curvature.problems.losses import SumSquares
 from keras_curvature.problems.networks import SparseNormal
@@ -28,9 +29,12 @@ __all__ = [
     "Problem",
     "SparseNormal",
     "SumSquares",
+    "burgers",
     "data",
+    "error_of_solution",
     "first_below",
     "get",
+    "heat",
     "logistic",
     "nist",
     "poisson",
