@@ -9,6 +9,7 @@ from selection import some
 
 import keras_curvature as kc
 from keras_curvature import GaussNewton, Linearization, problems
+from keras_curvature.problems import evolution as evolution_problems
 from keras_curvature.problems import physics
 from keras_curvature.problems.regression import CURVES
 
@@ -88,6 +89,68 @@ def test_the_residuals_are_those_of_poissons_equation(dimension):
         assert 0.9 < problems.relative_error(model) < 1.5
 
 
+def evolution(equation, network, t, x, h=1e-4):
+    """The residual of an equation by central differences, `(batch,)`."""
+    u = lambda t, x: network(np.stack([t, x], -1))[:, 0]  # noqa: E731
+    u_t, u_x = (u(t + h, x) - u(t - h, x)) / (2 * h), (u(t, x + h) - u(t, x - h)) / (2 * h)
+    u_xx = (u(t, x + h) - 2 * u(t, x) + u(t, x - h)) / h**2
+    return u_t - 0.25 * u_xx if equation == "heat" else u_t + u(t, x) * u_x - 0.01 / np.pi * u_xx
+
+
+@pytest.mark.parametrize(("make", "sign"), [(problems.heat, 1.0), (problems.burgers, -1.0)])
+def test_the_residuals_are_those_of_the_heat_and_burgers_equations(make, sign):
+    with float64():
+        problem = make(points=6, widths=(5, 4))
+        model, (x, y) = problem.model(), problem.data()
+        residuals = model.get_layer("residuals")
+        t, x1, a, b = x.T
+        network = lambda x: residuals.u(tf.constant(x)).numpy()  # noqa: E731
+        true = sign * np.sin(np.pi * x1)
+        expected = a * evolution(residuals.equation, network, t, x1) + b * (network(x[:, :2])[:, 0] - true)
+        np.testing.assert_allclose(model(x)[:, 0], expected, atol=2e-6)
+        on_sides = b > 0
+        assert not np.any(a * b) and not y.any() and len(x) == problem.batch_size == 6 * 6 + 3 * 6
+        assert np.all((t[on_sides] == 0) | (np.abs(true[on_sides]) < 1e-12))
+        np.testing.assert_allclose([np.square(a).sum() / len(x), np.square(b).sum() / len(x)], 1.0)
+        assert 0.5 < problems.error_of_solution(model) < 2
+        again = keras.layers.deserialize(keras.layers.serialize(residuals))
+        assert (again.equation, again.widths) == (residuals.equation, (5, 4))
+
+
+@pytest.mark.parametrize("equation", ["heat", "burgers"])
+def test_the_solutions_solve_their_equations(equation):
+    layer = evolution_problems.EvolutionResiduals(equation)
+    random = np.random.default_rng(0)
+    t, x = random.uniform(0.05, 0.95, 200), random.uniform(0.1, 0.9, 200)
+    np.testing.assert_allclose(evolution(equation, layer.solution, t, x), 0.0, atol=1e-4)
+    sign = 1.0 if equation == "heat" else -1.0
+    np.testing.assert_allclose(
+        layer.solution(np.stack([0 * t + 1e-12, x], -1))[:, 0], sign * np.sin(np.pi * x), atol=1e-6
+    )
+    np.testing.assert_allclose(layer.solution(np.stack([t, 0 * t + 1.0], -1)), 0.0, atol=1e-10)
+
+
+def test_burgers_equation_becomes_as_steep_as_is_known():
+    """`u_x(t, 0)` has its largest size, 152.00516, at `pi t = 1.6037` (Basdevant et al.)."""
+    layer, h = evolution_problems.EvolutionResiduals("burgers"), 1e-5
+
+    def slope(t):
+        sides = layer.solution([[t, h], [t, -h]])[:, 0]
+        return abs(sides[0] - sides[1]) / (2 * h)
+
+    np.testing.assert_allclose(slope(1.6037 / np.pi), 152.00516, rtol=1e-4)
+    assert slope(1.55 / np.pi) < slope(1.6037 / np.pi) > slope(1.66 / np.pi)
+
+
+def test_the_heat_equation_is_solved():
+    with float64():
+        problem = problems.heat(points=8, widths=(10,))
+        model = kc.curved(problem.compiled(GaussNewton.levenberg_marquardt(), seed=0))
+        data = tf.data.Dataset.from_tensors(problem.data()).repeat()
+        model.fit(data, steps_per_epoch=120, shuffle=False, verbose=0)
+        assert problems.error_of_solution(model) < 0.02
+
+
 @pytest.mark.parametrize("how", ["eager", "graph", "xla"])
 def test_rows_and_products_pass_through_derivatives_in_the_inputs(how):
     with float64():
@@ -140,8 +203,9 @@ def test_poisson_is_solved_by_steps_that_never_raise_the_loss(tmp_path):
 
 
 @pytest.mark.parametrize("make", [
-    lambda: problems.nist("Misra"), lambda: problems.sinc(samples=0), lambda: problems.poisson(dimension=0)
+    lambda: problems.nist("Misra"), lambda: problems.sinc(samples=0), lambda: problems.poisson(dimension=0),
+    lambda: problems.heat(points=0), lambda: problems.burgers(widths=(0,)),
 ])  # fmt: skip
 def test_bad_arguments_fail_at_once(make):
-    with pytest.raises(ValueError, match="Received: (name='Misra'|samples=0|dimension=0)"):
+    with pytest.raises(ValueError, match="Received: (name='Misra'|samples=0|dimension=0|points=0|widths=0)"):
         make()
