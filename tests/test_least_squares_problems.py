@@ -60,6 +60,37 @@ def test_rosenbrock_is_met():
     np.testing.assert_allclose(model.get_weights()[0], [1.0, 1.0], atol=1e-10)
 
 
+class Exponentials(keras.layers.Layer):
+    """`c exp(a t) + d exp(b t)`."""
+
+    def build(self, input_shape):
+        """The weights `a, b, c, d`, at the start of Madsen, Nielsen and Tingleff's example."""
+        self.b = self.add_weight(shape=(4,), name="b")
+        self.b.assign([-1.0, -2.0, 1.0, -1.0])
+
+    def call(self, t):
+        a, b, c, d = tf.unstack(tf.convert_to_tensor(self.b))
+        return c * tf.exp(a * t) + d * tf.exp(b * t)
+
+
+@pytest.mark.parametrize("way", ["auto", "weights"])
+def test_functions_of_the_literature_are_met(way):
+    """Meyer's function and the enzyme kinetics of Kowalik and Osborne, which NIST certifies too; two exponentials."""
+    optimizer = lambda: GaussNewton.levenberg_marquardt(solver=way)  # noqa: E731
+    meyer, _ = fitted(problems.nist("MGH10"), optimizer(), seed=1)
+    np.testing.assert_allclose(meyer, [0.0056096364710, 6181.3463463, 345.22363462], rtol=1e-6)
+    enzyme, _ = fitted(problems.nist("MGH09"), optimizer(), seed=1)
+    np.testing.assert_allclose(enzyme, [0.19280693458, 0.19128232873, 0.12305650693, 0.13606233068], rtol=1e-6)
+    with float64():
+        t = 0.02 * np.arange(1.0, 46.0)[:, None]
+        inputs = keras.Input((1,))
+        model = kc.curved(keras.Model(inputs, Exponentials()(inputs)))
+        model.compile(optimizer(), "mse")
+        data = tf.data.Dataset.from_tensors((t, 4 * np.exp(-4 * t) - 4 * np.exp(-5 * t))).repeat()
+        model.fit(data, steps_per_epoch=200, shuffle=False, verbose=0)
+    np.testing.assert_allclose(np.sort(model.get_weights()[0]), [-5.0, -4.0, -4.0, 4.0], rtol=1e-6)
+
+
 # Physics.
 
 
