@@ -95,6 +95,8 @@ OPTIMIZERS = {
     "energy_natural_gradient": Method(
         kc.GaussNewton.energy_natural_gradient, {"damping": 0.1, "line_search": kc.GridSearch(count=4)}, steps=20
     ),
+    "natural_gradient": Method(kc.NaturalGradient, {"fisher": "exact"}),
+    "natural_gradient_average": Method(kc.NaturalGradient, {"damping": 1.0, "decay": 0.5, "fisher": "empirical"}),
     "shampoo": Method(kc.Shampoo, {"learning_rate": 0.01, "every": 2, "epsilon": 1e-3}, {"learning_rate": 0.3}),
     "shampoo_newton": Method(
         kc.Shampoo,
@@ -117,6 +119,10 @@ OPTIMIZERS = {
     "muon_normalized": Method(
         kc.Muon, {"learning_rate": 0.01, "normalization": kc.SecondMoment(), "adam_for": []}, FALLING, steps=600
     ),
+    "mfac": Method(kc.MFAC, {"learning_rate": 0.01, "window": 4, "damping": 1e-2}, {
+        "learning_rate": 0.3, "window": 4, "damping": 1.0,
+    }, steps=300),
+    "ggt": Method(kc.GGT, {"learning_rate": 0.01, "window": 4}, FALLING, steps=600),
     "psgd_newton": Method(
         kc.PSGD, {"learning_rate": 0.05, "kind": "newton", "geometry": kc.LowRankGeometry(rank=2), "every": 2}, LONG,
         family=True, by_gradient=False,

@@ -86,6 +86,11 @@ def everything(model, x, y, micro_batches):
         "loss_at": [lin.loss_at(u)], "gradient_at": lin.gradient_at(u), "squared_gradients": lin.squared_gradients(3),
         "piece": lin.chunk(0.5, 1).gradient, "reached": [tf.cast(lin.reached, tf.float64)],
     }  # fmt: skip
+    if not any(getattr(layer, "synchronized", False) for layer in model.layers):
+        rows = lin.rows()
+        w = tf.cos(rows.residual)
+        found |= {"gram": [rows.gram()], "transposed": rows.transposed(w), "row_products": [rows @ u],
+                  "rows": [rows.dense()], "examples": [lin.gradients_of_examples().gram()]}  # fmt: skip
     lin.commit()
     return found
 

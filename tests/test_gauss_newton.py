@@ -9,6 +9,7 @@ from selection import some
 
 import keras_curvature as kc
 from keras_curvature import ConjugateGradient, GaussNewton, GridSearch, Linearization, Nielsen, operators
+from keras_curvature.optimizers import local_models
 from keras_curvature.solvers import least_squares
 
 CASES = {**MODELS, **{f"loss_{name}": build for name, build in LOSSES.items()}}
@@ -91,6 +92,27 @@ def test_all_ways_to_solve_give_the_same_step(kind):
             _, found, logs = step(CASES[kind](), GaussNewton(damping=0.03, solver=way), jit_compile=False)
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8 * np.abs(expected).max(), err_msg=str(way))
             assert (logs["cg_iterations"] > 0) == (way is CG)
+
+
+@pytest.mark.parametrize("kind", ["loss_regularized", "several_outputs", "batch_normalization"])
+def test_rows_are_solved_by_layers_without_an_array_where_no_layer_mixes_examples(kind, monkeypatch):
+    """The model of the loss is the same, so the reports are, after steps with momentum and geodesic acceleration."""
+    made = []
+    for model in (local_models.WithGram, local_models.WithRows):
+        monkeypatch.setattr(
+            local_models, model.__name__, type("Noted", (model,), {"__init__": lambda self, *args, own=model: (
+                made.append(own.__name__), own.__init__(self, *args))[1]}),
+        )  # fmt: skip
+    found = []
+    for way in ("rows", "weights"):
+        with float64():
+            damping = kc.LevenbergMarquardt.martens(initial=0.3)
+            optimizer = GaussNewton(0.5, damping=damping, solver=way, momentum=0.6, geodesic=True)
+            found.append(step(CASES[kind](), optimizer, steps=3, jit_compile=False))
+    assert made[0] == ("WithRows" if kind == "batch_normalization" else "WithGram") and made[-1] == "WithRows"
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=0, atol=1e-9 * np.abs(found[1][1]).max())
+    for name in ("loss", "damping", "reduction_ratio", "step_norm"):
+        np.testing.assert_allclose(found[0][2][name], found[1][2][name], rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -9,7 +9,7 @@ from selection import some
 
 import keras_curvature as kc
 from keras_curvature import GaussNewton, Linearization, problems
-from keras_curvature.problems import physics
+from keras_curvature.problems import diffusion, physics
 from keras_curvature.problems.regression import CURVES
 
 
@@ -59,6 +59,37 @@ def test_rosenbrock_is_met():
     np.testing.assert_allclose(model.get_weights()[0], [1.0, 1.0], atol=1e-10)
 
 
+class Exponentials(keras.layers.Layer):
+    """`c exp(a t) + d exp(b t)`."""
+
+    def build(self, input_shape):
+        """The weights `a, b, c, d`, at the start of Madsen, Nielsen and Tingleff's example."""
+        self.b = self.add_weight(shape=(4,), name="b")
+        self.b.assign([-1.0, -2.0, 1.0, -1.0])
+
+    def call(self, t):
+        a, b, c, d = tf.unstack(tf.convert_to_tensor(self.b))
+        return c * tf.exp(a * t) + d * tf.exp(b * t)
+
+
+@pytest.mark.parametrize("way", ["auto", "weights"])
+def test_functions_of_the_literature_are_met(way):
+    """Meyer's function and the enzyme kinetics of Kowalik and Osborne, which NIST certifies too; two exponentials."""
+    optimizer = lambda: GaussNewton.levenberg_marquardt(solver=way)  # noqa: E731
+    meyer, _ = fitted(problems.nist("MGH10"), optimizer(), seed=1)
+    np.testing.assert_allclose(meyer, [0.0056096364710, 6181.3463463, 345.22363462], rtol=1e-6)
+    enzyme, _ = fitted(problems.nist("MGH09"), optimizer(), seed=1)
+    np.testing.assert_allclose(enzyme, [0.19280693458, 0.19128232873, 0.12305650693, 0.13606233068], rtol=1e-6)
+    with float64():
+        t = 0.02 * np.arange(1.0, 46.0)[:, None]
+        inputs = keras.Input((1,))
+        model = kc.curved(keras.Model(inputs, Exponentials()(inputs)))
+        model.compile(optimizer(), "mse")
+        data = tf.data.Dataset.from_tensors((t, 4 * np.exp(-4 * t) - 4 * np.exp(-5 * t))).repeat()
+        model.fit(data, steps_per_epoch=200, shuffle=False, verbose=0)
+    np.testing.assert_allclose(np.sort(model.get_weights()[0]), [-5.0, -4.0, -4.0, 4.0], rtol=1e-6)
+
+
 # Physics.
 
 
@@ -86,6 +117,68 @@ def test_the_residuals_are_those_of_poissons_equation(dimension):
         inside, outside = (np.square(x[:, k]).sum() / len(x) for k in (-2, -1))
         np.testing.assert_allclose([inside, outside], 1.0)
         assert 0.9 < problems.relative_error(model) < 1.5
+
+
+def evolution(equation, network, t, x, h=1e-4):
+    """The residual of an equation by central differences, `(batch,)`."""
+    u = lambda t, x: network(np.stack([t, x], -1))[:, 0]  # noqa: E731
+    u_t, u_x = (u(t + h, x) - u(t - h, x)) / (2 * h), (u(t, x + h) - u(t, x - h)) / (2 * h)
+    u_xx = (u(t, x + h) - 2 * u(t, x) + u(t, x - h)) / h**2
+    return u_t - 0.25 * u_xx if equation == "heat" else u_t + u(t, x) * u_x - 0.01 / np.pi * u_xx
+
+
+@pytest.mark.parametrize(("make", "sign"), [(problems.heat, 1.0), (problems.burgers, -1.0)])
+def test_the_residuals_are_those_of_the_heat_and_burgers_equations(make, sign):
+    with float64():
+        problem = make(points=6, widths=(5, 4))
+        model, (x, y) = problem.model(), problem.data()
+        residuals = model.get_layer("residuals")
+        t, x1, a, b = x.T
+        network = lambda x: residuals.u(tf.constant(x)).numpy()  # noqa: E731
+        true = sign * np.sin(np.pi * x1)
+        expected = a * evolution(residuals.equation, network, t, x1) + b * (network(x[:, :2])[:, 0] - true)
+        np.testing.assert_allclose(model(x)[:, 0], expected, atol=2e-6)
+        on_sides = b > 0
+        assert not np.any(a * b) and not y.any() and len(x) == problem.batch_size == 6 * 6 + 3 * 6
+        assert np.all((t[on_sides] == 0) | (np.abs(true[on_sides]) < 1e-12))
+        np.testing.assert_allclose([np.square(a).sum() / len(x), np.square(b).sum() / len(x)], 1.0)
+        assert 0.5 < problems.error_of_solution(model) < 2
+        again = keras.layers.deserialize(keras.layers.serialize(residuals))
+        assert (again.equation, again.widths) == (residuals.equation, (5, 4))
+
+
+@pytest.mark.parametrize("equation", ["heat", "burgers"])
+def test_the_solutions_solve_their_equations(equation):
+    layer = diffusion.EvolutionResiduals(equation)
+    random = np.random.default_rng(0)
+    t, x = random.uniform(0.05, 0.95, 200), random.uniform(0.1, 0.9, 200)
+    np.testing.assert_allclose(evolution(equation, layer.solution, t, x), 0.0, atol=1e-4)
+    sign = 1.0 if equation == "heat" else -1.0
+    np.testing.assert_allclose(
+        layer.solution(np.stack([0 * t + 1e-12, x], -1))[:, 0], sign * np.sin(np.pi * x), atol=1e-6
+    )
+    np.testing.assert_allclose(layer.solution(np.stack([t, 0 * t + 1.0], -1)), 0.0, atol=1e-10)
+
+
+def test_burgers_equation_becomes_as_steep_as_is_known():
+    """`u_x(t, 0)` has its largest size, 152.00516, at `pi t = 1.6037` (Basdevant et al.)."""
+    layer, h = diffusion.EvolutionResiduals("burgers"), 1e-5
+
+    def slope(t):
+        sides = layer.solution([[t, h], [t, -h]])[:, 0]
+        return abs(sides[0] - sides[1]) / (2 * h)
+
+    np.testing.assert_allclose(slope(1.6037 / np.pi), 152.00516, rtol=1e-4)
+    assert slope(1.55 / np.pi) < slope(1.6037 / np.pi) > slope(1.66 / np.pi)
+
+
+def test_the_heat_equation_is_solved():
+    with float64():
+        problem = problems.heat(points=8, widths=(10,))
+        model = kc.curved(problem.compiled(GaussNewton.levenberg_marquardt(), seed=0))
+        data = tf.data.Dataset.from_tensors(problem.data()).repeat()
+        model.fit(data, steps_per_epoch=120, shuffle=False, verbose=0)
+        assert problems.error_of_solution(model) < 0.02
 
 
 @pytest.mark.parametrize("how", ["eager", "graph", "xla"])
@@ -140,8 +233,9 @@ def test_poisson_is_solved_by_steps_that_never_raise_the_loss(tmp_path):
 
 
 @pytest.mark.parametrize("make", [
-    lambda: problems.nist("Misra"), lambda: problems.sinc(samples=0), lambda: problems.poisson(dimension=0)
+    lambda: problems.nist("Misra"), lambda: problems.sinc(samples=0), lambda: problems.poisson(dimension=0),
+    lambda: problems.heat(points=0), lambda: problems.burgers(widths=(0,)),
 ])  # fmt: skip
 def test_bad_arguments_fail_at_once(make):
-    with pytest.raises(ValueError, match="Received: (name='Misra'|samples=0|dimension=0)"):
+    with pytest.raises(ValueError, match="Received: (name='Misra'|samples=0|dimension=0|points=0|widths=0)"):
         make()

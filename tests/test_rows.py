@@ -129,7 +129,7 @@ def test_micro_batches_have_the_same_rows(kind):
 @pytest.mark.parametrize("at_a_time", [1, 4])
 @pytest.mark.parametrize("few", [0, 1024])
 def test_some_products_at_a_time_and_batches_of_unknown_size_have_the_same_rows(at_a_time, few, monkeypatch):
-    monkeypatch.setattr(columns, "_at_a_time", lambda recorded: at_a_time)
+    monkeypatch.setattr(columns, "at_a_time", lambda recorded: at_a_time)
     monkeypatch.setattr(columns, "FEW", few)
     with float64():
         case = MODELS["several_outputs"]().compile()

@@ -18,6 +18,9 @@ graph mode, generated data. How it measures:
 * Work that is done every so many steps (factors, inverses, roots, curvature) is averaged: a round has a whole number of
   the longest period. `B/weight` gives the slots in bytes per weight, which for factors depends on the layers' shapes.
 
+Rows of the Jacobian are measured in CPU seconds, on the `mlp` with one output and so 128 rows: the Gram matrix by
+layers, and a step of `GaussNewton(solver="rows")`, each with all its passes, in gradients of the same network.
+
 Products are those of `Linearization`: alone, with their forward pass; and amortized, the cost of one more product in a
 loop, as in conjugate gradients. The targets are this project's own.
 """
@@ -106,6 +109,7 @@ TARGETS = {
     ("KFAC", "cnn"): 1.35, ("SOAP", "cnn"): 2.0, ("Shampoo", "cnn"): 2.0,
     ("Hessian product", "mlp"): 2.0, ("Gauss-Newton product", "mlp"): 1.5,
 }  # fmt: skip
+ROWS_TARGETS = {"Gram matrix by layers": 1.5, "GaussNewton step by rows": 4.0}
 CG_TARGET = 1.2  # one iteration, in Gauss-Newton products
 SLOTS = {"Neumann": 2, "CurveBall": 1, "HessianFree": 2}
 
@@ -230,6 +234,63 @@ def time_of_products(name, rounds):
             if r:  # the round before the first traces and warms up
                 times.setdefault(label, []).append(value)
     return times
+
+
+# Rows of the Jacobian.
+
+
+def rows_of(batch=128):
+    """`{label: f}` on the MLP with one output: `f(n)` computes `n` of them, one after the other, inside one graph."""
+    keras.utils.set_random_seed(0)
+    relu = lambda: keras.layers.Dense(512, activation="relu")  # noqa: E731
+    model = kc.curved(keras.Sequential([keras.Input((784,)), relu(), relu(), keras.layers.Dense(1)]))
+    model.compile(kc.GaussNewton(learning_rate=1e-3, damping=1.0, solver="rows"), "mse", jit_compile=False)
+    x, y = tf.random.stateless_normal([batch, 784], (0, 1)), tf.random.stateless_normal([batch, 1], (0, 2))
+    model.optimizer.build(model.trainable_variables)
+    model.compute_loss(x, y, model(x))
+    model.make_train_function()
+    step = tf.autograph.experimental.do_not_convert(model.train_step)
+
+    def linearized():
+        return kc.Linearization(model, x, y, needs=model.optimizer.needs)
+
+    def repeated(function):
+        function = tf.autograph.experimental.do_not_convert(function)
+
+        @tf.function
+        def repeat(n):
+            total = tf.zeros([])
+            for _ in tf.range(n):
+                with tf.control_dependencies([total]):  # one after the other
+                    total += tf.add_n([tf.reduce_sum(a) for a in function()])
+            return total
+
+        return repeat
+
+    @tf.function
+    def steps(n):
+        for _ in tf.range(n):
+            step((x, y))
+
+    return {
+        "gradient": repeated(lambda: linearized().gradient),
+        "Gram matrix by layers": repeated(lambda: [linearized().rows().gram()]),
+        "GaussNewton step by rows": steps,
+    }
+
+
+def report_rows(rounds, say):
+    candidates, times, n = rows_of(), {}, 20
+    for r in range(rounds + 1):
+        for label, call in candidates.items():
+            begin = time.process_time()
+            call(tf.constant(n))
+            if r:
+                times.setdefault(label, []).append((time.process_time() - begin) / n)
+    say(f"\n{'':<31} {'CPU ms':>8} {'gradient = 1':>13}  {'target':<12}")
+    for label in times:
+        ratio, milliseconds = ratios(times, label, "gradient"), 1e3 * statistics.median(times[label])
+        say(f"{label:<31} {milliseconds:>8.2f} {ratio:>13.2f}  {verdict(ratio, ROWS_TARGETS.get(label)):<12}")
 
 
 # Passes.
@@ -383,6 +444,7 @@ def main():
         "--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS), help="besides SGD"
     )
     parser.add_argument("--only_steps", action="store_true", help="no peak memory, no products")
+    parser.add_argument("--only_rows", action="store_true", help="nothing but the rows of the Jacobian")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -396,6 +458,9 @@ def report(args, say):
     """The tables that are asked for."""
     versions = f"TensorFlow {tf.__version__}, Keras {keras.__version__}, keras_curvature {kc.__version__}"
     say(f"{versions}; {os.cpu_count()} cores ({platform.machine()}), graph mode, {args.rounds} rounds")
+    if args.only_rows:
+        report_rows(args.rounds, say)
+        return
     say(f"slots in copies of the weights, without step counters; HessianFree with {CG_STEPS} iterations in every step")
     say(f"slots to have: {', '.join(f'{name} {copies}' for name, copies in SLOTS.items())}, and iterates in a step")
     for name in args.problems:
@@ -404,6 +469,8 @@ def report(args, say):
         report_steps(name, list(dict.fromkeys(["SGD", *args.optimizers])), args.rounds, not args.only_steps, say)
         if not args.only_steps:
             report_products(name, args.rounds, say)
+    if not args.only_steps:
+        report_rows(args.rounds, say)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ them, and `tests/test_private_names.py` fails if another file uses a private nam
 | `Tensor._keras_logits`, `_keras_mask` | `carried`, `carry`, `logits_of`, `LOGITS` | Keras sets these attributes |
 | **layers.py** |  |  |
 | `BatchNormalization._moments` | `batch_moments` | `keras.ops.moments` takes no mask |
+| `keras.src.layers`, its folders | `folder_of` | which classes are Keras' own, and of what kind |
 | **optimizers.py** |  |  |
 | `Optimizer._trainable_variables` | `trained_by` | `variables` is the optimizer's state |
 | `Optimizer._var_key` | `keys_of` | variables mirrored on replicas need a common key |
@@ -76,7 +77,7 @@ from keras_curvature.keras_internals.epochs import (
     last_step,
 )  # fmt: skip
 from keras_curvature.keras_internals.guards import guard, guard_attribute, holding, twin
-from keras_curvature.keras_internals.layers import batch_moments
+from keras_curvature.keras_internals.layers import batch_moments, folder_of
 from keras_curvature.keras_internals.losses import (
     LOGITS,
     carried,
@@ -102,7 +103,14 @@ from keras_curvature.keras_internals.models import (
     takes_training,
     unpickled,
 )  # fmt: skip
-from keras_curvature.keras_internals.optimizers import decays, keys_of, places_of, state, strategy_of, trained_by
+from keras_curvature.keras_internals.optimizers import (
+    decays,
+    keys_of,
+    places_of,
+    state,
+    strategy_of,
+    trained_by,
+)
 from keras_curvature.keras_internals.tensorflow import (
     has_several_workers,
     is_compiled,
@@ -110,12 +118,17 @@ from keras_curvature.keras_internals.tensorflow import (
     static_shape,
     uses_merge_calls,
 )  # fmt: skip
-from keras_curvature.keras_internals.versions import ACTIVITY_IS_A_MEAN, HAS_LAST_STEPS, KERAS, MULTI_OPTIMIZER
+from keras_curvature.keras_internals.versions import (
+    ACTIVITY_IS_A_MEAN,
+    HAS_LAST_STEPS,
+    KERAS,
+    MULTI_OPTIMIZER,
+)
 
 __all__ = [
     "ACTIVITY_IS_A_MEAN", "FIT", "HAS_LAST_STEPS", "KERAS", "LOGITS", "MULTI_OPTIMIZER", "NEW_ITERATOR",
     "STEPS_OF_EPOCH", "Functional", "batch_moments", "batch_spec", "begin_at_epoch", "build", "carried", "carry",
-    "changed_losses", "changed_steps", "compute_loss", "decays", "function_of", "functional_of", "guard",
+    "changed_losses", "changed_steps", "compute_loss", "decays", "folder_of", "function_of", "functional_of", "guard",
     "guard_attribute", "has_several_workers", "holding", "is_built", "is_compiled", "is_continuous",
     "is_under_strategy", "keys_of", "last_step", "layers_of", "logits_of", "loss_tracker", "losses_of", "made_by",
     "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of", "takes_training", "trained_by",

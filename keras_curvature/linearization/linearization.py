@@ -21,7 +21,7 @@ from keras_curvature.component import check, check_count
 from keras_curvature.linearization import matrices, products
 from keras_curvature.linearization.estimates import diagonals, factors, sampled
 from keras_curvature.linearization.gauss_newton import l2_of
-from keras_curvature.linearization.layers import kronecker, taps
+from keras_curvature.linearization.layers import apart, taps
 from keras_curvature.linearization.needs import EVERYTHING, Needs
 from keras_curvature.linearization.passes import Passes
 from keras_curvature.linearization.pure import slices
@@ -200,14 +200,14 @@ class Linearization:
     gauss_newton = matrices.gauss_newton
     fisher = matrices.fisher
     rows = matrices.rows
+    gradients_of_examples = matrices.gradients_of_examples
+    fisher_rows = matrices.fisher_rows
     hidden_gauss_newton = matrices.hidden_gauss_newton
     sampled_gradient = sampled.sampled_gradient
     fisher_diagonal = sampled.fisher_diagonal
-    squared_gradients = diagonals.squared_gradients
-    hessian_diagonal = diagonals.hessian_diagonal
-    kronecker_factors = factors.kronecker_factors
+    squared_gradients, hessian_diagonal = diagonals.squared_gradients, diagonals.hessian_diagonal
+    kronecker_factors, kronecker_means = factors.kronecker_factors, factors.kronecker_means
     kronecker_second_moments = factors.kronecker_second_moments
-    kronecker_means = factors.kronecker_means
 
     # The batch and the model.
 
@@ -287,7 +287,7 @@ class Linearization:
 
     def _tapped(self):
         """The layers whose inputs and outputs are noted."""
-        return self._once("tapped", lambda: kronecker.layers(self.model) if self.needs.layers else [])
+        return self._once("tapped", lambda: apart.tapped(self.model, self.needs, self._how["training"]))
 
     def _evaluated(self):
         """`(loss, outputs)` of the recorded pass."""

@@ -9,10 +9,13 @@ from keras_curvature.component import check
 from keras_curvature.linearization import products
 from keras_curvature.linearization.fisher import convexity
 from keras_curvature.linearization.gauss_newton import GaussNewton
-from keras_curvature.linearization.jacobian.rows import MEMORY, Rows
+from keras_curvature.linearization.jacobian import frames
+from keras_curvature.linearization.jacobian.matrix import MEMORY, RowMatrix
+from keras_curvature.linearization.jacobian.rows import FisherRows, Rows
 from keras_curvature.linearization.layers import taps
 from keras_curvature.linearization.needs import require
 from keras_curvature.operators import Function, LinearOperator
+from keras_curvature.typing import Integer
 
 
 def hessian(lin) -> LinearOperator:
@@ -99,6 +102,52 @@ def rows(lin, memory: int = MEMORY) -> Rows:
             f"has no root. Received: loss={', '.join(not_convex)}. Choose another loss, or use the Hessian."
         )
     return Rows(lin, memory)
+
+
+def gradients_of_examples(lin, memory: int = MEMORY) -> RowMatrix:
+    """The gradients of the single examples as the rows of a matrix, a `RowMatrix`; they sum to the gradient.
+
+    They are scaled as the compiled loss is: of a mean over N examples, each is 1/N of the gradient of its own loss.
+    Regularizers and added losses belong to no example.
+
+    Args:
+        memory: The most bytes that `dense()` may take. Defaults to `2**31`.
+
+    Raises:
+        ValueError: `memory` is no positive number; the `needs` of the linearization have no `products`; at a question:
+            the loss is not known to be a sum over the examples, or an output has no row for each example.
+
+    Example:
+
+    ```python
+    G = Linearization(model, x, y).gradients_of_examples()
+    norms = tf.sqrt(tf.linalg.diag_part(G.gram()))     # of the gradient of each example
+    ```
+    """
+    require(lin, "gradients_of_examples", "products")
+    return RowMatrix(lin, frames.of_slopes, memory, gradients_of_examples)
+
+
+def fisher_rows(
+    lin, kind: Literal["exact", "empirical", "sampled"] = "empirical", seed: Integer = 0, memory: int = MEMORY
+) -> FisherRows:  # fmt: skip
+    """Rows `S` whose squares sum to a Fisher matrix, `F = S'S`, as `FisherRows`; see `fisher` for the definitions.
+
+    Args:
+        kind: `"empirical"`: a row for each example, with the true labels; `"sampled"`: a row for each example, with
+            labels drawn from the model: `S'S` has the Fisher matrix as its expectation; `"exact"`: a row for each
+            example and possible label. Defaults to `"empirical"`.
+        seed: Integer tensor or number that determines the draws.
+        memory: The most bytes that `dense()` may take. Defaults to `2**31`.
+
+    Raises:
+        ValueError: `kind` or `memory` is invalid; the `needs` of the linearization have no `products`; labels are
+            needed, and the loss is not the negative logarithm of a known likelihood.
+    """
+    kinds = ("exact", "empirical", "sampled")
+    check(fisher_rows, "kind", kind, kind in kinds, '"exact", "empirical" or "sampled"')
+    require(lin, "fisher_rows", "products")
+    return FisherRows(lin, kind, seed, memory)
 
 
 def hidden_gauss_newton(lin) -> LinearOperator:

@@ -20,11 +20,13 @@ class Needs:
         hessian: It asks for products with the Hessian. Defaults to `False`.
         layers: It uses the layers of the model: to create its state, and for their inputs and slopes (Kronecker
             factors, second moments, means). Defaults to `False`.
+        gram: It asks for rows of the Jacobian, or for gradients of examples: layers are tapped where no layer mixes the
+            examples, for the Gram matrix by layers. Defaults to `False`.
         shifted: It is linearized away from the weights, at `weights + optimizer.shift()`: a look-ahead, or weight
             noise. Defaults to `False`.
 
     Raises:
-        ValueError: `only_gradients` beside `products`, `hessian` or `layers`.
+        ValueError: `only_gradients` beside `products`, `hessian`, `layers` or `gram`.
 
     Example:
 
@@ -41,10 +43,11 @@ class Needs:
     products: bool = False
     hessian: bool = False
     layers: bool = False
+    gram: bool = False
     shifted: bool = False
 
     def __post_init__(self):
-        more = [name for name in ("products", "hessian", "layers") if getattr(self, name)]
+        more = [name for name in ("products", "hessian", "layers", "gram") if getattr(self, name)]
         if self.only_gradients and more:
             raise ValueError(
                 f"`Needs`: a method that needs only gradients cannot need `{more[0]}`. Received: only_gradients=True, "

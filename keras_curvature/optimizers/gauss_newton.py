@@ -77,7 +77,7 @@ class GaussNewton(CurvatureOptimizer):
     ```
     """
 
-    needs = Needs(products=True)
+    needs = Needs(products=True, gram=True)
     reports = {
         "damping": "last", "reduction_ratio": "mean", "cg_iterations": "mean", "step_length": "mean",
         "step_norm": "mean", "skipped_steps": "sum",
@@ -166,7 +166,7 @@ class GaussNewton(CurvatureOptimizer):
         self.solved_by = model.solved_by
         scale, state = self._scale(model, lin), tf.identity(self._damping.value)
         if hasattr(self._rule, "begun"):
-            state = self._rule.begun(state, model.largest(scale))
+            state = self._rule.begun(state, model.largest(scale, known=state[0] > 0))
         damping = state[0] if state.shape.rank else state
         model.decompose(damping, scale)
 
@@ -179,7 +179,7 @@ class GaussNewton(CurvatureOptimizer):
         rate = tf.cast(self.learning_rate, trees.scalar_dtype(step))
         checked = self._trial.check(
             self.iterations, state, before=lin.loss, after=lambda: _unless(straight, loss(rate)),
-            predicted=lambda: model.change(trees.scale(rate * length, d)),  # the model knows nothing of the bend
+            predicted=lambda: model.change(rate * length),  # the model knows nothing of the bend
         )  # fmt: skip
         taken = checked.accepted & solved & (length > 0)
         self.remember(self._damping, checked.value)

@@ -2,7 +2,8 @@
 
     q(d) = g'd + 1/2 d'Gd,      d = argmin_d  q(d) + 1/2 lambda |D (d - c)|^2
 
-`WithRows` has the rows of the Jacobian as an array, `WithProducts` multiplies by `G`. Both have the same methods.
+`WithRows` has the rows of the Jacobian as an array, `WithGram` their Gram matrix by layers, `WithProducts` multiplies by
+`G`. All have the same methods.
 """
 
 import tensorflow as tf
@@ -18,7 +19,7 @@ EXPECTED = '"auto", "rows", "weights", "qr", "svd", or a component such as `Conj
 FEW = 2048
 
 
-def made(lin, solver, memory, undamped, scaling):
+def made(lin, solver, memory, undamped, scaling, rows=None, operator=None):
     """The local model for the argument `solver` of an optimizer.
 
     Args:
@@ -27,14 +28,18 @@ def made(lin, solver, memory, undamped, scaling):
         memory: The most bytes that the array of rows may take.
         undamped: Whether there is no damping.
         scaling: The scaling of the damping, `"identity"` or another, which needs the rows.
+        rows, operator: `A` and `G`. Default to those of the Gauss-Newton matrix.
     """
+    operator = lin.gauss_newton if operator is None else operator
     if isinstance(solver, ConjugateGradient):
-        return WithProducts(lin, solver)
-    rows = lin.rows(memory)  # one for the choice and the model: replicas gather its residuals once
+        return WithProducts(lin, solver, operator())
+    rows = lin.rows(memory) if rows is None else rows  # one for the choice and the model: replicas gather its residuals once
+    if scaling == "identity" and not undamped and _is_solved_by_layers(lin, rows, solver, memory):
+        return WithGram(lin, rows)
     if solver == "auto":
         solver = _chosen(lin, rows, memory, undamped)
         if solver is None and scaling == "identity" and not undamped:
-            return WithProducts(lin, ConjugateGradient())
+            return WithProducts(lin, ConjugateGradient(), operator())
     return WithRows(lin, rows, solver or "rows", undamped)
 
 
@@ -51,6 +56,16 @@ def _chosen(lin, rows, memory, undamped):
     if undamped:
         return "svd"
     return "rows" if count is not None and count <= n else "qr"
+
+
+def _is_solved_by_layers(lin, rows, solver, memory):
+    """Whether to solve in rows, with a Gram matrix by layers; `"auto"` needs a known number of rows that fits."""
+    if solver not in ("auto", "rows") or roots.objection(lin.model) is not None:
+        return False
+    count = rows.count
+    if solver == "auto" and (count is None or count > trees.count(lin.weights)):
+        return False
+    return rows.is_by_layers and (solver == "rows" or rows.bytes_of_gram <= memory)
 
 
 class WithRows:
@@ -70,8 +85,8 @@ class WithRows:
         parts = [self._A, self._r, *([] if self._rest is None else [self._rest])]
         return tf.math.is_finite(tf.add_n([tf.reduce_sum(a) for a in parts]))
 
-    def largest(self, scale):
-        """The largest diagonal entry of `D^-1 G D^-1`."""
+    def largest(self, scale, known):
+        """The largest diagonal entry of `D^-1 G D^-1`; need not be right where `known`, a scalar."""
         squares = tf.reduce_sum(tf.square(self._A), 0)
         return tf.reduce_max(squares if scale is None else squares / tf.square(trees.flatten(scale)))
 
@@ -110,7 +125,8 @@ class WithRows:
             c = trees.flatten(center)
             if self._l2 is not None:  # L2 regularizers do not pull to the center
                 b = (0.0 if b is None else b) + self._l2 * c
-        return trees.unflatten(self._solve(self._r, b, c), self._like)
+        self._found = trees.unflatten(self._solve(self._r, b, c), self._like)
+        return self._found
 
     def acceleration(self, d):
         """The geodesic acceleration along `d`, a vector."""
@@ -123,14 +139,96 @@ class WithRows:
         along = tf.tensordot(self._r, tf.linalg.matvec(self._A, d), 1)
         return along if self._rest is None else along + tf.tensordot(self._rest, d, 1)
 
-    def change(self, d):
-        """`q(d)`."""
-        flat = trees.flatten(d)
+    def change(self, length):
+        """`q(length * d)` of the solution `d`."""
+        flat = trees.flatten(trees.scale(length, self._found))
         moved = tf.linalg.matvec(self._A, flat)
         curved = tf.tensordot(moved, moved, 1)
         if self._l2 is not None:
             curved += tf.reduce_sum(self._l2 * flat * flat)
-        return self.slope(d) + 0.5 * curved
+        return length * self.slope(self._found) + 0.5 * curved
+
+    def iterations(self):
+        """0: of conjugate gradients."""
+        return tf.constant(0.0)
+
+
+class WithGram:
+    """With the Gram matrix of the rows by layers, for a damping that is one number in each variable; no array of rows.
+
+        d = p - E^-1 A' (A E^-1 A' + I)^-1 (r + A p),        p = c - E^-1 b
+
+    The loss of a step by rows of a multilayer perceptron then costs about two gradients.
+    """
+
+    solved_by = "rows"
+
+    def __init__(self, lin, rows):
+        self._rows, self._lin, self._r, self._rest = rows, lin, rows.residual, rows.remainder()
+
+    def is_finite(self):
+        """Whether the rows and the gradient are finite."""
+        parts = [self._K, self._r, *([] if self._rest is None else self._rest)]
+        return tf.math.is_finite(tf.add_n([tf.reduce_sum(tf.cast(a, self._K.dtype)) for a in parts]))
+
+    def largest(self, scale, known):
+        """The largest diagonal entry of `G`; need not be right where `known`, a scalar."""
+        del scale
+        dtype = self._r.dtype
+
+        def look():
+            return tf.reduce_max(tf.stack([tf.cast(tf.reduce_max(a), dtype) for a in self._rows.squared_columns()]))
+
+        return tf.cond(known, lambda: tf.ones([], dtype), look)
+
+    def decompose(self, damping, scale):
+        """Decompose the system."""
+        del scale
+        self._E = [tf.cast(damping, self._r.dtype) + trees.exactly(c, self._r.dtype) for c in self._lin.l2]
+        self._K = self._rows.gram([1.0 / e for e in self._E])
+        self._lower = tf.linalg.cholesky(self._K + tf.eye(tf.shape(self._K)[0], dtype=self._K.dtype))
+
+    def solve(self, center=None):
+        """`d`, a vector; `center` is `c`."""
+        b, p = self._rest, center
+        if center is not None and any(self._lin.l2):  # L2 regularizers do not pull to the center
+            pulled = [trees.exactly(c, a.dtype) * a for c, a in zip(self._lin.l2, center)]
+            b = pulled if b is None else trees.add(b, pulled)
+        if b is not None:
+            p = trees.subtract(trees.zeros_like(b) if p is None else p, self._divided(b))
+        moved = tf.zeros_like(self._r) if p is None else self._rows @ p
+        self._found, self._moved = self._corrected(p, moved)
+        return self._found
+
+    def _corrected(self, p, moved):
+        """`(d, A d)` from `p` and `A p`."""
+        right = tf.cast(self._r + moved, self._K.dtype)
+        u = tf.linalg.cholesky_solve(self._lower, right[:, tf.newaxis])[:, 0]
+        d = trees.negative(self._divided(self._rows.transposed(u)))
+        return (d if p is None else trees.add(p, d)), moved - tf.linalg.matvec(self._K, u)
+
+    def _divided(self, v):
+        return [a / tf.cast(e, a.dtype) for a, e in zip(v, self._E)]
+
+    def acceleration(self, d):
+        """The geodesic acceleration along `d`, a vector."""
+        bent = tf.cast(self._rows.bent(d), self._K.dtype)
+        u = tf.linalg.cholesky_solve(self._lower, bent[:, tf.newaxis])[:, 0]
+        return trees.negative(self._divided(self._rows.transposed(u)))
+
+    def slope(self, d):
+        """`g'd`."""
+        return trees.dot(self._lin.gradient, d)
+
+    def change(self, length):
+        """`q(length * d)` of the solution `d`."""
+        slope, curved = tf.tensordot(self._r, self._moved, 1), tf.tensordot(self._moved, self._moved, 1)
+        if self._rest is not None:
+            slope += trees.dot(self._rest, self._found)
+        for c, a in zip(self._lin.l2, self._found):
+            if c:
+                curved += tf.cast(c * tf.reduce_sum(a * a), curved.dtype)
+        return length * slope + 0.5 * length * length * curved
 
     def iterations(self):
         """0: of conjugate gradients."""
@@ -142,15 +240,15 @@ class WithProducts:
 
     solved_by = "conjugate gradients"
 
-    def __init__(self, lin, solver):
-        self._lin, self._solver, self._G, self._g = lin, solver, lin.gauss_newton(), lin.gradient
+    def __init__(self, lin, solver, operator):
+        self._lin, self._solver, self._G, self._g = lin, solver, operator, lin.gradient
         self._found = None
 
     def is_finite(self):
         """Whether the products and the gradient are finite."""
         return trees.is_finite(self._g) & self._found.finite
 
-    def largest(self, scale):
+    def largest(self, scale, known):
         """The curvature along the gradient, at most the largest eigenvalue."""
         return tf.math.divide_no_nan(self._G.quadratic_form(self._g, self._g), trees.squared_norm(self._g))
 
@@ -173,8 +271,9 @@ class WithProducts:
         """`g'd`."""
         return trees.dot(self._g, d)
 
-    def change(self, d):
-        """`q(d)`."""
+    def change(self, length):
+        """`q(length * d)` of the solution `d`."""
+        d = trees.scale(length, self._found.value)
         return self.slope(d) + 0.5 * self._G.quadratic_form(d, d)
 
     def iterations(self):

@@ -1,6 +1,6 @@
 """The rows of the Jacobian as a dense array, by many products at a time; right for every layer.
 
-Each column is a product `R J e`, each row a product `J' R' e`: whichever are fewer are computed, by
+Each column is a product `A e`, each row a product `A' e`: whichever are fewer are computed, by
 `tf.vectorized_map`, which turns a product into products of matrices. So 129 columns of a network with 32 hidden units
 on 900 examples took 15 ms, 30 gradients. Models with loops (recurrent layers) take one product at a time.
 """
@@ -8,7 +8,7 @@ on 900 examples took 15 ms, 30 gradients. Models with loops (recurrent layers) t
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.linearization.jacobian.roots import residuals, roots
+from keras_curvature.linearization.jacobian import frames
 from keras_curvature.linearization.pure import slices
 
 # Bytes that the intermediate results of the products of one call may take, roughly: they are as wide as the layers
@@ -19,47 +19,54 @@ WIDTH = 16
 FEW = 1024
 
 
-def dense(recorded):
-    """`(rows, residuals)` of a `Pass`: for each leaf the rows `(rows, weights)`, and its residuals, shaped as it."""
-    found, n = roots(recorded), trees.count(recorded.weights)
-    known = all(leaf.shape.is_fully_defined() for leaf in recorded.leaves)
-    by_columns = n <= (sum(leaf.shape.num_elements() for leaf in recorded.leaves) if known else FEW)
-    return (_by_columns if by_columns else _by_rows)(recorded, found, n), residuals(recorded, found)
+def dense(frame, which):
+    """The rows of a frame in some of the weights: for each part `(rows, weights)`.
+
+    Args:
+        frame: `OfOutputs` or `OfCotangents`.
+        which: The indices of the variables, a list.
+    """
+    n, parts = trees.count([frame.recorded.weights[i] for i in which]), frame.parts()
+    known = all(part.shape.is_fully_defined() for part in parts)
+    by_columns = n <= (sum(part.shape.num_elements() for part in parts) if known else FEW)
+    return (_by_columns if by_columns else _by_rows)(frame, which, n, parts)
 
 
-def _by_columns(recorded, found, n):
-    dtype = trees.scalar_dtype(recorded.weights)
+def _by_columns(frame, which, n, parts):
+    recorded = frame.recorded
+    dtype, chosen = trees.scalar_dtype(recorded.weights), [recorded.weights[i] for i in which]
 
     def column(i):
-        tangents = recorded.jvp(trees.unflatten(tf.one_hot(i, n, dtype=dtype), recorded.weights))
-        return [tf.cast(tf.reshape(root.times(t), [-1]), dtype) for root, t in zip(found, tangents)]
+        vector = trees.zeros_like(recorded.weights)
+        for k, part in zip(which, trees.unflatten(tf.one_hot(i, n, dtype=dtype), chosen)):
+            vector[k] = part
+        found = frame.times(recorded.jvp(vector))
+        return [tf.cast(tf.reshape(rows, [-1]), dtype) for rows in found]
 
-    columns = _batched(column, n, _at_a_time(recorded), [dtype] * len(found))
+    columns = batched(column, n, at_a_time(recorded), [dtype] * len(parts))
     return [tf.transpose(c) for c in columns]
 
 
-def _by_rows(recorded, found, n):
-    dtype, scale = trees.scalar_dtype(recorded.weights), recorded.loss_scale
+def _by_rows(frame, which, n, parts):
+    recorded = frame.recorded
+    dtype = trees.scalar_dtype(recorded.weights)
 
-    def of_leaf(k):
-        root, leaf = found[k], recorded.leaves[k]
-        count = leaf.shape.num_elements() if leaf.shape.is_fully_defined() else tf.size(leaf)
+    def of_part(k):
+        count = parts[k].shape.num_elements() if parts[k].shape.is_fully_defined() else tf.size(parts[k])
 
         def row(i):
-            unit = root.transposed(tf.reshape(tf.one_hot(i, count, dtype=root.values.dtype), root.shape))
-            if scale is not None:  # in half precision a small cotangent would underflow
-                unit *= tf.cast(scale, unit.dtype)
-            cotangents = [tf.cast(unit, leaf.dtype) if k == i else tf.zeros_like(leaf)
-                          for i, leaf in enumerate(recorded.leaves)]  # fmt: skip
-            pulled = recorded.pull(cotangents)
-            return tf.ensure_shape(tf.cast(trees.flatten(pulled), dtype), [n])
+            unit = tf.one_hot(i, count, dtype=parts[k].dtype)
+            unit = tf.ensure_shape(tf.reshape(unit, tf.shape(parts[k])), parts[k].shape)
+            others = [unit if p == k else tf.zeros_like(a) for p, a in enumerate(parts)]
+            pulled = frames.pull(recorded, frame.transposed(others))
+            return tf.ensure_shape(trees.flatten([pulled[w] for w in which], dtype), [n])
 
-        return _batched(row, count, _at_a_time(recorded), dtype)
+        return batched(row, count, at_a_time(recorded), dtype)
 
-    return [of_leaf(k) for k in range(len(found))]
+    return [of_part(k) for k in range(len(parts))]
 
 
-def _at_a_time(recorded):
+def at_a_time(recorded):
     """How many products to compute at a time."""
     tensors = tf.nest.flatten([recorded.pure.x, *recorded.leaves])
     tensors = [a for a in tensors if tf.is_tensor(a) and a.dtype.is_floating]
@@ -69,7 +76,7 @@ def _at_a_time(recorded):
     return max(1, AT_A_TIME // max(1, WIDTH * widest))
 
 
-def _batched(fn, count, at_a_time, dtypes):
+def batched(fn, count, at_a_time, dtypes):
     """`fn(0), fn(1), ...`, stacked; so many at a time."""
     if _has_loops():  # `vectorized_map` fails for derivatives of loops
         return tf.map_fn(fn, tf.range(count), fn_output_signature=dtypes, parallel_iterations=1)
@@ -93,5 +100,6 @@ def _has_loops():
 
 
 def _joined(a):
-    """`(chunks, at_a_time, rows)` to `(chunks * at_a_time, rows)`."""
-    return tf.reshape(a, tf.concat([[-1], tf.shape(a)[2:]], 0) if a.shape[2] is None else [-1, a.shape[2]])
+    """`(chunks, at_a_time, ...)` to `(chunks * at_a_time, ...)`."""
+    rest = a.shape[2:]
+    return tf.reshape(a, [-1, *rest] if rest.is_fully_defined() else tf.concat([[-1], tf.shape(a)[2:]], 0))

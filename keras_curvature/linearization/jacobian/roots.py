@@ -65,7 +65,7 @@ def roots(recorded):
 
 def residuals(recorded, found):
     """`r` with `R' r` the slope of the loss in each leaf, as far as the slope is in the range of `R'`."""
-    return [_residual(root, _wide(recorded, slope)) for root, slope in zip(found, recorded.slope)]
+    return [_residual(root, wide(recorded, slope)) for root, slope in zip(found, recorded.slope)]
 
 
 def are_squares(recorded):
@@ -76,6 +76,18 @@ def are_squares(recorded):
         keras_internals.function_of(loss) is keras.losses.mean_squared_error or _is_gaussian(_declared(loss))
         for loss in keras_internals.losses_of(recorded.pure.model)
     )
+
+
+def wide(recorded, tensor):
+    """In full precision, without the loss scale."""
+    tensor = trees.full_precision(tensor)
+    return tensor if recorded.loss_scale is None else tensor / tf.cast(recorded.loss_scale, tensor.dtype)
+
+
+def require_sum(recorded):
+    """Refuse a loss that is not known to be a sum over the examples."""
+    recorded.require_leaves()
+    _structures(recorded)
 
 
 def objection(model):
@@ -160,7 +172,7 @@ def _root(recorded, i, structure):
     shape = [length if length is not None else tf.shape(leaf)[k] for k, length in enumerate(leaf.shape)]
     entries = leaf.shape[1:] if structure == EXAMPLE else leaf.shape[-1:]
     if structure == ENTRY or (entries.is_fully_defined() and entries.num_elements() == 1):
-        curved = _wide(recorded, recorded.curve(_only(recorded, i, tf.ones_like(leaf)))[i])
+        curved = wide(recorded, recorded.curve(_only(recorded, i, tf.ones_like(leaf)))[i])
         return Root(tf.sqrt(_no_less_than_zero(curved)), shape, True)
     size = _size_of_block(recorded, leaf, entries)
 
@@ -169,7 +181,7 @@ def _root(recorded, i, structure):
         return recorded.curve(_only(recorded, i, tf.reshape(blocks, shape)))[i]
 
     columns = tf.vectorized_map(column, tf.eye(size, dtype=leaf.dtype))  # (entries, *leaf)
-    blocks = tf.reshape(_wide(recorded, columns), [size, -1, size])
+    blocks = tf.reshape(wide(recorded, columns), [size, -1, size])
     return Root(_root_of_blocks(tf.transpose(blocks, [1, 0, 2])), shape, False)
 
 
@@ -212,12 +224,6 @@ def _residual(root, slope):
     squares = tf.reduce_sum(root.values * root.values, -1)  # (blocks, entries)
     along = tf.reshape(root.times(slope), tf.shape(squares))
     return tf.reshape(tf.math.divide_no_nan(along, squares), root.shape)
-
-
-def _wide(recorded, tensor):
-    """In full precision, without the loss scale."""
-    tensor = trees.full_precision(tensor)
-    return tensor if recorded.loss_scale is None else tensor / tf.cast(recorded.loss_scale, tensor.dtype)
 
 
 def _no_less_than_zero(values):

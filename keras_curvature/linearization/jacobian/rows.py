@@ -1,89 +1,38 @@
-"""The class `Rows`: what `Linearization.rows` returns."""
+"""The classes `Rows` and `FisherRows`: what `Linearization.rows` and `fisher_rows` return."""
 
 import tensorflow as tf
 
-from keras_curvature import replicas, trees
-from keras_curvature.component import check_number
-from keras_curvature.linearization.jacobian import columns, roots
-from keras_curvature.linearization.pure import slices
+from keras_curvature import trees
+from keras_curvature.linearization.jacobian import roots
+from keras_curvature.linearization.jacobian.frames import OfOutputs, of_fisher
+from keras_curvature.linearization.jacobian.matrix import MEMORY, RowMatrix
 from keras_curvature.typing import Vector
 
-MEMORY = 2**31
 
-
-class Rows:
+class Rows(RowMatrix):
     """`A = R J`, with a row for each output of each example, and the residuals `r`; made by `Linearization.rows`.
 
         A'A = J' H_L J     the Gauss-Newton matrix, without what L2 regularizers add
         A'r                the gradient, where the loss is a sum of squares and nothing is added to it (`is_exact`)
 
-    Rows are in the order of outputs, replicas, examples, entries. Vectors of rows are flat tensors `(N,)`, vectors of
-    weights are lists of tensors. For other losses than squares, `R'r` is the part of the slope that is in the range of
-    `R'`; `remainder()` is what the gradient has besides.
+    See `RowMatrix` for the order of the rows and for products. For other losses than squares, `R'r` is the part of the
+    slope that is in the range of `R'`; `remainder()` is what the gradient has besides.
     """
 
     def __init__(self, lin, memory=MEMORY):
-        check_number(type(lin).rows, "memory", memory, low=0, open_low=True)
-        self._lin, self._memory, self._exact = lin, memory, None
-        self._known, self._graph = {}, slices.graph()
+        super().__init__(lin, self._noting, memory, type(lin).rows)
+        self._exact = None
 
     @property
     def residual(self) -> tf.Tensor:
         """`r`, `(N,)`."""
-        return self._once("residual", lambda: self._gathered(self._residuals(), 1))
+        return self._flat_parts()
 
     @property
     def is_exact(self) -> bool:
         """Whether `A'r` is the gradient: the loss is a sum of squares, without regularizers or added losses."""
-        self._residuals()
+        self._parts()
         return self._exact
-
-    @property
-    def count(self) -> int | None:
-        """`N`, the number of rows; `None` if it is not known before the graph runs."""
-        return self.residual.shape[0]
-
-    def __matmul__(self, vector: Vector) -> tf.Tensor:
-        """`A v`, `(N,)`; one forward-mode pass, or none if the dense array is there."""
-        trees.check("vector", vector, self._lin.variables)
-        if "dense" in self._known:
-            return tf.linalg.matvec(self.dense(), tf.cast(trees.flatten(vector), self.dense().dtype))
-
-        def product(recorded, v):
-            return [root.times(t) for root, t in zip(roots.roots(recorded), recorded.jvp(v))]
-
-        return self._gathered(self._lin.passes.rows(product, [list(vector)]), 1)
-
-    def transposed(self, rows: tf.Tensor) -> Vector:
-        """`A' u`, a vector; one backward pass, or none if the dense array is there."""
-        if "dense" in self._known:
-            pulled = tf.linalg.matvec(self.dense(), tf.cast(rows, self.dense().dtype), transpose_a=True)
-            return trees.unflatten(pulled, self._lin.weights)
-
-        def product(recorded, rows):
-            scale = 1.0 if recorded.loss_scale is None else recorded.loss_scale
-            pulled = [root.transposed(u) for root, u in zip(roots.roots(recorded), rows)]
-            return recorded.pull([tf.cast(c * tf.cast(scale, c.dtype), leaf.dtype)
-                                  for c, leaf in zip(pulled, recorded.leaves)])  # fmt: skip
-
-        return self._lin.passes.total(product, tangents=[self._scattered(rows)])
-
-    def dense(self) -> tf.Tensor:
-        """`A`, `(N, n)`, with the weights flattened in their order.
-
-        Raises:
-            ValueError: The array needs more than `memory`.
-        """
-        return self._once("dense", self._dense)
-
-    def gram(self, scale: tf.Tensor | None = None) -> tf.Tensor:
-        """`A diag(s) A'`, `(N, N)`; `scale` is flat, `(n,)`, by default ones."""
-        A = self.dense()
-        return tf.matmul(A if scale is None else A * scale, A, transpose_b=True)
-
-    def column_norms(self) -> Vector:
-        """The Euclidean norm of each column of `A`, a vector."""
-        return trees.unflatten(tf.sqrt(tf.reduce_sum(tf.square(self.dense()), 0)), self._lin.weights)
 
     def remainder(self) -> Vector | None:
         """The gradient minus `A'r`, a vector; `None` if that is zero because `is_exact`."""
@@ -119,64 +68,35 @@ class Rows:
         shifted = self._lin.record(lambda pure, weights: _Shifted(pure, weights, vector, h))
         return list(shifted.rows(lambda shifted: (shifted.after, shifted.before)))
 
-    # On every replica, one tensor for each output that the loss depends on.
+    def _noting(self, recorded):
+        """The frame of a `Pass`; notes whether the rows make up the gradient."""
+        regularized = any(getattr(v, "regularizer", None) is not None for v in self._lin.variables)
+        self._exact = roots.are_squares(recorded) and not (regularized or recorded.evaluation.has_added)
+        return OfOutputs(recorded)
 
-    def _residuals(self):
-        return self._once("residuals", lambda: self._lin.passes.rows(self._noting(_residuals_of)))
 
-    def _noting(self, question):
-        def noted(recorded, *args):
-            regularized = any(getattr(v, "regularizer", None) is not None for v in self._lin.variables)
-            added = regularized or recorded.evaluation.has_added
-            self._exact = roots.are_squares(recorded) and not added
-            return question(recorded, *args)
+class FisherRows(RowMatrix):
+    """Rows `S` whose squares sum to a Fisher matrix, `F = S'S`; made by `Linearization.fisher_rows`.
 
-        return noted
+    To a solver for Gauss-Newton steps they have residuals of zero, and the gradient as their remainder.
 
-    def _once(self, name, compute):
-        value = self._known[name] if name in self._known else compute()
-        if slices.graph() is self._graph:  # a tensor made inside a loop or condition cannot be used outside
-            self._known[name] = value
-        return value
+    Args:
+        lin, kind, seed, memory: See `Linearization.fisher_rows`.
+        gradient: The gradient, for `remainder()`. Defaults to that of `lin`.
+    """
 
-    def _dense(self):
-        self._ask_for_memory()
-        found, residuals = self._lin.passes.rows(self._noting(columns.dense))
-        self._once("residuals", lambda: residuals)
-        return tf.ensure_shape(self._gathered(found, 2), [None, trees.count(self._lin.weights)])
+    def __init__(self, lin, kind, seed, memory=MEMORY, gradient=None):
+        super().__init__(lin, of_fisher(kind, seed), memory, type(lin).fisher_rows)
+        self._gradient = gradient
 
-    def _ask_for_memory(self):
-        rows, n = self.count, trees.count(self._lin.weights)
-        size = trees.scalar_dtype(self._lin.weights).size
-        if rows is not None and rows * n * size > self._memory:
-            raise ValueError(
-                f"The rows of the Jacobian as an array, {rows} rows of {n} weights, need {rows * n * size:,} bytes. "
-                f"Received: memory={self._memory:,}. {self._memory // (n * size):,} rows would fit: use smaller "
-                "batches, or more memory by `lin.rows(memory=...)` or `GaussNewton(memory=...)`; or solve without the "
-                "array, by `GaussNewton(solver=ConjugateGradient())`."
-            )
+    @property
+    def residual(self) -> tf.Tensor:
+        """Zeros, `(N,)`."""
+        return self._flat_parts()
 
-    def _gathered(self, parts, rank):
-        """The rows of all outputs and replicas, from a list for each output on each replica."""
-
-        def flat(parts):
-            return [tf.reshape(a, [-1]) if rank == 1 else a for a in parts]
-
-        return tf.concat([replicas.gather(part) for part in replicas.each(flat, parts)], 0)
-
-    def _scattered(self, rows):
-        """The inverse: on each replica a list of tensors shaped as the outputs."""
-        found, before = [], 0
-        for part in self._residuals():
-            start, total = replicas.place(_size, part)
-
-            def cut(start, like, before=before):
-                own = tf.slice(rows, [before + start], [_size(like)])
-                return tf.reshape(own, tf.shape(like) if None in like.shape else like.shape)
-
-            found.append(replicas.each(cut, start, part))
-            before += total
-        return found
+    def remainder(self) -> Vector:
+        """The gradient, a vector."""
+        return self._lin.gradient if self._gradient is None else self._gradient
 
 
 class _Shifted:
@@ -190,12 +110,3 @@ class _Shifted:
 
 def _second_difference(recorded, after, before, h):
     return [(after[i] - 2.0 * leaf + before[i]) / h**2 for i, leaf in zip(recorded.used, recorded.leaves)]
-
-
-def _residuals_of(recorded):
-    return roots.residuals(recorded, roots.roots(recorded))
-
-
-def _size(tensor):
-    """The number of entries, an integer if it is known."""
-    return tensor.shape.num_elements() if tensor.shape.is_fully_defined() else tf.size(tensor)

@@ -1,0 +1,67 @@
+"""M-FAC: natural gradients with the empirical Fisher matrix of the last gradients."""
+
+from typing import Any, Self
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check_number, register
+from keras_curvature.optimizers.window import GradientWindow
+from keras_curvature.typing import LearningRate, Vector
+
+
+@register
+class MFAC(GradientWindow):
+    """Matrix-free natural gradients: the inverse of a Fisher matrix of the last mini-batch gradients.
+
+        F = lambda I + 1/m sum_i g_i g_i'         over the last m gradients, all weights together
+        w <- w - learning_rate * F^-1 g
+
+    Trains any `keras.Model`. A step costs two passes over the window and a Cholesky decomposition of `(m, m)`; the
+    state, and so a checkpoint, is `m` copies of the weights.
+
+    Reference: Frantar, Kurtic and Alistarh, "M-FAC: efficient matrix-free approximations of second-order information"
+    (2021), the dynamic algorithm, and its code `optim.py`. Differences: (1) the mean is over the gradients so far until the
+    window is full, where the code divides by `m` from the start; (2) the newest gradient is a row of the window, so
+    `F^-1 g` is a combination of rows and is computed as one, which needs no full precision at small `lambda`; (3) no
+    momentum of steps; (4) the window defaults to 128 gradients, where the paper takes up to 1024.
+
+    Args:
+        learning_rate: Defaults to `1e-3` (the code).
+        window: `m`. Defaults to `128`.
+        damping: `lambda`, in the unit of squared gradients. Defaults to `1e-5` (the code).
+        decay: Weight of a gradient in relation to the next one, in (0, 1]; see `tonga`. Defaults to `1.0`.
+        **kwargs: See `CurvatureOptimizer`.
+
+    Example:
+
+    ```python
+    model.compile(optimizer=keras_curvature.MFAC(window=64), loss="sparse_categorical_crossentropy")
+    ```
+    """
+
+    def __init__(
+        self, learning_rate: LearningRate = 1e-3, window: int = 128, damping: float = 1e-5, decay: float = 1.0,
+        name: str = "mfac", **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(learning_rate, window, decay, name=name, **kwargs)
+        self.damping = damping
+        check_number(self, "damping", damping, low=0, open_low=True)
+
+    @classmethod
+    def tonga(cls, **kwargs: Any) -> Self:
+        """TONGA's running covariance of gradients, as a low-rank matrix for all weights.
+
+        Reference: Le Roux, Manzagol and Bengio, "Topmoumoute online natural gradient algorithm" (2007). Differences:
+        (1) gradients older than the window are dropped, where the paper keeps the leading eigenvectors; (2) one matrix
+        for all weights, no blocks; (3) second moments, no mean is subtracted; (4) the decay of 0.995 is ours.
+
+        Example: `MFAC.tonga(learning_rate=0.01)`
+        """
+        return cls(**{"decay": 0.995**0.5, "name": "tonga", **kwargs})
+
+    def precondition(self, gradients: Vector) -> Vector:
+        """`-F^-1 g`."""
+        seen = self.see(gradients)
+        lower = tf.linalg.cholesky(seen.K / seen.total + self.damping * tf.eye(self.window, dtype=tf.float64))
+        return trees.negative(self.combined(tf.linalg.cholesky_solve(lower, seen.newest[:, tf.newaxis])[:, 0]))
