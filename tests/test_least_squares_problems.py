@@ -149,7 +149,7 @@ def test_the_residuals_are_those_of_the_heat_and_burgers_equations(make, sign):
 
 @pytest.mark.parametrize("equation", ["heat", "burgers"])
 def test_the_solutions_solve_their_equations(equation):
-    layer = diffusion.EvolutionResiduals(equation)
+    layer = diffusion.DiffusionResiduals(equation)
     random = np.random.default_rng(0)
     t, x = random.uniform(0.05, 0.95, 200), random.uniform(0.1, 0.9, 200)
     np.testing.assert_allclose(evolution(equation, layer.solution, t, x), 0.0, atol=1e-4)
@@ -162,7 +162,7 @@ def test_the_solutions_solve_their_equations(equation):
 
 def test_burgers_equation_becomes_as_steep_as_is_known():
     """`u_x(t, 0)` has its largest size, 152.00516, at `pi t = 1.6037` (Basdevant et al.)."""
-    layer, h = diffusion.EvolutionResiduals("burgers"), 1e-5
+    layer, h = diffusion.DiffusionResiduals("burgers"), 1e-5
 
     def slope(t):
         sides = layer.solution([[t, h], [t, -h]])[:, 0]

@@ -103,14 +103,7 @@ from keras_curvature.keras_internals.models import (
     takes_training,
     unpickled,
 )  # fmt: skip
-from keras_curvature.keras_internals.optimizers import (
-    decays,
-    keys_of,
-    places_of,
-    state,
-    strategy_of,
-    trained_by,
-)
+from keras_curvature.keras_internals.optimizers import decays, keys_of, places_of, state, strategy_of, trained_by
 from keras_curvature.keras_internals.tensorflow import (
     has_several_workers,
     is_compiled,
@@ -118,12 +111,7 @@ from keras_curvature.keras_internals.tensorflow import (
     static_shape,
     uses_merge_calls,
 )  # fmt: skip
-from keras_curvature.keras_internals.versions import (
-    ACTIVITY_IS_A_MEAN,
-    HAS_LAST_STEPS,
-    KERAS,
-    MULTI_OPTIMIZER,
-)
+from keras_curvature.keras_internals.versions import ACTIVITY_IS_A_MEAN, HAS_LAST_STEPS, KERAS, MULTI_OPTIMIZER
 
 __all__ = [
     "ACTIVITY_IS_A_MEAN", "FIT", "HAS_LAST_STEPS", "KERAS", "LOGITS", "MULTI_OPTIMIZER", "NEW_ITERATOR",

@@ -30,12 +30,12 @@ class Rows:
     Args:
         variables: The variables.
         indices: A list of integer scalar tensors.
-        when: Whether to assign, a boolean scalar tensor.
+        when: Whether to assign, a boolean scalar tensor. Defaults to always.
     """
 
     variables: Variables
     indices: list[tf.Tensor]
-    when: tf.Tensor
+    when: tf.Tensor | None = None
 
     def assign(self, vectors: list[Vector]) -> None:
         """Assign a vector to each of the rows, on every replica."""
@@ -45,12 +45,15 @@ class Rows:
                 for variable, value in zip(self.variables, vector, strict=True):
                     replicas.on_each_copy(variable.value, _scatter, index, value)
 
-        tf.cond(self.when, assign, lambda: None)
+        if self.when is None:
+            assign()
+        else:
+            tf.cond(self.when, assign, lambda: None)
 
 
 def _scatter(variable, index, value):
     """Assign one row of this device's copy."""
     updates = tf.cast(value, variable.dtype)[None]
     tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=index[None], updates=updates)
-    if not keras_internals.is_compiled(slices.graph()):
+    if tf.executing_eagerly() or not keras_internals.is_compiled(slices.graph()):
         tf.raw_ops.DisableCopyOnRead(resource=variable.handle)

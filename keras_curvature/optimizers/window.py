@@ -19,7 +19,7 @@ from keras_curvature import trees
 from keras_curvature.component import check_count, check_number
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
-from keras_curvature.optimizers.rows import Row, add_rows
+from keras_curvature.optimizers.rows import Rows, add_rows
 from keras_curvature.solvers.row_vectors import coefficients, combine
 from keras_curvature.typing import LearningRate, Variables, Vector
 
@@ -72,8 +72,7 @@ class GradientWindow(CurvatureOptimizer):
         k = tf.where(is_newest, tf.cast(trees.squared_norm(vector), tf.float64), k)
         products = tf.where(is_newest[:, tf.newaxis], k, self._products.value)
         products = tf.where(is_newest, k[:, tf.newaxis], products)
-        for variable, value in zip(self._rows, vector):
-            self.remember(Row(variable, slot), value)
+        self.remember(Rows(self._rows, [slot]), [vector])
         self.remember(self._products, products)
         self.remember(self._count, count + 1)
 

@@ -24,11 +24,7 @@ from keras_curvature.problems.networks import SparseNormal
 from keras_curvature.problems.physics import poisson, relative_error
 from keras_curvature.problems.registry import PROBLEMS, get
 from keras_curvature.problems.regression import nist, sinc
-from keras_curvature.problems.table_1 import (
-    first_below,
-    rosenbrock_start,
-    table_1_starts,
-)
+from keras_curvature.problems.table_1 import first_below, rosenbrock_start, table_1_starts
 
 __all__ = [
     "PROBLEMS",

@@ -39,7 +39,7 @@ EQUATIONS = {"heat": (1.0, 0.0, 1.0, _heat), "burgers": (-1.0, -1.0, 1.0, _burge
 
 
 @keras.saving.register_keras_serializable(package="keras_curvature")
-class EvolutionResiduals(keras.layers.Layer):
+class DiffusionResiduals(keras.layers.Layer):
     """Residuals of an equation in time and one coordinate, with a sine as its initial values and zeros on both sides.
 
     Args:
@@ -172,7 +172,7 @@ def _problem(name, points, widths, inside):
     @seeded
     def model():
         inputs = keras.Input((4,))
-        return keras.Model(inputs, EvolutionResiduals(name, widths, name="residuals")(inputs), name=name)
+        return keras.Model(inputs, DiffusionResiduals(name, widths, name="residuals")(inputs), name=name)
 
     def data():
         x = _weighted(inside(), _sides(name, points)).astype(keras.config.floatx())
