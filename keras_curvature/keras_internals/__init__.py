@@ -115,8 +115,8 @@ __all__ = [
     "ACTIVITY_IS_A_MEAN", "FIT", "HAS_LAST_STEPS", "KERAS", "LOGITS", "MULTI_OPTIMIZER", "NEW_ITERATOR",
     "STEPS_OF_EPOCH", "Functional", "batch_moments", "batch_spec", "begin_at_epoch", "build", "carried", "carry",
     "changed_losses", "changed_steps", "compute_loss", "folder_of", "function_of", "functional_of", "guard",
-    "guard_attribute", "has_several_workers", "holding", "is_built", "is_compiled", "is_continuous", "is_under_strategy", "keys_of",
-    "last_step", "layers_of", "logits_of", "loss_tracker", "losses_of", "made_by", "options_of", "own_weights",
-    "places_of", "state", "static_shape", "strategy_of", "takes_training", "trained_by", "twin", "unpickled",
-    "uses_merge_calls",
+    "guard_attribute", "has_several_workers", "holding", "is_built", "is_compiled", "is_continuous",
+    "is_under_strategy", "keys_of", "last_step", "layers_of", "logits_of", "loss_tracker", "losses_of", "made_by",
+    "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of", "takes_training",
+    "trained_by", "twin", "unpickled", "uses_merge_calls",
 ]  # fmt: skip
