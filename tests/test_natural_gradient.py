@@ -90,7 +90,8 @@ def test_a_running_average_of_matrices():
             new, g = matrices(case, "exact")
             F = new if F is None else 0.8 * F + 0.2 * new
             found, _ = step(case, optimizer)
-            np.testing.assert_allclose(found, -0.5 * np.linalg.solve(F + 0.3 * np.eye(len(g)), g), rtol=1e-7, atol=1e-11)
+            expected = -0.5 * np.linalg.solve(F + 0.3 * np.eye(len(g)), g)
+            np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-11)
 
 
 def test_the_matrix_of_a_part_of_the_batch():

@@ -2,8 +2,8 @@
 
     q(d) = g'd + 1/2 d'Gd,      d = argmin_d  q(d) + 1/2 lambda |D (d - c)|^2
 
-`WithRows` has the rows of the Jacobian as an array, `WithGram` their Gram matrix by layers, `WithProducts` multiplies by
-`G`. All have the same methods.
+`WithRows` has the rows of the Jacobian as an array, `WithGram` their Gram matrix by layers, `WithProducts` multiplies
+by `G`. All have the same methods.
 """
 
 import tensorflow as tf
@@ -33,7 +33,8 @@ def made(lin, solver, memory, undamped, scaling, rows=None, operator=None):
     operator = lin.gauss_newton if operator is None else operator
     if isinstance(solver, ConjugateGradient):
         return WithProducts(lin, solver, operator())
-    rows = lin.rows(memory) if rows is None else rows  # one for the choice and the model: replicas gather its residuals once
+    # one for the choice and the model: replicas gather its residuals once
+    rows = lin.rows(memory) if rows is None else rows
     if scaling == "identity" and not undamped and _is_solved_by_layers(lin, rows, solver, memory):
         return WithGram(lin, rows)
     if solver == "auto":
@@ -158,7 +159,7 @@ class WithGram:
 
         d = p - E^-1 A' (A E^-1 A' + I)^-1 (r + A p),        p = c - E^-1 b
 
-    The loss of a step by rows of a multilayer perceptron then costs about two gradients.
+    A step by rows of a multilayer perceptron with 128 outputs then costs about two gradients.
     """
 
     solved_by = "rows"

@@ -21,10 +21,10 @@ class MFAC(GradientWindow):
     state, and so a checkpoint, is `m` copies of the weights.
 
     Reference: Frantar, Kurtic and Alistarh, "M-FAC: efficient matrix-free approximations of second-order information"
-    (2021), the dynamic algorithm, and its code `optim.py`. Differences: (1) the mean is over the gradients so far until the
-    window is full, where the code divides by `m` from the start; (2) the newest gradient is a row of the window, so
-    `F^-1 g` is a combination of rows and is computed as one, which needs no full precision at small `lambda`; (3) no
-    momentum of steps; (4) the window defaults to 128 gradients, where the paper takes up to 1024.
+    (2021), the dynamic algorithm, and its code `optim.py`. Differences: (1) the mean is over the gradients so far until
+    the window is full, where the code divides by `m` from the start; (2) the newest gradient is a row of the window, so
+    `F^-1 g` is a combination of rows and is computed as one, which keeps its precision at a small `lambda`; (3) no
+    momentum of steps; (4) the window defaults to 128 gradients, in the code to 1024.
 
     Args:
         learning_rate: Defaults to `1e-3` (the code).

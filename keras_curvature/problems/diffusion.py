@@ -116,13 +116,14 @@ def heat(points: int = 30, widths: tuple[int, ...] = (32,)) -> Problem:
     return _problem("heat", points, widths, lambda: _grid("heat", points))
 
 
-def burgers(points: int = 40, widths: tuple[int, ...] = (20, 20)) -> Problem:
+def burgers(points: int = 40, widths: tuple[int, ...] = (20, 20, 20)) -> Problem:
     """Burgers' equation in one dimension, whose solution becomes steep at `x = 0`, by a physics-informed network.
 
         u_t + u u_x = 0.01 / pi u_xx,    u(0, x) = -sin(pi x),    u(t, -1) = u(t, 1) = 0
 
     for `t` in [0, 1] and `x` in [-1, 1]. The data are `points^2` scattered points inside, denser towards `x = 0`, and
-    `points` on each of three sides, so weighted that the loss is the mean square of the equation plus that of the data.
+    `points` on each of three sides, so weighted that the loss is the mean square of the equation plus ten times that of
+    the data.
 
     Reference: Raissi, Perdikaris and Karniadakis, "Physics-informed neural networks" (2019), appendix A, with another
     network and other points; the solution: Basdevant et al., "Spectral and finite difference solutions of the Burgers
@@ -130,7 +131,7 @@ def burgers(points: int = 40, widths: tuple[int, ...] = (20, 20)) -> Problem:
 
     Args:
         points: Points in each direction. Defaults to `40`.
-        widths: Widths of the hidden layers. Defaults to `(20, 20)`.
+        widths: Widths of the hidden layers. Defaults to `(20, 20, 20)`.
 
     Returns:
         A `Problem`, for float64.
@@ -148,7 +149,7 @@ def burgers(points: int = 40, widths: tuple[int, ...] = (20, 20)) -> Problem:
         across = 2.0 * ((i * GOLDEN) % 1.0) - 1.0
         return np.stack([i / count, 0.2 * across + 0.8 * across**3], -1)
 
-    return _problem("burgers", points, widths, inside)
+    return _problem("burgers", points, widths, inside, of_data=10.0)
 
 
 def error_of_solution(model: keras.Model, points: int = 100) -> float:
@@ -164,7 +165,7 @@ def error_of_solution(model: keras.Model, points: int = 100) -> float:
     return float(np.linalg.norm(u - solution) / np.linalg.norm(solution))
 
 
-def _problem(name, points, widths, inside):
+def _problem(name, points, widths, inside, of_data=1.0):
     for argument, value in (("points", points), *(("widths", width) for width in widths)):
         if value < 1:
             raise ValueError(f"`{name}`: `{argument}` must be at least 1. Received: {argument}={value}")
@@ -175,7 +176,7 @@ def _problem(name, points, widths, inside):
         return keras.Model(inputs, DiffusionResiduals(name, widths, name="residuals")(inputs), name=name)
 
     def data():
-        x = _weighted(inside(), _sides(name, points)).astype(keras.config.floatx())
+        x = _weighted(inside(), _sides(name, points), of_data).astype(keras.config.floatx())
         return x, np.zeros((len(x), 1), keras.config.floatx())
 
     return Problem(
@@ -200,9 +201,10 @@ def _sides(equation, points):
     return np.concatenate(sides + [np.stack([axis, 0.0 * axis + end], -1) for end in (first, last)])
 
 
-def _weighted(inside, sides):
-    """Points with `a` and `b`: the mean of all squares is the mean of the inner ones plus that of the others."""
-    a, b = (np.sqrt((len(inside) + len(sides)) / len(part)) for part in (inside, sides))
+def _weighted(inside, sides, of_data):
+    """Points with `a` and `b`: the mean square is that of the inner ones, plus `of_data` times that of the others."""
+    total = len(inside) + len(sides)
+    a, b = np.sqrt(total / len(inside)), np.sqrt(of_data * total / len(sides))
     zeros = np.zeros
     return np.concatenate([
         np.concatenate([inside, np.full((len(inside), 1), a), zeros((len(inside), 1))], 1),

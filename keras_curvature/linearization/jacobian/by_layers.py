@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from keras_curvature import trees
 from keras_curvature.linearization.estimates.seen import Seen, sizes
-from keras_curvature.linearization.jacobian import columns, frames
+from keras_curvature.linearization.jacobian import columns
 from keras_curvature.linearization.layers import apart, kronecker
 from keras_curvature.linearization.pure import batch_axis
 
