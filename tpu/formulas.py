@@ -128,7 +128,7 @@ def skfac(optimizer, step):
         return len(block) == 3 and block[1] <= 2 and block[2] == 1
 
     return Method(
-        {"step": _and(begin, others=of, slopes=1)}, 1, 7, 2, matrices=True, traffic=9,
+        {"step": _and(begin, others=of, slopes=1)}, 1, 3, matrices=True, traffic=9,
         kept=lambda model: sum(model.outside) + len(model.outside),
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def singd(optimizer, step):
         return factors(model, replicas) + ([moved] if moved else [])
 
     return Method(
-        {"step": step, "cond": Work(others=estimates, slopes=1)}, 1, 7, 2, {"cond": 1 / optimizer.every},
+        {"step": step, "cond": Work(others=estimates, slopes=1)}, 1, 7, turns={"cond": 1 / optimizer.every},
         kept=lambda model: 2 * sum(map(sum, pairs(model))) + 2 * sum(model.outside) + len(model.blocks)
         + len(model.outside), matrices=True, traffic=9,
     )  # fmt: skip
@@ -159,7 +159,7 @@ def tnt(optimizer, step):
 
     sections = {"step": step, "cond": Work(reductions=1, vectors=1, backward=1), "cond_1": Work(others=inverted)}
     return Method(
-        sections, 1, 7, 2, {"cond": 1 / optimizer.factors_every, "cond_1": 1 / optimizer.inverses_every},
+        sections, 1, 10, turns={"cond": 1 / optimizer.factors_every, "cond_1": 1 / optimizer.inverses_every},
         kept=lambda model: 2 * sum(n * n for n in of(model)) + len(of(model)), matrices=True, traffic=10,
     )  # fmt: skip
 

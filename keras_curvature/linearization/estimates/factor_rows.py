@@ -52,7 +52,9 @@ def kronecker_rows(
     def others(block, seen, by_label):
         return () if has_rows(block) else factors_of(block, seen, by_label)
 
-    pairs, diagonals = summed(lin, blocks, diagonal, fisher, seed, others)
+    pairs, diagonals = [()] * len(blocks), []
+    if diagonal or not all(has_rows(block) for block in blocks):  # replicas cannot sum nothing
+        pairs, diagonals = summed(lin, blocks, diagonal, fisher, seed, others)
     rows = iter(lin.passes.rows(local))
     found = [tuple(_whole(x, block) for x in next(rows)) if has_rows(block) else pair
              for block, pair in zip(blocks, pairs)]  # fmt: skip
