@@ -122,11 +122,11 @@ OPTIMIZERS = {
         family=True, by_gradient=False,
     ),
     "psgd": Method(kc.PSGD, {"learning_rate": 0.01}, FALLING, steps=600),
-    "adahessian": Method(kc.AdaHessian, {}, LONG, family=True),
-    "adahessian_lazy": Method(kc.AdaHessian, {"every": 2, "hessian_power": 0.5}, LONG),
+    "adahessian": Method(kc.AdaHessian.paper, {}, LONG, family=True),
+    "adahessian_lazy": Method(kc.AdaHessian, {"every": 2, "hessian_power": 0.5}, {**LONG, "step_max": 1.0}),
     "sophia_h": Method(kc.SophiaH, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
     "sophia_g": Method(kc.SophiaG, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
-    "esgd": Method(kc.ESGD, {"every": 2}, LONG),
+    "esgd": Method(kc.ESGD, {"every": 2}, {**LONG, "step_max": None}),
     "diagonal_newton": Method(kc.DiagonalNewton, {}, {**LONG, "step_max": None}),
     "square_root_free_adam_sampled": Method(
         kc.SquareRootFreeAdam, {"fisher": "sampled"}, {"learning_rate": 0.1}, steps=600, by_gradient=False
