@@ -57,7 +57,7 @@ def trained(optimizer, steps=20):
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_steps_are_those_of_the_authors_code(power, decay):
     with float64():
-        found = trained(AdaHessian(hessian_power=power, weight_decay=decay or None))
+        found = trained(AdaHessian.paper(hessian_power=power, weight_decay=decay or None))
     name = f"weights_power{power}_decay{decay}".replace(".", "p")
     # Keras rounds `weight_decay` to float32
     np.testing.assert_allclose(found, REFERENCE[name], rtol=0, atol=1e-9 if decay else 1e-13)
@@ -65,7 +65,7 @@ def test_steps_are_those_of_the_authors_code(power, decay):
 
 def test_without_spatial_averaging_each_weight_of_a_kernel_has_its_own_curvature():
     with float64():
-        found = trained(AdaHessian(0.1, spatial_averaging=False), steps=1)[0]
+        found = trained(AdaHessian.paper(learning_rate=0.1, spatial_averaging=False), steps=1)[0]
         w, a, b = (np.concatenate([REFERENCE[f"{n}_{part}"].ravel() for n in SHAPES]) for part in ("init", "a", "b"))
     expected = w - 0.1 * (a * w**3 + b * w) / (np.abs(3 * a * w**2 + b) + 1e-4)
     np.testing.assert_allclose(found, expected, rtol=1e-10)
@@ -73,7 +73,8 @@ def test_without_spatial_averaging_each_weight_of_a_kernel_has_its_own_curvature
 
 def test_an_estimate_serves_for_so_many_steps():
     with float64():
-        found = trained(AdaHessian(0.1, beta_1=0.0, beta_2=0.5, every=3, spatial_averaging=False), steps=5)
+        options = {"beta_1": 0.0, "beta_2": 0.5, "every": 3, "spatial_averaging": False}
+        found = trained(AdaHessian.paper(learning_rate=0.1, **options), steps=5)
         w, a, b = (np.concatenate([REFERENCE[f"{n}_{part}"].ravel() for n in SHAPES]) for part in ("init", "a", "b"))
     s, estimates = 0.0, 0
     for step, row in enumerate(found):

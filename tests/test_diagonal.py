@@ -10,6 +10,7 @@ import keras_curvature as kc
 from keras_curvature import Linearization
 from keras_curvature.linearization.estimates import diagonals as diagonal
 from keras_curvature.operators import dense
+from keras_curvature.optimizers.adahessian import AdaHessian
 from keras_curvature.optimizers.diagonal_newton import DiagonalNewton
 from keras_curvature.optimizers.esgd import ESGD
 from keras_curvature.optimizers.square_root_free_adam import SquareRootFreeAdam
@@ -148,7 +149,7 @@ def test_esgd_divides_by_the_root_of_the_mean_of_squared_products():
             squares.append(np.square(np.asarray(dense(lin.hessian(), lin.variables)) @ v))
         return weights - 0.05 * flat(lin.gradient) / (np.sqrt(np.mean(squares, 0)) + 0.3)
 
-    trajectory(ESGD(0.05, epsilon=0.3, every=2), by_hand, steps=5)
+    trajectory(ESGD(0.05, epsilon=0.3, every=2, step_max=None), by_hand, steps=5)
     assert len(squares) == 3
 
 
@@ -225,6 +226,9 @@ def test_an_estimate_that_is_not_finite_is_left_out(method, monkeypatch):
         (lambda: DiagonalNewton(probes=0), '`probes` must be an integer >= 1, or "exact". Received: probes=0'),
         (lambda: DiagonalNewton(curvature_min=4.0), r"`curvature_max` must be a number in \[4.0.*=3.0"),
         (lambda: DiagonalNewton(step_max=-1.0), "`step_max` must be .* Received: step_max=-1.0"),
+        (lambda: ESGD(step_max=0.0), "`step_max` must be .* Received: step_max=0.0"),
+        (lambda: AdaHessian(step_max=-1.0), "`step_max` must be .* Received: step_max=-1.0"),
+        (lambda: SquareRootFreeAdam(step_max="long"), "`step_max` must be .* Received: step_max='long'"),
         (lambda: SquareRootFreeAdam(fisher="exact"), '`fisher` must be "empirical" or "sampled". Received: fisher='),
         (lambda: SquareRootFreeAdam(beta_1=1.0), "`beta_1` must be .* Received: beta_1=1.0"),
         (lambda: SquareRootFreeAdam(fisher="sampled", gradient_accumulation_steps=2), "cannot accumulate"),
@@ -233,6 +237,39 @@ def test_an_estimate_that_is_not_finite_is_left_out(method, monkeypatch):
 def test_arguments_that_make_no_sense_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize("method", [AdaHessian, ESGD, SquareRootFreeAdam])
+def test_no_entry_of_a_step_is_longer_than_the_limit(method):
+    """The other entries are those of the step without limit."""
+    steps = []
+    for limits in (False, True):
+        bound = float(np.median(np.abs(steps[0]))) if limits else None
+        case = LOSSES["mse"]()
+        case.compile(method(0.01, step_max=bound), run_eagerly=True)
+        start = flat(case.model.trainable_variables)
+        kc.curved(case.model).train_on_batch(*case.batch)
+        steps.append((flat(case.model.trainable_variables) - start) / 0.01)
+    free, limited = steps
+    np.testing.assert_allclose(limited, np.clip(free, -bound, bound), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [AdaHessian, ESGD, SquareRootFreeAdam])
+def test_a_config_from_before_the_limit_has_none(method):
+    config = method().get_config()
+    assert config["step_max"] is not None
+    assert method.from_config(config).step_max == config["step_max"]
+    del config["step_max"]
+    assert method.from_config(config).step_max is None
+
+
+@pytest.mark.parametrize(("make", "expected"), [
+    (AdaHessian.paper, {"step_max": None, "learning_rate": 0.15}),
+    (SquareRootFreeAdam.notes, {"step_max": None, "epsilon": 1e-2, "beta_1": 0.0, "fisher": "sampled"}),
+])  # fmt: skip
+def test_the_settings_of_the_sources_are_one_call_away(make, expected):
+    config = make().get_config()
+    assert {name: config[name] for name in expected} == pytest.approx(expected)
 
 
 def test_square_root_free_adam_trains_a_plain_model_and_asks_for_a_curved_one_to_sample():

@@ -219,7 +219,7 @@ BY_GRADIENT = {
         lambda: kc.Neumann(0.1, alpha=0.0, beta=0.0, mu_start=0.9, mu_end=0.9, warmup_steps=0), ("_m",), {},
     ),
     "square_root_free_adam": (
-        lambda: kc.SquareRootFreeAdam(0.1, beta_1=0.9, beta_2=0.75, epsilon=0.1), ("_m",), {"_D": 0.75}
+        lambda: kc.SquareRootFreeAdam(0.1, beta_1=0.9, beta_2=0.75, epsilon=0.1, step_max=None), ("_m",), {"_D": 0.75}
     ),
     "soap": (lambda: kc.SOAP(0.1, beta_1=0.8, beta_2=0.75, epsilon=0.01), ("_m",), {"_v": 0.75}),
     "soap_one_sided": (lambda: kc.SOAP(0.1, beta_2=0.75, epsilon=0.01, max_dimension=2), ("_m",), {"_v": 0.75}),
@@ -271,9 +271,11 @@ class Own(keras.layers.Layer):
 
 
 BY_MODEL = {
-    "adahessian": (lambda: kc.AdaHessian(0.1, beta_1=0.8, beta_2=0.75, every=3), ("_m",)),
-    "adahessian_power": (lambda: kc.AdaHessian(0.1, hessian_power=0.5, every=3, weight_decay=0.5), ("_m",)),
-    "esgd": (lambda: kc.ESGD(0.1, every=3), ()),
+    "adahessian": (lambda: kc.AdaHessian(0.1, beta_1=0.8, beta_2=0.75, every=3, step_max=None), ("_m",)),
+    "adahessian_power": (
+        lambda: kc.AdaHessian(0.1, hessian_power=0.5, every=3, step_max=None, weight_decay=0.5), ("_m",)
+    ),
+    "esgd": (lambda: kc.ESGD(0.1, every=3, step_max=None), ()),
     "psgd_newton": (
         lambda: kc.PSGD(0.1, momentum=0.5, kind="newton", geometry=kc.LowRankGeometry(rank=2), every=3), ("_m",)
     ),
@@ -497,7 +499,9 @@ def test_what_the_limit_leaves_out_is_said(optimizer, words):
 
 def test_clips_of_a_method_are_said():
     model, x, y = regression()
-    for optimizer, words in ((kc.KFAC(), "kl_clip"), (kc.Eva(), "kl_clip"), (kc.PSGD(), "`clip`")):
+    clips = [(kc.KFAC(), "kl_clip"), (kc.Eva(), "kl_clip"), (kc.PSGD(), "`clip`")]
+    clips += [(method(), "`step_max`") for method in (kc.AdaHessian, kc.ESGD, kc.SquareRootFreeAdam)]
+    for optimizer, words in clips:
         optimizer.meet(model)
         optimizer.step(Linearization(model, x, y))
         assert words in stability(optimizer).note
