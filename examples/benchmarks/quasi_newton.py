@@ -28,7 +28,6 @@ from keras_curvature import problems
 METHODS = {
     "LBFGS": kc.LBFGS, "LBFGS StrongWolfe": lambda: kc.LBFGS(search=kc.StrongWolfe()), "BFGS": kc.BFGS,
     "BFGS self-scaled": lambda: kc.BFGS(scaling="self_scaled"), "BFGS broyden": lambda: kc.BFGS(scaling="broyden"),
-    "BFGS broyden log": lambda: kc.BFGS(scaling="broyden", logarithm=True),
 }  # fmt: skip
 FUNCTIONS = {
     "Rosenbrock": (lambda w: 100.0 * (w[1] - w[0] ** 2) ** 2 + (1.0 - w[0]) ** 2, (-1.2, 1.0)),

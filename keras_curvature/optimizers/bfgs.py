@@ -32,7 +32,8 @@ class BFGS(QuasiNewton):
     choice of `phi` and `tau` of Urban, Stefanou and Pons, "Unveiling the optimization process of physics-informed
     neural networks" (2025), after Al-Baali, Spedicato and Maggioni (2014). Differences from the papers: (1) cautious
     pairs, as in `LBFGS`; (2) where `-H g` does not descend, and after a search that finds no lower point, `H` is
-    forgotten; (3) the old `H` is kept where a coefficient is not finite.
+    forgotten; (3) the old `H` is kept where a coefficient is not finite; (4) with scaling a search begins at the length
+    where a parabola falls as far as the last step, if that is less than 1, as in SciPy's code, which theirs is made of.
 
     Args:
         learning_rate: Multiple of the step that the search found; with `search=None` the length itself. Defaults to
@@ -62,10 +63,9 @@ class BFGS(QuasiNewton):
     def __init__(
         self, learning_rate: LearningRate = 1.0, scaling: Literal["self_scaled", "broyden"] | None = None,
         search: Search | None = HagerZhang(), update: Literal["cautious", "damped"] = "cautious",
-        initial_scale: float | None = None, logarithm: bool = False,
-        name: str = "bfgs", **kwargs: Any,
+        initial_scale: float | None = None, name: str = "bfgs", **kwargs: Any,
     ) -> None:  # fmt: skip
-        super().__init__(learning_rate, search, update, initial_scale, logarithm, name=name, **kwargs)
+        super().__init__(learning_rate, search, update, initial_scale, name=name, **kwargs)
         self.scaling = scaling
         check(self, "scaling", scaling, scaling in (None, "self_scaled", "broyden"), 'None, "self_scaled" or "broyden"')
 

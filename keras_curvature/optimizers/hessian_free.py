@@ -145,7 +145,7 @@ class HessianFree(CurvatureOptimizer):
             A = A + Scaled(damping * self.structural_damping, batch.hidden_gauss_newton(), nonnegative=True)
 
         start = trees.scale(self.warm_start, trees.values(self._last))
-        solution = solver.solve(A, trees.negative(g), start, self._preconditioner(lin, B, damping))
+        solution = solver.solve(A, trees.negative(g), start, self._inverse(lin, B, damping))
         solved = trees.where(trees.is_finite(solution.value), solution.value, trees.zeros_like(g))
         step, quadratic, loss = self._backtrack(lin, solution)
 
@@ -171,18 +171,22 @@ class HessianFree(CurvatureOptimizer):
             "it takes curvature into account, however large. Watch its `reduction_ratio` and `damping`."
         )
 
-    def _preconditioner(self, lin, B, damping):
-        """`(mean_i g_i^2 + lambda + l2)^-exponent`, or that of the sketch of `B`; `None` if it is switched off."""
+    def _inverse(self, lin, B, damping):
+        """The preconditioner, an operator: of squares of gradients, or of the sketch of `B`."""
+        if not isinstance(self.preconditioner, Nystrom):
+            return self._preconditioner(lin, damping)
+
+        def renewed():
+            new = sketch(B, lin.weights, self._values.shape[0], self.iterations)
+            return [*new.vectors, new.values]
+
+        *vectors, values = self.refresh([*self._vectors, self._values], self.preconditioner.every, renewed)
+        return NystromPreconditioner(vectors, values, damping)
+
+    def _preconditioner(self, lin, damping):
+        """`(mean_i g_i^2 + lambda + l2)^-exponent`, an operator; `None` if it is switched off."""
         if not self.preconditioner:
             return None
-        if isinstance(self.preconditioner, Nystrom):
-
-            def renewed():
-                new = sketch(B, lin.weights, self._values.shape[0], self.iterations)
-                return [*new.vectors, new.values]
-
-            *vectors, values = self.refresh([*self._vectors, self._values], self.preconditioner.every, renewed)
-            return NystromPreconditioner(vectors, values, damping)
         squares = lin.squared_gradients(seed=tf.cast(self.iterations, tf.int32))
         entries = [s + tf.cast(damping, s.dtype) + l2 for s, l2 in zip(squares, lin.l2)]
         # an input that is always 0 and no damping: that weight has no gradient, and any entry will do

@@ -20,19 +20,21 @@ class LBFGS(QuasiNewton):
 
         w <- w - length * H g
         H <- V' H V + rho s s',   V = I - rho y s',   rho = 1 / s'y         for the last `memory` pairs (s, y),
-                                          from H = gamma I, gamma = s'y / y'y of the newest pair (two-loop recursion)
+                                          from H = gamma I, gamma = s'y / y'y of the newest pair
 
     with the length that the line search finds. A pair is kept if `s'y >= 1e-6 |g| |s|^2` (cautious), or is damped
     towards the present model so that `s'y >= 0.2 s'Bs`. Make the whole set one batch (`batch_size=len(x)`): one step of
     `fit` is then one iteration, and the memory goes on over calls of `fit` and through files. Both gradients of a pair
     are of one batch, so mini-batches work too, where they are large; `search=None` with a small `learning_rate` is for
-    noisy ones. Costs about one evaluation of loss and gradient per step, one forward pass, and `2 memory + 2` copies of
-    the weights.
+    noisy ones. Costs about one evaluation of loss and gradient per step, one forward pass, two passes over the memory,
+    and `2 memory + 2` copies of the weights.
 
-    Reference: Liu and Nocedal (1989); Nocedal and Wright, "Numerical Optimization" (2006), Algorithms 7.4 and 7.5;
-    cautious pairs: Li and Fukushima (2001); damping: Powell (1978), their Procedure 18.2. Differences from the papers:
-    (1) where `-H g` does not descend, and after a search that finds no lower point, all pairs are forgotten; (2) the
-    first step is `-g min(1, 1/|g|)` long at first, as in SciPy and optax.
+    Reference: Liu and Nocedal (1989); Nocedal and Wright, "Numerical Optimization" (2006), Algorithms 7.4 and 7.5; in
+    coordinates of the pairs: Byrd, Nocedal and Schnabel (1994), section 3; cautious pairs: Li and Fukushima (2001);
+    damping: Powell (1978), Nocedal and Wright's Procedure 18.2. Differences from the papers: (1) where `-H g` does not
+    descend, and after a search that finds no lower point, all pairs are forgotten; (2) the first step is
+    `-g min(1, 1/|g|)` long at first, as in SciPy and optax; (3) inner products of `y` with other pairs are differences
+    of those of the two gradients, which each step needs anyway.
 
     Args:
         learning_rate: Multiple of the step that the search found; with `search=None` the length itself. Defaults to
@@ -61,11 +63,10 @@ class LBFGS(QuasiNewton):
 
     def __init__(
         self, learning_rate: LearningRate = 1.0, memory: int = 10, search: Search | None = HagerZhang(),
-        update: Literal["cautious", "damped"] = "cautious", initial_scale: float | None = None, logarithm: bool = False,
-        name: str = "lbfgs",
+        update: Literal["cautious", "damped"] = "cautious", initial_scale: float | None = None, name: str = "lbfgs",
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        super().__init__(learning_rate, search, update, initial_scale, logarithm, name=name, **kwargs)
+        super().__init__(learning_rate, search, update, initial_scale, name=name, **kwargs)
         self.memory = memory
         check_count(self, "memory", memory)
 

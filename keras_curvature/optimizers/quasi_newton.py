@@ -27,8 +27,6 @@ from keras_curvature.typing import LearningRate, Variables, Vector
 CAUTION, POWELL = 1e-6, 0.2
 # How far two losses of one batch may differ by rounding, relatively.
 SAME_LOSS = {tf.float64: 1e-12, tf.float32: 2e-6}
-# Of a loss whose logarithm is minimized.
-SMALLEST = {tf.float64: 1e-300, tf.float32: 1e-37}
 
 
 class Pair(NamedTuple):
@@ -72,7 +70,6 @@ class QuasiNewton(CurvatureOptimizer):
         search: A search, or `None`.
         update: `"cautious"` or `"damped"`.
         initial_scale: `H` before the first pair, a number; `None`: `min(1, 1/|g|)`.
-        logarithm: Whether to minimize the logarithm of the loss.
         **kwargs: See `CurvatureOptimizer`.
     """
 
@@ -84,17 +81,16 @@ class QuasiNewton(CurvatureOptimizer):
 
     def __init__(
         self, learning_rate: LearningRate, search: Search | None, update: Literal["cautious", "damped"],
-        initial_scale: float | None, logarithm: bool, **kwargs: Any,
+        initial_scale: float | None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, **kwargs)
-        self.search, self.update, self.initial_scale, self.logarithm = search, update, initial_scale, logarithm
+        self.search, self.update, self.initial_scale = search, update, initial_scale
         if search is not None:
             check_component(self, "search", search, "advance", "HagerZhang()")
         check(self, "update", update, update in ("cautious", "damped"), '"cautious" or "damped"')
         if initial_scale is not None:
             valid = is_number(initial_scale) and initial_scale > 0
             check(self, "initial_scale", initial_scale, valid, "a number above 0, or None")
-        check(self, "logarithm", logarithm, isinstance(logarithm, bool), "True or False")
 
     # A method implements these.
 
@@ -130,16 +126,15 @@ class QuasiNewton(CurvatureOptimizer):
 
     def direction(self, lin: Linearization) -> Vector:
         """The step that the search found along `-H g`."""
-        w, loss = lin.weights, self._minimized(lin.loss)
-        g, products = self._gradient_of(lin, loss)
+        w, (g, products) = lin.weights, self._gradient_of(lin)
         norm = tf.cast(trees.norm(g), tf.float64)
         scale = self._first_scale(norm)
         d, dd, slope, count, reset = self._descent(g, products, norm, scale)
-        found = self._look(lin, loss, d, slope, g)
+        found = self._look(lin, d, slope, g)
         accepted = found.point.length > 0
         step = trees.scale(found.point.length, d)
 
-        pair = self._pair(step, g, slope, norm, found, dd, loss)
+        pair = self._pair(step, g, slope, norm, found, dd, lin.loss)
         after = self.learn(pair, products, count, scale)
         stuck = ~accepted & (norm > 0)
         self.remember(self._count, tf.where(stuck, 0, count + tf.cast(pair.learns, count.dtype)))
@@ -151,35 +146,23 @@ class QuasiNewton(CurvatureOptimizer):
         self._tell(found, pair, count, reset | stuck, dd, norm)
         return d if self.search is None else step  # without a search Keras multiplies by the length
 
-    def _minimized(self, loss):
-        """The loss, or its logarithm; NaN for that of a negative one."""
-        if not self.logarithm:
-            return loss
-        return tf.where(loss >= 0, tf.math.log(tf.maximum(loss, SMALLEST[loss.dtype])), float("nan"))
-
-    def _its_gradient(self, loss, gradient):
-        """The gradient of what is minimized."""
-        gradient = _full_precision(gradient)
-        return trees.scale(1.0 / tf.maximum(loss, SMALLEST[loss.dtype]), gradient) if self.logarithm else gradient
-
-    def _gradient_of(self, lin, loss):
+    def _gradient_of(self, lin):
         """The gradient and its products; those of the last end point if weights and loss are the same."""
+        loss = lin.loss
         last = tf.cast(self._loss.value, loss.dtype)
-        size = tf.maximum(tf.abs(last), 1.0) if self.logarithm else tf.abs(last)
-        same = tf.abs(loss - last) <= SAME_LOSS.get(loss.dtype, SAME_LOSS[tf.float32]) * size
+        same = tf.abs(loss - last) <= SAME_LOSS.get(loss.dtype, SAME_LOSS[tf.float32]) * tf.abs(last)
         for here, end in zip(lin.weights, trees.values(self._end)):
             same &= tf.reduce_all(tf.equal(here, end))
 
         def anew():
-            gradient = self._its_gradient(lin.loss, lin.gradient)
+            gradient = _full_precision(lin.gradient)
             return gradient, self.products(gradient)
 
         def known():
             return trees.values(self._gradient), [tf.identity(v.value) for v in self._products]
 
         gradient, products = tf.cond(same, known, anew)
-        if not self.logarithm:
-            lin.take_gradient(gradient)
+        lin.take_gradient(gradient)
         return gradient, products
 
     def _first_scale(self, norm):
@@ -199,18 +182,18 @@ class QuasiNewton(CurvatureOptimizer):
         dd, slope, count = pick(descends, (dd, slope, count), ((scale * norm) ** 2, -scale * norm**2, 0))
         return d, dd, slope, count, ~descends & (norm > 0)
 
-    def _look(self, lin, loss, d, slope, g):
+    def _look(self, lin, d, slope, g):
         """What the search found; without a search, the point at the learning rate if it is finite."""
 
         def along(length):
-            there, gradient = lin.loss_and_gradient_at(trees.scale(length, d))
-            return self._minimized(there), self._its_gradient(there, gradient)
+            loss, gradient = lin.loss_and_gradient_at(trees.scale(length, d))
+            return loss, _full_precision(gradient)
 
         # from a loss that is not finite no search begins, and the step is skipped
-        slope = tf.where(tf.math.is_finite(loss), slope, float("nan"))
+        slope = tf.where(tf.math.is_finite(lin.loss), slope, float("nan"))
         if self.search is None:
-            return search_along(OneLength(), along, d, loss, slope, g, tf.cast(self.learning_rate, tf.float64))
-        return search_along(self.search, along, d, loss, slope, g, self.first_length(slope))
+            return search_along(OneLength(), along, d, lin.loss, slope, g, tf.cast(self.learning_rate, tf.float64))
+        return search_along(self.search, along, d, lin.loss, slope, g, self.first_length(slope))
 
     def _pair(self, s, g, slope, norm, found, dd, loss):
         """The `Pair` of a step."""
@@ -233,12 +216,10 @@ class QuasiNewton(CurvatureOptimizer):
         length = found.point.length
         ss = length**2 * dd
         taken = tf.sqrt(dd if self.search is None else ss)
-        largest = tf.cast(trees.largest(found.gradient), tf.float64)
-        largest *= tf.exp(found.point.loss) if self.logarithm else 1.0
         self.report(
             evaluations=found.evaluations, step_length=length, pairs=self.kept(count),
             curvature=tf.where(ss > 0, pair.sy / tf.where(ss > 0, ss, 1.0), float("nan")),
-            gradient_max=largest, search_end=found.end, resets=tf.cast(reset, tf.float32),
+            gradient_max=trees.largest(found.gradient), search_end=found.end, resets=tf.cast(reset, tf.float32),
             # a gradient that is not finite skips the step
             overflows=found.overflows, step_norm=tf.where(tf.math.is_finite(norm), taken, float("nan")),
         )  # fmt: skip
