@@ -202,7 +202,7 @@ def _sides(equation, points):
 
 
 def _weighted(inside, sides, of_data):
-    """Points with `a` and `b`: the mean square is the mean of the inner ones, plus `of_data` times that of the others."""
+    """Points with `a` and `b`: the mean square is that of the inner ones, plus `of_data` times that of the others."""
     total = len(inside) + len(sides)
     a, b = np.sqrt(total / len(inside)), np.sqrt(of_data * total / len(sides))
     zeros = np.zeros
