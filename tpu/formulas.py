@@ -229,6 +229,14 @@ def kl_shampoo(optimizer, step):
     return by_basis(optimizer, step, 1, kept, 10)
 
 
+def of_window(state, held):
+    """A method with a window of vectors, and the inner products of its rows."""
+    return lambda optimizer, step: Method(
+        {"step": step}, state, held, kept=lambda model: optimizer.window * (model.weights + optimizer.window),
+        matrices=True, traffic=4 + 2 * optimizer.window,
+    )  # fmt: skip
+
+
 def psgd(optimizer, step):
     """The preconditioner is fitted on every replica alike; the Newton type to a product with the Hessian."""
     sections, turns = {"step": step}, {}
@@ -347,6 +355,8 @@ FORMULAS = {
     kc.SOAP: soap,
     kc.KLShampoo: kl_shampoo,
     kc.PSGD: psgd,
+    kc.MFAC: of_window(0, 2),
+    kc.GGT: of_window(1, 3),
     kc.Muon: muon,
     kc.Scion: scion,
     kc.SPlus: splus,

@@ -84,9 +84,10 @@ def newton(optimizer, step):
 
 
 def gauss_newton(optimizer, step):
-    """With rows, as `"auto"` solves a small model: residuals and rows of all replicas, and of a loss that is no square
-    the gradient; with the geodesic acceleration another residual. With conjugate gradients a quadratic form for the
-    predicted change, one for a damping that begins with the curvature, and the loop.
+    """With rows, as `"auto"` solves a small model: residuals, inputs and slopes of all layers and replicas, and of a
+    loss that is no square the gradient; with the geodesic acceleration another residual. A scaling makes an array of
+    the rows. With conjugate gradients a quadratic form for the predicted change, one for a damping that begins with the
+    curvature, and the loop.
     """
     products, searches = isinstance(optimizer.solver, kc.ConjugateGradient), optimizer.line_search is not None
     losses = int(searches or optimizer._trial.looks)
@@ -104,13 +105,33 @@ def gauss_newton(optimizer, step):
 
     def rows(model, replicas):
         count = replicas * model.rows
-        gathered = [[count], [count * model.weights]] + optimizer.geodesic * [[count]]
+        gathered = [[count], *of_layers(model, replicas, model.outputs)] + optimizer.geodesic * [[count]]
         return gathered if model.squares else [*gathered, list(map(math.prod, model.shapes))]
 
     begin = Work(reductions=1 + losses, scalars=1 + losses, others=rows, forward=1 + losses)
+    if pair and optimizer.scaling == "identity":
+        sections, turns = {**sections, "cond": Work()}, {**turns, "cond": 1}
     return Method(
-        {"step": begin, **sections}, state, 1, turns=turns, kept=lambda model: pair, matrices=True, traffic=10, rows=2
+        {"step": begin, **sections}, state, 3, turns=turns, kept=lambda model: pair, matrices=True, traffic=10,
+        rows=0 if optimizer.scaling == "identity" else 2,
     )  # fmt: skip
+
+
+def of_layers(model, replicas, rows):
+    """The inputs and the slopes of each layer at one position, `rows` slopes for each example."""
+    examples = replicas * model.examples
+    return [[size] for _, d_in, d_out in ((0, *block[-2:]) for block in model.blocks)
+            for size in (examples * d_in, examples * rows * d_out)]  # fmt: skip
+
+
+def natural_gradient(optimizer, step):
+    """By layers, with one label drawn for each example. The loss after the step."""
+
+    def rows(model, replicas):
+        count = replicas * model.examples
+        return [[count], *of_layers(model, replicas, 1), [count]]
+
+    return Method({"step": tested(1, others=rows)}, 0, 4, matrices=True, traffic=10)
 
 
 def lissa(optimizer, step):
@@ -147,6 +168,7 @@ FORMULAS = {
     kc.SaddleFreeNewton: saddle_free_newton,
     kc.Newton: newton,
     kc.GaussNewton: gauss_newton,
+    kc.NaturalGradient: natural_gradient,
     kc.LiSSA: lissa,
     kc.LBFGS: quasi_newton,
     kc.BFGS: quasi_newton,

@@ -19,6 +19,8 @@ OPTIMIZERS = {
     "soap": (kc.SOAP, False),
     "kl_shampoo": (kc.KLShampoo, False),
     "psgd": (kc.PSGD, False),
+    "mfac": (lambda: kc.MFAC(window=8), False),
+    "ggt": (kc.GGT, False),
     "muon": (kc.Muon, False),
     "scion": (kc.Scion, False),
     "splus": (kc.SPlus, False),
@@ -33,6 +35,8 @@ OPTIMIZERS = {
     "newton": (kc.Newton, True),
     "gauss_newton": (kc.GaussNewton, True),
     "gauss_newton_cg": (lambda: kc.GaussNewton(solver=kc.ConjugateGradient()), True),
+    "gauss_newton_array": (kc.GaussNewton.levenberg_marquardt, True),
+    "natural_gradient": (kc.NaturalGradient, True),
     "lissa": (kc.LiSSA, True),
     "lbfgs": (kc.LBFGS, True),
     "bfgs": (kc.BFGS, True),
@@ -55,11 +59,11 @@ OPTIMIZERS = {
     "square_root_free_adam_sampled": (lambda: kc.SquareRootFreeAdam(fisher="sampled"), True),
 }
 # a matrix with a row for each weight; rows of the Jacobian, which `GaussNewton` replaces by products if they do not fit
-DENSE, ROWS = ("bfgs", "newton"), ("gauss_newton",)
+DENSE, ROWS = ("bfgs", "newton"), ("gauss_newton", "gauss_newton_array", "natural_gradient")
 # models of `counting.py` that are too large for some
 LEFT_OUT = {"wide": DENSE, "tall": (*DENSE, *ROWS), "resnet50": (*DENSE, *ROWS)}
 # more than scalars in float64, which a TPU emulates: small matrices, of which the digits matter
-IN_DOUBLE = (*DENSE, "saddle_free_newton", "nys_newton_cg")
+IN_DOUBLE = (*DENSE, "saddle_free_newton", "nys_newton_cg", "mfac", "ggt")
 
 
 @functools.cache
