@@ -21,10 +21,10 @@ STEPS = 100
 RATES = {
     "Neumann": {"learning_rate": 2e-3, "warmup_steps": 5, "beta": 1e-9},
     "TwoLoopNeumann": {"learning_rate": 2e-3},
-    "AdaHessian": {"learning_rate": 0.1},
-    "ESGD": {"learning_rate": 0.1},
+    "AdaHessian": {"learning_rate": 0.1, "step_max": None},
+    "ESGD": {"learning_rate": 0.1, "step_max": None},
     "SophiaH": {"learning_rate": 0.03},
-    "SquareRootFreeAdam": {"learning_rate": 0.03},
+    "SquareRootFreeAdam": {"learning_rate": 0.03, "epsilon": 1e-3, "step_max": None},
     "Shampoo": {"learning_rate": 0.1},
     "SOAP": {"learning_rate": 0.1},
     "KLShampoo": {"learning_rate": 0.1},

@@ -253,8 +253,6 @@ def cell(run):
 def train(path, names, problems, collection):
     """The missing runs of these methods on these problems."""
     warnings.filterwarnings("ignore", message=".*knows no Kronecker factors")
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
     done = {(run["method"], *cell(run)) for run in lines_of(path)}
     for problem in problems:
         for name in names:
@@ -326,6 +324,8 @@ def main():
     args = parser.parse_args()
     path = args.out + ".jsonl"
     if args.jobs == 1 and not args.only_print:
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
         train(path, args.methods, args.problems, args.collection)
         return
     if not args.only_print:
