@@ -148,16 +148,16 @@ def lissa(optimizer, step):
 
 def quasi_newton(optimizer, step):
     """The loss; the gradient, if it is not that of the last end point; loss and gradient at the length of the search.
-    `BFGS` remembers a matrix of float64, `LBFGS` pairs of vectors.
+    `BFGS` remembers a matrix of float64, `LBFGS` pairs of vectors and their inner products.
     """
     limited = isinstance(optimizer, kc.LBFGS)
     memory = optimizer.memory if limited else 0
     gradient = Work(reductions=1, vectors=1, backward=1)
     along = Work(reductions=1, vectors=1, scalars=1, forward=1, backward=1)
     return Method(
-        {"step": LOSS, "cond": gradient, "while_2" if limited else "while": along}, 2 + 2 * memory, 6,
-        kept=lambda model: memory if limited else model.weights**2, matrices=not limited,
-        traffic=20 + 6 * memory, dense=0 if limited else 2,
+        {"step": LOSS, "cond": gradient, "while": along}, 2 + 2 * memory, 6,
+        kept=lambda model: 2 * memory * (memory + 1) if limited else model.weights**2, matrices=True,
+        traffic=20 + 4 * memory, dense=0 if limited else 2,
     )  # fmt: skip
 
 
