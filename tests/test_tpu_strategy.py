@@ -16,7 +16,7 @@ from selection import some
 import keras_curvature as kc
 from keras_curvature import replicas
 from keras_curvature.callbacks import Checkpoint
-from keras_curvature.linearization.layers import ends, kronecker
+from keras_curvature.linearization.layers import apart, ends, kronecker
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tpu"))
 
@@ -72,14 +72,16 @@ def expected(model, name, replicas):
     of = Model(
         "", BATCH, sum(sizes), len(sizes), (), shapes=shapes, blocks=tuple(tuple(block.shape) for block in blocks),
         outside=tuple(sizes[i] for i in outside), hidden=hidden, ends=at_ends, outputs=model.output_shape[-1],
+        apart=apart.mixing(model) is None,
     )  # fmt: skip
     return formula(model.optimizer, name not in PLAIN).tensors(of, replicas)
 
 
 def counts_of_examples(optimizer):
     """How often the replicas tell each other how many examples are theirs: whole slices, chunks of them, and rows."""
-    if isinstance(optimizer, kc.GaussNewton) and not isinstance(optimizer.solver, kc.ConjugateGradient):
-        return 3 + optimizer.geodesic
+    by_rows = isinstance(optimizer, (kc.GaussNewton, kc.NaturalGradient))
+    if by_rows and not isinstance(optimizer.solver, kc.ConjugateGradient):
+        return 3 + getattr(optimizer, "geodesic", False)
     if isinstance(optimizer, kc.LiSSA):
         return 3  # the traces of two loops
     return 2 if getattr(optimizer, "curvature_batch", None) else 1

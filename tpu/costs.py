@@ -39,6 +39,7 @@ class Model:
         hidden, ends: Sizes of the kernels as matrices, between the ends of the model and at them.
         outputs: Numbers that it puts out for each example.
         squares: Whether its loss is a mean of squares, without regularizers.
+        apart: Whether no layer mixes the examples, as batch normalization does.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Model:
     ends: tuple = ()
     outputs: int = 0
     squares: bool = False
+    apart: bool = True
 
     @property
     def rows(self):

@@ -106,6 +106,8 @@ def gauss_newton(optimizer, step):
     def rows(model, replicas):
         count = replicas * model.rows
         gathered = [[count], *of_layers(model, replicas, model.outputs)] + optimizer.geodesic * [[count]]
+        if not model.apart:
+            gathered = [[count], [count * model.weights]] + optimizer.geodesic * [[count]]
         return gathered if model.squares else [*gathered, list(map(math.prod, model.shapes))]
 
     begin = Work(reductions=1 + losses, scalars=1 + losses, others=rows, forward=1 + losses)
@@ -125,13 +127,22 @@ def of_layers(model, replicas, rows):
 
 
 def natural_gradient(optimizer, step):
-    """By layers, with one label drawn for each example. The loss after the step."""
+    """By layers, with one label drawn for each example or all of them; with an average an array of the rows. The loss
+    after the step.
+    """
+    average, losses = optimizer.decay > 0, int(optimizer._trial.looks)
 
     def rows(model, replicas):
-        count = replicas * model.examples
-        return [[count], *of_layers(model, replicas, 1), [count]]
+        labels = model.outputs if optimizer.fisher == "exact" else 1
+        count = replicas * model.examples * labels
+        if not model.apart:
+            return [[count], [count * model.weights]]
+        return [[count], *of_layers(model, replicas, labels)] + (not average) * [[count]]
 
-    return Method({"step": tested(1, others=rows)}, 0, 4, matrices=True, traffic=10)
+    return Method(
+        {"step": tested(losses, others=rows)}, 0, 4, matrices=True, traffic=10,
+        kept=lambda model: average * model.weights**2,
+    )  # fmt: skip
 
 
 def lissa(optimizer, step):

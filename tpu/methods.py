@@ -19,7 +19,7 @@ OPTIMIZERS = {
     "soap": (kc.SOAP, False),
     "kl_shampoo": (kc.KLShampoo, False),
     "psgd": (kc.PSGD, False),
-    "mfac": (lambda: kc.MFAC(window=8), False),
+    "mfac": (kc.MFAC, False),
     "ggt": (kc.GGT, False),
     "muon": (kc.Muon, False),
     "scion": (kc.Scion, False),
@@ -63,7 +63,7 @@ DENSE, ROWS = ("bfgs", "newton"), ("gauss_newton", "gauss_newton_array", "natura
 # models of `counting.py` that are too large for some
 LEFT_OUT = {"wide": DENSE, "tall": (*DENSE, *ROWS), "resnet50": (*DENSE, *ROWS)}
 # more than scalars in float64, which a TPU emulates: small matrices, of which the digits matter
-IN_DOUBLE = (*DENSE, "lbfgs", "saddle_free_newton", "nys_newton_cg", "mfac", "ggt")
+IN_DOUBLE = (*DENSE, "lbfgs", "saddle_free_newton", "nys_newton_cg", "mfac", "ggt", "natural_gradient")
 
 
 @functools.cache

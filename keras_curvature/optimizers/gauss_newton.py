@@ -38,7 +38,8 @@ class GaussNewton(CurvatureOptimizer):
 
     The system is solved in one of four ways, with the same result, `solved_by` tells which: with the rows of the
     Jacobian as an array `(N, n)`, by a matrix of their number (`"rows"`), of the number of weights (`"weights"`), or a
-    QR or singular value decomposition; or by conjugate gradients, without the array.
+    QR or singular value decomposition; or by conjugate gradients, without the array. `"rows"` does without it too in
+    models of Keras' layers without batch normalization, for `scaling="identity"`: layer by layer.
 
     References: Levenberg (1944); Marquardt (1963); More, "The Levenberg-Marquardt algorithm: implementation and theory"
     (1978), for `D`; Nielsen (1999), for `lambda`; Transtrum and Sethna, "Improvements to the Levenberg-Marquardt

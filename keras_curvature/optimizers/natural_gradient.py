@@ -27,8 +27,8 @@ class NaturalGradient(CurvatureOptimizer):
         F^-1 by rows:  d = -(g - S'(lambda I + S S')^-1 S g) / lambda
 
     For models whose Fisher matrix K-FAC approximates too coarsely, and for small batches, where solving in rows is
-    cheap: a step of a multilayer perceptron then costs about three gradients. The loss must be the negative logarithm
-    of a known likelihood, but with `fisher="empirical"`.
+    cheap: the matrix `S S'` is formed layer by layer. The loss must be the negative logarithm of a known likelihood,
+    but with `fisher="empirical"`.
 
     References: Amari, "Natural gradient works efficiently in learning" (1998); Ren and Goldfarb, "Efficient subsampled
     Gauss-Newton and natural gradient methods for training neural networks" (2019), Algorithm 1, for the solution in

@@ -8,5 +8,7 @@ and `R` its root, `H_L = R'R`, the rows are
 A loss of squares has the residuals `r = R^-T dL/dz`, and `A'r` is its gradient: near the weights the loss is
 `1/2 |A d + r|^2`. Both hold for the compiled loss with all its weights: means, sample weights, loss weights, masks.
 
-`roots.py` finds `R`, `columns.py` and `rows.py` multiply and store.
+`roots.py` finds `R`. `frames.py` says what a row is: `R J`, the gradient of an example, a row of a Fisher matrix.
+`by_layers.py` reads rows off the inputs and slopes of layers, `columns.py` computes them by products; `matrix.py` and
+`rows.py` multiply and store.
 """
