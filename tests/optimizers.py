@@ -133,7 +133,7 @@ OPTIMIZERS = {
     "sophia_h": Method(kc.SophiaH, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
     "sophia_g": Method(kc.SophiaG, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
     "esgd": Method(kc.ESGD, {"every": 2}, {**LONG, "step_max": None}),
-    "sassha": Method(kc.SASSHA, {"learning_rate": 0.05, "every": 2}, {**LONG, "rho": 0.0}, steps=300),
+    "sassha": Method(kc.SASSHA, {"learning_rate": 0.05, "every": 2}, {**LONG, "rho": 0.0, "step_max": None}, steps=300),
     "diagonal_newton": Method(kc.DiagonalNewton, {}, {**LONG, "step_max": None}),
     "square_root_free_adam_sampled": Method(
         kc.SquareRootFreeAdam, {"fisher": "sampled"}, {"learning_rate": 0.1}, steps=600, by_gradient=False

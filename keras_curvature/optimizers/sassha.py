@@ -1,6 +1,6 @@
 """SASSHA: Hutchinson's diagonal at a point uphill, for flatter minima."""
 
-from typing import Any
+from typing import Any, Self
 
 import tensorflow as tf
 
@@ -9,19 +9,19 @@ from keras_curvature.component import check_count, check_number, register
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal
-from keras_curvature.optimizers.by_weight import DiagonalOptimizer
+from keras_curvature.optimizers.by_weight import LimitedDiagonalOptimizer
 from keras_curvature.optimizers.limits import LinearStep, NotLinear, averaged
 from keras_curvature.typing import LearningRate, Vector
 
 
 @register
-class SASSHA(DiagonalOptimizer):
+class SASSHA(LimitedDiagonalOptimizer):
     """SASSHA: momentum over a power of the Hessian's absolute diagonal, both taken where the loss is worse.
 
         e = rho g / |g|                                               g: gradient at w
         m <- beta_1 m + (1 - beta_1) gradient at w + e
         D <- beta_2 D + (1 - beta_2) |z * (H z)|                      every so many steps, H at w + e, z of random signs
-        w <- w - learning_rate * m^ / (D^ ^ hessian_power + epsilon)
+        d = m^ / (D^ ^ hessian_power + epsilon),    w <- w - learning_rate * clip(d, -step_max, step_max)
 
     with `m^, D^` corrected for their bias towards zero. A step away from sharp minima first, as of sharpness-aware
     minimization, keeps second-order steps out of them; the absolute value keeps the estimate useful beside negative
@@ -31,7 +31,8 @@ class SASSHA(DiagonalOptimizer):
     Reference: Shin, Lee, Lee and Lee, "SASSHA: Sharpness-aware adaptive second-order optimization with stable Hessian
     approximation" (2025), Algorithm 1, and github.com/LOG-postech/Sassha. Differences from that code: (1) the bias
     correction of `D` counts the estimates; there the steps; (2) an estimate that is not finite is left out; (3)
-    `hessian_power` is constant; there it may follow a schedule; (4) weight decay is Keras': before the step.
+    `hessian_power` is constant; there it may follow a schedule; (4) weight decay is Keras': before the step; (5)
+    `step_max`, which the authors do not have; `SASSHA.paper()` has no such limit.
 
     Args:
         learning_rate: Defaults to `0.15` (the authors).
@@ -60,7 +61,8 @@ class SASSHA(DiagonalOptimizer):
 
     def __init__(
         self, learning_rate: LearningRate = 0.15, rho: float = 0.1, beta_1: float = 0.9, beta_2: float = 0.999,
-        hessian_power: float = 0.5, epsilon: float = 1e-4, every: int = 10, name: str = "sassha", **kwargs: Any,
+        hessian_power: float = 0.5, epsilon: float = 1e-4, every: int = 10, step_max: float | None = 0.02,
+        name: str = "sassha", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.rho, self.beta_1, self.beta_2 = rho, beta_1, beta_2
@@ -71,6 +73,18 @@ class SASSHA(DiagonalOptimizer):
         check_number(self, "hessian_power", hessian_power, 0.0, 1.0)
         check_number(self, "epsilon", epsilon, 0.0, open_low=True)
         check_count(self, "every", every)
+        self.set_step_max(step_max)
+
+    @classmethod
+    def paper(cls, **kwargs: Any) -> Self:
+        """The method of the paper, without a limit on the step: `step_max=None`.
+
+        Args:
+            **kwargs: Arguments of the constructor.
+
+        Example: `SASSHA.paper(learning_rate=0.05)`
+        """
+        return cls(**{"step_max": None, **kwargs})
 
     def direction(self, lin: Linearization) -> Vector:
         """`-m^ / (D^ ^ power + epsilon)`."""
@@ -82,7 +96,8 @@ class SASSHA(DiagonalOptimizer):
             return [tf.abs(z * Hz) for z, Hz in zip(*product())]
 
         m, D, counts = self.follow(lambda: uphill.gradient, diagonal)
-        return trees.negative([m_ * scale for m_, scale in zip(m, self._scales(D, counts, self.iterations + 1))])
+        scales = self._scales(D, counts, self.iterations + 1)
+        return self.limited([-a * scale for a, scale in zip(m, scales)])
 
     def _uphill(self, lin):
         if not self.rho:
@@ -106,7 +121,7 @@ class SASSHA(DiagonalOptimizer):
         """Momentum as of Adam, the denominator of the last step; no known limit with the gradient of another point."""
         if self.rho:
             return NotLinear("`SASSHA` steps by the gradient of a point uphill: no limit on the curvature is known.")
-        return LinearStep(averaged(self.beta_1), self._preconditioner)
+        return LinearStep(averaged(self.beta_1), self._preconditioner, self.limit_note)
 
     def _preconditioner(self):
         return Diagonal(
