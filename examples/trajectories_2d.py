@@ -24,6 +24,7 @@ RATES = {
     "AdaHessian": {"learning_rate": 0.1, "step_max": None},
     "ESGD": {"learning_rate": 0.1, "step_max": None},
     "SophiaH": {"learning_rate": 0.03},
+    "DiagonalNewton": {"learning_rate": 0.1, "step_max": 0.5},
     "SquareRootFreeAdam": {"learning_rate": 0.03, "epsilon": 1e-3, "step_max": None},
     "Shampoo": {"learning_rate": 0.1},
     "SOAP": {"learning_rate": 0.1},

@@ -265,6 +265,8 @@ def test_a_config_from_before_the_limit_has_none(method):
 
 @pytest.mark.parametrize(("make", "expected"), [
     (AdaHessian.paper, {"step_max": None, "learning_rate": 0.15}),
+    (ESGD.paper, {"step_max": None, "learning_rate": 0.01}),
+    (DiagonalNewton.notes, {"step_max": 0.5, "learning_rate": 0.01}),
     (SquareRootFreeAdam.notes, {"step_max": None, "epsilon": 1e-2, "beta_1": 0.0, "fisher": "sampled"}),
 ])  # fmt: skip
 def test_the_settings_of_the_sources_are_one_call_away(make, expected):
