@@ -24,6 +24,11 @@ class Gradients:
         """The current weights."""
         return trees.values(self.variables)
 
+    @property
+    def needs(self) -> Any:
+        """What a function of a `Linearization` looks at first; here there is none."""
+        raise ValueError(needs_a_curved_model(self._asked_by, "asked for more than the gradient of the loss"))
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(Linearization, name):
             raise AttributeError(f"`Gradients` has no attribute {name!r}")
