@@ -33,8 +33,8 @@ class LBFGS(QuasiNewton):
     coordinates of the pairs: Byrd, Nocedal and Schnabel (1994), section 3; cautious pairs: Li and Fukushima (2001);
     damping: Powell (1978), Nocedal and Wright's Procedure 18.2. Differences from the papers: (1) where `-H g` does not
     descend, and after a search that finds no lower point, all pairs are forgotten; (2) the first trial is
-    `-g min(1, 1/|g|)` at first, as in optax; SciPy's is `-g / |g|`; (3) inner products of `y` with other pairs are differences
-    of those of the two gradients, which each step needs anyway.
+    `-g min(1, 1/|g|)`, as in optax (SciPy: `-g / |g|`); (3) inner products of `y` with other pairs are differences of
+    those of the two gradients, which each step needs anyway.
 
     Args:
         learning_rate: Multiple of the step that the search found; with `search=None` the length itself. Defaults to
