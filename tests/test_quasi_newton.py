@@ -13,6 +13,7 @@ from cases import put
 
 import keras_curvature as kc
 from keras_curvature.optimizers.quasi_newton import CAUTION, Pair
+from keras_curvature.solvers import row_vectors
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 OF_OPTAX = pathlib.Path(__file__).parent / "reference" / "lbfgs_optax.txt"
@@ -263,6 +264,43 @@ def test_the_scale_of_the_loss_does_not_matter_after_the_first_pair():
             model.train_on_batch(ONE, NOTHING)
         runs.append(weights(model))
     np.testing.assert_allclose(runs[0], runs[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("decrease, slope, length", [
+    (0.0, -2.0, 1.0), (0.5, -2.0, 0.505), (3.0, -2.0, 1.0), (-1.0, -2.0, 1.0), (0.5, float("nan"), 1.0),
+])  # fmt: skip
+def test_a_self_scaled_search_begins_where_a_parabola_falls_as_far_as_the_last_step(decrease, slope, length):
+    optimizer = trained(kc.BFGS(scaling="broyden"), 1)[1]
+    optimizer._decrease.assign(decrease)
+    np.testing.assert_allclose(optimizer.first_length(tf.constant(slope, tf.float64)), length, rtol=1e-12)
+    assert kc.BFGS().first_length(tf.constant(slope, tf.float64)) == 1.0
+
+
+def test_the_remembered_decrease_is_that_of_the_loss():
+    model, optimizer = trained(kc.BFGS(scaling="broyden"), 3)
+    before = value_and_gradient("log_sum_exp", weights(model))[0]
+    model.train_on_batch(ONE, NOTHING)
+    after = value_and_gradient("log_sum_exp", weights(model))[0]
+    np.testing.assert_allclose(optimizer._decrease.numpy(), before - after, rtol=1e-10)
+
+
+def test_the_kept_inner_products_are_those_of_the_pairs():
+    optimizer = trained(kc.LBFGS(memory=3, update="damped"), 8)[1]
+    S, Y = np.split(optimizer._memory[0].numpy(), 2)
+    order = [i % 3 for i in range(int(optimizer._count.numpy()) - 3, int(optimizer._count.numpy()))]
+    np.testing.assert_allclose(optimizer._yy.numpy(), Y @ Y.T, rtol=1e-9, atol=1e-14)
+    upper = np.triu((S @ Y.T)[np.ix_(order, order)])  # of a pair with those before it nothing is needed
+    np.testing.assert_allclose(np.triu(optimizer._sy.numpy()[np.ix_(order, order)]), upper, rtol=1e-9, atol=1e-14)
+    products = np.concatenate([S, Y]) @ optimizer._gradient[0].numpy()
+    np.testing.assert_allclose(optimizer._products[0].numpy(), products, rtol=1e-9, atol=1e-14)
+
+
+def test_on_an_accelerator_inner_products_and_combinations_are_not_products_of_matrices(monkeypatch):
+    directions = {}
+    for rounds in (False, True):
+        monkeypatch.setattr(row_vectors, "rounds_products", lambda rounds=rounds: rounds)
+        directions[rounds] = inverse_hessian(trained(kc.LBFGS(memory=3))[1])
+    np.testing.assert_allclose(directions[True], directions[False], rtol=1e-9, atol=1e-12)
 
 
 # The gradient that is used again.

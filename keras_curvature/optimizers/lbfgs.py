@@ -32,9 +32,9 @@ class LBFGS(QuasiNewton):
     Reference: Liu and Nocedal (1989); Nocedal and Wright, "Numerical Optimization" (2006), Algorithms 7.4 and 7.5; in
     coordinates of the pairs: Byrd, Nocedal and Schnabel (1994), section 3; cautious pairs: Li and Fukushima (2001);
     damping: Powell (1978), Nocedal and Wright's Procedure 18.2. Differences from the papers: (1) where `-H g` does not
-    descend, and after a search that finds no lower point, all pairs are forgotten; (2) the first step is
-    `-g min(1, 1/|g|)` long at first, as in SciPy and optax; (3) inner products of `y` with other pairs are differences
-    of those of the two gradients, which each step needs anyway.
+    descend, and after a search that finds no lower point, all pairs are forgotten; (2) the first trial is
+    `-g min(1, 1/|g|)`, as in optax (SciPy: `-g / |g|`); (3) inner products of `y` with other pairs are differences of
+    those of the two gradients, which each step needs anyway.
 
     Args:
         learning_rate: Multiple of the step that the search found; with `search=None` the length itself. Defaults to
