@@ -3,11 +3,12 @@
     pip install ".[examples]"
     python examples/benchmarks/defaults.py --out examples/benchmarks/results/defaults
 
-Each method is built without arguments, and no setting of the table was changed for a problem. The problems are small versions of what
-people train: dense networks of width 32 and 512, a convolutional network without and with batch normalization, a
-transformer, an LSTM, and regression with targets of scale 0.001, 1 and 1000; with batches of 32 and 512 examples. It
-takes under 30 minutes on two idle cores. Every finished run is a line of `defaults.jsonl`. After an interruption the
-same command goes on with what is missing. At the end it writes the table; `--only_print` does nothing else.
+Each method is built without arguments, and no setting of the table was changed for a problem. The problems are small
+versions of what people train: dense networks of width 32 and 512, a convolutional network without and with batch
+normalization, a transformer, an LSTM, and regression with targets of scale 0.001, 1 and 1000; with batches of 32 and
+512 examples. It takes under 30 minutes on two idle cores. Every finished run is a line of `defaults.jsonl`. After an
+interruption the same command goes on with what is missing. At the end it writes the table; `--only_print` does
+nothing else.
 
 How it measures:
 
