@@ -450,7 +450,8 @@ def test_the_rate_is_that_of_the_next_step():
 
 @pytest.mark.parametrize(("make", "momentum"), [
     (lambda: K.Adam(0.5, gradient_accumulation_steps=2, **ADAM), "_momentums"),
-    (lambda: kc.SquareRootFreeAdam(0.5, beta_1=0.875, beta_2=0.75, gradient_accumulation_steps=2), "_m"),
+    (lambda: kc.SquareRootFreeAdam(0.5, beta_1=0.875, beta_2=0.75, step_max=None,
+                                   gradient_accumulation_steps=2), "_m"),
 ])  # fmt: skip
 def test_of_accumulated_gradients_the_last_step_counts(make, momentum):
     optimizer = make()
