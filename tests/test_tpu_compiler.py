@@ -227,6 +227,20 @@ def test_the_largest_batch_that_fits_is_said(monkeypatch, capsys):
     assert said[3].startswith("kfac ") and said[3].endswith("; no batch does")
 
 
+def test_an_optimizer_that_refuses_the_model_gets_a_line(monkeypatch, capsys):
+    module = compile_program()
+    monkeypatch.setattr(module, "topology", lambda name: types.SimpleNamespace(
+        machine=compiler.MACHINES[2], devices=(None,)))  # fmt: skip
+
+    def measured(name, args, chips):
+        raise ValueError("`BFGS` keeps a dense matrix")
+
+    monkeypatch.setattr(module, "measured", measured)
+    module.main(["--optimizer", "bfgs"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[3].startswith("bfgs ") and said[3].endswith("is refused: `BFGS` keeps a dense matrix")
+
+
 def compile_program():
     """The module of `tpu/compile.py`, whose name is also that of a function of Python's."""
     spec = importlib.util.spec_from_file_location("compile_program", TPU / "compile.py")

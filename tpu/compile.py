@@ -105,6 +105,9 @@ def lines(args, names, chips):
             remedy = f"`--per_replica_batch {fits}` fits" if fits else "no batch does"
             yield f"{name:<30} does not fit: {error}; {remedy}"
             continue
+        except ValueError as error:  # of an optimizer that does not take the model, such as a dense matrix too large
+            yield f"{name:<30} is refused: {error}"
+            continue
         reference = reference or found
         yield row(name, step, found, reference, chips)
 
