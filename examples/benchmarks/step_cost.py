@@ -86,6 +86,8 @@ OPTIMIZERS = {
     "Eva": (kc.Eva, True, 20),
     "FOOF": (lambda: kc.FOOF(factors_every=10, inverses_every=100), True, 100),
     "SINGD": (lambda: kc.SINGD(every=10), True, 10),
+    "SKFAC": (kc.SKFAC, True, 10),
+    "TNT": (kc.TNT, True, 100),
     "Shampoo": (lambda: kc.Shampoo(every=10), False, 10),
     "Shampoo, one-sided": (lambda: kc.Shampoo(every=10, sides="shortest"), False, 10),
     "SOAP": (lambda: kc.SOAP(every=10), False, 10),
@@ -98,6 +100,9 @@ OPTIMIZERS = {
     "Scion": (kc.Scion, False, 10),
     "SPlus": (kc.SPlus, False, 100),
     "LBFGS": (lbfgs, True, 10),
+    "MFAC": (lambda: kc.MFAC(window=32), False, 10),
+    "GGT": (kc.GGT, False, 10),
+    "NaturalGradient": (kc.NaturalGradient, True, 5),
     "GaussNewton": (lambda: kc.GaussNewton(damping=1.0, solver=conjugate_gradient()), True, 1),
     "NewtonCG": (lambda: kc.NewtonCG(max_steps=CG_STEPS), True, 1),
 }
