@@ -31,6 +31,14 @@ CALM = {"epsilon": 1e-3, "max_dimension": 4}
 TRAINED = {
     **OPTIMIZERS, "soap": (lambda: kc.SOAP(**CALM), False), "kl_shampoo": (lambda: kc.KLShampoo(**CALM), False),
     "shampoo": (lambda: kc.Shampoo(epsilon=1e-3), False),
+    "splus": (lambda: kc.SPlus(max_dimension=4), False),
+    # a Hessian that is indefinite at the first weights, of which a sketch is a matter of rounding
+    "nys_newton_cg": (lambda: kc.NysNewtonCG(curvature="gauss_newton"), True),
+    # whose first steps are rejected without it
+    "newton": (lambda: kc.Newton(damping=1.0), True),
+    "gauss_newton": (lambda: kc.GaussNewton(damping=1.0), True),
+    "gauss_newton_array": (lambda: kc.GaussNewton.levenberg_marquardt(damping=1.0), True),
+    "gauss_newton_cg": (lambda: kc.GaussNewton(damping=1.0, solver=kc.ConjugateGradient()), True),
 }  # fmt: skip
 
 
