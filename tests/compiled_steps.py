@@ -37,7 +37,8 @@ TRAINED = {
     # whose first steps are rejected without it
     "newton": (lambda: kc.Newton(damping=1.0), True),
     "gauss_newton": (lambda: kc.GaussNewton(damping=1.0), True),
-    "gauss_newton_array": (lambda: kc.GaussNewton.levenberg_marquardt(damping=1.0), True),
+    "gauss_newton_array": (lambda: kc.GaussNewton.levenberg_marquardt(damping=10.0), True),
+    "mfac": (lambda: kc.MFAC(damping=1e-2), False),
     "gauss_newton_cg": (lambda: kc.GaussNewton(damping=1.0, solver=kc.ConjugateGradient()), True),
 }  # fmt: skip
 
