@@ -36,7 +36,8 @@ class NaturalGradient(CurvatureOptimizer):
     multilayer perceptrons" (2000), for the running average. Differences: (1) the Gram matrix `S S'` is formed layer by
     layer, also with convolutions and recurrent layers; (2) Amari, Park and Fukumizu update the inverse, in which the
     damping fades and directions without examples grow without bound; `decay` averages the matrix and decomposes it in
-    each step; (3) L2 regularizers are added to `F`.
+    each step; (3) L2 regularizers are added to `F`; (4) with an adaptive damping every
+    step is checked, by one more forward pass, and one that raises the loss of its own batch is not taken.
 
     Args:
         learning_rate: Multiple of the step. Defaults to `1.0`.
@@ -86,7 +87,7 @@ class NaturalGradient(CurvatureOptimizer):
         kinds = ("sampled", "exact", "empirical")
         check(self, "fisher", fisher, fisher in kinds, '"sampled", "exact" or "empirical"')
         self._rule = as_damping(self, damping)
-        self._trial = Trial(self._rule, accepts="finite")
+        self._trial = Trial(self._rule, accepts="lower", always=bool(self._rule.every))
         valid = self._rule.every is not None or self._rule.initial > 0
         check(self, "damping", damping, valid, "positive: without damping the matrix may be singular")
         if not isinstance(solver, ConjugateGradient):
