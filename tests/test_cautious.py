@@ -79,16 +79,6 @@ def test_a_method_that_steps_each_weight_refuses_it(name):
         OPTIMIZERS[name](cautious=True)
 
 
-@pytest.mark.usefixtures("in_float64")
-def test_accumulated_gradients_are_masked_as_their_mean_is():
-    shapes = [(4, 6), (5,)]
-    start, gradients = random_gradients(shapes)
-    pairs = np.repeat(gradients, 2, axis=0)
-    whole = trajectory(kc.SOAP(0.5, cautious=True), start, gradients, shapes)
-    parts = trajectory(kc.SOAP(0.5, cautious=True, gradient_accumulation_steps=2), start, pairs, shapes)
-    np.testing.assert_allclose(parts[1::2], whole, rtol=1e-9)
-
-
 def test_it_is_in_the_config_where_it_is_set():
     assert kc.SOAP.from_config(kc.SOAP(cautious=True).get_config()).cautious
     assert "cautious" not in kc.SOAP().get_config()

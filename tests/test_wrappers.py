@@ -104,12 +104,13 @@ def test_the_norms_of_kernels_stay_in_training(name):
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_accumulated_gradients_are_turned_as_their_mean_is():
+@pytest.mark.parametrize(("wrapper", "rate"), [("cautious", 0.5), ("hyperball", 0.1)])
+def test_accumulated_gradients_are_wrapped_as_their_mean_is(wrapper, rate):
     shapes = [(4, 6), (5,)]
     start, gradients = random_gradients(shapes)
     pairs = np.repeat(gradients, 2, axis=0)
-    whole = trajectory(kc.SOAP(0.1, hyperball=True), start, gradients, shapes)
-    parts = trajectory(kc.SOAP(0.1, hyperball=True, gradient_accumulation_steps=2), start, pairs, shapes)
+    whole = trajectory(kc.SOAP(rate, **{wrapper: True}), start, gradients, shapes)
+    parts = trajectory(kc.SOAP(rate, **{wrapper: True}, gradient_accumulation_steps=2), start, pairs, shapes)
     np.testing.assert_allclose(parts[1::2], whole, rtol=1e-9)
 
 

@@ -11,7 +11,7 @@ from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators.kronecker import from_left
 from keras_curvature.optimizers.base import CurvatureOptimizer
-from keras_curvature.optimizers.by_layer import STACKED, averaged
+from keras_curvature.optimizers.by_layer import STACKED, averaged, create, identity
 from keras_curvature.solvers import direct
 from keras_curvature.solvers.dealing import in_stacks
 from keras_curvature.typing import Vector
@@ -25,13 +25,9 @@ class ByInputs(CurvatureOptimizer):
     def create_moments_of_inputs(self, blocks: Sequence[Block]) -> None:
         """Create the averages of `A`, their inverses, and the number of estimates in each average."""
 
-        def identity(shape, dtype):
-            return tf.eye(shape[-1], batch_shape=shape[:-2], dtype=dtype)
-
         def add(name, i, block):
-            dtype, shape = tf.as_dtype(block.dtype).name, block.factor_shapes[0]
             begin = "ones" if block.has_indices else identity
-            return self.add_variable(shape, begin, dtype, name=f"{name}_{i}", aggregation="none")
+            return create(self, block.factor_shapes[0], block.dtype, f"{name}_{i}", begin)
 
         self._blocks = list(blocks)
         self._factors = [add("factor", i, block) for i, block in enumerate(self._blocks)]

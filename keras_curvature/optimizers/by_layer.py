@@ -34,23 +34,26 @@ def warn_of(optimizer, model, indices, instead):
 def create_factors(optimizer, blocks, name, kinds=("matrix", "diagonal")):
     """Variables for `[A, G, A, G, ...]`, those of the given kinds, with the identity as initial value."""
 
-    def identity(shape, dtype):
-        return tf.eye(shape[-1], batch_shape=shape[:-2], dtype=dtype)
-
     return [
-        _create(optimizer, shape, block.dtype, f"{name}_{letter}_{i}", identity if kind == "matrix" else "ones")
+        create(optimizer, shape, block.dtype, f"{name}_{letter}_{i}", identity if kind == "matrix" else "ones")
         for i, block in enumerate(blocks)
         for letter, shape, kind in zip("AG", block.factor_shapes, block.kinds)
         if kind in kinds
     ]
 
 
+def identity(shape, dtype):
+    """The initial value of matrices, one or a stack of them."""
+    return tf.eye(shape[-1], batch_shape=shape[:-2], dtype=dtype)
+
+
 def ones(optimizer, like, name):
     """A variable of ones with the shape and dtype of `like`, a block or a variable."""
-    return _create(optimizer, like.shape, like.dtype, name, "ones")
+    return create(optimizer, like.shape, like.dtype, name, "ones")
 
 
-def _create(optimizer, shape, dtype, name, initializer):
+def create(optimizer, shape, dtype, name, initializer):
+    """A variable of an optimizer that is the same on all replicas."""
     dtype = tf.as_dtype(dtype).name
     return optimizer.add_variable(tuple(shape), initializer=initializer, dtype=dtype, name=name, aggregation="none")
 

@@ -33,11 +33,11 @@ class Equation:
 
     def residual(self, u: Callable[[tf.Tensor], tf.Tensor], points: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """`(u, residual of the equation, u_t)` of a function at points `(batch, 2)`, each `(batch, 1)`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `residual(u, points)`.")
 
     def solution(self, points: tf.Tensor) -> tf.Tensor:
         """The solution at points: `(batch, 1)`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `solution(points)`.")
 
 
 class Convection(Equation):

@@ -14,8 +14,7 @@ from typing import Literal
 import tensorflow as tf
 
 from keras_curvature import replicas
-from keras_curvature.linearization.estimates.factors import Pair, drawn, factors_of, key, summed
-from keras_curvature.linearization.estimates.seen import joined
+from keras_curvature.linearization.estimates.factors import Pair, drawn, factors_of, key, shared, summed
 from keras_curvature.linearization.layers.kronecker import Block
 from keras_curvature.linearization.needs import require
 from keras_curvature.typing import Integer, Vector
@@ -63,8 +62,8 @@ def kronecker_rows(
 
 def _rows(block, seen, slopes):
     """Of one slice, `(examples, groups, d)` each."""
-    X = tf.reduce_mean(joined(seen.inputs(block), seen, block), 2)
-    D = tf.reduce_sum(joined(slopes, seen, block), 2)
+    (inputs,), ((slopes,),) = shared(block, seen, [slopes])
+    X, D = (tf.squeeze(x, 2) for x in (inputs, slopes))
     total = tf.cast(seen.place.total, X.dtype)
     return tf.transpose(X * tf.math.rsqrt(total), [1, 0, 2]), tf.transpose(D, [1, 0, 2])
 
