@@ -11,11 +11,10 @@ from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal, Identity, Scaled
+from keras_curvature.optimizers import sketched
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
-from keras_curvature.optimizers.rows import add_rows
 from keras_curvature.solvers import ConjugateGradient, Nystrom
-from keras_curvature.solvers.nystrom import NystromPreconditioner, sketch
 from keras_curvature.steps import ArmijoLineSearch, Damping, LevenbergMarquardt, Trial, as_damping
 from keras_curvature.typing import LearningRate, Variables, Vector
 
@@ -127,9 +126,7 @@ class HessianFree(CurvatureOptimizer):
         self._last = self.add_optimizer_variables(variables, "solution")
         self._damping = self.add_scalar(self._rule.initial, "damping")
         if isinstance(self.preconditioner, Nystrom):
-            rank = min(self.preconditioner.rank, trees.count(variables))
-            self._vectors = add_rows(self, variables, rank, "sketch")
-            self._values = self.add_variable((rank,), dtype="float64", name="eigenvalues", aggregation="none")
+            self._vectors, self._values = sketched.create_sketch(self, variables, self.preconditioner.rank)
 
     def direction(self, lin: Linearization) -> Vector:
         """The accepted step."""
@@ -175,13 +172,8 @@ class HessianFree(CurvatureOptimizer):
         """The preconditioner, an operator: of squares of gradients, or of the sketch of `B`."""
         if not isinstance(self.preconditioner, Nystrom):
             return self._preconditioner(lin, damping)
-
-        def renewed():
-            new = sketch(B, lin.weights, self._values.shape[0], self.iterations)
-            return [*new.vectors, new.values]
-
-        *vectors, values = self.refresh([*self._vectors, self._values], self.preconditioner.every, renewed)
-        return NystromPreconditioner(vectors, values, damping)
+        state = self._vectors, self._values
+        return sketched.preconditioner(self, state, B, lin.weights, self.preconditioner.every, damping)
 
     def _preconditioner(self, lin, damping):
         """`(mean_i g_i^2 + lambda + l2)^-exponent`, an operator; `None` if it is switched off."""

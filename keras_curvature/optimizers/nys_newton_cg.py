@@ -11,11 +11,10 @@ from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Identity, Scaled
+from keras_curvature.optimizers import sketched
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
-from keras_curvature.optimizers.rows import add_rows
 from keras_curvature.solvers import ConjugateGradient
-from keras_curvature.solvers.nystrom import NystromPreconditioner, sketch
 from keras_curvature.steps import ArmijoLineSearch
 from keras_curvature.typing import LearningRate, Variables, Vector
 
@@ -86,10 +85,8 @@ class NysNewtonCG(CurvatureOptimizer):
 
     def create_state(self, variables: Variables) -> None:
         """The sketch, and the last solution."""
-        rank = min(self.rank, trees.count(variables))
         self._last = self.add_optimizer_variables(variables, "solution")
-        self._vectors = add_rows(self, variables, rank, "sketch")
-        self._values = self.add_variable((rank,), dtype="float64", name="eigenvalues", aggregation="none")
+        self._vectors, self._values = sketched.create_sketch(self, variables, self.rank)
 
     def direction(self, lin: Linearization) -> Vector:
         """The accepted step."""
@@ -100,12 +97,7 @@ class NysNewtonCG(CurvatureOptimizer):
             B = lin.gauss_newton()
             require_convex(B, "NysNewtonCG", 'Choose another loss, or `NysNewtonCG(curvature="hessian")`.')
 
-        def renewed():
-            new = sketch(B, g, self._values.shape[0], self.iterations)
-            return [*new.vectors, new.values]
-
-        *vectors, values = self.refresh([*self._vectors, self._values], self.every, renewed)
-        P = NystromPreconditioner(vectors, values, self.damping)
+        P = sketched.preconditioner(self, (self._vectors, self._values), B, g, self.every, self.damping)
         A = B + Scaled(self.damping, Identity(), nonnegative=True)
         solver = dataclasses.replace(self.solver, truncate=True)
         solution = solver.solve(A, g, trees.values(self._last), P)
