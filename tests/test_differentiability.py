@@ -280,6 +280,36 @@ def test_an_error_names_layer_and_operation(run, kind):
         run(product)
 
 
+def _in_python(x):
+    return tf.ensure_shape(tf.py_function(tf.sin, [x], tf.float32), x.shape)
+
+
+FAILING = {
+    "once differentiable": ("EagerPyFunc.*differentiated once", _in_python),
+    "a faulty gradient of a gradient": (
+        "QuantizeAndDequantizeV4Grad.*TypeError",
+        lambda x: tf.quantization.quantize_and_dequantize_v2(x, -1.0, 1.0),
+    ),
+    "a gradient of its own": ("custom_gradient.*recompute_grad", lambda x: tf.recompute_grad(tf.sin)(x)),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_gradients_that_fail_when_differentiated_are_refused(name):
+    words, fn = FAILING[name]
+
+    @tf.function(autograph=False)
+    def product(x):
+        with strictly(), tf.GradientTape() as tape:
+            tape.watch(x)
+            g = _gradient(fn, x, tf.ones_like(x))
+        with strictly():
+            return tape.gradient(g, x)
+
+    with pytest.raises(NotDifferentiable, match=f"(?s){words}.*`SOAP`"):
+        product(_some(4, 3))
+
+
 def test_the_gradient_of_a_refused_operation_trains():
     model, x, _ = _model(Dilated())
     y = np.zeros(model(x).shape, "float32")

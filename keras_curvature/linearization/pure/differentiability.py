@@ -10,6 +10,9 @@ zero for some of these operations (`StopGradient`, comparisons, sampled counts) 
     right       `second_derivatives.py` has the derivative
     refused     any other: `NotDifferentiable`, while tracing
 
+and an operation whose registered gradient raises an error, because it was not written to be differentiated again, is
+refused with that error.
+
 TensorFlow looks up an operation's gradient in one place, `lookup` of its registry. It does so only if the path from a
 result to a watched tensor leads through the operation. So `lookup` is where we distinguish the three.
 """
@@ -33,6 +36,12 @@ ZERO = {
     "ZerosLike": "constant",
 }
 
+# Registered, but their gradients fail when they run, or do not always exist.
+FAILING = {
+    "EagerPyFunc": "a `tf.py_function` can be differentiated once",
+    "PreventGradient": None,  # its own message says why
+}
+
 _strict = contextvars.ContextVar("strict", default=False)
 
 
@@ -44,7 +53,10 @@ class NotDifferentiable(ValueError):
 def strictly():
     """A context in which derivatives that TensorFlow lacks raise `NotDifferentiable` instead of being zero."""
     with holding(_strict, True):
-        yield
+        try:
+            yield
+        except NotImplementedError as error:  # from a gradient that stands on the tape and not in the registry
+            raise _refusal("custom_gradient", _layer(), str(error)) from error
 
 
 def _refusal(operation, layer, reason=None):
@@ -71,21 +83,33 @@ def _lookup(original, registry, operation):
         if _strict.get() and hasattr(tf.raw_ops, operation):  # otherwise the name of a function, without an entry
             return _refuse(operation)
         raise
-    return _refuse(operation) if _strict.get() and _is_missing(operation, found) else found
-
-
-def _is_missing(operation, found):
+    if not _strict.get():
+        return found
     if found is None:
-        return operation not in ZERO and is_continuous(operation)
-    return operation == "PreventGradient"  # its gradient is a `LookupError`
+        return None if operation in ZERO or not is_continuous(operation) else _refuse(operation)
+    return _refuse(operation) if operation in FAILING else _in_words(operation, found)
 
 
 def _refuse(operation):
     def gradient(op, *gradients):
-        reason = op.get_attr("message").decode() if operation == "PreventGradient" else None
+        reason = op.get_attr("message").decode() if operation == "PreventGradient" else FAILING.get(operation)
         raise _refusal(operation, _layer(), reason)
 
     return gradient
+
+
+def _in_words(operation, gradient):
+    """The gradient function, whose errors are refusals."""
+
+    def worded(op, *gradients):
+        try:
+            return gradient(op, *gradients)
+        except NotDifferentiable:
+            raise
+        except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+            raise _refusal(operation, _layer(), f"{type(error).__name__}: {error}") from error
+
+    return worded
 
 
 def _symbolic_gradient(original, *args, f=None, **kwargs):
