@@ -101,9 +101,9 @@ def warn_of_coupled(loss):
     _warn_once(
         f"The loss {loss!r} does not return an independent value for each example, and the batch is cut into slices "
         "(micro-batches, replicas or a curvature batch). The result is the mean of the slices' losses. It is the loss "
-        "of the whole batch if the loss is a mean over examples. If the loss couples examples (contrastive losses, "
-        "`Circle`, `Dice` over the batch, the root of a mean), use micro_batches=1 on one replica, or a loss that "
-        "returns one value for each example."
+        "of the whole batch if the loss is a mean over examples, without sample weights. If the loss couples examples "
+        "(contrastive losses, `Circle`, `Dice` over the batch, the root of a mean), use micro_batches=1 on one "
+        "replica, or a loss that returns one value for each example."
     )
 
 
