@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from analytic import NOTHING, ONE, function_model, steps, weights
 from cases import flat
+from selection import some
 
 import keras_curvature as kc
 from keras_curvature.operators import Function
@@ -49,7 +50,7 @@ def whole(vector):
 CONVEX, INDEFINITE = [0.1, 0.5, 1.0, 3.0, 10.0], [-2.0, -0.1, 0.3, 1.0, 4.0]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", some(range(4), [0]))
 @pytest.mark.parametrize("radius", [0.1, 1.0, 3.0, 1e4])
 @pytest.mark.parametrize("values", [CONVEX, INDEFINITE, [-1.0] * 5, [0.0, 0.0, 1.0, 1.0, 2.0]])
 def test_the_minimum_in_a_ball_meets_the_conditions_of_a_global_one(values, radius, seed):
@@ -92,7 +93,7 @@ def textbook(A, g, radius, tolerance):
     raise AssertionError
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", some(range(4), [0]))
 @pytest.mark.parametrize("radius", [0.05, 1.0, 100.0])
 @pytest.mark.parametrize("values", [CONVEX, INDEFINITE])
 def test_steihaug_is_the_textbooks(values, radius, seed):

@@ -260,7 +260,7 @@ def test_nothing_moves_until_commit_and_commit_is_keras_train_step(name):
 
 
 @pytest.mark.parametrize(
-    "name", some(TRACED, ["conv2d", "batch_normalization", "dropout", "several_outputs", "loss_sparse_from_softmax"])
+    "name", some(TRACED, ["conv2d", "batch_normalization", "dropout", "loss_sparse_from_softmax"])
 )
 def test_graph_is_eager(name):
     m = measured(name)
