@@ -168,7 +168,8 @@ def report(args, say):
                 continue
             adam = adam or found
             ratio, memory = found["cpu"] / adam["cpu"], [found[f] / adam[f] for f in ("traced", "gigabytes")]
-            say(f"{name:12} {found['cpu']:7.1f} {ratio:7.2f} {found['wall']:7.1f} {found['traced']:5.2f}, {found['gigabytes']:5.2f} "
+            gigabytes = f"{found['traced']:5.2f}, {found['gigabytes']:5.2f}"
+            say(f"{name:12} {found['cpu']:7.1f} {ratio:7.2f} {found['wall']:7.1f} {gigabytes:>12} "
                 f"{found['nodes']:8.0f} {found['traces']:6.0f}  "
                 f"{verdict(network, name, ratio, memory, found['iterations'])}")  # fmt: skip
 
