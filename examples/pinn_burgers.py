@@ -44,10 +44,10 @@ data = tf.data.Dataset.from_tensors(points).cache().repeat()  # the whole set in
 def solved(optimizer):
     """The trained model and its errors, after every twentieth of the steps."""
     model = kc.curved(problem.compiled(optimizer, seed=args.seed, jit_compile=False))
-    errors, part = [kc.problems.error_of_solution(model)], max(1, args.steps // 20)
+    errors, part = [kc.problems.relative_error(model)], max(1, args.steps // 20)
     for _ in range(args.steps // part):
         model.fit(data, steps_per_epoch=part, shuffle=False, verbose=0)
-        errors.append(kc.problems.error_of_solution(model))
+        errors.append(kc.problems.relative_error(model))
     return model, errors, np.arange(len(errors)) * part
 
 

@@ -9,7 +9,7 @@ from selection import some
 
 import keras_curvature as kc
 from keras_curvature import GaussNewton, Linearization, problems
-from keras_curvature.problems import diffusion, physics
+from keras_curvature.problems import diffusion, residuals
 from keras_curvature.problems.regression import CURVES
 
 
@@ -142,7 +142,7 @@ def test_the_residuals_are_those_of_the_heat_and_burgers_equations(make, sign, o
         assert not np.any(a * b) and not y.any() and len(x) == problem.batch_size == 6 * 6 + 3 * 6
         assert np.all((t[on_sides] == 0) | (np.abs(true[on_sides]) < 1e-12))
         np.testing.assert_allclose([np.square(a).sum() / len(x), np.square(b).sum() / len(x)], [1.0, of_data])
-        assert 0.5 < problems.error_of_solution(model) < 2
+        assert 0.5 < problems.relative_error(model) < 2
         again = keras.layers.deserialize(keras.layers.serialize(residuals))
         assert (again.equation, again.widths) == (residuals.equation, (5, 4))
 
@@ -178,7 +178,7 @@ def test_the_heat_equation_is_solved():
         model = kc.curved(problem.compiled(GaussNewton.levenberg_marquardt(), seed=0))
         data = tf.data.Dataset.from_tensors(problem.data()).repeat()
         model.fit(data, steps_per_epoch=120, shuffle=False, verbose=0)
-        assert problems.error_of_solution(model) < 0.02
+        assert problems.relative_error(model) < 0.02
 
 
 @pytest.mark.parametrize("how", ["eager", "graph", "xla"])
@@ -212,7 +212,7 @@ def test_rows_and_products_pass_through_derivatives_in_the_inputs(how):
 def test_derivatives_by_hand():
     with float64():
         x = tf.constant([[0.3, 0.4], [-1.0, 2.0]])
-        value, first, second = physics.derivatives(lambda x: x[:, :1] ** 3 * x[:, 1:], x)
+        value, first, second = residuals.derivatives(lambda x: x[:, :1] ** 3 * x[:, 1:], x)
     u, v = x[:, 0], x[:, 1]
     np.testing.assert_allclose(value[:, 0], u**3 * v)
     np.testing.assert_allclose(first, np.stack([3 * u**2 * v, u**3], 1))

@@ -16,14 +16,15 @@ from keras_curvature.problems import lightbench
 from keras_curvature.problems.analytic import quadratic, rahimi_recht, rosenbrock
 from keras_curvature.problems.base import Problem, seeded
 from keras_curvature.problems.datasets import data, synthetic
-from keras_curvature.problems.diffusion import burgers, error_of_solution, heat
+from keras_curvature.problems.diffusion import burgers, heat
 from keras_curvature.problems.evolution import convection, reaction, wave
 from keras_curvature.problems.logistic_regression import logistic
 from keras_curvature.problems.losses import SumSquares
 from keras_curvature.problems.networks import SparseNormal
-from keras_curvature.problems.physics import poisson, relative_error
+from keras_curvature.problems.physics import poisson
 from keras_curvature.problems.registry import PROBLEMS, get
 from keras_curvature.problems.regression import nist, sinc
+from keras_curvature.problems.residuals import relative_error
 from keras_curvature.problems.table_1 import first_below, rosenbrock_start, table_1_starts
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
     "burgers",
     "convection",
     "data",
-    "error_of_solution",
     "first_below",
     "get",
     "heat",

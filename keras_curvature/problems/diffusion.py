@@ -1,4 +1,4 @@
-"""The heat equation and Burgers' equation, as Keras layers whose outputs are residuals; see `physics.py`.
+"""The heat equation and Burgers' equation, as Keras layers whose outputs are residuals; see `residuals.py`.
 
 A row of the input is `[t, x, a, b]`, and the output for it is
 
@@ -11,7 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_curvature.problems.base import Problem, seeded
+from keras_curvature.problems.base import Problem
+from keras_curvature.problems.residuals import ResidualNetwork, centres, of_residuals, rows
 
 CONDUCTIVITY, VISCOSITY = 0.25, 0.01 / np.pi
 GOLDEN = 0.5 * (np.sqrt(5.0) - 1.0)
@@ -39,7 +40,7 @@ EQUATIONS = {"heat": (1.0, 0.0, 1.0, _heat), "burgers": (-1.0, -1.0, 1.0, _burge
 
 
 @keras.saving.register_keras_serializable(package="keras_curvature")
-class DiffusionResiduals(keras.layers.Layer):
+class DiffusionResiduals(ResidualNetwork):
     """Residuals of an equation in time and one coordinate, with a sine as its initial values and zeros on both sides.
 
     Args:
@@ -53,25 +54,16 @@ class DiffusionResiduals(keras.layers.Layer):
         self.equation, self.widths = equation, tuple(widths)
 
     def build(self, input_shape):
-        sizes = (2, *self.widths)
-        self.hidden = [
-            keras.layers.Dense(n, activation="tanh", kernel_initializer="glorot_normal", name=f"hidden_{i}")
-            for i, n in enumerate(self.widths)
-        ]
-        self.head = keras.layers.Dense(1, kernel_initializer="glorot_normal", name="head")
-        for layer, size in zip([*self.hidden, self.head], sizes):
-            layer.build((None, size))
-
-    def u(self, points):
-        """The network at points `(batch, 2)`: `(batch, 1)`."""
-        for layer in self.hidden:
-            points = layer(points)
-        return self.head(points)
+        self.create_network(2, self.widths, kernel_initializer="glorot_normal")
 
     def solution(self, points):
         """The solution at an array of points with `t > 0`: `(batch, 1)`."""
         points = np.asarray(points, "float64")
         return EQUATIONS[self.equation][3](points[:, 0], points[:, 1])[:, np.newaxis]
+
+    def grid(self, points):
+        """`points^2` points inside, as the error is measured on."""
+        return _grid(self.equation, points)
 
     def call(self, inputs):
         """Rows `[t, x, a, b]` to residuals: `(batch, 4)` to `(batch, 1)`."""
@@ -113,7 +105,7 @@ def heat(points: int = 30, widths: tuple[int, ...] = (32,)) -> Problem:
 
     Example: `problems.heat(points=20).model(seed=1)`
     """
-    return _problem("heat", points, widths, lambda: _grid("heat", points))
+    return _problem("heat", points, widths, _grid("heat", points))
 
 
 def burgers(points: int = 40, widths: tuple[int, ...] = (20, 20, 20)) -> Problem:
@@ -142,27 +134,12 @@ def burgers(points: int = 40, widths: tuple[int, ...] = (20, 20, 20)) -> Problem
     Example: `problems.burgers(points=50).model(seed=1)`
     """
 
-    def inside():
-        # a sequence of low discrepancy: between the lines of a grid a network can hide a jump
-        count = points**2
-        i = np.arange(count) + 0.5
-        across = 2.0 * ((i * GOLDEN) % 1.0) - 1.0
-        return np.stack([i / count, 0.2 * across + 0.8 * across**3], -1)
-
+    # a sequence of low discrepancy: between the lines of a grid a network can hide a jump
+    count = points**2
+    i = np.arange(count) + 0.5
+    across = 2.0 * ((i * GOLDEN) % 1.0) - 1.0
+    inside = np.stack([i / count, 0.2 * across + 0.8 * across**3], -1)
     return _problem("burgers", points, widths, inside, of_data=10.0)
-
-
-def error_of_solution(model: keras.Model, points: int = 100) -> float:
-    """The error of a model of `heat` or `burgers` in L2 over a grid inside the domain, relative to the solution.
-
-    Args:
-        model: The model.
-        points: Points in each direction. Defaults to `100`.
-    """
-    residuals = model.get_layer("residuals")
-    grid = _grid(residuals.equation, points)
-    u, solution = residuals.u(tf.constant(grid, residuals.compute_dtype)).numpy(), residuals.solution(grid)
-    return float(np.linalg.norm(u - solution) / np.linalg.norm(solution))
 
 
 def _problem(name, points, widths, inside, of_data=1.0):
@@ -170,27 +147,16 @@ def _problem(name, points, widths, inside, of_data=1.0):
         if value < 1:
             raise ValueError(f"`{name}`: `{argument}` must be at least 1. Received: {argument}={value}")
 
-    @seeded
-    def model():
-        inputs = keras.Input((4,))
-        return keras.Model(inputs, DiffusionResiduals(name, widths, name="residuals")(inputs), name=name)
+    def layer():
+        return DiffusionResiduals(name, widths, name="residuals")
 
-    def data():
-        x = _weighted(inside(), _sides(name, points), of_data).astype(keras.config.floatx())
-        return x, np.zeros((len(x), 1), keras.config.floatx())
-
-    return Problem(
-        name=name, model=model, loss=keras.losses.MeanSquaredError, data=data, batch_size=points**2 + 3 * points,
-        minimum=0.0,
-    )  # fmt: skip
+    return of_residuals(name, layer, rows([(inside, 0, 1.0), (_sides(name, points), 1, of_data)], 2))
 
 
 def _grid(equation, points):
     """The centres of cells, `(points^2, 2)`."""
     _, first, last, _ = EQUATIONS[equation]
-    axis = (np.arange(points) + 0.5) / points
-    t, x = np.meshgrid(axis, first + (last - first) * axis, indexing="ij")
-    return np.stack([t, x], -1).reshape(-1, 2)
+    return centres((0.0, 1.0, points), (first, last - first, points))
 
 
 def _sides(equation, points):
@@ -199,14 +165,3 @@ def _sides(equation, points):
     axis = np.linspace(0.0, 1.0, points)
     sides = [np.stack([0.0 * axis, first + (last - first) * axis], -1)]
     return np.concatenate(sides + [np.stack([axis, 0.0 * axis + end], -1) for end in (first, last)])
-
-
-def _weighted(inside, sides, of_data):
-    """Points with `a` and `b`: the mean square is that of the inner ones, plus `of_data` times that of the others."""
-    total = len(inside) + len(sides)
-    a, b = np.sqrt(total / len(inside)), np.sqrt(of_data * total / len(sides))
-    zeros = np.zeros
-    return np.concatenate([
-        np.concatenate([inside, np.full((len(inside), 1), a), zeros((len(inside), 1))], 1),
-        np.concatenate([sides, zeros((len(sides), 1)), np.full((len(sides), 1), b)], 1),
-    ])  # fmt: skip

@@ -1,6 +1,6 @@
 """Three equations in space and time on which physics-informed networks are known to stall.
 
-As in `physics.py` one array of points is the whole problem. A row is `[x, t, a, b, c]`, and the output for it is
+As in `residuals.py` one array of points is the whole problem. A row is `[x, t, a, b, c]`, and the output for it is
 
     a * (the equation at the point) + b * (u at the point minus the solution) + c * (the other condition at the point)
 
@@ -13,8 +13,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_curvature.problems.base import Problem, seeded
-from keras_curvature.problems.physics import derivatives, slopes
+from keras_curvature.problems.base import Problem
+from keras_curvature.problems.residuals import ResidualNetwork, centres, derivatives, of_residuals, rows, slopes
 
 
 class Equation:
@@ -83,7 +83,7 @@ EQUATIONS = {"convection": Convection, "reaction": Reaction, "wave": Wave}
 
 
 @keras.saving.register_keras_serializable(package="keras_curvature")
-class EvolutionResiduals(keras.layers.Layer):
+class EvolutionResiduals(ResidualNetwork):
     """Residuals of an equation of `EQUATIONS`.
 
     Args:
@@ -100,20 +100,7 @@ class EvolutionResiduals(keras.layers.Layer):
         self.pde = EQUATIONS[equation](coefficient)
 
     def build(self, input_shape):
-        widths = [2, *[self.width] * self.depth]
-        dense, normal = keras.layers.Dense, "glorot_normal"
-        self.hidden = [
-            dense(self.width, "tanh", kernel_initializer=normal, name=f"hidden_{i}") for i in range(self.depth)
-        ]
-        self.head = dense(1, kernel_initializer=normal, name="head")
-        for layer, width in zip([*self.hidden, self.head], widths, strict=True):
-            layer.build((None, width))
-
-    def u(self, points):
-        """The network at points `(batch, 2)`: `(batch, 1)`."""
-        for layer in self.hidden:
-            points = layer(points)
-        return self.head(points)
+        self.create_network(2, [self.width] * self.depth, kernel_initializer="glorot_normal")
 
     def solution(self, points):
         """The solution at points: `(batch, 1)`."""
@@ -121,8 +108,7 @@ class EvolutionResiduals(keras.layers.Layer):
 
     def grid(self, points):
         """`points^2` points inside, as the error is measured on."""
-        axis = (np.arange(points) + 0.5) / points
-        return np.stack(np.meshgrid(self.pde.length * axis, axis, indexing="ij"), -1).reshape(-1, 2)
+        return centres((0.0, self.pde.length, points), (0.0, 1.0, points))
 
     def call(self, inputs):
         """Rows `[x, t, a, b, c]` to residuals: `(batch, 5)` to `(batch, 1)`."""
@@ -202,34 +188,20 @@ def _problem(name, coefficient, points, width, depth):
             allowed = "at least 1" if most is None else f"from 1 to {most}"
             raise ValueError(f"`{name}`: `{argument}` must be {allowed}. Received: {argument}={value}")
 
-    @seeded
-    def model():
-        inputs = keras.Input((5,))
-        residuals = EvolutionResiduals(name, coefficient, width, depth, name="residuals")
-        return keras.Model(inputs, residuals(inputs), name=name)
+    def layer():
+        return EvolutionResiduals(name, coefficient, width, depth, name="residuals")
 
-    def data():
-        x = _rows(EQUATIONS[name], points)
-        return x.astype(keras.config.floatx()), np.zeros((len(x), 1), keras.config.floatx())
-
-    return Problem(
-        name=name, model=model, loss=keras.losses.MeanSquaredError, data=data,
-        batch_size=len(_rows(EQUATIONS[name], points)), minimum=0.0,
-    )  # fmt: skip
+    return of_residuals(name, layer, rows([(part, kind, 1.0) for part, kind in _parts(EQUATIONS[name], points)], 3))
 
 
-def _rows(equation, points):
-    """All points with their weights: the mean of all squares is the sum of the mean squares of each part."""
+def _parts(equation, points):
+    """All points, and the number of the residual that each part has."""
     space, time = equation.length * np.arange(1, 256) / 256, np.arange(1, 101) / 100
     inside = np.stack(np.meshgrid(space, time, indexing="ij"), -1).reshape(-1, 2)
     inside = inside[np.random.RandomState(0).permutation(len(inside))[:points]]
     begin = np.stack([np.linspace(0.0, equation.length, 257), np.zeros(257)], -1)
     left = np.stack([np.zeros(101), np.linspace(0.0, 1.0, 101)], -1)
     if equation.periodic:
-        parts = [(inside, 0), (begin, 1), (left, 2)]
-    else:
-        ends = np.concatenate([left, left + [equation.length, 0.0]])
-        parts = [(inside, 0), (begin, 1), (ends, 1), (begin, 2)]
-    total = sum(len(part) for part, _ in parts)
-    return np.concatenate([np.hstack([part, np.sqrt(total / len(part)) * np.eye(3)[[kind] * len(part)]])
-                           for part, kind in parts])  # fmt: skip
+        return [(inside, 0), (begin, 1), (left, 2)]
+    ends = np.concatenate([left, left + [equation.length, 0.0]])
+    return [(inside, 0), (begin, 1), (ends, 1), (begin, 2)]
