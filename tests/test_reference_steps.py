@@ -7,13 +7,18 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+from cases import flat
 from selection import some
+from test_curveball import stepper
+from test_kfac import cross_entropy, made
 from test_soap import cut, trajectory
 
 import keras_curvature as kc
 from keras_curvature.solvers.second_moment import SecondMoment
 
-REFERENCE = np.load(pathlib.Path(__file__).parent / "reference" / "matrix_trajectories.npz")
+FOLDER = pathlib.Path(__file__).parent / "reference"
+REFERENCE = np.load(FOLDER / "matrix_trajectories.npz")
+REFERENCE_OF_LAYERS = FOLDER / "singd_newton_muon.npz"
 SHAPES = [(6, 6), (4, 4), (3, 7), (2, 2, 2, 3), (5,), (7, 3)]
 SQUARE, MATRICES, KERNELS, ALL = (
     [0, 1],
@@ -151,3 +156,45 @@ def test_mfac_steps_as_the_authors_code_once_its_window_is_full():
     for own, other in zip(run.steps(run.seen()), run.steps(REFERENCE["mfac"])):
         np.testing.assert_allclose(own[5:], other[5:], atol=1e-9 * np.abs(other).max())
         assert np.abs(own[4] - other[4]).max() > 0.01 * np.abs(other).max()  # the code divides by 6 from the start
+
+
+# Methods that look at the layers, in a net.
+
+
+def singd(**settings):
+    return functools.partial(kc.SINGD, 0.05, momentum=0.7, rate=0.2, **{"damping": 0.3, **settings})
+
+
+newton_muon = functools.partial(kc.NewtonMuon, 0.02, momentum=0.9, sign=JORDAN, epsilon=1e-12)
+OF_LAYERS = {
+    "singd_traces": singd(alpha=0.5, every=2),
+    "singd_ikfac": singd(alpha=0.0, every=1, traces=False, damping=0.5),
+    "singd_diagonal": singd(alpha=0.3, every=1, structure="diagonal"),
+    "newton_muon_every1": functools.partial(newton_muon, every=1),
+    "newton_muon_every3": functools.partial(newton_muon, every=3),
+}
+
+
+def tanh_net(arrays):
+    """A tanh net with a linear output layer and no biases where the arrays have none."""
+    kernels, biased = [w for w in arrays if w.ndim == 2], any(w.ndim == 1 for w in arrays)
+    layers = [
+        keras.layers.Dense(w.shape[1], activation=None if w is kernels[-1] else "tanh", use_bias=biased)
+        for w in kernels
+    ]
+    model = keras.Sequential([keras.Input(kernels[0].shape[:1]), *layers])
+    model.set_weights(arrays)
+    return model
+
+
+@pytest.mark.parametrize("name", some(OF_LAYERS, ["singd_traces"]))
+def test_the_weights_of_a_net_are_those_of_the_reference(name):
+    problem, optimizer = name.rsplit("_", 1)[0], OF_LAYERS[name]()
+    reference = np.load(REFERENCE_OF_LAYERS)
+    arrays = [reference[key] for key in sorted(reference) if key.startswith(f"{problem}_init")]
+    model = made(tanh_net(arrays), optimizer, cross_entropy())
+    step = stepper(model, optimizer)
+    for t in range(20):
+        rows = slice(8 * (t % 4), 8 * (t % 4) + 8)
+        step(reference[f"{problem}_x"][rows], reference[f"{problem}_y"][rows])
+        np.testing.assert_allclose(flat(model.trainable_variables), reference[name][t], atol=1e-6, err_msg=f"step {t}")
