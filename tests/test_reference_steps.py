@@ -18,7 +18,7 @@ from keras_curvature.solvers.second_moment import SecondMoment
 
 FOLDER = pathlib.Path(__file__).parent / "reference"
 REFERENCE = np.load(FOLDER / "matrix_trajectories.npz")
-REFERENCE_OF_LAYERS = FOLDER / "singd_newton_muon.npz"
+REFERENCE_OF_LAYERS = FOLDER / "net_trajectories.npz"
 SHAPES = [(6, 6), (4, 4), (3, 7), (2, 2, 2, 3), (5,), (7, 3)]
 SQUARE, MATRICES, KERNELS, ALL = (
     [0, 1],
@@ -111,6 +111,8 @@ RUNS = {
     ),
     "scion_constrained": Run(ALL, functools.partial(scion, momentum=0.9, constrained=True)),
     "scion_unconstrained": Run(ALL, functools.partial(scion, momentum=0.7)),
+    "hyperball": Run(MATRICES, muon(0.05, momentum=0.9, sign=kc.NewtonSchulz("quintic"), hyperball=True)),
+    "ggt": Run(ALL, functools.partial(kc.GGT, 0.01, window=6, beta_1=0.8)),
     "splus_every1": Run([0, 1, 4], functools.partial(splus, every=1)),
     "splus_every100": Run([0, 1, 4], functools.partial(splus, every=100)),
     "cautious_adam": Run(
@@ -118,7 +120,7 @@ RUNS = {
         muon(0.01, beta_1=0.8, beta_2=0.9, epsilon=1e-6, adam_for=["."], cautious=True),
     ),
 }
-DEFAULT = ["klsoap_clamped", "dion_normuon", "scion_constrained", "splus_every1"]
+DEFAULT = ["klsoap_clamped", "dion_normuon", "scion_constrained", "ggt", "splus_every1"]
 
 
 @pytest.mark.parametrize("name", some(RUNS, DEFAULT))
@@ -166,12 +168,16 @@ def singd(**settings):
 
 
 newton_muon = functools.partial(kc.NewtonMuon, 0.02, momentum=0.9, sign=JORDAN, epsilon=1e-12)
+foof = functools.partial(kc.FOOF, 0.3, damping=0.5)
 OF_LAYERS = {
     "singd_traces": singd(alpha=0.5, every=2),
     "singd_ikfac": singd(alpha=0.0, every=1, traces=False, damping=0.5),
     "singd_diagonal": singd(alpha=0.3, every=1, structure="diagonal"),
     "newton_muon_every1": functools.partial(newton_muon, every=1),
     "newton_muon_every3": functools.partial(newton_muon, every=3),
+    "foof_every1": functools.partial(foof, momentum=0.0, factors_every=1, inverses_every=1),
+    "foof_every4": functools.partial(foof, momentum=0.0, factors_every=2, inverses_every=4),
+    "foof_momentum": functools.partial(foof, momentum=0.9, factors_every=2, inverses_every=20),
 }
 
 
@@ -187,9 +193,9 @@ def tanh_net(arrays):
     return model
 
 
-@pytest.mark.parametrize("name", some(OF_LAYERS, ["singd_traces"]))
+@pytest.mark.parametrize("name", some(OF_LAYERS, ["singd_traces", "foof_every4"]))
 def test_the_weights_of_a_net_are_those_of_the_reference(name):
-    problem, optimizer = name.rsplit("_", 1)[0], OF_LAYERS[name]()
+    problem, optimizer = "newton_muon" if name.startswith("newton_muon") else "singd", OF_LAYERS[name]()
     reference = np.load(REFERENCE_OF_LAYERS)
     arrays = [reference[key] for key in sorted(reference) if key.startswith(f"{problem}_init")]
     model = made(tanh_net(arrays), optimizer, cross_entropy())
