@@ -99,6 +99,9 @@ RUNS = {
         muon(momentum=0.9, scale="jordan", normalization=SecondMoment(beta=0.8)),
     ),
     "dion_muon": Run(MATRICES, muon(sign=EXPRESS)),
+    "dion_cautious_decay": Run(
+        MATRICES, muon(momentum=0.9, nesterov=False, sign=EXPRESS, weight_decay=2.0, cautious_decay=True)
+    ),
     "dion_normuon": Run(
         MATRICES,
         muon(
@@ -175,10 +178,14 @@ OF_LAYERS = {
     "singd_diagonal": singd(alpha=0.3, every=1, structure="diagonal"),
     "newton_muon_every1": functools.partial(newton_muon, every=1),
     "newton_muon_every3": functools.partial(newton_muon, every=3),
+    "spring": functools.partial(kc.GaussNewton.spring, learning_rate=0.1, damping=0.02, momentum=0.9),
+    "egn_mse": functools.partial(kc.GaussNewton.gram, learning_rate=0.5, damping=0.2),
     "foof_every1": functools.partial(foof, momentum=0.0, factors_every=1, inverses_every=1),
     "foof_every4": functools.partial(foof, momentum=0.0, factors_every=2, inverses_every=4),
     "foof_momentum": functools.partial(foof, momentum=0.9, factors_every=2, inverses_every=20),
 }
+
+PROBLEMS = {"newton_muon": ["newton_muon_every1", "newton_muon_every3"], "spring": ["spring", "egn_mse"]}
 
 
 def tanh_net(arrays):
@@ -193,14 +200,15 @@ def tanh_net(arrays):
     return model
 
 
-@pytest.mark.parametrize("name", some(OF_LAYERS, ["singd_traces", "foof_every4"]))
+@pytest.mark.parametrize("name", some(OF_LAYERS, ["singd_traces", "foof_every4", "spring"]))
 def test_the_weights_of_a_net_are_those_of_the_reference(name):
-    problem, optimizer = "newton_muon" if name.startswith("newton_muon") else "singd", OF_LAYERS[name]()
-    reference = np.load(REFERENCE_OF_LAYERS)
+    problem = next((problem for problem, names in PROBLEMS.items() if name in names), "singd")
+    reference, optimizer = np.load(REFERENCE_OF_LAYERS), OF_LAYERS[name]()
     arrays = [reference[key] for key in sorted(reference) if key.startswith(f"{problem}_init")]
-    model = made(tanh_net(arrays), optimizer, cross_entropy())
+    whole = problem == "spring"  # one batch of all cases
+    model = made(tanh_net(arrays), optimizer, "mse" if whole else cross_entropy())
     step = stepper(model, optimizer)
     for t in range(20):
-        rows = slice(8 * (t % 4), 8 * (t % 4) + 8)
+        rows = slice(None) if whole else slice(8 * (t % 4), 8 * (t % 4) + 8)
         step(reference[f"{problem}_x"][rows], reference[f"{problem}_y"][rows])
         np.testing.assert_allclose(flat(model.trainable_variables), reference[name][t], atol=1e-6, err_msg=f"step {t}")
