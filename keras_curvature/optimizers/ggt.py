@@ -24,9 +24,10 @@ class GGT(GradientWindow):
     and so a checkpoint, is `window + 1` copies of the weights.
 
     Reference: Agarwal et al., "Efficient full-matrix adaptive regularization" (2019), Algorithm 1, and the authors'
-    code in TensorFlow 1, `contrib/opt/python/training/ggt.py`. Differences: (1) rows of the window that have not been
-    filled do not count, where the code takes their eigenvalues of `1e-6` too; (2) the part of `m` outside of the span
-    is left out: the newest column is `m` itself, so there is none.
+    code in TensorFlow 1, `contrib/opt/python/training/ggt.py`. Difference: the part of `m` outside of the span is left
+    out: the newest column is `m` itself, so there is none. The code's rounding of `1e-6` leaves one, divided by the
+    least singular value: about 1e-6 of a step, and up to 1e-3 while rows of the window are empty. With its `eps` large
+    it leaves this part out too.
 
     Args:
         learning_rate: Defaults to `1e-3` (the code).

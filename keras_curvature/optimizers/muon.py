@@ -44,8 +44,8 @@ class Muon(HiddenMatrices):
     `"moonlight"`: Liu et al., "Muon is scalable for LLM training" (2025); `"scion"`: Pethick et al., "Training deep
     learning models with norm-constrained LMOs" (2025). Differences from Jordan's code: (1) the momentum is an average,
     which the sign does not see; (2) four quintic Newton-Schulz steps below a sharper bound, which cost less than their
-    five and end nearer to 1; `sign=NewtonSchulz()` is theirs; (3) in float32 at least; (4) a convolution has its inputs
-    and positions in one axis (there: positions and outputs); (5) weight decay is Keras', and before the step.
+    five and end nearer to 1; `sign=NewtonSchulz()` is theirs; (3) in float32 at least; (4) a convolution has the
+    scale of its matrix (there: 1 for a square window); (5) weight decay is Keras', and before the step.
 
     Args:
         learning_rate: With the scale `"moonlight"`, as for Adam. Defaults to `3e-3` (Keras'

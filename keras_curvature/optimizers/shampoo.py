@@ -31,7 +31,8 @@ class Shampoo(ByAxis):
     grafted step itself is taken (`grafting=None`: the momentum).
 
     `sides="shortest"` is ASGO (An et al., "ASGO: Adaptive structured gradient optimization", 2025), or, with grafting,
-    one-sided Shampoo.
+    one-sided Shampoo. Differences of ASGO from the authors' code: there each step is scaled to entries of 0.2 in the
+    mean, and a square kernel has the factor of its inputs (here: of its outputs).
 
     Reference: Gupta, Koren and Singer, "Shampoo: Preconditioned stochastic tensor optimization" (2018), Algorithms 1
     and 2; Anil et al., "Scalable second order optimization for deep learning" (2020), for blocks (here: tiles),

@@ -35,7 +35,8 @@ class SPlus(ByAxis):
     their mean length in place of `2 / (m + n)`; (2) axes longer than `max_dimension` get no matrix; (3) Keras' average
     of the weights, which begins at the first weights and has no bias correction; (4) weight decay is Keras': before the
     step; (5) an entry that is rounding has the sign 0: the gradient of a softmax layer has a null space, in which the
-    signs of rounding would be steps as large as all others.
+    signs of rounding would be steps as large as all others; (6) the bases change in the steps 1, 1 + `every`, 1 + 2
+    `every`, ... (there: 1, `every`, 2 `every`, ...).
 
     Args:
         learning_rate: About a hundred times that of Adam. Defaults to `0.1` (the authors).

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_curvature.component import Component, check, check_number, register
 from keras_curvature.typing import Shape
 
-EPSILON = 1e-10  # added to the second moment of a row that has never moved (the authors' code)
+EPSILON = 1e-10  # added to the second moment, for rows that have never moved
 
 
 @register
@@ -22,8 +22,11 @@ class SecondMoment(Component):
     (NorMuon); with `"entry"` every entry has a number of its own (AdaMuon).
 
     Reference: Li et al., "NorMuon: Making Muon more efficient and scalable" (2025), Algorithm 1; Si et al., "AdaMuon:
-    Adaptive Muon optimizer" (2025), Algorithm 1. Difference: AdaMuon's code takes the sign of each entry of the
-    momentum before the matrix sign; here it is the momentum.
+    Adaptive Muon optimizer" (2025), Algorithm 1. Differences: (1) AdaMuon's code takes the sign of each entry of
+    the momentum before the matrix sign; here it is the momentum; (2) AdaMuon's step has the norm of a matrix with
+    entries of 1 in the mean, before the scale; here that of the sign; (3) NorMuon's code has the means of a convolution
+    over the last axis of its windows; here they are over all inputs and positions of an output; (4) 1e-10 is added to
+    `v`, in the code of NorMuon to its root: rows of rounding errors do not grow to full steps.
 
     Args:
         per: `"output"` or `"entry"`. Defaults to `"output"`.
