@@ -119,6 +119,9 @@ OPTIMIZERS = {
     "muon_normalized": Method(
         kc.Muon, {"learning_rate": 0.01, "normalization": kc.SecondMoment(), "adam_for": []}, FALLING, steps=600
     ),
+    "dion": Method(
+        kc.Muon.dion, {"learning_rate": 0.01, "part": kc.LowRankPart(2), "adam_for": []}, FALLING, steps=600
+    ),
     "mfac": Method(kc.MFAC, {"learning_rate": 0.01, "window": 4, "damping": 1e-2}, {
         "learning_rate": 0.3, "window": 4, "damping": 1.0,
     }, steps=300),
