@@ -11,6 +11,7 @@ from keras_curvature.monitor.stability import stability
 from keras_curvature.operators import Identity, LinearOperator
 from keras_curvature.optimizers import *  # noqa: F403
 from keras_curvature.solvers import (
+    BinomialRoot,
     ConjugateGradient,
     CoupledNewton,
     EigenRoot,
@@ -25,6 +26,7 @@ from keras_curvature.solvers import (
     Refresh,
     RowPart,
     SecondMoment,
+    SketchedRoot,
 )
 from keras_curvature.steps import (
     ArmijoLineSearch,
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 __all__ = [
     *optimizers.__all__,  # type: ignore[attr-defined]
     "ArmijoLineSearch",
+    "BinomialRoot",
     "ConjugateGradient",
     "ConstantDamping",
     "CoupledNewton",
@@ -67,6 +70,7 @@ __all__ = [
     "Refresh",
     "RowPart",
     "SecondMoment",
+    "SketchedRoot",
     "StrongWolfe",
     "TrustRegion",
     "callbacks",

@@ -10,9 +10,11 @@ from keras_curvature.solvers.neumann import NeumannSeries
 from keras_curvature.solvers.nystrom import Nystrom
 from keras_curvature.solvers.refresh import Refresh
 from keras_curvature.solvers.roots import CoupledNewton, EigenRoot
+from keras_curvature.solvers.running_roots import BinomialRoot, SketchedRoot
 from keras_curvature.solvers.second_moment import GradientMoment, SecondMoment
 
 __all__ = [
+    "BinomialRoot",
     "ConjugateGradient",
     "CoupledNewton",
     "EigenRoot",
@@ -27,6 +29,7 @@ __all__ = [
     "Refresh",
     "RowPart",
     "SecondMoment",
+    "SketchedRoot",
     "Solution",
     "Solver",
 ]
