@@ -122,7 +122,7 @@ def test_jorges_root_is_near_the_exact_one_of_its_average():
         A = b * A + (1 - b) * T @ T.T
         (P,) = root.updated([tf.constant(before)], tf.constant(T), 0.9, 4)
         errors.append(np.linalg.norm(P - power(A, -0.25)) / np.linalg.norm(P))
-    assert max(errors) < 0.05 and np.median(errors) < 0.03
+    assert max(errors) < 0.08 and np.median(errors) < 0.04  # 1 - 1/4 + 5/32 is 1.08 times 2**-0.25
 
 
 # Both.
