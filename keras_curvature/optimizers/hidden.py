@@ -73,7 +73,7 @@ class HiddenMatrices(ByAxis):
         wide = self._turned([u.matrix(tile) for u, tile in zip(self._unfoldings, tiles)])
         if states:
             items, own = list(zip(wide, states)), states
-            found = in_stacks(lambda item: part.factors(*item, sign), items, self._grouped(), largest=STACKED)
+            found = in_stacks(lambda item: part.factors(item[0], item[1], sign), items, self._grouped(), largest=STACKED)
         else:
             own = [None] * len(wide)
             found = in_stacks(lambda B: part.factors(B, None, sign), wide, self._grouped(), largest=STACKED)
