@@ -71,12 +71,13 @@ class HiddenMatrices(ByAxis):
     def parts(self, tiles: Vector, states: Vector, part: MatrixPart, sign: MatrixSign) -> tuple[Vector, Vector, Vector]:
         """`(steps, parts, states)` of the chosen tiles, the first two as matrices."""
         wide = self._turned([u.matrix(tile) for u, tile in zip(self._unfoldings, tiles)])
-        if states:
-            items, own = list(zip(wide, states)), states
-            found = in_stacks(lambda item: part.factors(item[0], item[1], sign), items, self._grouped(), largest=STACKED)
-        else:
-            own = [None] * len(wide)
-            found = in_stacks(lambda B: part.factors(B, None, sign), wide, self._grouped(), largest=STACKED)
+        own = states or [None] * len(wide)  # tensors alone may stand in the items that are stacked
+        items = list(zip(wide, states)) if states else [(B,) for B in wide]
+
+        def factors(item):
+            return part.factors(item[0], item[1] if states else None, sign)
+
+        found = in_stacks(factors, items, self._grouped(), largest=STACKED)
         results = [part.step(B, state, factors) for B, state, factors in zip(wide, own, found)]
         steps, taken, states = ([result[k] for result in results] for k in range(3))
         return self._turned(steps), self._turned(taken), [state for state in states if state is not None]
