@@ -96,6 +96,9 @@ OPTIMIZERS = {
     "Shampoo, one-sided": (lambda: kc.Shampoo(every=10, sides="shortest"), False, 10),
     "Shampoo, blocks": (lambda: kc.Shampoo(every=10, block_size=128), False, 10),
     "Shampoo, sketched": (lambda: kc.Shampoo(every=10, root=kc.SketchedRoot(32)), False, 10),
+    "Shampoo, one sketch": (
+        lambda: kc.Shampoo(every=10, root=kc.SketchedRoot(32), sides="shortest"), False, 10
+    ),
     "Shampoo, binomial": (lambda: kc.Shampoo(every=10, root=kc.BinomialRoot()), False, 10),
     "SOAP": (lambda: kc.SOAP(every=10), False, 10),
     "SOAP, one-sided": (lambda: kc.SOAP(every=10, sides="shortest"), False, 10),
@@ -447,7 +450,7 @@ def report_steps(name, optimizers, rounds, memory, say):
             if r:
                 times.setdefault(optimizer, []).append(as_fit)
                 graph_times.setdefault(optimizer, []).append(inside)
-    head = f"{'':<18} {'ms/step':>9} {'SGD = 1':>8}  {'target':<12} {'in graph':>8}"
+    head = f"{'':<22} {'ms/step':>9} {'SGD = 1':>8}  {'target':<12} {'in graph':>8}"
     say(f"{head} {'passes':>8} {'slots':>6} {'B/weight':>8} {'peak MB':>8}")
     for optimizer, (model, steps, _) in candidates.items():
         always, branches = count_passes(steps)
@@ -456,7 +459,7 @@ def report_steps(name, optimizers, rounds, memory, say):
         ratio, milliseconds = ratios(times, optimizer, "SGD"), 1e3 * statistics.median(times[optimizer])
         target = verdict(ratio, TARGETS.get((optimizer, name)))
         inside = ratios(graph_times, optimizer, "SGD")
-        line = f"{optimizer:<18} {milliseconds:>9.2f} {ratio:>8.2f}  {target:<12} {inside:>8.2f}"
+        line = f"{optimizer:<22} {milliseconds:>9.2f} {ratio:>8.2f}  {target:<12} {inside:>8.2f}"
         say(f"{line} {passes:>8} {slots:>6.2f} {4 * slots:>8.1f} {peak:>8}")
     return candidates
 
