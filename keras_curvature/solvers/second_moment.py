@@ -77,7 +77,7 @@ class GradientMoment(Normalization):
     The singular values of the quotient are closer to one another, so the sign needs fewer iterations.
 
     Reference: Liu et al., "Muon^2: Boosting Muon via adaptive second-moment preconditioning" (2026, arXiv 2604.09967).
-    Difference: the first moments of the division, `M` with Nesterov's step, and its scale are those of `Muon`.
+    Difference: momentum, Nesterov's step and the scale of the result are those of `Muon`.
 
     Args:
         beta: Decay of the second moment. Defaults to `0.95` (as of the momentum).
