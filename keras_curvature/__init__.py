@@ -11,17 +11,22 @@ from keras_curvature.monitor.stability import stability
 from keras_curvature.operators import Identity, LinearOperator
 from keras_curvature.optimizers import *  # noqa: F403
 from keras_curvature.solvers import (
+    BinomialRoot,
     ConjugateGradient,
     CoupledNewton,
     EigenRoot,
+    GradientMoment,
     KroneckerGeometry,
     LowRankGeometry,
+    LowRankPart,
     NeumannSeries,
     NewtonSchulz,
     Nystrom,
     PolarExpress,
     Refresh,
+    RowPart,
     SecondMoment,
+    SketchedRoot,
 )
 from keras_curvature.steps import (
     ArmijoLineSearch,
@@ -40,11 +45,13 @@ __version__ = "0.1.0"
 __all__ = [
     *optimizers.__all__,  # type: ignore[attr-defined]
     "ArmijoLineSearch",
+    "BinomialRoot",
     "ConjugateGradient",
     "ConstantDamping",
     "CoupledNewton",
     "CurvatureModel",
     "EigenRoot",
+    "GradientMoment",
     "GridSearch",
     "HagerZhang",
     "Identity",
@@ -53,6 +60,7 @@ __all__ = [
     "LinearOperator",
     "Linearization",
     "LowRankGeometry",
+    "LowRankPart",
     "Needs",
     "NeumannSeries",
     "NewtonSchulz",
@@ -60,7 +68,9 @@ __all__ = [
     "Nystrom",
     "PolarExpress",
     "Refresh",
+    "RowPart",
     "SecondMoment",
+    "SketchedRoot",
     "StrongWolfe",
     "TrustRegion",
     "callbacks",

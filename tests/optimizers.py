@@ -104,6 +104,10 @@ OPTIMIZERS = {
          "root": kc.CoupledNewton()},
         {"learning_rate": 0.3},
     ),
+    "shampoo_sketched": Method(
+        kc.Shampoo, {"learning_rate": 0.01, "every": 2, "epsilon": 1e-3, "root": kc.SketchedRoot(2)},
+        {"learning_rate": 0.3},
+    ),
     "soap": Method(kc.SOAP, BY_AXIS, FALLING, steps=600, family=True),
     "soap_kl_sign": Method(kc.SOAP, {**BY_AXIS, "factors": "kl", "sign": True}, FALLING, steps=600),
     "kl_shampoo": Method(kc.KLShampoo, BY_AXIS, FALLING, steps=600),
@@ -118,6 +122,9 @@ OPTIMIZERS = {
     "muon": Method(kc.Muon, {"learning_rate": 0.01}, FALLING, steps=600),
     "muon_normalized": Method(
         kc.Muon, {"learning_rate": 0.01, "normalization": kc.SecondMoment(), "adam_for": []}, FALLING, steps=600
+    ),
+    "dion": Method(
+        kc.Muon.dion, {"learning_rate": 0.01, "part": kc.LowRankPart(2), "adam_for": []}, FALLING, steps=600
     ),
     "mfac": Method(kc.MFAC, {"learning_rate": 0.01, "window": 4, "damping": 1e-2}, {
         "learning_rate": 0.3, "window": 4, "damping": 1.0,

@@ -100,7 +100,8 @@ def test_singular_factors_of_any_size_do_no_harm(scale):
 
 
 def test_the_bad_are_told():
-    wrong = {"beta_1": 1.0, "beta_2": -0.1, "epsilon": 0, "every": 0, "initial": 0.0, "max_dimension": 1.5, "merge": 0}
+    wrong = {"beta_1": 1.0, "beta_2": -0.1, "epsilon": 0, "every": 0, "initial": 0.0, "max_dimension": 1.5, "merge": 0,
+             "block_size": 0.5}  # fmt: skip
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"`KLShampoo`: `{name}`"):
             KLShampoo(**{name: value})

@@ -142,6 +142,91 @@ def test_the_second_moment_of_heads_is_that_of_each_head():
     np.testing.assert_allclose(heads[2], alone, rtol=1e-9)
 
 
+@pytest.mark.usefixtures("in_float64")
+def test_muon_2_divides_the_momentum_by_the_second_moment_of_the_gradient():
+    shape, b, mu = (6, 4), 0.8, 0.9
+    start, gradients = random_gradients([shape], steps=6)
+    settings = {**EVERYTHING, "scale": "scion", "momentum": mu, "nesterov": False}
+    seen = trajectory(kc.Muon(**settings, normalization=kc.GradientMoment(b, 1e-4)), start, gradients, [shape])
+    w, v, m = start.reshape(shape), 0.0, 0.0
+    for row, weights in zip(gradients, seen):
+        G = row.reshape(shape)
+        m, v = mu * m + (1 - mu) * G, b * v + (1 - b) * G**2
+        w = w - 0.1 * (4 / 6) ** 0.5 * polar(m / np.sqrt(v + 1e-4))
+        np.testing.assert_allclose(weights, w.ravel(), atol=1e-6)
+
+
+# Steps in a part of the momentum.
+
+
+def columns_of_one(seed, shape):
+    """The first basis of `LowRankPart` for the tile with the number `seed`."""
+    return tf.random.stateless_normal(shape, (0, seed), dtype="float64").numpy()
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(("shape", "rank", "r"), [((4, 7), 2, 2), ((7, 4), 0.3, 2), ((5, 5), 1.0, 5)])
+def test_dion_follows_its_equations(shape, rank, r):
+    start, gradients = random_gradients([shape], steps=8)
+    mu, out_in = 0.9, shape[1] / shape[0]
+    optimizer = kc.Muon.dion(0.1, momentum=mu, adam_for=[], part=kc.LowRankPart(rank))
+    seen = trajectory(optimizer, start, gradients, [shape])
+    w, M, Q = start.reshape(shape), np.zeros(shape), columns_of_one(0, (min(shape), r))
+    for row, weights in zip(gradients, seen):
+        M = M + row.reshape(shape)  # the heavy ball of the paper
+        tall = M if shape[0] > shape[1] else M.T
+        P, _ = np.linalg.qr(tall @ Q)
+        R = tall.T @ P
+        part = (1 - mu) * P @ R.T
+        M = M - (part if shape[0] > shape[1] else part.T)
+        Q = R / np.linalg.norm(R, axis=0)
+        step = P @ Q.T
+        w = w - 0.1 * out_in**0.5 * (step if shape[0] > shape[1] else step.T)
+        np.testing.assert_allclose(weights, w.ravel(), rtol=1e-7)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_dion_on_a_constant_gradient_tends_to_the_sign_of_its_best_approximation():
+    random = np.random.default_rng(0)
+    U, V = (np.linalg.qr(random.standard_normal((n, 4)))[0] for n in (5, 7))
+    G = U * [8.0, 4.0, 1.0, 0.5] @ V.T
+    optimizer = kc.Muon.dion(1.0, momentum=0.0, scale="jordan", adam_for=[], part=kc.LowRankPart(2))
+    seen = trajectory(optimizer, np.zeros(35), np.tile(G.ravel(), (60, 1)), [(5, 7)])
+    step = (seen[-2] - seen[-1]).reshape(5, 7) / (7 / 5) ** 0.5
+    # what is left out waits in the momentum: after the two large ones left it, the small ones have their turn
+    np.testing.assert_allclose(np.linalg.svd(step)[1][2:], 0, atol=1e-12)
+    np.testing.assert_allclose(step @ step.T @ step, step, atol=0.2)
+    np.testing.assert_allclose(U @ (U.T @ step @ V) @ V.T, step, atol=1e-10)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4)])
+def test_dion2_follows_its_equations(shape):
+    start, gradients = random_gradients([shape], steps=8)
+    mu = 0.8
+    optimizer = kc.Muon.dion2(0.1, momentum=mu, adam_for=[], part=kc.RowPart(0.4), sign=EXACT)
+    seen = trajectory(optimizer, start, gradients, [shape])
+    w, M = start.reshape(shape), np.zeros(shape)
+    for row, weights in zip(gradients, seen):
+        M = M + row.reshape(shape)
+        wide = M if shape[0] < shape[1] else M.T
+        chosen = np.argsort(-np.abs(wide).sum(1))[:2]  # 0.4 of 4, rounded up
+        step = np.zeros_like(wide)
+        step[chosen] = polar(wide[chosen])
+        wide[chosen] *= mu  # of `M` itself
+        w = w - 0.1 * (shape[1] / shape[0]) ** 0.5 * (step if shape[0] < shape[1] else step.T)
+        np.testing.assert_allclose(weights, w.ravel(), atol=1e-6)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_all_rows_are_muon():
+    shapes = [(4, 9), (5, 3), (6, 2, 3)]
+    start, gradients = random_gradients(shapes)
+    settings = {"adam_for": [], "nesterov": False, "per_head": True}
+    runs = [trajectory(kc.Muon(**settings, part=part), start, gradients, shapes) for part in (None, kc.RowPart(1.0))]
+    np.testing.assert_allclose(*runs, rtol=1e-10)
+
+
 def test_unfolding_and_back_is_nothing():
     for shape, _ in KERNELS:
         for per_head in (False, True):
@@ -171,13 +256,22 @@ def degenerate():
             "duplicated": np.concatenate([half, half])}  # fmt: skip
 
 
+VARIANTS = {
+    "plain": lambda **kwargs: kc.Muon(0.1, **kwargs),
+    "normalized": lambda **kwargs: kc.Muon(0.1, normalization=kc.SecondMoment(), **kwargs),
+    "muon_2": lambda **kwargs: kc.Muon(0.1, normalization=kc.GradientMoment(epsilon=1e-30), **kwargs),
+    "dion": lambda **kwargs: kc.Muon.dion(0.1, part=kc.LowRankPart(2), **kwargs),
+    "dion2": lambda **kwargs: kc.Muon.dion2(0.1, part=kc.RowPart(0.5), **kwargs),
+}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e4])
-@pytest.mark.parametrize("normalization", [None, kc.SecondMoment()])
-def test_degenerate_gradients_do_no_harm(dtype, scale, normalization):
+@pytest.mark.parametrize("make", VARIANTS)
+def test_degenerate_gradients_do_no_harm(dtype, scale, make):
     cases = list(degenerate().values())
     variables = [keras.Variable(np.ones(g.shape), dtype=dtype) for g in cases]
-    optimizer = kc.Muon(0.1, adam_for=[], normalization=normalization)
+    optimizer = VARIANTS[make](adam_for=[])
     optimizer.build(variables)
     step = tf.function(lambda given: optimizer.apply(given, variables))
     for _ in range(5):
@@ -192,11 +286,12 @@ def test_degenerate_gradients_do_no_harm(dtype, scale, normalization):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_xla_takes_the_same_steps(dtype):
+@pytest.mark.parametrize("make", [kc.Muon, kc.Muon.dion, kc.Muon.dion2])
+def test_xla_takes_the_same_steps(dtype, make):
     shapes = [(6, 6), (7,), (3, 3, 2, 4), (4, 40), (4, 3)]
     start, gradients = random_gradients(shapes)
     compiled, graph = (
-        trajectory(kc.Muon(1e-2), start, gradients, shapes, jit, dtype).astype("float32") for jit in (True, False)
+        trajectory(make(1e-2), start, gradients, shapes, jit, dtype).astype("float32") for jit in (True, False)
     )
     np.testing.assert_allclose(compiled, graph, atol=2e-5 if dtype == "float32" else 2e-2)
     assert np.abs(graph[-1] - start).max() > 5e-3
@@ -317,10 +412,20 @@ def test_a_layer_of_one_output_is_the_output_layer():
 
 def test_the_bad_are_told():
     wrong = {"momentum": 1.0, "beta_1": -0.1, "beta_2": 1, "epsilon": 0, "scale": "adam", "sign": kc.EigenRoot(),
-             "adam_for": "dense", "adam_rate": -1.0, "normalization": "rows"}  # fmt: skip
+             "adam_for": "dense", "adam_rate": -1.0, "normalization": "rows", "part": 0.5}  # fmt: skip
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"`Muon`: `{name}`"):
             kc.Muon(**{name: value})
     for wrong in ({"per": "row"}, {"beta": 1.0}):
         with pytest.raises(ValueError, match=f"`SecondMoment`: `{next(iter(wrong))}`"):
             kc.SecondMoment(**wrong)
+    for component, argument, value in (
+        (kc.LowRankPart, "rank", 0), (kc.LowRankPart, "rank", 1.5), (kc.LowRankPart, "rank", None),
+        (kc.RowPart, "fraction", 0), (kc.GradientMoment, "beta", 1.0), (kc.GradientMoment, "epsilon", 0),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"`{component.__name__}`: `{argument}`"):
+            component(**{argument: value})
+    with pytest.raises(ValueError, match="`Muon`: `nesterov` must be False with a `part`"):
+        kc.Muon(part=kc.RowPart())
+    with pytest.raises(ValueError, match="`Muon`: `normalization` must be None with a `part`"):
+        kc.Muon.dion(normalization=kc.SecondMoment())

@@ -1,5 +1,6 @@
 """SOAP against its authors' code, step by step."""
 
+import functools
 import pathlib
 
 import keras
@@ -74,6 +75,21 @@ def test_the_first_step_moves_nothing_and_vectors_are_adams():
     np.testing.assert_array_equal(seen[0], start)
     adam = keras.optimizers.Adam(1e-2, beta_1=0.8, beta_2=0.9, epsilon=1e-8)
     np.testing.assert_allclose(seen[1:], trajectory(adam, start, gradients[1:], shapes), atol=1e-7)  # float32 decays
+
+
+@pytest.mark.parametrize("make", [SOAP, functools.partial(SOAP, factors="kl"), KLShampoo])
+def test_tiles_are_variables_of_their_own(make):
+    start, gradients = random_gradients([(6, 4)])
+    whole = trajectory(make(every=2, block_size=2), start, gradients, [(6, 4)])
+    part = (slice(2, 4), slice(2, 4))
+
+    def cut_out(vectors):
+        return np.array([v.reshape(6, 4)[part].ravel() for v in vectors])
+
+    apart = trajectory(make(every=2), cut_out([start])[0], cut_out(gradients), [(2, 2)])
+    np.testing.assert_allclose(cut_out(whole), apart, rtol=1e-12)
+    large = trajectory(make(every=2, block_size=6), start, gradients, [(6, 4)])
+    np.testing.assert_array_equal(large, trajectory(make(every=2), start, gradients, [(6, 4)]))
 
 
 def test_merged_axes_are_the_reshaped_tensor():
@@ -218,7 +234,9 @@ def test_a_first_step_that_is_skipped_is_no_first_step(method, monkeypatch):
 
 def test_the_bad_are_told():
     wrong = {"beta_1": 1.0, "beta_2": -0.1, "epsilon": 0, "every": 0, "max_dimension": 1.5, "merge": 0,
-             "factors": "muon", "sign": None, "sides": "left"}  # fmt: skip
+             "factors": "muon", "sign": None, "sides": "left", "block_size": 0}  # fmt: skip
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"`SOAP`: `{name}`"):
             SOAP(**{name: value})
+    with pytest.raises(ValueError, match="`SOAP`: `block_size` must be None with `sign=True`"):
+        SOAP(block_size=128, sign=True)

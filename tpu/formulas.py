@@ -196,7 +196,8 @@ def by_basis(optimizer, step, state, kept, vectors):
     """SOAP and KL-Shampoo: bases of the factors; from the second on by a product and a decomposition into Q R."""
 
     def of(model):
-        return lengths(model, optimizer.merge, longest=optimizer.max_dimension, vectors=False)
+        merge = min(optimizer.merge, optimizer.block_size or optimizer.merge)
+        return lengths(model, merge, optimizer.block_size, optimizer.max_dimension, vectors=False)
 
     def bases(model, replicas):  # both branches of the condition, of which a step takes one
         call = stacked([(n * n,) for tile in of(model) for n in tile], replicas)

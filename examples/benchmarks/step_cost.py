@@ -8,7 +8,10 @@ graph mode, generated data. How it measures:
 * Time: `ms/step` is one call of the model's train function on a batch in memory, as in `fit`; the targets are for
   this number. `in graph` is the same step in a loop inside one `tf.function`, without the overhead of Keras and
   Python, which is the same for all. The candidates take turns, round after round. A ratio is the median over the
-  rounds of the ratio within a round, so a machine that is busy for a while disturbs it little.
+  rounds of the ratio within a round, so a machine that is busy for a while disturbs it little. `--clock cpu` counts
+  the seconds of all cores instead of the wall's, for machines that others use too.
+* Stalls: `median`, `p99` and `longest` are percentiles of single steps, in steps of SGD (`--stalls`), and `--figure`
+  draws all percentiles. Factors, bases and roots that are due in one step make it long.
 * Memory: one process per optimizer; the peak of its resident memory while steps run, above the memory after the model
   is built, the optimizer's slots allocated and the step traced. The slots are listed beside it, in copies of the
   weights.
@@ -37,6 +40,7 @@ import time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings, before it is imported
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 import keras_curvature as kc
@@ -90,11 +94,22 @@ OPTIMIZERS = {
     "TNT": (kc.TNT, True, 100),
     "Shampoo": (lambda: kc.Shampoo(every=10), False, 10),
     "Shampoo, one-sided": (lambda: kc.Shampoo(every=10, sides="shortest"), False, 10),
+    "Shampoo, blocks": (lambda: kc.Shampoo(every=10, block_size=128), False, 10),
+    "Shampoo, sketched": (lambda: kc.Shampoo(every=10, root=kc.SketchedRoot(32)), False, 10),
+    "Shampoo, one sketch": (
+        lambda: kc.Shampoo(every=10, root=kc.SketchedRoot(32), sides="shortest"), False, 10
+    ),
+    "Shampoo, binomial": (lambda: kc.Shampoo(every=10, root=kc.BinomialRoot()), False, 10),
     "SOAP": (lambda: kc.SOAP(every=10), False, 10),
     "SOAP, one-sided": (lambda: kc.SOAP(every=10, sides="shortest"), False, 10),
+    "SOAP, blocks": (lambda: kc.SOAP(every=10, block_size=128), False, 10),
+    "SOAP, both": (lambda: kc.SOAP(every=10, block_size=128, sides="shortest"), False, 10),
     "KLShampoo": (lambda: kc.KLShampoo(every=10), False, 10),
+    "KLShampoo, blocks": (lambda: kc.KLShampoo(every=10, block_size=128), False, 10),
     "PSGD": (kc.PSGD, False, 10),
     "Muon": (kc.Muon, False, 10),
+    "Muon, Dion": (kc.Muon.dion, False, 10),
+    "Muon, Dion2": (kc.Muon.dion2, False, 10),
     "NewtonMuon": (kc.NewtonMuon, True, 32),
     "Keras' Muon": (keras.optimizers.Muon, False, 10),  # convolutions and attention are AdamW's there
     "Scion": (kc.Scion, False, 10),
@@ -158,11 +173,15 @@ def step_of(name, optimizer):
     return model, steps, calls
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = CLOCKS["wall"]
+
+
 def seconds(call, *args):
-    """Wall time of one call."""
-    begin = time.perf_counter()
+    """Time of one call, by the clock that was chosen."""
+    begin = clock()
     call(*args)
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 # Products.
@@ -389,7 +408,39 @@ def verdict(ratio, target):
     return "" if target is None else f"<= {target:.2f} {'yes' if ratio <= target else 'NO'}"
 
 
+def report_stalls(name, candidates, rounds, figure, say):
+    """Percentiles of the times of single steps, with at least two of the longest periods for each optimizer."""
+    steps, times = {o: max(2 * OPTIMIZERS[o][2], 20 * rounds) for o in candidates}, {o: [] for o in candidates}
+    for turn in range(max(steps.values())):
+        for optimizer, (_, _, calls) in candidates.items():
+            if turn < steps[optimizer]:
+                times[optimizer].append(seconds(calls, 1))
+    unit = statistics.median(times["SGD"])
+    say(f"\n{'single steps, SGD = 1':<22} {'median':>8} {'p99':>8} {'longest':>8}  longest / median")
+    for optimizer, seen in times.items():
+        median, p99, longest = (np.percentile(seen, q) / unit for q in (50, 99, 100))
+        say(f"{optimizer:<22} {median:>8.2f} {p99:>8.2f} {longest:>8.2f}  {longest / median:.1f}")
+    if figure:
+        _draw_percentiles({o: np.array(seen) / unit for o, seen in times.items()}, f"{figure}_{name}.png")
+
+
+def _draw_percentiles(times, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    q = np.linspace(0, 100, 401)
+    for optimizer, seen in times.items():
+        axis.plot(q, np.percentile(seen, q), label=optimizer)
+    axis.set(xlabel="percentile of the steps", ylabel="time of a step, SGD = 1", yscale="log")
+    axis.legend()
+    figure.savefig(path)
+
+
 def report_steps(name, optimizers, rounds, memory, say):
+    """The table of steps; gives the candidates, traced and warm."""
     candidates = {o: step_of(name, o) for o in optimizers}
     times, graph_times = {}, {}
     for r in range(rounds + 1):
@@ -399,7 +450,7 @@ def report_steps(name, optimizers, rounds, memory, say):
             if r:
                 times.setdefault(optimizer, []).append(as_fit)
                 graph_times.setdefault(optimizer, []).append(inside)
-    head = f"{'':<18} {'ms/step':>9} {'SGD = 1':>8}  {'target':<12} {'in graph':>8}"
+    head = f"{'':<22} {'ms/step':>9} {'SGD = 1':>8}  {'target':<12} {'in graph':>8}"
     say(f"{head} {'passes':>8} {'slots':>6} {'B/weight':>8} {'peak MB':>8}")
     for optimizer, (model, steps, _) in candidates.items():
         always, branches = count_passes(steps)
@@ -408,8 +459,9 @@ def report_steps(name, optimizers, rounds, memory, say):
         ratio, milliseconds = ratios(times, optimizer, "SGD"), 1e3 * statistics.median(times[optimizer])
         target = verdict(ratio, TARGETS.get((optimizer, name)))
         inside = ratios(graph_times, optimizer, "SGD")
-        line = f"{optimizer:<18} {milliseconds:>9.2f} {ratio:>8.2f}  {target:<12} {inside:>8.2f}"
+        line = f"{optimizer:<22} {milliseconds:>9.2f} {ratio:>8.2f}  {target:<12} {inside:>8.2f}"
         say(f"{line} {passes:>8} {slots:>6.2f} {4 * slots:>8.1f} {peak:>8}")
+    return candidates
 
 
 def report_products(name, rounds, say):
@@ -449,12 +501,17 @@ def main():
         "--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS), help="besides SGD"
     )
     parser.add_argument("--only_steps", action="store_true", help="no peak memory, no products")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what `ms/step` and ratios are of")
+    parser.add_argument("--stalls", action="store_true", help="percentiles of single steps too")
+    parser.add_argument("--figure", help="with `--stalls`: draw all percentiles to FIGURE_<problem>.png")
     parser.add_argument("--only_rows", action="store_true", help="nothing but the rows of the Jacobian")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(*args.child)
         return
+    global clock
+    clock = CLOCKS[args.clock]
     with printing(args.out) as say:
         report(args, say)
 
@@ -462,7 +519,8 @@ def main():
 def report(args, say):
     """The tables that are asked for."""
     versions = f"TensorFlow {tf.__version__}, Keras {keras.__version__}, keras_curvature {kc.__version__}"
-    say(f"{versions}; {os.cpu_count()} cores ({platform.machine()}), graph mode, {args.rounds} rounds")
+    machine = f"{os.cpu_count()} cores ({platform.machine()})"
+    say(f"{versions}; {machine}, graph mode, {args.rounds} rounds, {args.clock} time")
     if args.only_rows:
         report_rows(args.rounds, say)
         return
@@ -471,7 +529,10 @@ def report(args, say):
     for name in args.problems:
         count = trees.count([w.value for w in kc.problems.get(name).model(0).trainable_variables])
         say(f"\n== {name}, batch {PROBLEMS[name]}, {count} weights ({4 * count / 2**20:.1f} MB)\n")
-        report_steps(name, list(dict.fromkeys(["SGD", *args.optimizers])), args.rounds, not args.only_steps, say)
+        names = list(dict.fromkeys(["SGD", *args.optimizers]))
+        candidates = report_steps(name, names, args.rounds, not args.only_steps, say)
+        if args.stalls:
+            report_stalls(name, candidates, args.rounds, args.figure, say)
         if not args.only_steps:
             report_products(name, args.rounds, say)
     if not args.only_steps:

@@ -6,8 +6,17 @@ numbered after the batch axes.
 """
 
 import math
+from typing import NamedTuple
 
 import tensorflow as tf
+
+
+class ScaledSubspace(NamedTuple):
+    """The matrix `outer I + U diag(scale) U'`, for `U` `(n, k)` with orthonormal columns or zeros."""
+
+    U: tf.Tensor
+    scale: tf.Tensor
+    outer: tf.Tensor
 
 
 def multiply(tensor, matrices, batch=0):
@@ -15,10 +24,14 @@ def multiply(tensor, matrices, batch=0):
 
         out[i, j, ...] = sum_kl  matrices[0][i, k] matrices[1][j, l] ... tensor[k, l, ...]
 
-    For an axis of length `n` a matrix is `(..., m, n)`, with the batch axes in front.
+    For an axis of length `n` a matrix is `(..., m, n)`, with the batch axes in front; without these it may also be a
+    `ScaledSubspace`.
     """
     for axis, matrix in enumerate(matrices):
-        if matrix is not None:
+        if isinstance(matrix, ScaledSubspace):
+            inside = _multiply_axis(tensor, matrix.U, axis, 0, transposed=True)
+            tensor = matrix.outer * tensor + _multiply_axis(inside, matrix.U * matrix.scale, axis, 0)
+        elif matrix is not None:
             tensor = _multiply_axis(tensor, matrix, axis, batch)
     return tensor
 

@@ -17,6 +17,7 @@ from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Function, LinearOperator
 from keras_curvature.operators.tiles import Tiles
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.lifecycle import Lifecycle
 from keras_curvature.solvers import eigenbases
 from keras_curvature.solvers.dealing import in_stacks
 from keras_curvature.typing import Integer, Variables, Vector
@@ -61,10 +62,11 @@ class ByAxis(CurvatureOptimizer):
         tiles = range(len(self._shapes)) if tiles is None else tiles
         return [self.add_variable(self._shapes[i], dtype=self._dtype, name=f"{name}_{i}") for i in tiles]
 
-    def add_matrices(self, name: str, initializer: str = "zeros") -> Variables:
-        """A square variable for each axis that gets a matrix."""
+    def add_matrices(self, name: str, initializer: str = "zeros", dtype: str | None = None) -> Variables:
+        """A square variable for each axis that gets a matrix; in half precision only if `dtype` says so."""
+        add = self.add_variable if dtype is None else super(Lifecycle, self).add_variable
         return [
-            self.add_variable((self._shapes[i][k],) * 2, initializer, self._dtype, name=f"{name}_{i}_{k}")
+            add((self._shapes[i][k],) * 2, initializer, dtype or self._dtype, name=f"{name}_{i}_{k}")
             for i, k in self._places
         ]
 

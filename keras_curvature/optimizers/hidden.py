@@ -13,6 +13,7 @@ from keras_curvature.linearization.layers import ends
 from keras_curvature.operators.unfolding import Unfolding
 from keras_curvature.optimizers.by_axis import ByAxis
 from keras_curvature.solvers.dealing import in_stacks
+from keras_curvature.solvers.matrix_parts import MatrixPart
 from keras_curvature.solvers.matrix_sign import MatrixSign, NewtonSchulz
 from keras_curvature.typing import Variables, Vector
 
@@ -51,11 +52,43 @@ class HiddenMatrices(ByAxis):
     def signs(self, tiles: Vector, sign: MatrixSign) -> Vector:
         """The signs of the chosen tiles, as matrices; those of one size together, and tall ones as wide ones."""
         matrices = [u.matrix(tile) for u, tile in zip(self._unfoldings, tiles)]
+        return self._turned(in_stacks(sign.sign, self._turned(matrices), self._grouped(), largest=STACKED))
+
+    def create_parts(self, part: MatrixPart) -> Variables:
+        """The state of `part` for each chosen tile: random columns, the same in each run; empty if it has none."""
+        states = []
+        for i, u in zip(self._hidden, self._unfoldings):
+            own = part.state_shape(min(u.size), max(u.size))
+            if own is not None:
+
+                def initial(shape, dtype, seed=i):
+                    return tf.random.stateless_normal(shape, (0, seed), dtype=dtype)
+
+                shape = (*u.stacked[:-2], *own)
+                states.append(self.add_variable(shape, initial, self._dtype, name=f"part_{i}"))
+        return states
+
+    def parts(self, tiles: Vector, states: Vector, part: MatrixPart, sign: MatrixSign) -> tuple[Vector, Vector, Vector]:
+        """`(steps, parts, states)` of the chosen tiles, the first two as matrices."""
+        wide = self._turned([u.matrix(tile) for u, tile in zip(self._unfoldings, tiles)])
+        own = states or [None] * len(wide)  # tensors alone may stand in the items that are stacked
+        items = list(zip(wide, states)) if states else [(B,) for B in wide]
+
+        def factors(item):
+            return part.factors(item[0], item[1] if states else None, sign)
+
+        found = in_stacks(factors, items, self._grouped(), largest=STACKED)
+        results = [part.step(B, state, factors) for B, state, factors in zip(wide, own, found)]
+        steps, taken, states = ([result[k] for result in results] for k in range(3))
+        return self._turned(steps), self._turned(taken), [state for state in states if state is not None]
+
+    def _turned(self, matrices):
+        """Tall matrices of the chosen tiles transposed, so that all are wide; and back."""
         tall = [u.size[0] > u.size[1] for u in self._unfoldings]
-        grouped = [u.heads is not None for u in self._unfoldings]
-        wide = [tf.linalg.matrix_transpose(X) if t else X for X, t in zip(matrices, tall)]
-        found = in_stacks(sign.sign, wide, grouped, largest=STACKED)
-        return [tf.linalg.matrix_transpose(X) if t else X for X, t in zip(found, tall)]
+        return [tf.linalg.matrix_transpose(X) if t else X for X, t in zip(matrices, tall)]
+
+    def _grouped(self):
+        return [u.heads is not None for u in self._unfoldings]
 
 
 def _full(variables):

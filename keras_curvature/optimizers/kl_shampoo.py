@@ -44,6 +44,7 @@ class KLShampoo(KLFactors):
         initial: Initial eigenvalues; larger ones make the first steps shorter. Defaults to `0.1` (the authors).
         max_dimension: Longest axis with a factor. Defaults to `1000`; see `SOAP`.
         merge: Longest axis after merging. Defaults to `1000`.
+        block_size: Longest axis of a tile, which has factors of its own; see `SOAP`. Defaults to `None`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `failed_refreshes` (failed bases; the old ones are kept), `refreshes` (with a `Refresh`: changed bases),
@@ -61,7 +62,7 @@ class KLShampoo(KLFactors):
     def __init__(
         self, learning_rate: LearningRate = 3e-3, beta_1: float = 0.9, beta_2: float = 0.98, epsilon: float = 1e-8,
         every: int | Refresh = 10, initial: float = 0.1, max_dimension: int = 1000, merge: int = 1000,
-        name: str = "kl_shampoo", **kwargs: Any,
+        block_size: int | None = None, name: str = "kl_shampoo", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         for argument, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
@@ -72,12 +73,15 @@ class KLShampoo(KLFactors):
             check_count(self, argument, count)
         check_every(self, "every", every)
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
-        self.initial, self.max_dimension, self.merge = initial, max_dimension, merge
+        if block_size is not None:
+            check_count(self, "block_size", block_size)
+        self.initial, self.max_dimension, self.merge, self.block_size = initial, max_dimension, merge, block_size
         self.count_refreshes()
 
     def create_state(self, variables: Variables) -> None:
         """The momentum, the factors with their bases and eigenvalues; a second moment for the vectors."""
-        self.create_tiles(variables, self.merge, longest=self.max_dimension, vectors=False)
+        merge = min(self.merge, self.block_size or self.merge)
+        self.create_tiles(variables, merge, self.block_size, self.max_dimension, vectors=False)
         self._m = self.add_moments("m")
         with_matrices = {i for i, _ in self._places}
         self._vectors = [i for i in range(len(self._shapes)) if i not in with_matrices]

@@ -13,8 +13,9 @@ from keras_curvature.component import check, check_component, check_number, regi
 from keras_curvature.linearization.layers import ends
 from keras_curvature.optimizers.hidden import SIGN, HiddenMatrices
 from keras_curvature.optimizers.limits import NotLinear
+from keras_curvature.solvers.matrix_parts import LowRankPart, MatrixPart, RowPart
 from keras_curvature.solvers.matrix_sign import MatrixSign
-from keras_curvature.solvers.second_moment import SecondMoment
+from keras_curvature.solvers.second_moment import Normalization
 from keras_curvature.typing import LearningRate, Variables, Vector
 
 # The factor on an orthogonal matrix with `rows` for inputs and `columns` for outputs.
@@ -57,13 +58,17 @@ class Muon(HiddenMatrices):
             to that of outputs; `"nuclear"`: the sum of the singular values of the momentum, with which steps shrink as
             gradients do. Defaults to `"moonlight"`.
         sign: `NewtonSchulz` or `PolarExpress`. Defaults to `NewtonSchulz("quintic", steps=4, bound="gram")`.
-        normalization: A `SecondMoment`, for NorMuon and AdaMuon, or `None`. Defaults to `None`.
+        normalization: A `SecondMoment`, for NorMuon and AdaMuon, a `GradientMoment`, for Muon^2, or `None`. Defaults
+            to `None`.
         per_head: Whether kernels of three axes have a matrix for each head. Defaults to `False`.
         adam_for: Regular expressions, a list; Adam steps kernels with one of them in their path. It replaces the search
             for embeddings and output layers: `[]` gives Muon every matrix. `None`: found as described. Where the model
             says otherwise than its variables, the paths of what was found stand here after the first step, so that a
             saved file has them. Defaults to `None`.
         adam_rate: Learning rate of Adam's steps, in units of `learning_rate`. Defaults to `1.0` (Keras' `Muon`).
+        part: A `LowRankPart` or a `RowPart`: the step is orthogonal in a part of the momentum only, and the rest waits
+            in the momentum; see `dion` and `dion2`. It excludes `nesterov` and `normalization`. `None`: the whole
+            matrix. Defaults to `None`.
         beta_1: Decay of Adam's first moment. Defaults to `0.9` (Adam).
         beta_2: Decay of Adam's second moment. Defaults to `0.999` (Adam).
         epsilon: Added to the root of Adam's second moment. Defaults to `1e-8` (Adam).
@@ -83,9 +88,9 @@ class Muon(HiddenMatrices):
     def __init__(
         self, learning_rate: LearningRate = 3e-3, momentum: float = 0.95, nesterov: bool = True,
         scale: Literal["moonlight", "jordan", "scion", "nuclear"] = "moonlight",
-        sign: MatrixSign = SIGN, normalization: SecondMoment | None = None, per_head: bool = False,
+        sign: MatrixSign = SIGN, normalization: Normalization | None = None, per_head: bool = False,
         adam_for: Sequence[str] | None = None, adam_rate: float = 1.0, beta_1: float = 0.9, beta_2: float = 0.999,
-        epsilon: float = 1e-8, name: str = "muon", **kwargs: Any,
+        epsilon: float = 1e-8, part: MatrixPart | None = None, name: str = "muon", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         for argument, beta in (("momentum", momentum), ("beta_1", beta_1), ("beta_2", beta_2)):
@@ -94,13 +99,17 @@ class Muon(HiddenMatrices):
         check(self, "scale", scale, known, '"moonlight", "jordan", "scion" or "nuclear"')
         check_component(self, "sign", sign, "sign", "NewtonSchulz()")
         if normalization is not None:
-            check_component(self, "normalization", normalization, "normalized", "SecondMoment()")
+            check_component(self, "normalization", normalization, "after", "SecondMoment()")
+        if part is not None:
+            check_component(self, "part", part, "factors", "LowRankPart()")
+            check(self, "nesterov", nesterov, not nesterov, "False with a `part`, as in `Muon.dion()`")
+            check(self, "normalization", normalization, normalization is None, "None with a `part`")
         patterns = isinstance(adam_for, (list, tuple)) and all(isinstance(p, str) for p in adam_for)
         check(self, "adam_for", adam_for, adam_for is None or patterns, "a list of regular expressions, or None")
         check_number(self, "adam_rate", adam_rate, low=0)
         check_number(self, "epsilon", epsilon, low=0, open_low=True)
         self.momentum, self.nesterov, self.scale, self.sign = momentum, nesterov, scale, sign
-        self.normalization, self.per_head = normalization, per_head
+        self.normalization, self.per_head, self.part = normalization, per_head, part
         self.adam_for, self.adam_rate = adam_for, adam_rate
         self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
 
@@ -119,6 +128,35 @@ class Muon(HiddenMatrices):
         """
         return cls(learning_rate, **{"momentum": 0.0, "nesterov": False, "scale": "nuclear", **kwargs})
 
+    @classmethod
+    def dion(cls, learning_rate: LearningRate = 0.01, **kwargs: Any) -> Self:
+        """Dion: an orthogonal step of low rank, `part=LowRankPart()`; what it leaves out stays in the momentum.
+
+        Reference: Ahn et al., "Dion: Distributed orthonormalized updates" (2025); see `LowRankPart`.
+
+        Args:
+            learning_rate: In units of the norm from the mean square of inputs to that of outputs. Defaults to `0.01`
+                (the authors' code).
+            **kwargs: As of the class.
+
+        Example: `Muon.dion(part=LowRankPart(64))`
+        """
+        return cls(learning_rate, **{"nesterov": False, "scale": "scion", "part": LowRankPart(), **kwargs})
+
+    @classmethod
+    def dion2(cls, learning_rate: LearningRate = 0.01, **kwargs: Any) -> Self:
+        """Dion2: the sign of a quarter of the rows, `part=RowPart()`; the other rows wait in the momentum.
+
+        Reference: Dion2 of github.com/microsoft/dion; see `RowPart`.
+
+        Args:
+            learning_rate: As of `dion`. Defaults to `0.01` (the authors' code).
+            **kwargs: As of the class.
+
+        Example: `Muon.dion2(part=RowPart(0.5))`
+        """
+        return cls(learning_rate, **{"nesterov": False, "scale": "scion", "part": RowPart(), **kwargs})
+
     def create_state(self, variables: Variables) -> None:
         """The momentum, and for the weights that Adam steps their second moment."""
         self.create_tiles(variables, merge=1, vectors=False)
@@ -130,6 +168,7 @@ class Muon(HiddenMatrices):
             self.add_variable(self.normalization.shape(u.stacked), dtype=self._dtype, name=f"second_moment_{i}")
             for i, u in zip(self._hidden, self._unfoldings)
         ]  # fmt: skip
+        self._parts = [] if self.part is None else self.create_parts(self.part)
 
     def _left_to_adam(self, variables):
         """The kernels at the two ends of the model, or those that `adam_for` names."""
@@ -158,13 +197,37 @@ class Muon(HiddenMatrices):
         adam = self.adam([m[i] for i in self._others], v, steps)
         direction |= zip(self._others, trees.scale(self.adam_rate, adam))
 
-        m |= zip(self._hidden, self._averages(old, G, self._hidden, self.momentum))
-        ahead = self._averages(m, G, self._hidden, self.momentum) if self.nesterov else [m[i] for i in self._hidden]
-        signs = self._normalized(self.signs(ahead, self.sign))
+        own, ahead, signs = (self._whole if self.part is None else self._in_part)(old, G)
+        m |= zip(self._hidden, own)
         scales = self._scales(ahead, signs)
         direction |= zip(self._hidden, [u.tensor(-c * U) for u, c, U in zip(self._unfoldings, scales, signs)])
         self.remember([*self._m, *self._v], [*(m[i] for i in range(len(G))), *v])
         return self.join([direction[i] for i in range(len(G))], gradients)
+
+    def _whole(self, old, G):
+        """`(momentum, what the sign is taken of, its sign)` of the hidden tiles; the last as matrices."""
+        m = dict(zip(self._hidden, self._averages(old, G, self._hidden, self.momentum)))
+        ahead = self._averages(m, G, self._hidden, self.momentum) if self.nesterov else list(m.values())
+        if self.normalization is None:
+            return m.values(), ahead, self.signs(ahead, self.sign)
+        v = trees.values(self._second_moments)
+        found = [
+            self.normalization.before(u.matrix(M), u.matrix(G[i]), a)
+            for i, u, M, a in zip(self._hidden, self._unfoldings, ahead, v)
+        ]  # fmt: skip
+        ahead = [u.tensor(M) for u, (M, _) in zip(self._unfoldings, found)]
+        found = [self.normalization.after(U, a) for U, (_, a) in zip(self.signs(ahead, self.sign), found)]
+        self.remember(self._second_moments, [a for _, a in found])
+        return m.values(), ahead, [U for U, _ in found]
+
+    def _in_part(self, old, G):
+        """The same in a part of the momentum, which leaves it."""
+        share = 1.0 - self.momentum
+        B = [old[i] + share * G[i] for i in self._hidden]
+        steps, taken, states = self.parts(B, trees.values(self._parts), self.part, self.sign)
+        self.remember(self._parts, states)
+        taken = [u.tensor(X) for u, X in zip(self._unfoldings, taken)]
+        return [b - share * t for b, t in zip(B, taken)], taken, steps
 
     def _scales(self, tiles, signs):
         scale = SCALES[self.scale]
@@ -172,13 +235,6 @@ class Muon(HiddenMatrices):
             return [scale(*u.size) for u in self._unfoldings]
         matrices = [u.matrix(tile) for u, tile in zip(self._unfoldings, tiles)]
         return [tf.reduce_sum(M * U, [-2, -1], keepdims=True) for M, U in zip(matrices, signs)]
-
-    def _normalized(self, signs):
-        if self.normalization is None:
-            return signs
-        found = [self.normalization.normalized(U, v) for U, v in zip(signs, trees.values(self._second_moments))]
-        self.remember(self._second_moments, [v for _, v in found])
-        return [U for U, _ in found]
 
     def _averages(self, old, new, chosen, beta):
         return self.average([old[i] for i in chosen], [new[i] for i in chosen], beta)

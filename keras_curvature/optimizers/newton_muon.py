@@ -12,7 +12,7 @@ from keras_curvature.optimizers.by_layer import warn_of
 from keras_curvature.optimizers.hidden import SIGN
 from keras_curvature.optimizers.muon import Muon
 from keras_curvature.solvers.matrix_sign import MatrixSign
-from keras_curvature.solvers.second_moment import SecondMoment
+from keras_curvature.solvers.second_moment import Normalization
 from keras_curvature.typing import LearningRate, Variables, Vector
 
 TINY = 1e-8  # added to the ridge (the authors), for inputs that are all zero
@@ -59,7 +59,7 @@ class NewtonMuon(ByInputs, Muon):
     def __init__(
         self, learning_rate: LearningRate = 3e-3, every: int = 32, ridge: float = 0.2, momentum: float = 0.95,
         nesterov: bool = True, scale: Literal["moonlight", "jordan", "scion", "nuclear"] = "moonlight",
-        sign: MatrixSign = SIGN, normalization: SecondMoment | None = None, per_head: bool = False,
+        sign: MatrixSign = SIGN, normalization: Normalization | None = None, per_head: bool = False,
         adam_for: Sequence[str] | None = None, adam_rate: float = 1.0, beta_1: float = 0.9, beta_2: float = 0.999,
         epsilon: float = 1e-8, name: str = "newton_muon", **kwargs: Any,
     ) -> None:  # fmt: skip

@@ -1,5 +1,6 @@
 """Shampoo: the gradient multiplied along each axis by the inverse root of its second moment."""
 
+import functools
 from typing import Any, Literal
 
 import tensorflow as tf
@@ -12,8 +13,11 @@ from keras_curvature.optimizers.limits import LinearStep, NotLinear, averaged
 from keras_curvature.solvers.dealing import in_stacks
 from keras_curvature.solvers.refresh import Refresh, check_every
 from keras_curvature.solvers.roots import CoupledNewton, EigenRoot
+from keras_curvature.solvers.rounding import rounded_at_random
+from keras_curvature.solvers.running_roots import RunningRoot
 from keras_curvature.typing import LearningRate, Variables, Vector
 
+STACKED = 2**20  # larger gradients are not copied into a stack with others
 # Of the grafted step (the reference's example scripts; Keras' own Adam has 1e-7).
 GRAFTING_EPSILON = 1e-8
 
@@ -62,10 +66,14 @@ class Shampoo(ByAxis):
             `max_dimension=1000` that embedding has factors only for its 64 columns, 0.3 numbers for each weight.
         grafting: The method that sets the length of each tile's step: `"adam"`, `"rmsprop"` (Adam without the bias
             correction of its second moment), `"sgd"`, or `None`. Defaults to `"adam"`.
-        root: `EigenRoot` or `CoupledNewton`, with an optional other exponent for tensors with two or more factors.
-            Defaults to `EigenRoot()`.
+        root: `EigenRoot` or `CoupledNewton`, with an optional other exponent for tensors with two or more factors; or a
+            root without factors, which sees the gradients of every `every`-th step only: `SketchedRoot` (Sketchy), of
+            low rank, or `BinomialRoot` (Jorge), by products. Defaults to `EigenRoot()`.
         sides: `"all"`, or `"shortest"`: one factor for each tile, of its shortest axis, with the exponent `-1/2`
             (one-sided Shampoo; with `grafting=None` ASGO). It has about half the cost. Defaults to `"all"`.
+        factors_dtype: `"float32"`, or `"bfloat16"`: factors and roots are stored in half the memory. All arithmetic is
+            in float32. The factors are rounded up or down at random, because a step changes them by less than what
+            bfloat16 resolves. Defaults to `"float32"`, which means float64 beside weights in float64.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `failed_refreshes` (failed roots; the old ones are kept), `refreshes` (with a `Refresh`: changed roots),
@@ -81,8 +89,10 @@ class Shampoo(ByAxis):
     def __init__(
         self, learning_rate: LearningRate = 1e-3, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-12,
         every: int | Refresh = 10, block_size: int = 512, max_dimension: int | None = None,
-        grafting: Literal["adam", "rmsprop", "sgd"] | None = "adam", root: EigenRoot | CoupledNewton = EigenRoot(),
-        sides: Literal["all", "shortest"] = "all", name: str = "shampoo", **kwargs: Any,
+        grafting: Literal["adam", "rmsprop", "sgd"] | None = "adam",
+        root: EigenRoot | CoupledNewton | RunningRoot = EigenRoot(),
+        sides: Literal["all", "shortest"] = "all", factors_dtype: Literal["float32", "bfloat16"] = "float32",
+        name: str = "shampoo", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         check_number(self, "beta_1", beta_1, low=0, high=1, open_high=True)
@@ -94,11 +104,17 @@ class Shampoo(ByAxis):
                 check_count(self, argument, count)
         known = ("adam", "rmsprop", "sgd", None)
         check(self, "grafting", grafting, grafting in known, '"adam", "rmsprop", "sgd" or None')
-        check_component(self, "root", root, "inverse_root", "EigenRoot()")
+        method = "updated" if isinstance(root, RunningRoot) else "inverse_root"
+        check_component(self, "root", root, method, "EigenRoot()")
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
         check(self, "sides", sides, sides in ("all", "shortest"), '"all" or "shortest"')
         self.block_size, self.max_dimension, self.grafting, self.root = block_size, max_dimension, grafting, root
-        self.sides = sides
+        half = factors_dtype == "bfloat16"
+        check(self, "factors_dtype", factors_dtype, half or factors_dtype == "float32", '"float32" or "bfloat16"')
+        self.sides, self.factors_dtype = sides, factors_dtype
+        if isinstance(root, RunningRoot):
+            check(self, "every", every, isinstance(every, int), f"an integer with `root={type(root).__name__}(...)`")
+            check(self, "factors_dtype", factors_dtype, not half, f'"float32" with `root={type(root).__name__}(...)`')
         self.count_refreshes()
 
     def create_state(self, variables: Variables) -> None:
@@ -107,19 +123,29 @@ class Shampoo(ByAxis):
         self.create_tiles(variables, merge, self.block_size, self.max_dimension, sides=self.sides)
         self._m = self.add_moments("m") if self.beta_1 else []
         self._v = self.add_moments("v") if self.grafting in ("adam", "rmsprop") else []
-        self._factors = self.add_matrices("factor")
-        self._roots = self.add_matrices("root", "identity")
-        self._last = [] if isinstance(self.every, int) else self.add_matrices("last")
+        self._factors, self._roots, self._last, self._running = [], [], [], []
+        counts = [sum(j == i for j, _ in self._places) for i, _ in self._places]
+        self._exponents = [(n > 1 and self.root.exponent) or 1 / (2 * n) for n in counts]
+        if isinstance(self.root, RunningRoot):
+            self._running = [self._running_state(i, k) for i, k in self._places]
+            return
+
+        dtype = None if self.factors_dtype == "float32" else self.factors_dtype
+        self._factors = self.add_matrices("factor", dtype=dtype)
+        self._roots = self.add_matrices("root", "identity", dtype)
+        self._last = [] if isinstance(self.every, int) else self.add_matrices("last", dtype=dtype)
+
+    def _running_state(self, i, k):
+        return [
+            self.add_variable(shape, initializer, self._dtype, name=f"{name}_{i}_{k}")
+            for name, shape, initializer in self.root.state(self._shapes[i][k], self.epsilon)
+        ]
 
     def precondition(self, gradients: Vector) -> Vector:
         """The negative grafted step."""
         G, taken = self.split(gradients), self.taken()
         steps = taken + 1
-        moments = [axes.second_moment(G[i], k) for i, k in self._places]
-        factors = self.average(self._factors, moments, self.beta_2)
-        roots = self.by_tile(self._refreshed(factors, self.correction(self.beta_2, steps), taken))
-        self.remember(self._factors, factors)
-
+        roots = self.by_tile((self._updated if self._running else self._renewed)(G, taken))
         M = G
         if self.beta_1:
             m = self.average(self._m, G, self.beta_1)
@@ -138,32 +164,67 @@ class Shampoo(ByAxis):
         return LinearStep(averaged(self.beta_1), self._preconditioner)
 
     def _preconditioner(self):
-        roots = self.by_tile(trees.values(self._roots))
-        scale = 1.0 / self.correction(self.beta_1, tf.identity(self._taken.value))
+        taken = tf.identity(self._taken.value)
+        values = [trees.values(state) for state in self._running]
+        roots = self.by_tile(self._roots_of(values, taken) if values else trees.values(self._roots))
+        scale = 1.0 / self.correction(self.beta_1, taken)
         return self.operator(lambda tiles: trees.scale(scale, [axes.multiply(b, r) for b, r in zip(tiles, roots)]))
 
-    def _refreshed(self, factors, correction, taken):
-        counts = [sum(j == i for j, _ in self._places) for i, _ in self._places]
-        exponents = [(n > 1 and self.root.exponent) or 1 / (2 * n) for n in counts]
+    def _renewed(self, G, taken):
+        """The roots of the factors, which are remembered."""
+        moments = [axes.second_moment(G[i], k) for i, k in self._places]
+        factors = self.average(trees.values(self._factors), moments, self.beta_2)
+        roots = self._refreshed(factors, self.correction(self.beta_2, taken + 1), taken)
+        if self.factors_dtype == "bfloat16":
+            factors = [rounded_at_random(A, self.iterations, i) for i, A in enumerate(factors)]
+        self.remember(self._factors, factors)
+        return [tf.cast(root, self._dtype) for root in roots]
 
-        old, last = trees.values(self._roots), trees.values(self._last)
+    def _updated(self, G, taken):
+        """The roots that have no factors, updated from the gradient in every `every`-th step."""
+        flat = [v for state in self._running for v in state]
 
         def compute():
-            found = {}
-            for exponent in sorted(set(exponents)):
-                chosen = [i for i, other in enumerate(exponents) if other == exponent]
-                matrices = [factors[i] / correction for i in chosen]
+            items = [(*trees.values(v), axes.unfold(G[i], k)) for v, (i, k) in zip(self._running, self._places)]
+            found = self._by_exponent(
+                items, lambda item, p: self.root.updated(list(item[:-1]), item[-1], self.beta_2, p), largest=STACKED
+            )
+            return [tensor for state in found for tensor in state]
 
-                def root(A, p=1 / exponent):
-                    return self.root.inverse_root(A, p, self.epsilon)
+        new = iter(self.renew(flat, compute, taken, self.period - 1))
+        return self._roots_of([[next(new) for _ in state] for state in self._running], taken + 1)
 
-                if last:
-                    items = [(A, old[i], last[i]) for A, i in zip(matrices, chosen)]
-                    roots = in_stacks(lambda item, root=root: self.every.root(root, *item), items)
-                else:
-                    roots = [(X,) for X in in_stacks(root, matrices)]
-                found.update(zip(chosen, roots))
-            return [each[k] for k in range(2 if last else 1) for each in (found[i] for i in range(len(factors)))]
+    def _roots_of(self, states, steps):
+        correction = self.correction(self.beta_2, tf.maximum(steps // self.period, 1))
+        return [
+            self.root.root(state, correction, 1 / exponent, self.epsilon)
+            for state, exponent in zip(states, self._exponents)
+        ]  # fmt: skip
+
+    def _by_exponent(self, items, compute, **kwargs):
+        """`compute(item, p)` of each axis, those with one exponent together."""
+        found = {}
+        for exponent in sorted(set(self._exponents)):
+            chosen = [i for i, other in enumerate(self._exponents) if other == exponent]
+            one = functools.partial(compute, p=1 / exponent)
+            found.update(zip(chosen, in_stacks(one, [items[i] for i in chosen], **kwargs)))
+        return [found[i] for i in range(len(items))]
+
+    def _refreshed(self, factors, correction, taken):
+        old, last = trees.values(self._roots), trees.values(self._last)
+
+        def root(A, p):
+            return self.root.inverse_root(A, p, self.epsilon)
+
+        def looked_at(item, p):
+            return self.every.root(functools.partial(root, p=p), *item)
+
+        def compute():
+            matrices = [A / correction for A in factors]
+            if not last:
+                return self._by_exponent(matrices, root)
+            pairs = self._by_exponent(list(zip(matrices, old, last)), looked_at)
+            return [*(X for X, _ in pairs), *(A for _, A in pairs)]
 
         if not factors:
             return []

@@ -57,6 +57,9 @@ class SOAP(KLFactors, HiddenMatrices):
         sign: Whether the steps of hidden matrices get equal singular values. Defaults to `False`.
         sides: `"all"`, or `"shortest"`: only the shortest axis of each matrix is transformed (one-sided SOAP), at about
             half the cost. Defaults to `"all"`.
+        block_size: Longest axis of a tile, `None`: no axis is cut. Each tile has bases of its own, as in Shampoo. With
+            small tiles a step costs less, and more of them are needed. It excludes `sign`. Defaults to `None` (the
+            authors).
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `failed_refreshes` (failed bases; the old ones are kept), `refreshes` (with a `Refresh`: changed bases),
@@ -75,7 +78,7 @@ class SOAP(KLFactors, HiddenMatrices):
         self, learning_rate: LearningRate = 3e-3, beta_1: float = 0.95, beta_2: float = 0.95, epsilon: float = 1e-8,
         every: int | Refresh = 10, max_dimension: int = 1000, merge: int = 1000,
         factors: Literal["shampoo", "kl"] = "shampoo", sign: bool = False,
-        sides: Literal["all", "shortest"] = "all", name: str = "soap", **kwargs: Any,
+        sides: Literal["all", "shortest"] = "all", block_size: int | None = None, name: str = "soap", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         for argument, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
@@ -89,12 +92,16 @@ class SOAP(KLFactors, HiddenMatrices):
         check(self, "sides", sides, sides in ("all", "shortest"), '"all" or "shortest"')
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
         self.max_dimension, self.merge, self.factors, self.sign = max_dimension, merge, factors, sign
-        self.sides = sides
+        self.sides, self.block_size = sides, block_size
+        if block_size is not None:
+            check_count(self, "block_size", block_size)
+            check(self, "block_size", block_size, not sign, "None with `sign=True`, which is of whole matrices")
         self.count_refreshes()
 
     def create_state(self, variables: Variables) -> None:
         """Both moments in the basis, the factors, the basis."""
-        self.create_tiles(variables, self.merge, longest=self.max_dimension, vectors=False, sides=self.sides)
+        merge = min(self.merge, self.block_size or self.merge)
+        self.create_tiles(variables, merge, self.block_size, self.max_dimension, vectors=False, sides=self.sides)
         self._m, self._v = self.add_moments("m"), self.add_moments("v")
         self._factors = self.add_matrices("factor")
         self._bases = self.add_matrices("basis", "identity")

@@ -106,7 +106,7 @@ class CoupledNewton(Component):
 
         def improve(step, X, M, error, norm, active):
             N = eye + (eye - M) / p
-            next_M = tf.matmul(_power(N, p), M)
+            next_M = tf.matmul(power(N, p), M)
             next_error, next_norm = _largest(next_M - eye), _norms(next_M - eye)
             better = active & (next_norm <= WORSE * norm)  # false for a NaN
             X, M = tf.where(better, tf.matmul(X, N), X), tf.where(better, next_M, M)
@@ -154,7 +154,7 @@ def _largest(matrices):
     return tf.reduce_max(tf.abs(matrices), axis=(-2, -1), keepdims=True)
 
 
-def _power(matrices, p):
+def power(matrices, p):
     """The `p`-th power, by repeated squaring."""
     result = None
     while p:
