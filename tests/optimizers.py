@@ -148,6 +148,13 @@ OPTIMIZERS = {
         {"learning_rate": 0.05, "damping": 0.5}, steps=300),
     "singd": Method(kc.SINGD, {"learning_rate": 0.05, "damping": 0.1, "every": 2}, {**LONG, "damping": 0.3}),
     "kbfgs": Method(kc.KBFGS, {"damping": 0.1, "warmup_steps": 2}, {"damping": 0.01, "momentum": 0.0}),
+    "locoprop": Method(kc.LocoProp, {"steps": 3, "loss": "squared"}, {
+        "learning_rate": keras.optimizers.schedules.ExponentialDecay(0.03, 10, 0.8), "gamma": 1.0, "steps": 5,
+    }),
+    "locoprop_matching": Method(kc.LocoProp, {"steps": 3}, {
+        "learning_rate": keras.optimizers.schedules.ExponentialDecay(0.03, 10, 0.8), "gamma": 1.0, "steps": 5,
+    }),
+    "mkor": Method(kc.MKOR, {"every": 2}, {"learning_rate": 0.1}),
     "newton_muon": Method(kc.NewtonMuon, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
     "eva": Method(kc.Eva, {}, {"damping": 0.3, "kl_clip": None}),
     "lbfgs": Method(kc.LBFGS, family=True, amplifies=True),

@@ -84,8 +84,8 @@ def counts_of_examples(optimizer):
         return 3 + getattr(optimizer, "geodesic", False)
     if isinstance(optimizer, kc.LiSSA):
         return 3  # the traces of two loops
-    if isinstance(optimizer, kc.SASSHA):
-        return 2  # at the weights and uphill
+    if isinstance(optimizer, (kc.SASSHA, kc.KBFGS)):
+        return 2  # at the weights and uphill, or after the step
     if isinstance(optimizer, kc.SKFAC):  # and for the rows of both factors of each layer that has them
         return 1 + 2 * sum(block.sharing == "reduce" for block in optimizer._blocks)
     return 2 if getattr(optimizer, "curvature_batch", None) else 1

@@ -21,6 +21,7 @@ from keras_curvature.optimizers.lbfgs import LBFGS as LBFGS
 from keras_curvature.optimizers.lissa import LiSSA as LiSSA
 from keras_curvature.optimizers.locoprop import LocoProp as LocoProp
 from keras_curvature.optimizers.mfac import MFAC as MFAC
+from keras_curvature.optimizers.mkor import MKOR as MKOR
 from keras_curvature.optimizers.muon import Muon as Muon
 from keras_curvature.optimizers.natural_gradient import NaturalGradient as NaturalGradient
 from keras_curvature.optimizers.neumann import Neumann as Neumann

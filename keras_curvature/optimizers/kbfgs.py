@@ -42,8 +42,8 @@ class KBFGS(ByInputs):
 
     Args:
         learning_rate: Defaults to `0.3` (the authors).
-        damping: Positive; its root is added to `A`, and is the least curvature that `H_g` learns. Defaults to `0.3` (the
-            authors, for losses that sum over the pixels of an image).
+        damping: Positive; its root is added to `A`, and is the least curvature that `H_g` learns. Defaults to `0.3`
+            (the authors, for losses that sum over the pixels of an image).
         momentum: Factor on the old `M`, in [0, 1). Defaults to `0.9` (the authors).
         beta: Largest weight of the old `A`, in [0, 1). Defaults to `0.9` (the authors).
         beta_pairs: Weight of the old `s` and `y` of `H_g`, in [0, 1). Defaults to `0.9` (the authors; 0 for full
@@ -146,8 +146,8 @@ class KBFGS(ByInputs):
                 groups.append([self._next_of_inputs(block, factors[i], of_inputs[i], a), H, s, y])
             return by_layer.whole_or_nan(groups)[0]
 
-        outputs = iter(self._of_outputs)
-        self.refresh([v for H_a in self._inverses for v in (H_a, next(outputs), next(outputs), next(outputs))], 1, compute)
+        triples = zip(*[iter(self._of_outputs)] * 3)
+        self.refresh([v for H_a, triple in zip(self._inverses, triples) for v in (H_a, *triple)], 1, compute)
 
     def _next_of_inputs(self, block, A, H, a):
         if block.has_indices:
@@ -165,6 +165,6 @@ class KBFGS(ByInputs):
 
     def _operator(self, of_inputs, of_slopes, like):
         operators = [KroneckerProduct(*pair) for pair in zip(of_inputs, of_slopes)]
-        scale = 1.0 / (1.0 + self._root)
-        others = {i: tf.fill(tuple(like[i].shape), trees.exactly(scale, trees.wide(like[i].dtype))) for i in self._others}
+        alike = {i: tf.ones(tuple(like[i].shape), trees.wide(like[i].dtype)) for i in self._others}
+        others = {i: ones / (1.0 + self._root) for i, ones in alike.items()}
         return BlockDiagonal(self._blocks, operators, others)

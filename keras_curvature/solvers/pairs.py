@@ -56,7 +56,7 @@ def dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
 
 
 def _towards(a, b, share, whole, least):
-    """`theta a + (1 - theta) b`, where `theta` makes `share` a `least` part of `whole`; `a` where it is that already."""
+    """`theta a + (1 - theta) b`, where `theta` makes `share` a `least` part of `whole`; `a` if it is that already."""
     short = share <= least * whole
     theta = tf.where(short, tf.math.divide_no_nan((1.0 - least) * whole, whole - share), tf.ones_like(share))
     return theta * a + (1.0 - theta) * b

@@ -1,7 +1,7 @@
 """Gradients of local losses: how the gradient of a layer's weights changes if its inputs and targets are held.
 
-Around the pre-activations `z_nt = W' a_nt` and their slopes `d_nt` a layer has the local loss of a squared error, or the
-matching loss of its activation `f`, which is increasing:
+Around the pre-activations `z_nt = W' a_nt` and their slopes `d_nt` a layer has the local loss of a squared error, or
+the matching loss of its activation `f`, which is increasing:
 
     squared     1/2 |W' a - (z - gamma d)|^2             matching     F(W' a) - (f(z) - gamma d)' W' a,     f = F'
 

@@ -1,0 +1,66 @@
+"""The formulas of `formulas.py` for methods that learn inverses from means, or take steps on losses of single layers."""
+
+import math
+
+from costs import Method, Work
+from matrices import STACKED, means, of_inputs, stacked
+
+import keras_curvature as kc
+
+
+def moments(model, replicas):
+    """The second moment of the inputs of each layer."""
+    return [[of_inputs(block) for block in model.blocks]]
+
+
+def kbfgs(optimizer, step):
+    """The means of a layer's inputs and slopes, in the call of the gradient, the second moments of its inputs; the
+    means again after the step. In the first steps the inverses.
+    """
+
+    def of(model, replicas):
+        return means(model, replicas) + moments(model, replicas) + means(model, replicas)
+
+    def inverted(model, replicas):
+        return [stacked([(of_inputs(block),) for block in model.blocks], replicas, STACKED)]
+
+    def kept(model):
+        of_slopes = sum(math.prod(b[:-2]) * (b[-1] ** 2 + 2 * b[-1]) for b in model.blocks)
+        return 2 * sum(map(of_inputs, model.blocks)) + len(model.blocks) + of_slopes
+
+    begin = Work(reductions=1, vectors=1, scalars=1, others=of, forward=2, backward=1, slopes=1)
+    return Method(
+        {"step": begin, "cond": Work(others=inverted)}, 1, 7, 2, {"cond": 0}, kept=kept, matrices=True, traffic=13,
+    )  # fmt: skip
+
+
+def mkor(optimizer, step):
+    """The means of a layer's inputs and slopes now and then, and two inverses for each layer."""
+
+    def kept(model):
+        return sum(math.prod(b[:-2]) * n * n for b in model.blocks for n in b[-2:])
+
+    return Method(
+        {"step": step, "cond": Work(others=means)}, 1, 5, 2, {"cond": 1 / optimizer.every}, kept=kept, matrices=True,
+        traffic=9,
+    )  # fmt: skip
+
+
+def locoprop(optimizer, step):
+    """Of layers without an increasing activation the second moments of the inputs; of the others, whose number a model
+    does not say here, the change of the gradient in each local step: of all but the last one.
+    """
+
+    def of(model, replicas):
+        return [[of_inputs(model.blocks[-1])]] if optimizer.loss == "matching" else moments(model, replicas)
+
+    def changes(model, replicas):
+        return [[math.prod(block) for block in model.blocks[:-1]]] if optimizer.loss == "matching" else []
+
+    return Method(
+        {"step": Work(**{**step.__dict__, "others": of}), "while": Work(others=changes)}, 2, 9, 3,
+        {"while": optimizer.steps}, matrices=True, traffic=8 + 8 * optimizer.steps,
+    )  # fmt: skip
+
+
+FORMULAS = {kc.KBFGS: kbfgs, kc.MKOR: mkor, kc.LocoProp: locoprop}
