@@ -1,4 +1,4 @@
-"""The formulas of `formulas.py` for methods that learn inverses from means, or take steps on losses of single layers."""
+"""The formulas of `formulas.py` for methods that learn inverses from means, or have a loss for each layer."""
 
 import math
 
@@ -47,18 +47,25 @@ def mkor(optimizer, step):
 
 
 def locoprop(optimizer, step):
-    """Of layers without an increasing activation the second moments of the inputs; of the others, whose number a model
-    does not say here, the change of the gradient in each local step: of all but the last one.
+    """Of layers with a squared loss the second moments of the inputs; of the others, in each local step, the change of
+    the gradient.
     """
 
+    def split(model):
+        matched = model.matched if optimizer.loss == "matching" else ()
+        matched = matched or (False,) * len(model.blocks)
+        return [[b for b, own in zip(model.blocks, matched) if own == side] for side in (False, True)]
+
     def of(model, replicas):
-        return [[of_inputs(model.blocks[-1])]] if optimizer.loss == "matching" else moments(model, replicas)
+        squared, _ = split(model)
+        return [[of_inputs(block) for block in squared]] if squared else []
 
     def changes(model, replicas):
-        return [[math.prod(block) for block in model.blocks[:-1]]] if optimizer.loss == "matching" else []
+        _, matching = split(model)
+        return [[math.prod(block) for block in matching]] if matching else []
 
     return Method(
-        {"step": Work(**{**step.__dict__, "others": of}), "while": Work(others=changes)}, 2, 9, 3,
+        {"step": Work(**{**step.__dict__, "others": of}), "while": Work(others=changes)}, 2, 6, 1,
         {"while": optimizer.steps}, matrices=True, traffic=8 + 8 * optimizer.steps,
     )  # fmt: skip
 
