@@ -147,6 +147,8 @@ OPTIMIZERS = {
     "tnt": Method(kc.TNT, {"learning_rate": 1e-3, "damping": 0.1, **LAZY},
         {"learning_rate": 0.05, "damping": 0.5}, steps=300),
     "singd": Method(kc.SINGD, {"learning_rate": 0.05, "damping": 0.1, "every": 2}, {**LONG, "damping": 0.3}),
+    "if_shampoo": Method(kc.IFShampoo, {"learning_rate": 0.01, "damping": 0.1, "every": 2},
+        {"learning_rate": 0.3, "damping": 1.0}, steps=300),
     "kbfgs": Method(kc.KBFGS, {"damping": 0.1, "warmup_steps": 2}, {"damping": 0.01, "momentum": 0.0}),
     "locoprop": Method(kc.LocoProp, {"steps": 3, "loss": "squared"}, {
         "learning_rate": keras.optimizers.schedules.ExponentialDecay(0.03, 10, 0.8), "gamma": 1.0, "steps": 5,

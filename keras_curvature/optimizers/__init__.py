@@ -14,6 +14,7 @@ from keras_curvature.optimizers.foof import FOOF as FOOF
 from keras_curvature.optimizers.gauss_newton import GaussNewton as GaussNewton
 from keras_curvature.optimizers.ggt import GGT as GGT
 from keras_curvature.optimizers.hessian_free import HessianFree as HessianFree
+from keras_curvature.optimizers.if_shampoo import IFShampoo as IFShampoo
 from keras_curvature.optimizers.kbfgs import KBFGS as KBFGS
 from keras_curvature.optimizers.kfac import KFAC as KFAC
 from keras_curvature.optimizers.kl_shampoo import KLShampoo as KLShampoo

@@ -44,13 +44,13 @@ class LocoProp(CurvatureOptimizer):
     and `v` begins at 0; there at 1.
 
     Args:
-        learning_rate: Of the local steps. Defaults to `1e-3` (the authors: `1e-5`, beside their momentum of 0.999).
+        learning_rate: Of the local steps. Defaults to `1e-4` (the authors: `1e-5`, beside their momentum of 0.999).
         gamma: Step of the targets along the slopes, positive. Defaults to `0.1` (the authors: 0.01).
         steps: Local steps in each step. Defaults to `10` (the authors).
         loss: `"matching"` or `"squared"`. The matching loss keeps the inputs of each layer for all examples, of
             convolutions all patches, and multiplies them twice in each local step. The squared loss needs their second
             moment alone. Defaults to `"matching"` (the authors' code).
-        momentum: Factor on the old `m`, in [0, 1). Defaults to `0.9` (the authors: 0.999).
+        momentum: Factor on the old `m`, in [0, 1). Defaults to `0.99` (the authors: 0.999).
         beta: Decay of `v`, in [0, 1). Defaults to `0.9` (the authors).
         epsilon: Positive. Defaults to `1e-7` (the authors).
         **kwargs: See `CurvatureOptimizer`.
@@ -69,8 +69,8 @@ class LocoProp(CurvatureOptimizer):
     reports = {"step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(
-        self, learning_rate: LearningRate = 1e-3, gamma: float = 0.1, steps: int = 10,
-        loss: Literal["matching", "squared"] = "matching", momentum: float = 0.9, beta: float = 0.9,
+        self, learning_rate: LearningRate = 1e-4, gamma: float = 0.1, steps: int = 10,
+        loss: Literal["matching", "squared"] = "matching", momentum: float = 0.99, beta: float = 0.9,
         epsilon: float = 1e-7, name: str = "locoprop", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
