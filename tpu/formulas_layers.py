@@ -1,11 +1,13 @@
 """The formulas of `formulas.py` for methods that learn inverses from means, or have a loss for each layer."""
 
+import collections
 import math
 
 from costs import Method, Work
 from matrices import STACKED, means, of_inputs, stacked
 
 import keras_curvature as kc
+from keras_curvature.operators.tiles import Tiles
 
 
 def moments(model, replicas):
@@ -70,4 +72,23 @@ def locoprop(optimizer, step):
     )  # fmt: skip
 
 
-FORMULAS = {kc.KBFGS: kbfgs, kc.MKOR: mkor, kc.LocoProp: locoprop}
+def if_shampoo(optimizer, step):
+    """A factor for each axis, and its momentum; those of one weight are one item of work."""
+
+    def of(model):
+        shapes = Tiles(list(model.shapes), optimizer.merge).shapes
+        found = [(shape, [n * n for n in shape if n <= optimizer.max_dimension]) for shape in shapes]
+        return [(shape, sizes) for shape, sizes in found if sizes]
+
+    def moved(model, replicas):
+        items = collections.Counter(shape for shape, _ in of(model))
+        sizes = dict(of(model))
+        return [[n for shape, count in items.items() for n in stacked([(*sizes[shape],) * 2] * count, replicas)]]
+
+    return Method(
+        {"step": step, "cond": Work(others=moved)}, 1, 10, turns={"cond": 1 / optimizer.every},
+        kept=lambda model: sum(2 * sum(sizes) + 1 for _, sizes in of(model)), matrices=True, traffic=9,
+    )  # fmt: skip
+
+
+FORMULAS = {kc.KBFGS: kbfgs, kc.MKOR: mkor, kc.LocoProp: locoprop, kc.IFShampoo: if_shampoo}

@@ -50,6 +50,7 @@ OPTIMIZERS = {
     "foof": (kc.FOOF, True),
     "newton_muon": (kc.NewtonMuon, True),
     "singd": (kc.SINGD, True),
+    "if_shampoo": (kc.IFShampoo, True),
     "kbfgs": (kc.KBFGS, True),
     "mkor": (kc.MKOR, True),
     "locoprop": (kc.LocoProp, True),

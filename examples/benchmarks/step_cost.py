@@ -88,6 +88,7 @@ OPTIMIZERS = {
     "SINGD": (lambda: kc.SINGD(every=10), True, 10),
     "SKFAC": (kc.SKFAC, True, 10),
     "TNT": (kc.TNT, True, 100),
+    "IFShampoo": (kc.IFShampoo, True, 10),
     "KBFGS": (kc.KBFGS, True, 10),
     "LocoProp": (kc.LocoProp, True, 10),
     "LocoProp, squared": (lambda: kc.LocoProp(loss="squared"), True, 10),
