@@ -40,7 +40,7 @@ class MKOR(CurvatureOptimizer):
     tokens count as pixels do: `b` is a mean over them.
 
     Args:
-        learning_rate: Multiple of `v` that is taken, of the size that SGD has. Defaults to `0.02`; a small network
+        learning_rate: Multiple of `v` that is taken, of the size that SGD has. Defaults to `0.03`; a small network
             with batch normalization diverged at 0.1.
         momentum: Factor on the last step, in [0, 1). Defaults to `0.9` (the authors).
         beta: Factor on the old inverses, in [0, 1). Defaults to `0.95` (the authors).
@@ -61,7 +61,7 @@ class MKOR(CurvatureOptimizer):
     reports = {"failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(
-        self, learning_rate: LearningRate = 0.02, momentum: float = 0.9, beta: float = 0.95, every: int = 10,
+        self, learning_rate: LearningRate = 0.03, momentum: float = 0.9, beta: float = 0.95, every: int = 10,
         name: str = "mkor", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
