@@ -68,6 +68,10 @@ SERIES, TWO_LOOP = NeumannSeries(steps=4, rate=0.1), NeumannSeries(steps=8, rate
 CG = {"solver": ConjugateGradient(max_steps=8)}
 # The 4x6 kernel's factor of 6x6 has rank 4, and a basis that rounding chooses: no matrix for an axis of 6.
 BY_AXIS = {"learning_rate": 0.01, "every": 2, "epsilon": 1e-3, "max_dimension": 5}
+LOCAL = {
+    "learning_rate": keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.7), "gamma": 1.0, "steps": 5,
+    "momentum": 0.0,
+}  # fmt: skip
 LAZY = {"factors_every": 1, "inverses_every": 2}
 
 OPTIMIZERS = {
@@ -154,6 +158,12 @@ OPTIMIZERS = {
     "tnt": Method(kc.TNT, {"learning_rate": 1e-3, "damping": 0.1, **LAZY},
         {"learning_rate": 0.05, "damping": 0.5}, steps=300),
     "singd": Method(kc.SINGD, {"learning_rate": 0.05, "damping": 0.1, "every": 2}, {**LONG, "damping": 0.3}),
+    "if_shampoo": Method(kc.IFShampoo, {"learning_rate": 0.01, "damping": 0.1, "every": 2},
+        {"learning_rate": 0.3, "damping": 1.0}, steps=300),
+    "kbfgs": Method(kc.KBFGS, {"damping": 0.1, "warmup_steps": 2}, {"damping": 0.01, "momentum": 0.0}),
+    "locoprop": Method(kc.LocoProp, {"steps": 3, "loss": "squared"}, LOCAL),
+    "locoprop_matching": Method(kc.LocoProp, {"steps": 3}, LOCAL),
+    "mkor": Method(kc.MKOR, {"every": 2}, {"learning_rate": 0.1}),
     "newton_muon": Method(kc.NewtonMuon, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
     "eva": Method(kc.Eva, {}, {"damping": 0.3, "kl_clip": None}),
     "lbfgs": Method(kc.LBFGS, family=True, amplifies=True),

@@ -16,6 +16,7 @@ from selection import some
 import keras_curvature as kc
 from keras_curvature import replicas
 from keras_curvature.callbacks import Checkpoint
+from keras_curvature.linearization.estimates.local_losses import matches
 from keras_curvature.linearization.layers import apart, ends, kronecker
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tpu"))
@@ -71,7 +72,8 @@ def expected(model, name, replicas):
     hidden, at_ends = kernels(model.trainable_variables, ends.ends_of_model(model))
     of = Model(
         "", BATCH, sum(sizes), len(sizes), (), shapes=shapes, blocks=tuple(tuple(block.shape) for block in blocks),
-        outside=tuple(sizes[i] for i in outside), hidden=hidden, ends=at_ends, outputs=model.output_shape[-1],
+        matched=tuple(map(matches, blocks)), outside=tuple(sizes[i] for i in outside), hidden=hidden,
+        ends=at_ends, outputs=model.output_shape[-1],
         apart=apart.mixing(model) is None,
     )  # fmt: skip
     return formula(model.optimizer, name not in PLAIN).tensors(of, replicas)
@@ -84,8 +86,8 @@ def counts_of_examples(optimizer):
         return 3 + getattr(optimizer, "geodesic", False)
     if isinstance(optimizer, kc.LiSSA):
         return 3  # the traces of two loops
-    if isinstance(optimizer, kc.SASSHA):
-        return 2  # at the weights and uphill
+    if isinstance(optimizer, (kc.SASSHA, kc.KBFGS)):
+        return 2  # at the weights and uphill, or after the step
     if isinstance(optimizer, kc.SKFAC):  # and for the rows of both factors of each layer that has them
         return 1 + 2 * sum(block.sharing == "reduce" for block in optimizer._blocks)
     return 2 if getattr(optimizer, "curvature_batch", None) else 1

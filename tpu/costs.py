@@ -35,6 +35,7 @@ class Model:
         shapes: Of the variables.
         blocks: Of the layers with Kronecker factors the shapes of the matrices, with a row for the bias: `(rows,
             columns)`, or `(groups, rows, columns)`.
+        matched: Whether these layers have an activation with a matching loss; see `LocoProp`.
         outside: Sizes of the variables outside of these layers.
         hidden, ends: Sizes of the kernels as matrices, between the ends of the model and at them.
         outputs: Numbers that it puts out for each example.
@@ -51,6 +52,7 @@ class Model:
     utilization: float = 0.4
     shapes: tuple = ()
     blocks: tuple = ()
+    matched: tuple = ()
     outside: tuple = ()
     hidden: tuple = ()
     ends: tuple = ()

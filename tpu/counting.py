@@ -24,6 +24,7 @@ from matrices import kernels
 from methods import LEFT_OUT, OPTIMIZERS
 
 import keras_curvature as kc
+from keras_curvature.linearization.estimates.local_losses import matches
 from keras_curvature.linearization.layers import ends, kronecker
 
 # Models to trace.
@@ -129,7 +130,8 @@ def weights_of(model):
     hidden, at_ends = kernels(model.trainable_variables, ends.ends_of_model(model))
     return {
         "weights": sum(map(math.prod, shapes)), "tensors": len(shapes), "shapes": shapes,
-        "blocks": [tuple(block.shape) for block in blocks], "outside": [math.prod(shapes[i]) for i in outside],
+        "blocks": [tuple(block.shape) for block in blocks], "matched": list(map(matches, blocks)),
+        "outside": [math.prod(shapes[i]) for i in outside],
         "hidden": hidden, "ends": at_ends, "outputs": math.prod(model.output_shape[1:]),
     }  # fmt: skip
 

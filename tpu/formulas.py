@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings, before it is imported
 
+import formulas_layers
 import formulas_newton
 import keras
 from costs import GRADIENT, LOSS, WITH_LOSS, Method, Work
@@ -361,6 +362,7 @@ FORMULAS = {
     kc.Muon: muon,
     kc.Scion: scion,
     kc.SPlus: splus,
+    **formulas_layers.FORMULAS,
     **formulas_newton.FORMULAS,
 }
 

@@ -14,11 +14,15 @@ from keras_curvature.optimizers.foof import FOOF as FOOF
 from keras_curvature.optimizers.gauss_newton import GaussNewton as GaussNewton
 from keras_curvature.optimizers.ggt import GGT as GGT
 from keras_curvature.optimizers.hessian_free import HessianFree as HessianFree
+from keras_curvature.optimizers.if_shampoo import IFShampoo as IFShampoo
+from keras_curvature.optimizers.kbfgs import KBFGS as KBFGS
 from keras_curvature.optimizers.kfac import KFAC as KFAC
 from keras_curvature.optimizers.kl_shampoo import KLShampoo as KLShampoo
 from keras_curvature.optimizers.lbfgs import LBFGS as LBFGS
 from keras_curvature.optimizers.lissa import LiSSA as LiSSA
+from keras_curvature.optimizers.locoprop import LocoProp as LocoProp
 from keras_curvature.optimizers.mfac import MFAC as MFAC
+from keras_curvature.optimizers.mkor import MKOR as MKOR
 from keras_curvature.optimizers.muon import Muon as Muon
 from keras_curvature.optimizers.natural_gradient import NaturalGradient as NaturalGradient
 from keras_curvature.optimizers.neumann import Neumann as Neumann

@@ -11,7 +11,7 @@ from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators.kronecker import from_left
 from keras_curvature.optimizers.base import CurvatureOptimizer
-from keras_curvature.optimizers.by_layer import STACKED, averaged, create, identity
+from keras_curvature.optimizers.by_layer import DECAY, STACKED, averaged, create, identity
 from keras_curvature.solvers import direct
 from keras_curvature.solvers.dealing import in_stacks
 from keras_curvature.typing import Vector
@@ -40,8 +40,12 @@ class ByInputs(CurvatureOptimizer):
         """`(A + damping I)^-1` for each block; `damping` is a function of the mean eigenvalue of `A`."""
         if not self._blocks:
             return []
-        factors = self._moments_of_inputs(lin, factors_every)
-        return self.refresh(self._inverses, inverses_every, lambda: _inverses(self._blocks, factors, damping))
+        factors = self.moments_of_inputs(lin, factors_every)
+        return self.refresh(self._inverses, inverses_every, lambda: self.inverted(factors, damping))
+
+    def inverted(self, factors: Vector, damping: Callable[[tf.Tensor], tf.Tensor]) -> Vector:
+        """`(A + damping I)^-1` for each `A`, computed now; `damping` is a function of the mean eigenvalue of `A`."""
+        return _inverses(self._blocks, factors, damping)
 
     def divided(self, vector: Vector, inverses: Vector) -> Vector:
         """The vector with each block multiplied by its inverse; tensors outside the blocks as they are."""
@@ -57,10 +61,12 @@ class ByInputs(CurvatureOptimizer):
         """The inverses of the last step."""
         return trees.values(self._inverses)
 
-    def _moments_of_inputs(self, lin, every):
+    def moments_of_inputs(self, lin: Linearization, every: int, decay: float = DECAY) -> Vector:
+        """The running average of `A` for each block."""
+
         def compute():
             counts = tf.identity(self._counts.value)
-            averages, fine = averaged(self._factors, input_second_moments(lin, self._blocks), counts)
+            averages, fine = averaged(self._factors, input_second_moments(lin, self._blocks), counts, decay)
             return [*averages, counts + tf.cast(fine, counts.dtype)]
 
         *values, _ = self.refresh([*self._factors, self._counts], every, compute)

@@ -88,15 +88,16 @@ def _matrix_shapes(block):
     return [shape for shape, kind in zip(block.factor_shapes, block.kinds) if kind == "matrix"]
 
 
-def averaged(old, new, counts):
+def averaged(old, new, counts, decay=DECAY):
     """`(averages, finite)`: the running averages after `new`, and whether each is finite.
 
     Args:
         old: The averages so far, a list of tensors.
         new: The new estimates, a list of tensors.
         counts: Number of estimates in each average of `old`, a vector.
+        decay: Largest weight of an old average.
     """
-    kept = tf.minimum(1.0 - 1.0 / (tf.cast(counts, tf.float64) + 1.0), DECAY)
+    kept = tf.minimum(1.0 - 1.0 / (tf.cast(counts, tf.float64) + 1.0), decay)
     # cast once for each dtype, not once for each factor
     shares = {d: [tf.unstack(tf.cast(part, d)) for part in (kept, 1.0 - kept)] for d in {n.dtype for n in new}}
     averages = []
@@ -104,6 +105,17 @@ def averaged(old, new, counts):
         of_old, of_new = shares[n.dtype]
         averages.append(of_old[i] * tf.cast(o, n.dtype) + of_new[i] * n)
     return averages, tf.stack([trees.has_finite_sum(average) for average in averages])
+
+
+def whole_or_nan(groups):
+    """`(tensors, fine)`: a group with a number that is not finite becomes NaN as a whole, for `refresh` to drop.
+
+    Args:
+        groups: Lists of tensors that belong together, such as the next state of a layer.
+    """
+    fine = [tf.reduce_all([trees.has_finite_sum(x) for x in group]) for group in groups]
+    found = [tf.where(good, x, tf.constant(float("nan"), x.dtype)) for good, group in zip(fine, groups) for x in group]
+    return found, fine
 
 
 def computed(function, blocks, factors, *more):

@@ -145,10 +145,8 @@ class SINGD(CurvatureOptimizer):
                 self._rule.moved_entries(f, *piece, start)
                 for f, piece, start in zip(diagonals, pieces, first[len(self._blocks) :])
             ]
-            # all of a block or nothing: what failed is handed on as NaN, for `refresh` to drop and to count
-            good = [tf.reduce_all([trees.has_finite_sum(x) for x in group]) for group in groups]
-            kept = [_or_nan(fine, x) for fine, group in zip(good, groups) for x in group]
-            return [*kept, counts + tf.cast(tf.stack(good), counts.dtype)]
+            kept, fine = by_layer.whole_or_nan(groups)
+            return [*kept, counts + tf.cast(tf.stack(fine), counts.dtype)]
 
         if not variables:
             return []
@@ -179,7 +177,3 @@ def _squared(K, C):
 
 def _transposed(X, W):
     return tf.linalg.matrix_transpose(X) if X.shape.rank == W.shape.rank else X
-
-
-def _or_nan(fine, x):
-    return tf.where(fine, x, tf.constant(float("nan"), x.dtype))

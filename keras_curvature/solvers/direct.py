@@ -96,6 +96,18 @@ def solve_rank_one(a, b, damping, W):
     return (W - along / (damping + squares) * a * b) / damping
 
 
+def after_rank_one(inverse, v):
+    """`(J^-1 + v v')^-1` of a symmetric positive definite `J`, by Sherman and Morrison, symmetric to the last bit.
+
+    Args:
+        inverse: `J`, `(d, d)`, or several of them `(..., d, d)`.
+        v: `(..., d)`.
+    """
+    Jv = tf.linalg.matvec(inverse, v)
+    scaled = Jv * tf.math.rsqrt(1.0 + tf.reduce_sum(v * Jv, -1, keepdims=True))
+    return inverse - scaled[..., :, tf.newaxis] * scaled[..., tf.newaxis, :]
+
+
 def solve_by_rows(rows, damping, W):
     """`(X'X + damping I)^-1 W` for the rows `X`, or for several of them; NaN where Cholesky fails.
 

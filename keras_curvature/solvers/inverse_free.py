@@ -1,4 +1,4 @@
-"""Factors of inverses that follow their matrices by products: `K K' ~ A^-1`, `C C' ~ G^-1`.
+"""Factors of inverses that follow their matrices by products: `K K' ~ A^-1`, `C C' ~ G^-1`, or one for each axis.
 
 A step of Riemannian gradient descent in `K`, in coordinates in which it is a step by `K M_K`; see `optimizers/singd.py`
 for the equations and the reference. All functions take stacks along one leading axis. A multiple of the identity, `K =
@@ -9,10 +9,12 @@ C = k I`, is a fixed point for multiples of the identity `A = a I`, `G = g I` if
 """
 
 import dataclasses
+import math
 
 import tensorflow as tf
 
 from keras_curvature import trees
+from keras_curvature.operators import axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class InverseFree:
             return self.alpha * M + 0.5 * _shifted(drift, lead, -1.0)
 
         M_K, M_C = change(M_K, H_K, S_K, H_C, S_C), change(M_C, H_C, S_C, H_K, S_K)
-        return self._step(K, M_K, lead), self._step(C, M_C, lead), M_K, M_C
+        return _step(K, M_K, self.rate, lead), _step(C, M_C, self.rate, lead), M_K, M_C
 
     def moved_entries(self, f, k, m, first):
         """The next `(k, m)` with `k^2 ~ 1 / (f + damping)`, each entry for itself; `first` is a scalar."""
@@ -65,11 +67,58 @@ class InverseFree:
         fitting = (_shifted(tf.zeros_like(X), lead, _like(x, X)) for x, X in ((k, K), (c, C)))
         return tuple(tf.where(_like(first, X), fit, X) for fit, X in zip(fitting, (K, C)))
 
-    def _step(self, K, M, lead):
-        # shorter than `rate` in the spectral norm: `I - rate M / |M|` stays invertible
-        size = tf.sqrt(tf.reduce_sum(tf.square(M), list(range(lead, M.shape.rank)), keepdims=True))
-        change = M * (self.rate / tf.maximum(size, 1.0))
-        return K - (K * change if _is_diagonal(K, lead) else tf.matmul(K, change))
+
+@dataclasses.dataclass(frozen=True)
+class InverseFreeAxes:
+    """One change of the factors of the axes of a tensor; see `optimizers/if_shampoo.py`.
+
+    All factors `k I` are a fixed point for a gradient whose squares have the mean `g`, if `k^(2 m) (g + damping) = 1`,
+    with `m` the number of factors.
+
+    Args:
+        damping, beta, rate: See `IFShampoo`.
+        longest: Longest axis with a factor.
+    """
+
+    damping: float
+    beta: float
+    rate: float
+    longest: int
+
+    def moved(self, T, K, M, first):
+        """The next `(K, M)`, lists with a matrix for each axis that has one, in order.
+
+        Args:
+            T: The gradient, or a stack of them.
+            K, M: The factors and their momenta.
+            first: Whether to begin at the multiples of the identity that fit, a scalar or one for each of a stack.
+        """
+        lead, damping = first.shape.rank, trees.exactly(self.damping, T.dtype)
+        own = T.shape[lead:]
+        square = tf.reduce_mean(tf.square(T), list(range(lead, T.shape.rank)))
+        k = tf.pow(square + damping, -0.5 / len(K))
+        K = [tf.where(_like(first, X), _shifted(tf.zeros_like(X), lead, _like(k, X)), X) for X in K]
+        places = [axis for axis, n in enumerate(own) if n <= self.longest]
+        along = [None] * len(own)
+        for axis, X in zip(places, K):
+            along[axis] = X
+        Z = axes.multiply_transposed(T, along, lead)
+        S = [_inner(X, lead) for X in K]
+        sizes = [_mean(X, lead) for X in S]
+        found = []
+        for i, (axis, X, m) in enumerate(zip(places, S, M)):
+            others = damping * math.prod([s for j, s in enumerate(sizes) if j != i], start=tf.ones_like(damping))
+            H = axes.second_moment(Z, axis, lead) * (own[axis] / math.prod(own))
+            drift = _shifted(H + _like(tf.broadcast_to(others, first.shape), X) * X, lead, -1.0)
+            found.append(self.beta * m + 0.5 * (1.0 - self.beta) * drift)
+        return [_step(X, m, self.rate, lead) for X, m in zip(K, found)], found
+
+
+def _step(K, M, rate, lead):
+    # shorter than `rate` in the spectral norm: `I - rate M / |M|` stays invertible
+    size = tf.sqrt(tf.reduce_sum(tf.square(M), list(range(lead, M.shape.rank)), keepdims=True))
+    change = M * (rate / tf.maximum(size, 1.0))
+    return K - (K * change if _is_diagonal(K, lead) else tf.matmul(K, change))
 
 
 def _is_diagonal(X, lead):

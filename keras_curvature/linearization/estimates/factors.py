@@ -114,13 +114,13 @@ def kronecker_means(lin, blocks: Sequence[Block]) -> list[Pair]:
             the model's.
     """
     require(lin, "kronecker_means", "layers")
+    return lin.with_gradient(lambda recorded: _means_in(recorded, blocks))
 
-    def local(recorded):
-        seen = Seen(recorded, blocks)
-        slopes = seen.slopes()
-        return [_means(block, seen, slopes(block)) for block in blocks]
 
-    return lin.with_gradient(local)
+def kronecker_means_alone(lin, blocks: Sequence[Block]) -> list[Pair]:
+    """As `kronecker_means`, for a point whose `gradient` is not needed: it is not summed over the replicas."""
+    require(lin, "kronecker_means_alone", "layers")
+    return lin.passes.total(lambda recorded: _means_in(recorded, blocks))
 
 
 def summed(lin, blocks, diagonal, fisher, seed, of_block):
@@ -189,6 +189,12 @@ def _exactly(block, seen, by_label):
     gradients = [tf.reduce_sum(inputs * joined(slopes, seen, block), 2) for slopes in by_label]
     A = tf.add_n([tf.matmul(g, g, transpose_a=True) for g in gradients])
     return A, seen.place.share(A.dtype) * tf.ones(block.factor_shapes[1], A.dtype)
+
+
+def _means_in(recorded, blocks):
+    seen = Seen(recorded, blocks)
+    slopes = seen.slopes()
+    return [_means(block, seen, slopes(block)) for block in blocks]
 
 
 def _means(block, seen, slopes):
