@@ -31,10 +31,7 @@ def changes(make, width, steps, scaled):
     """By how much the outputs of each layer change in three steps on three batches, root mean squares."""
     random = np.random.RandomState(1)
     x, y = random.randn(3, 16, 8), random.randn(3, 16, 4)
-    model, scales = (
-        network(width),
-        mup_scales(network(width), network(WIDTHS[0]), steps),
-    )
+    model, scales = (network(width), mup_scales(network(width), network(WIDTHS[0]), steps))
     if scaled:
         scales.initialize(model)
     optimizer = make(scales=scales.rates if scaled else None)
@@ -44,20 +41,14 @@ def changes(make, width, steps, scaled):
     def activations():
         found, a = [], x.reshape(-1, 8)
         for kernel, bias in zip(*[iter(model.get_weights())] * 2):
-            found.append(
-                np.tanh(a @ kernel + bias) if len(found) < 2 else a @ kernel + bias
-            )
+            found.append(np.tanh(a @ kernel + bias) if len(found) < 2 else a @ kernel + bias)
             a = found[-1]
         return found
 
     before = activations()
     for batch in zip(x, y):
-        optimizer.step(
-            Linearization(model, *map(tf.constant, batch), needs=optimizer.needs)
-        )
-    return np.array(
-        [np.sqrt(np.mean(np.square(a - b))) for a, b in zip(activations(), before)]
-    )
+        optimizer.step(Linearization(model, *map(tf.constant, batch), needs=optimizer.needs))
+    return np.array([np.sqrt(np.mean(np.square(a - b))) for a, b in zip(activations(), before)])
 
 
 class Descent(kc.CurvatureOptimizer):
@@ -76,22 +67,10 @@ CASES = {
     "sophia_g": (lambda **k: kc.SophiaG(1e-3, **k), "adam", 1.3),
     "shampoo_grafted": (lambda **k: kc.Shampoo(1e-3, every=1, **k), "adam", 1.3),
     "soap": (lambda **k: kc.SOAP(1e-3, every=1, **k), "adam", 2.0),
-    "shampoo": (
-        lambda **k: kc.Shampoo(1e-3, every=1, grafting=None, **k),
-        "spectral",
-        1.3,
-    ),
+    "shampoo": (lambda **k: kc.Shampoo(1e-3, every=1, grafting=None, **k), "spectral", 1.3),
     "muon": (lambda **k: kc.Muon(1e-3, scale="scion", adam_for=[], **k), "kfac", 1.3),
-    "foof": (
-        lambda **k: kc.FOOF(0.01, damping=1e-2, output_clip=None, **EVERY, **k),
-        "foof",
-        1.6,
-    ),
-    "kfac": (
-        lambda **k: kc.KFAC(0.01, damping=1e-8, kl_clip=None, **EVERY, **k),
-        "kfac",
-        2.0,
-    ),
+    "foof": (lambda **k: kc.FOOF(0.01, damping=1e-2, output_clip=None, **EVERY, **k), "foof", 1.6),
+    "kfac": (lambda **k: kc.KFAC(0.01, damping=1e-8, kl_clip=None, **EVERY, **k), "kfac", 2.0),
 }
 
 
@@ -104,9 +83,7 @@ def test_activations_move_alike_in_all_widths(name):
 
 
 @pytest.mark.usefixtures("in_float64")
-@pytest.mark.parametrize(
-    "name", some(["descent", "sophia_g", "soap", "shampoo"], ["descent"])
-)
+@pytest.mark.parametrize("name", some(["descent", "sophia_g", "soap", "shampoo"], ["descent"]))
 def test_without_scales_they_do_not(name):
     make, steps, _ = CASES[name]
     narrow, wide = (changes(make, width, steps, False) for width in WIDTHS)
@@ -128,19 +105,11 @@ def of_every_kind(width):
 def test_growth_of_every_kind_of_weight():
     model, base = of_every_kind(32), of_every_kind(8)
     inputs, outputs = (
-        [
-            round(np.log(rate) / np.log(4), 6)
-            for rate in mup_scales(model, base, steps).rates
-        ]
+        [round(np.log(rate) / np.log(4), 6) for rate in mup_scales(model, base, steps).rates]
         for steps in ("adam", "foof")
     )
-    names = [
-        v.path.split("/", 1)[1] if v.path.startswith("multi") else v.path
-        for v in model.trainable_variables
-    ]
-    kernels = [
-        v.name == "kernel" or "recurrent" in v.name for v in model.trainable_variables
-    ]
+    names = [v.path.split("/", 1)[1] if v.path.startswith("multi") else v.path for v in model.trainable_variables]
+    kernels = [v.name == "kernel" or "recurrent" in v.name for v in model.trainable_variables]
     depthwise = [name.startswith("depthwise") for name in names]
     last = len(names) - 2
     for i, name in enumerate(names):
@@ -156,9 +125,7 @@ def test_initial_weights():
     scales.initialize(model)
     for v, w in zip(model.trainable_variables, base.trainable_variables):
         size, of_base = (np.sqrt(np.mean(np.square(u.numpy()))) for u in (v, w))
-        hidden = v.name in ("kernel", "recurrent_kernel") and not v.path.startswith(
-            "depthwise"
-        )
+        hidden = v.name in ("kernel", "recurrent_kernel") and not v.path.startswith("depthwise")
         expected = of_base / (4 if v.shape[-1] == 3 else 2) if hidden else of_base
         np.testing.assert_allclose(size, expected, rtol=1e-5, err_msg=v.path)
 
@@ -183,9 +150,7 @@ def test_bad_arguments(arguments, message):
 def test_models_of_other_layers_are_refused():
     other = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(3, 2)])
     with pytest.raises(ValueError, match=r"of shape \(2, 2, 1, 3\) in `base`"):
-        mup_scales(
-            keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)]), other, "adam"
-        )
+        mup_scales(keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)]), other, "adam")
 
 
 # The argument `scales` of every optimizer.
@@ -196,18 +161,10 @@ def test_models_of_other_layers_are_refused():
 def test_each_step_is_scaled(accumulated):
     shapes, scales = [(4, 6), (5,)], [0.25, 3.0]
     start, gradients = random_gradients(shapes)
-    made = [
-        kc.KLShampoo(0.1, gradient_accumulation_steps=accumulated, **k)
-        for k in ({}, {"scales": scales})
-    ]
-    plain, scaled = (
-        np.diff(trajectory(optimizer, start, gradients, shapes), axis=0)
-        for optimizer in made
-    )
+    made = [kc.KLShampoo(0.1, gradient_accumulation_steps=accumulated, **k) for k in ({}, {"scales": scales})]
+    plain, scaled = (np.diff(trajectory(optimizer, start, gradients, shapes), axis=0) for optimizer in made)
     assert np.abs(plain).max() > 0
-    np.testing.assert_allclose(
-        scaled, plain * np.repeat(scales, [24, 5]), rtol=1e-9, atol=1e-15
-    )
+    np.testing.assert_allclose(scaled, plain * np.repeat(scales, [24, 5]), rtol=1e-9, atol=1e-15)
 
 
 def test_scales_are_checked_and_saved():
@@ -215,13 +172,9 @@ def test_scales_are_checked_and_saved():
     assert made.scales == [1.0, 2.0]
     assert "scales" not in kc.SOAP().get_config()
     for bad in (2.0, ["a"], [-1.0], [float("inf")]):
-        with pytest.raises(
-            ValueError, match="`SOAP`: `scales` must be a list of numbers"
-        ):
+        with pytest.raises(ValueError, match="`SOAP`: `scales` must be a list of numbers"):
             kc.SOAP(scales=bad)
-    with pytest.raises(
-        ValueError, match=r"each of the 1 trainable weights.*Received: 2 numbers"
-    ):
+    with pytest.raises(ValueError, match=r"each of the 1 trainable weights.*Received: 2 numbers"):
         made.build([keras.Variable([1.0])])
     with pytest.raises(ValueError, match="hyperball=True and `scales`"):
         kc.SOAP(scales=[1.0], hyperball=True)

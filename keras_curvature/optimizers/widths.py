@@ -30,13 +30,7 @@ from keras_curvature.component import check
 from keras_curvature.linearization.layers.ends import EMBEDDINGS, is_kernel
 from keras_curvature.operators.unfolding import Unfolding
 
-POWERS = {
-    "gradient": (1.0, 1.0),
-    "adam": (0.0, 1.0),
-    "spectral": (0.5, 0.5),
-    "foof": (1.0, 0.0),
-    "kfac": (0.0, 0.0),
-}
+POWERS = {"gradient": (1.0, 1.0), "adam": (0.0, 1.0), "spectral": (0.5, 0.5), "foof": (1.0, 0.0), "kfac": (0.0, 0.0)}
 EXPECTED = ", ".join(f'"{name}"' for name in POWERS)
 
 
@@ -54,9 +48,7 @@ class MupScales:
 
     def initialize(self, model: keras.Model) -> None:
         """Multiply the trainable weights of a model that was not trained yet by `initial`."""
-        for variable, factor in zip(
-            model.trainable_variables, self.initial, strict=True
-        ):
+        for variable, factor in zip(model.trainable_variables, self.initial, strict=True):
             variable.assign(factor * variable)
 
 
@@ -97,16 +89,8 @@ def mup_scales(model: keras.Model, base: keras.Model, steps: str) -> MupScales:
     """
     for name, value in (("model", model), ("base", base)):
         built = isinstance(value, keras.Model) and bool(value.trainable_variables)
-        check(
-            mup_scales,
-            name,
-            value,
-            built,
-            "a built `keras.Model` with trainable weights",
-        )
-    check(
-        mup_scales, "steps", steps, isinstance(steps, str) and steps in POWERS, EXPECTED
-    )
+        check(mup_scales, name, value, built, "a built `keras.Model` with trainable weights")
+    check(mup_scales, "steps", steps, isinstance(steps, str) and steps in POWERS, EXPECTED)
     wide, narrow = model.trainable_variables, base.trainable_variables
     if len(wide) != len(narrow):
         raise ValueError(
@@ -119,9 +103,7 @@ def mup_scales(model: keras.Model, base: keras.Model, steps: str) -> MupScales:
     growths = [_growth(v, w, id(v) in alone) for v, w in zip(wide, narrow)]
     p, q = POWERS[steps]
     rates = [outputs**p * inputs**-q for inputs, outputs in growths]
-    return MupScales(
-        rates, [_initial(v, w, *growth) for v, w, growth in zip(wide, narrow, growths)]
-    )
+    return MupScales(rates, [_initial(v, w, *growth) for v, w, growth in zip(wide, narrow, growths)])
 
 
 def _check_pair(variable, of_base):
@@ -137,13 +119,9 @@ def _without_inputs(model):
     """The ids of kernels whose rows are no sums over inputs: embeddings, and convolutions of single channels."""
     found = set()
     for layer in keras_internals.layers_of(model):
-        if isinstance(
-            layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
-        ):
+        if isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
             found |= {id(v) for v in layer.weights}
-        found |= {
-            id(v) for v in layer.weights if v.name in (EMBEDDINGS, "depthwise_kernel")
-        }
+        found |= {id(v) for v in layer.weights if v.name in (EMBEDDINGS, "depthwise_kernel")}
     return found
 
 
@@ -153,16 +131,11 @@ def _growth(variable, of_base, alone):
         return 1.0, math.prod(variable.shape) / math.prod(of_base.shape)
     if alone:  # of single inputs: an embedding's vocabulary is none
         return 1.0, math.prod(variable.shape[1:]) / math.prod(of_base.shape[1:])
-    (rows, columns), (base_rows, base_columns) = (
-        Unfolding(tuple(v.shape)).size for v in (variable, of_base)
-    )
+    (rows, columns), (base_rows, base_columns) = (Unfolding(tuple(v.shape)).size for v in (variable, of_base))
     return rows / base_rows, columns / base_columns
 
 
 def _initial(variable, of_base, inputs, outputs):
-    sizes = [
-        float(np.sqrt(np.mean(np.square(keras.ops.convert_to_numpy(v)))))
-        for v in (variable, of_base)
-    ]
+    sizes = [float(np.sqrt(np.mean(np.square(keras.ops.convert_to_numpy(v))))) for v in (variable, of_base)]
     power = 0.0 if inputs == 1.0 else 0.5 if outputs != 1.0 else 1.0
     return sizes[1] * inputs**-power / sizes[0] if all(sizes) else 1.0
