@@ -63,7 +63,7 @@ class Descent(kc.CurvatureOptimizer):
 # A method with its row of the table, and the most that its steps differ between the widths.
 EVERY = {"factors_every": 1, "inverses_every": 1}
 CASES = {
-    "descent": (lambda **k: Descent(0.01, **k), "gradient", 1.3),
+    "descent": (lambda **k: Descent(0.01, **k), "gradient", 1.5),
     "sophia_g": (lambda **k: kc.SophiaG(1e-3, **k), "adam", 1.3),
     "shampoo_grafted": (lambda **k: kc.Shampoo(1e-3, every=1, **k), "adam", 1.3),
     "soap": (lambda **k: kc.SOAP(1e-3, every=1, **k), "adam", 2.0),
