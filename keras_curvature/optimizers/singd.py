@@ -54,7 +54,8 @@ class SINGD(CurvatureOptimizer):
         structure: `"dense"` or `"diagonal"`. Defaults to `"dense"` (the authors).
         fisher: See `KFAC`. Defaults to `"empirical"` (the authors).
         sharing: See `KFAC`. Defaults to `"expand"` (the authors).
-        kl_clip: See `KFAC`. Defaults to `1e-3`.
+        kl_clip: See `KFAC`. Defaults to `1e-4`, with 1.04 to 1.38 of Adam's reduction of the loss in 150 steps on a dense
+            and a convolutional network with batches of 32 and 512; without a limit 0.01 on the convolutional one.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `kl_clip` (`nu`), `failed_refreshes` (factors that were not finite; the old ones are kept), `step_norm`,
@@ -74,7 +75,7 @@ class SINGD(CurvatureOptimizer):
     def __init__(
         self, learning_rate: LearningRate = 1e-3, damping: float = 1e-3, momentum: float = 0.9, alpha: float = 0.5,
         rate: float = 0.05, every: int = 10, traces: bool = True, structure: Literal["dense", "diagonal"] = "dense",
-        fisher: Fisher = "empirical", sharing: Sharing = "expand", kl_clip: float | None = 1e-3, name: str = "singd",
+        fisher: Fisher = "empirical", sharing: Sharing = "expand", kl_clip: float | None = 1e-4, name: str = "singd",
         **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
