@@ -54,8 +54,8 @@ class SINGD(CurvatureOptimizer):
         structure: `"dense"` or `"diagonal"`. Defaults to `"dense"` (the authors).
         fisher: See `KFAC`. Defaults to `"empirical"` (the authors).
         sharing: See `KFAC`. Defaults to `"expand"` (the authors).
-        kl_clip: See `KFAC`. Defaults to `1e-4`, with 1.04 to 1.38 of Adam's reduction of the loss in 150 steps on a dense
-            and a convolutional network with batches of 32 and 512; without a limit 0.01 on the convolutional one.
+        kl_clip: See `KFAC`. Defaults to `1e-4`, with 1.04 to 1.38 of Adam's reduction of the loss in 150 steps on a
+            dense and a convolutional network with batches of 32 and 512; without a limit 0.01 on the convolutional one.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `kl_clip` (`nu`), `failed_refreshes` (factors that were not finite; the old ones are kept), `step_norm`,
