@@ -10,6 +10,7 @@ from keras_curvature.monitor.report.reporting import report
 from keras_curvature.monitor.stability import stability
 from keras_curvature.operators import Identity, LinearOperator
 from keras_curvature.optimizers import *  # noqa: F403
+from keras_curvature.optimizers.widths import mup_scales
 from keras_curvature.solvers import (
     BinomialRoot,
     ConjugateGradient,
@@ -78,6 +79,7 @@ __all__ = [
     "curved",
     "landscape",
     "likelihoods",
+    "mup_scales",
     "operators",
     "problems",
     "report",

@@ -131,7 +131,7 @@ OPTIMIZERS = {
         kc.Muon.dion, {"learning_rate": 0.01, "part": kc.LowRankPart(2), "adam_for": []}, FALLING, steps=600
     ),
     "mfac": Method(kc.MFAC, {"learning_rate": 0.01, "window": 4, "damping": 1e-2}, {
-        "learning_rate": 0.3, "window": 4, "damping": 1.0,
+        "learning_rate": 0.3, "window": 4, "damping": 1.0, "kl_clip": None,
     }, steps=300),
     "ggt": Method(kc.GGT, {"learning_rate": 0.01, "window": 4}, FALLING, steps=600),
     "psgd_newton": Method(
@@ -153,11 +153,15 @@ OPTIMIZERS = {
     "kfac": Method(kc.KFAC, LAZY, family=True),
     "kfac_adaptive": Method(kc.KFAC.adaptive, {"damping": kc.LevenbergMarquardt(every=2), "inverses_every": 2}),
     "ekfac": Method(kc.EKFAC, LAZY),
-    "foof": Method(kc.FOOF, {"factors_every": 1, "inverses_every": 2}, {**LONG, "damping": 0.1}),
+    "foof": Method(kc.FOOF, {"factors_every": 1, "inverses_every": 2}, {
+        **LONG, "damping": 0.1, "output_clip": None,
+    }),
     "skfac": Method(kc.SKFAC, {}, {"learning_rate": 0.1}),
     "tnt": Method(kc.TNT, {"learning_rate": 1e-3, "damping": 0.1, **LAZY},
-        {"learning_rate": 0.05, "damping": 0.5}, steps=300),
-    "singd": Method(kc.SINGD, {"learning_rate": 0.05, "damping": 0.1, "every": 2}, {**LONG, "damping": 0.3}),
+        {"learning_rate": 0.05, "damping": 0.5, "kl_clip": None}, steps=300),
+    "singd": Method(kc.SINGD, {"learning_rate": 0.05, "damping": 0.1, "every": 2}, {
+        **LONG, "damping": 0.3, "kl_clip": None,
+    }),
     "if_shampoo": Method(kc.IFShampoo, {"learning_rate": 0.01, "damping": 0.1, "every": 2},
         {"learning_rate": 0.3, "damping": 1.0}, steps=300),
     "kbfgs": Method(kc.KBFGS, {"damping": 0.1, "warmup_steps": 2}, {"damping": 0.01, "momentum": 0.0}),

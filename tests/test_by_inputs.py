@@ -74,7 +74,7 @@ def test_second_moments_do_not_depend_on_the_slices():
 def test_a_whole_step_moves_the_outputs_along_their_own_gradients():
     random = np.random.default_rng(2)
     x, y = random.standard_normal((4, 6)), random.standard_normal((4, 3))  # fewer examples than inputs
-    optimizer = kc.FOOF(0.3, damping=1e-8, momentum=0.0)
+    optimizer = kc.FOOF(0.3, damping=1e-8, momentum=0.0, output_clip=None)
     model = made(dense(6, 3), optimizer, "mse")
     before = model(x).numpy()
     stepper(model, optimizer)(x, y)
@@ -85,7 +85,7 @@ def test_a_whole_step_moves_the_outputs_along_their_own_gradients():
 def test_trajectory_is_that_of_dense_arithmetic():
     random = np.random.default_rng(3)
     settings = {"damping": 0.2, "momentum": 0.8, "factors_every": 2, "inverses_every": 4}
-    optimizer = kc.FOOF(0.05, **settings)
+    optimizer = kc.FOOF(0.05, output_clip=None, **settings)
     model = made(dense(5, 4, 3), optimizer, "mse")
     step, M, moments, inverses, looks = stepper(model, optimizer), [0.0, 0.0], None, None, 0
     for t in range(11):
@@ -107,7 +107,7 @@ def test_trajectory_is_that_of_dense_arithmetic():
 
 
 def test_a_weight_of_no_known_layer_counts_as_one_with_an_input_of_one():
-    optimizer = kc.FOOF(0.1, damping=3.0, momentum=0.0)
+    optimizer = kc.FOOF(0.1, damping=3.0, momentum=0.0, output_clip=None)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.PReLU()])
     with pytest.warns(UserWarning, match="alpha.*divided by `1 \\+ damping`"):
         made(model, optimizer, "mse")

@@ -31,7 +31,7 @@ def changed(A, G, K, C, M_K, M_C, damping, alpha, rate, traces):
 @pytest.mark.parametrize("traces", [True, False])
 def test_steps_are_those_of_the_equations(traces):
     settings = {"damping": 0.1, "alpha": 0.5, "rate": 0.2, "traces": traces}
-    optimizer = kc.SINGD(0.3, momentum=0.5, every=2, fisher="exact", **settings)
+    optimizer = kc.SINGD(0.3, momentum=0.5, every=2, fisher="exact", kl_clip=None, **settings)
     model, x, y, a = single(optimizer, "softmax")
     step, v, state = stepper(model, optimizer), 0.0, None
     for t in range(6):

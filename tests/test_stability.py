@@ -282,9 +282,9 @@ BY_MODEL = {
     "kfac": (lambda: kc.KFAC(0.1, factors_every=3, inverses_every=3, kl_clip=None), ("_velocity",)),
     "ekfac": (lambda: kc.EKFAC(0.1, momentum=0.5, factors_every=3, inverses_every=3), ("_velocity",)),
     "eva": (lambda: kc.Eva(0.1), ("_velocity",)),
-    "foof": (lambda: kc.FOOF(0.1, damping=0.3, factors_every=3, inverses_every=3), ("_velocity",)),
-    "tnt": (lambda: kc.TNT(0.1, damping=0.5, factors_every=3, inverses_every=3), ("_m",)),
-    "singd": (lambda: kc.SINGD(0.1, damping=0.1, every=3), ("_velocity",)),
+    "foof": (lambda: kc.FOOF(0.1, damping=0.3, factors_every=3, inverses_every=3, output_clip=None), ("_velocity",)),
+    "tnt": (lambda: kc.TNT(0.1, damping=0.5, factors_every=3, inverses_every=3, kl_clip=None), ("_m",)),
+    "singd": (lambda: kc.SINGD(0.1, damping=0.1, every=3, kl_clip=None), ("_velocity",)),
     "if_shampoo": (lambda: kc.IFShampoo(0.1, damping=0.1, every=3), ("_velocity",)),
     "kbfgs": (lambda: kc.KBFGS(0.1, damping=0.1, warmup_steps=2), ("_m",)),
 }  # fmt: skip

@@ -229,7 +229,9 @@ class Runner:
         return {
             "batch": size, "scale": scale, "seed": seed,
             "losses": losses, "finite": fine, "validation": self._look(self.x_new, y_new, False),
-            "sharpness": self._sharpness(scale, y) if fine else None, "seconds": round(seconds, 2),
+            # none where it diverged: products at such weights may overflow
+            "sharpness": self._sharpness(scale, y) if fine and losses[-1] <= losses[0] else None,
+            "seconds": round(seconds, 2),
         }  # fmt: skip
 
     def _sharpness(self, scale, y):
@@ -302,7 +304,7 @@ def report(runs):
     yield ""
     yield "Medians over the runs, over Adam's: validation loss, sharpness; the highest loss seen, over the first"
     for name in METHODS:
-        mine = [r for r in runs if r["method"] == name and r.get("finite") and cell(r) in adam]
+        mine = [r for r in runs if r["method"] == name and r.get("sharpness") is not None and cell(r) in adam]
         if mine and name not in ITERATIVE:
             new = statistics.median(r["validation"] / adam[cell(r)]["validation"] for r in mine)
             sharp = statistics.median(r["sharpness"] / adam[cell(r)]["sharpness"] for r in mine)

@@ -145,7 +145,7 @@ def _step_of(optimizer, variables):
     name = type(optimizer).__name__
     if isinstance(optimizer, CurvatureOptimizer):
         if optimizer.wrappers:
-            return NotLinear(f"`{name}({optimizer.wrappers[0]}=True)` changes its steps: no limit is known.")
+            return NotLinear(f"`{name}` with `{optimizer.wrappers[0]}` changes its steps: no limit is known.")
         return optimizer.linear_step()
     owner = next(cls for cls in type(optimizer).__mro__ if "update_step" in vars(cls))
     if owner in OF_KERAS:

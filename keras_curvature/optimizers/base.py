@@ -44,6 +44,9 @@ class CurvatureOptimizer(Lifecycle):
         cautious_decay: Whether `weight_decay` shrinks only the weights that the step shrinks too. Defaults to `False`.
         hyperball: Whether each kernel keeps its norm, and its step has `learning_rate` times this norm for a length
             (`optimizers/hyperball.py`); it excludes `weight_decay`. Defaults to `False`.
+        scales: Factors on the steps of the single weights, a list of numbers in the order of
+            `model.trainable_variables`: a learning rate for each, such as those of `mup_scales`. A method's own checks
+            of its step see it without. `weight_decay` keeps `learning_rate`. Defaults to `None`.
         **kwargs: Keras' own: `weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
             ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, name`. On a method with a
             `direction` clipping applies to the step.

@@ -25,7 +25,13 @@ import keras
 from keras_curvature import replicas
 from keras_curvature.operators import LinearOperator
 
-KL_CLIPPED = "Where `kl_clip` makes a step shorter, the gauge is an upper bound."
+
+def clipped_by(name: str) -> str:
+    """What `stability` says of a method whose argument `name` makes some steps shorter."""
+    return f"Where `{name}` makes a step shorter, the gauge is an upper bound."
+
+
+KL_CLIPPED = clipped_by("kl_clip")
 
 
 @dataclasses.dataclass(frozen=True)

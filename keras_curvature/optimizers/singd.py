@@ -14,6 +14,7 @@ from keras_curvature.operators import Function
 from keras_curvature.operators.kronecker import BlockDiagonal, from_left, times
 from keras_curvature.optimizers import by_layer
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.clipping import clip_note, clipped, set_clip
 from keras_curvature.optimizers.limits import LinearStep, heavy_ball
 from keras_curvature.solvers.dealing import in_stacks
 from keras_curvature.solvers.inverse_free import InverseFree
@@ -27,7 +28,7 @@ class SINGD(CurvatureOptimizer):
         H_K = K'A K,  H_C = C'G C                                A, G: as in `KFAC`, of this batch, every so many steps
         M_K <- alpha M_K + 1/2 (tr(H_C)/d_C H_K + damping tr(C'C)/d_C K'K - I),    likewise M_C
         K <- K - rate K M_K / max(1, |M_K|)                                        likewise C
-        v <- momentum v - K K' dL/dW C C',    w <- w + learning_rate v
+        v <- momentum v - nu K K' dL/dW C C',    w <- w + learning_rate v               nu: the limit `kl_clip`
 
     There is no inverse, root or decomposition that could fail, whatever the rank of the factors. With `traces=False`
     the traces are 1, and `K K'` tends to `(A + damping I)^-1` (IKFAC). With `structure="diagonal"` `K` and `C` are
@@ -39,7 +40,8 @@ class SINGD(CurvatureOptimizer):
     as the multiples of the identity that fit the first batch (there: the identity, which takes thousands of steps to
     shrink); (2) a change is bounded by the Frobenius norm of `M`, always (there: by its largest entry, on request);
     (3) labels may be drawn from the model; (4) of the structures, dense and diagonal ones; (5) weight decay is Keras',
-    not part of `v`; (6) all state is kept in float32 at least.
+    not part of `v`; (6) all state is kept in float32 at least; (7) `kl_clip`, as of `KFAC`; `kl_clip=None` is the
+    authors' method, which stopped learning after some ten steps on a small convolutional network.
 
     Args:
         learning_rate: Multiple of `v` that is taken. Defaults to `1e-3` (the authors).
@@ -52,9 +54,12 @@ class SINGD(CurvatureOptimizer):
         structure: `"dense"` or `"diagonal"`. Defaults to `"dense"` (the authors).
         fisher: See `KFAC`. Defaults to `"empirical"` (the authors).
         sharing: See `KFAC`. Defaults to `"expand"` (the authors).
+        kl_clip: See `KFAC`. Defaults to `1e-4`, with 1.04 to 1.38 of Adam's reduction of the loss in 150 steps on a
+            dense and a convolutional network with batches of 32 and 512; without a limit 0.01 on the convolutional one.
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `failed_refreshes` (factors that were not finite; the old ones are kept), `step_norm`, `skipped_steps`.
+    Reports: `kl_clip` (`nu`), `failed_refreshes` (factors that were not finite; the old ones are kept), `step_norm`,
+        `skipped_steps`.
 
     Example:
 
@@ -65,16 +70,18 @@ class SINGD(CurvatureOptimizer):
     """
 
     needs = Needs(layers=True)
-    reports = {"failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
+    reports = {"kl_clip": "mean", "failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(
         self, learning_rate: LearningRate = 1e-3, damping: float = 1e-3, momentum: float = 0.9, alpha: float = 0.5,
         rate: float = 0.05, every: int = 10, traces: bool = True, structure: Literal["dense", "diagonal"] = "dense",
-        fisher: Fisher = "empirical", sharing: Sharing = "expand", name: str = "singd", **kwargs: Any,
+        fisher: Fisher = "empirical", sharing: Sharing = "expand", kl_clip: float | None = 1e-4, name: str = "singd",
+        **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.damping, self.momentum, self.alpha, self.rate, self.every = damping, momentum, alpha, rate, every
         self.traces, self.structure, self.fisher, self.sharing = traces, structure, fisher, sharing
+        set_clip(self, "kl_clip", kl_clip)
         self._rule = InverseFree(damping, alpha, rate, traces)
         check_number(self, "damping", damping, low=0, open_low=True)
         for argument, factor in (("momentum", momentum), ("alpha", alpha)):
@@ -112,16 +119,17 @@ class SINGD(CurvatureOptimizer):
     def direction(self, lin: Linearization) -> Vector:
         """The next `v`."""
         values = self._refreshed(lin)
-        natural = self._operator(values) @ lin.gradient
+        natural = clipped(self, "kl_clip", self._operator(values) @ lin.gradient, lin.gradient)
         step = trees.add(trees.scale(self.momentum, trees.values(self._velocity)), natural, -1.0)
         self.remember(self._velocity, step)
         return step
 
     def linear_step(self) -> LinearStep:
         """Heavy ball, times the factors of the last step."""
-        return LinearStep(
-            heavy_ball(self.momentum), lambda: self._operator(trees.values([*self._factors, *self._diagonals]))
-        )
+        def preconditioner():
+            return self._operator(trees.values([*self._factors, *self._diagonals]))
+
+        return LinearStep(heavy_ball(self.momentum), preconditioner, clip_note(self, "kl_clip"))
 
     def _operator(self, values):
         of_blocks = [values[4 * i : 4 * i + 2] for i in range(len(self._blocks))]

@@ -1,19 +1,20 @@
-"""What every optimizer takes as arguments and does to the finished step: the cautious mask and decay, the hyperball."""
+"""What every optimizer takes as arguments and does to the finished step: cautious mask and decay, hyperball, scales."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from keras_curvature import keras_internals, trees
-from keras_curvature.component import check
+from keras_curvature.component import check, is_number
 from keras_curvature.optimizers.cautious import agreeing, decaying
 from keras_curvature.optimizers.hyperball import on_spheres
 from keras_curvature.optimizers.state import SavedOptimizer
 from keras_curvature.typing import Config, LearningRate, Variables, Vector
 
 # The arguments; in this order they act.
-WRAPPERS = ("cautious", "cautious_decay", "hyperball")
+SWITCHES = ("cautious", "cautious_decay", "hyperball")
+WRAPPERS = (*SWITCHES, "scales")
 
 
 class WrappedOptimizer(SavedOptimizer):
@@ -21,10 +22,11 @@ class WrappedOptimizer(SavedOptimizer):
 
     def __init__(
         self, learning_rate: LearningRate, cautious: bool = False, cautious_decay: bool = False,
-        hyperball: bool = False, **kwargs: Any,
+        hyperball: bool = False, scales: Sequence[float] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate=learning_rate, **kwargs)
         self.cautious, self.cautious_decay, self.hyperball = cautious, cautious_decay, hyperball
+        self.scales = scales
 
     @property
     def wrappers(self) -> list[str]:
@@ -40,17 +42,36 @@ class WrappedOptimizer(SavedOptimizer):
             step = decaying(step, trees.values(self.trained), decays)
         if self.hyperball:
             step = on_spheres(step, self.trained, tf.convert_to_tensor(self.learning_rate))
+        if self.scales:
+            of_each = dict(zip(map(id, keras_internals.trained_by(self)), self.scales))
+            step = [trees.exactly(float(of_each[id(v)]), s.dtype) * s for s, v in zip(step, self.trained, strict=True)]
         return step
 
+    def build(self, variables: Variables) -> None:
+        """Keras', with a scale for each variable."""
+        if self.scales and len(self.scales) != len(variables):
+            raise ValueError(
+                f"`{type(self).__name__}`: `scales` must have a number for each of the {len(variables)} trainable "
+                f"weights, in the order of `model.trainable_variables`. Received: {len(self.scales)} numbers."
+            )
+        super().build(variables)
+
     def check_wrappers(self, steps_each_weight: bool) -> None:
-        """Refuse what is neither `True` nor `False`, and where no step is handed to Keras."""
-        for name in WRAPPERS:
+        """Refuse values of another kind, and where no step is handed to Keras."""
+        for name in SWITCHES:
             value = getattr(self, name)
             check(self, name, value, isinstance(value, bool), "True or False")
+        numbers = isinstance(self.scales, (list, tuple)) and all(is_number(c) and c >= 0 for c in self.scales)
+        check(self, "scales", self.scales, self.scales is None or numbers, "a list of numbers >= 0, or None")
         if self.wrappers and steps_each_weight:
             raise ValueError(
                 f"`{type(self).__name__}` steps each variable by itself, in `update_step`, so that nothing can change "
-                f"its step. Received: {self.wrappers[0]}=True. Leave it out."
+                f"its step. Received: {self.wrappers[0]}={getattr(self, self.wrappers[0])}. Leave it out."
+            )
+        if self.hyperball and self.scales:
+            raise ValueError(
+                f"`{type(self).__name__}`: `hyperball` gives each kernel's step its length, which `scales` would "
+                "change. Received: hyperball=True and `scales`. Leave one of them out."
             )
         if self.hyperball and self.weight_decay:
             raise ValueError(
@@ -65,4 +86,4 @@ class WrappedOptimizer(SavedOptimizer):
 
     def get_config(self) -> Config:
         """The config, with these arguments where they are set, so that earlier versions read the other files."""
-        return super().get_config() | dict.fromkeys(self.wrappers, True)
+        return super().get_config() | {name: getattr(self, name) for name in self.wrappers}
