@@ -55,5 +55,5 @@ def _scatter(variable, index, value):
     """Assign one row of this device's copy."""
     updates = tf.cast(value, variable.dtype)[None]
     tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=index[None], updates=updates)
-    if tf.executing_eagerly() or not keras_internals.is_compiled(slices.graph()):
+    if not slices.is_compiled():
         tf.raw_ops.DisableCopyOnRead(resource=variable.handle)
