@@ -8,7 +8,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from keras_curvature import keras_internals, replicas, trees
+from keras_curvature import replicas, trees
 from keras_curvature.linearization.pure import slices
 from keras_curvature.typing import Variables, Vector
 
