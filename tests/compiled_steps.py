@@ -1,12 +1,15 @@
 """Steps through a TPU's compiler, or on the CPU by JAX; a program of its own, because both set up the process.
 
-python tests/compiled_steps.py compile v5e:1x1 float32 neumann,kfac     # prints JSON, a record for each optimizer
-python tests/compiled_steps.py run 4 float32 neumann,kfac               # 4 replicas on the CPU against TensorFlow
+echo compile v5e:1x1 mixed_bfloat16 kfac | python tests/compiled_steps.py     # prints a record as JSON
+echo run 4 float32 kfac | python tests/compiled_steps.py                      # 4 replicas on the CPU against TensorFlow
+
+It answers one line after another, because its imports take longer than most steps.
 """
 
 import json
 import os
 import sys
+import traceback
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # tests run in several processes
@@ -96,16 +99,21 @@ def trained(name, replicas, steps=3):
     }  # fmt: skip
 
 
-def main(how, where, policy, names):
-    """Print `{name: record}`."""
+def answer(how, where, policy, name):
+    """The record of a step."""
     keras.mixed_precision.set_global_policy(policy)
-    if how == "compile":
-        chips = compiler.topology(where)
-        record = {name: compiled(name, chips) for name in names.split(",")}
-    else:
-        record = {name: trained(name, int(where)) for name in names.split(",")}
-    print(json.dumps(record))
+    return compiled(name, compiler.topology(where)) if how == "compile" else trained(name, int(where))
+
+
+def main():
+    """Print a record for each line of the standard input, or `{"error": the traceback}`."""
+    for line in sys.stdin:
+        try:
+            record = answer(*line.split())
+        except Exception:  # of any kind, for the test that asked
+            record = {"error": traceback.format_exc()}
+        print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -3,8 +3,10 @@
 Needs jax and libtpu (`pip install ".[tpu-check]"`), which the other tests do without.
 """
 
+import atexit
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -23,31 +25,43 @@ import methods  # isort: skip
 HERE = pathlib.Path(__file__).parent
 missing = [name for name in ("jax", "libtpu") if importlib.util.find_spec(name) is None]
 needs_compiler = pytest.mark.skipif(bool(missing), reason=f'no {" and no ".join(missing)}: pip install ".[tpu-check]"')
-FEW = ["sgd", "neumann", "kfac"]
+POLICIES = ["float32", "mixed_bfloat16"]
+FEW = [(name, "float32") for name in ("sgd", "neumann", "kfac")]
 NAMES = list(methods.OPTIMIZERS)
 FAMILIES = ["sgd", "neumann", "shampoo", "curveball", "hessian_free", "adahessian", "kfac"]
 
 
+def environment():
+    """The variables of a program of its own."""
+    paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": paths, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+
+
 def program(*arguments, timeout=3000):
     """The output of a program of its own."""
-    paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": paths, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
 @functools.cache
-def steps(how, where, policy, names):
-    """`{name: record}` of `compiled_steps.py`."""
-    done = program(HERE / "compiled_steps.py", how, where, policy, names)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def answering():
+    """A process of `compiled_steps.py` that answers all tests of this one."""
+    command = [sys.executable, str(HERE / "compiled_steps.py")]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=environment(), stdin=pipe, stdout=pipe, text=True)
+    atexit.register(process.kill)
+    return process
 
 
-def compiled(name, where, policy):
-    """The record of a step; the few are compiled together."""
-    few = name in FEW and (where, policy) == ("v5e:1x1", "float32")
-    return steps("compile", where, policy, ",".join(FEW) if few else name)[name]
+@functools.cache
+def step(how, where, policy, name):
+    """A record of `compiled_steps.py`."""
+    process = answering()
+    process.stdin.write(f"{how} {where} {policy} {name}\n")
+    process.stdin.flush()
+    record = json.loads(process.stdout.readline() or '{"error": "the process has ended"}')
+    assert "error" not in record, record["error"]
+    return record
 
 
 def assert_belongs_on_a_tpu(found, name):
@@ -57,9 +71,9 @@ def assert_belongs_on_a_tpu(found, name):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", some(NAMES, FEW))
-def test_a_step_compiles_for_a_chip(name):
-    found = compiled(name, "v5e:1x1", "float32")
+@pytest.mark.parametrize(("name", "policy"), some(list(itertools.product(NAMES, POLICIES)), FEW))
+def test_a_step_compiles_for_a_chip(name, policy):
+    found = step("compile", "v5e:1x1", policy, name)
     assert_belongs_on_a_tpu(found, name)
     assert found["collectives"] == []
     weights = found["model"]["weights"]
@@ -68,10 +82,10 @@ def test_a_step_compiles_for_a_chip(name):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_on_four_chips_reduces_as_the_formula_says(name, policy):
-    found = compiled(name, "v5e:2x2", policy)
+    found = step("compile", "v5e:2x2", policy, name)
     assert_belongs_on_a_tpu(found, name)
     formula, model = methods.formulas()[name], found["model"]
     given = {key: tuple(map(tuple, model[key])) for key in ("shapes", "blocks")}
@@ -91,7 +105,7 @@ def test_a_step_on_four_chips_reduces_as_the_formula_says(name, policy):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_compiles_for_a_slice_of_256_chips(name):
-    assert_belongs_on_a_tpu(compiled(name, "v5e:16x16", "float32"), name)
+    assert_belongs_on_a_tpu(step("compile", "v5e:16x16", "float32", name), name)
 
 
 @needs_compiler
@@ -99,7 +113,7 @@ def test_a_step_compiles_for_a_slice_of_256_chips(name):
 @pytest.mark.parametrize("replicas", [1, 4])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_program_moves_the_weights_as_tensorflow_does(name, replicas):
-    found = steps("run", str(replicas), "float32", name)[name]
+    found = step("run", replicas, "float32", name)
     assert found["replicas"] is True
     assert found["moved"] > 1e-4
     # iterations of conjugate gradients amplify rounding, on one replica of TensorFlow's as well
@@ -254,7 +268,8 @@ def compile_program():
     ("given", "message"),
     [
         (["--optimizer", "sophia"], "`--optimizer` must be one of sgd, adam"),
-        (["--model", "vgg"], "`--model` must be one of cnn, resnet50, transformer. Received: 'vgg'"),
+        (["--model", "vgg"], "`--model` must be one of cnn, resnet50, transformer, "),
+        (["--model", "vgg"], "cnn_32, autoencoder. Received: 'vgg'"),
         (["--per_replica_batch", "0"], "`--per_replica_batch` must be at least 1. Received: 0"),
         (["--topology", "v5x:2x2"], "`--topology` must be a kind and its chips"),
     ],

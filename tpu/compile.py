@@ -30,7 +30,8 @@ def arguments(argv=None):
     """The parsed command line, and the parser."""
     parser = argparse.ArgumentParser(description="A train step by a TPU's own compiler, without a TPU.")
     parser.add_argument("--topology", default="v5e:2x2", help="kind and chips: v5e:1x1, v5e:4x4, v4:2x2x1, v5p, v6e")
-    parser.add_argument("--model", default="cnn", help="cnn, resnet50 or transformer")
+    models = "cnn, cnn_32, mlp, autoencoder, resnet50, transformer, transformer_100m"
+    parser.add_argument("--model", default="cnn", help=models)
     parser.add_argument("--optimizer", default="neumann", help="names with commas, or all: " + ", ".join(OPTIMIZERS))
     parser.add_argument("--per_replica_batch", type=int, default=32, help="examples of a chip; default 32")
     parser.add_argument("--mixed_bfloat16", action="store_true", help="compute in bfloat16, keep weights in float32")

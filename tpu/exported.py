@@ -1,6 +1,6 @@
 """Train steps as programs for a machine that has JAX, a GPU and no TensorFlow: written here, timed and checked there.
 
-    python tpu/exported.py FOLDER --models cnn --optimizers sgd,neumann,curveball        # here: TensorFlow, jax
+    python tpu/exported.py FOLDER --models mlp,cnn_32 --optimizers sgd,neumann,curveball # here: TensorFlow, jax
     python tpu/run_exported.py FOLDER                                                    # there: jax, numpy
 
 A program is the train step of `fit` as XLA gets it, without dropout, whose masks TensorFlow draws otherwise than XLA.
@@ -9,6 +9,8 @@ steps of TensorFlow's, a few numbers of each tensor.
 """
 
 import argparse
+import base64
+import itertools
 import json
 import os
 import sys
@@ -70,17 +72,18 @@ def write(folder, network, optimizer, policy, examples):
     with open(name + ".json", "w") as file:
         json.dump(spec, file)
     with open(name + ".mlir.z", "wb") as file:
-        return file.write(zlib.compress(without_locations(step.text).encode(), 9))
+        return file.write(zlib.compress(without_locations(step.text).encode(), 9)) + os.path.getsize(name + ".json")
 
 
 def _captured(value, number):
-    """A captured value for the file: a weight that is drawn by its number, one number, or all of them."""
+    """A captured value for the file: a weight that is drawn by its number, one number, or all of them, packed."""
     if number is not None and value.ndim > 1:
         return {"drawn": number, "shape": list(value.shape), "dtype": value.dtype.name}
     first = value.ravel()[0].item() if value.size else 0
     if (value == first).all():
         return {"constant": first, "shape": list(value.shape), "dtype": value.dtype.name}
-    return {"values": value.tolist(), "shape": list(value.shape), "dtype": value.dtype.name}
+    packed = base64.b64encode(zlib.compress(value.tobytes(), 9)).decode()
+    return {"packed": packed, "shape": list(value.shape), "dtype": value.dtype.name}
 
 
 def without_locations(text):
@@ -99,19 +102,24 @@ def main(argv=None):
     """The program."""
     parser = argparse.ArgumentParser(description="Train steps as files for JAX.")
     parser.add_argument("folder", help="where to write; created")
-    parser.add_argument("--models", default="cnn", help="with commas: cnn, resnet50, transformer")
-    parser.add_argument("--optimizers", default="sgd,neumann,curveball", help="with commas, sgd among them")
+    models = "with commas: cnn, cnn_32, mlp, autoencoder, resnet50, transformer, transformer_100m"
+    parser.add_argument("--models", default="cnn", help=models)
+    parser.add_argument("--optimizers", default="sgd,neumann,curveball", help="with commas, sgd among them; or all")
     parser.add_argument("--policies", default="float32", help="float32,mixed_bfloat16")
     parser.add_argument("--examples", type=int, default=32, help="in the batch; default 32")
     args = parser.parse_args(argv)
     os.makedirs(args.folder, exist_ok=True)
-    total = 0
-    for network in args.models.split(","):
-        for policy in args.policies.split(","):
-            for optimizer in args.optimizers.split(","):
-                size = write(args.folder, network, optimizer, policy, args.examples)
-                total += size
-                print(f"{network} {optimizer} {policy}: {size / 1e6:.2f} MB", flush=True)
+    from methods import OPTIMIZERS
+
+    total, optimizers = 0, list(OPTIMIZERS) if args.optimizers == "all" else args.optimizers.split(",")
+    for network, policy, optimizer in itertools.product(args.models.split(","), args.policies.split(","), optimizers):
+        try:
+            size = write(args.folder, network, optimizer, policy, args.examples)
+        except ValueError as error:  # of an optimizer that does not take the model, such as a dense matrix too large
+            print(f"{network} {optimizer} {policy} is refused: {error}", flush=True)
+            continue
+        total += size
+        print(f"{network} {optimizer} {policy}: {size / 1e6:.2f} MB", flush=True)
     print(f"{total / 1e6:.1f} MB in {args.folder}")
     if total > LARGEST:
         print(f"more than {LARGEST / 1e6:.0f} MB: fewer optimizers, or smaller networks, travel more easily")

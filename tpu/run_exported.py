@@ -8,6 +8,7 @@ or run (another version of JAX, too little memory) gets a line that says so, and
 """
 
 import argparse
+import base64
 import glob
 import json
 import os
@@ -31,11 +32,13 @@ def drawn(number, shape):
 def batch(spec):
     """`(x, y)`."""
     random = np.random.default_rng(0)
-    (shape, kind), (of_labels, _) = spec["inputs"]
+    (shape, kind), (of_labels, kind_of_labels) = spec["inputs"]
     if kind.startswith("float"):
         x = random.standard_normal(shape).astype(kind)
     else:
         x = random.integers(0, 256 if kind == "uint8" else 1000, shape).astype(kind)
+    if kind_of_labels.startswith("float"):  # probabilities, such as the pixels of an autoencoder
+        return x, random.random(of_labels).astype(kind_of_labels)
     return x, random.integers(0, spec["classes"], of_labels).astype("int32")
 
 
@@ -51,7 +54,8 @@ def value_of(captured):
         return drawn(captured["drawn"], captured["shape"]).astype(captured["dtype"])
     if "constant" in captured:
         return np.full(captured["shape"], captured["constant"], captured["dtype"])
-    return np.array(captured["values"], captured["dtype"]).reshape(captured["shape"])
+    values = zlib.decompress(base64.b64decode(captured["packed"]))
+    return np.frombuffer(values, captured["dtype"]).reshape(captured["shape"])
 
 
 def load(text, device):

@@ -14,9 +14,11 @@ import sys
 from costs import WORD, Model, efficiency, time_of, transformer
 from formulas_newton import ITERATIONS
 from machines import MACHINES
-from methods import formulas
+from methods import DENSE, formulas
 
 METHODS = formulas()
+# without those whose matrix with a row for each weight fits no machine
+LARGE = {name: method for name, method in METHODS.items() if name not in DENSE}
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHOWN = (1, 16, 256, 4096)
@@ -72,7 +74,7 @@ def table_of_counts(model, found=None):
     yield ""
     more = f" {'traced':>8}  counted = formula" if found else ""
     yield f"{'':<30} {'collectives':>12} {'tensors':>8} {'MB':>9} {'forward = 1':>12} {'memory GB':>10}{more}"
-    for name, method in METHODS.items():
+    for name, method in LARGE.items():
         calls, tensors, numbers = method.collectives(model)
         line = f"{name:<30} {calls:>12.1f} {tensors:>8.0f} {WORD * numbers / 1e6:>9.1f}"
         line += f" {method.flops(model) / model.forward:>11.1f}{'+' if method.matrices else ' '}"
@@ -89,7 +91,7 @@ def table_of_times(model, machine):
     yield f"{model.name} on {machine.name}, ms per step on n replicas, and the share that is not communication"
     yield ""
     yield f"{'n':<30} {''.join(f'{n:>9}' for n in SHOWN)}  {f'share at {SHOWN[-1]}':>14} {'tensors unpacked':>17}"
-    for name, method in METHODS.items():
+    for name, method in LARGE.items():
         times = "".join(f"{1e3 * sum(time_of(method, model, machine, n)):>9.1f}" for n in SHOWN)
         shares = [efficiency(method, model, machine, SHOWN[-1], packed=packed) for packed in (True, False)]
         fits = "" if method.memory(model) <= machine.memory else "  does not fit"
@@ -101,7 +103,7 @@ def table_of_machines(model, replicas=1024):
     yield f"{model.name}, share of the time that is not communication on {replicas} replicas; -: does not fit"
     yield ""
     yield f"{'':<30} {''.join(f'{m.name:>9}' for m in MACHINES)}"
-    for name, method in METHODS.items():
+    for name, method in LARGE.items():
         fits = [method.memory(model) <= m.memory for m in MACHINES]
         shares = [f"{efficiency(method, model, m, replicas):.2f}" for m in MACHINES]
         yield f"{name:<30} {''.join(f'{s if fit else chr(45):>9}' for s, fit in zip(shares, fits))}"

@@ -1,11 +1,13 @@
 """The train step of `fit` as one replica's program for XLA: its text, what goes in, and which variables come out."""
 
 import dataclasses
+import functools
 import re
 import time
 
 import keras
 import models
+import numpy as np
 import tensorflow as tf
 from methods import OPTIMIZERS
 from one_replica import OneOfMany
@@ -53,7 +55,7 @@ def resnet50(examples):
 
 
 def transformer(examples, layers=4, width=512, heads=8, vocabulary=32000, length=128):
-    """A decoder of 29 million weights over 128 tokens; learned positions, a head of its own."""
+    """A decoder of 45 million weights over 128 tokens; learned positions, a head of its own."""
     tokens = keras.Input((length,), dtype="int32")
     positions = keras.layers.Embedding(length, width)(keras.ops.arange(length))
     x = keras.layers.Embedding(vocabulary, width)(tokens) + positions
@@ -66,7 +68,21 @@ def transformer(examples, layers=4, width=512, heads=8, vocabulary=32000, length
     return _classifier(keras.Model(tokens, logits), tf.zeros((examples, length), tf.int32))
 
 
-NETWORKS = {"cnn": cnn, "resnet50": resnet50, "transformer": transformer}
+def problem(name, examples):
+    """One of the package's test problems, such as those of `examples/benchmarks/step_cost.py`."""
+    found = kc.problems.get(name)
+    x, y = (np.asarray(array) for array in found.sample(examples))
+    kind = tf.int32 if np.issubdtype(y.dtype, np.integer) else tf.float32
+    return found.model(0), found.loss(), tf.zeros(x.shape), tf.zeros(y.shape, kind)
+
+
+NETWORKS = {
+    "cnn": cnn, "resnet50": resnet50, "transformer": transformer,
+    # 98 million weights
+    "transformer_100m": functools.partial(transformer, layers=12, width=768, heads=12, vocabulary=8192),
+    "mlp": functools.partial(problem, "mlp"), "cnn_32": functools.partial(problem, "cnn"),
+    "autoencoder": functools.partial(problem, "autoencoder"),
+}  # fmt: skip
 
 
 def _classifier(model, x):

@@ -11,6 +11,7 @@ from keras_curvature.component import check, check_count, check_number, register
 from keras_curvature.linearization.gradients import Gradients
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
+from keras_curvature.linearization.pure import slices
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import LinearStep, nesterov
 from keras_curvature.typing import LearningRate, Scalar, Tensors, Variables, Vector
@@ -88,9 +89,8 @@ class Neumann(CurvatureOptimizer):
         self.warmup_steps, self.reset_every, self.reset_growth = warmup_steps, reset_every, reset_growth
         check_number(self, "alpha", alpha, low=0)
         check_number(self, "beta", beta, low=0)
-        check_number(self, "gamma", gamma, low=0, high=1, open_high=True)
-        check_number(self, "mu_start", mu_start, low=0, high=1, open_high=True)
-        check_number(self, "mu_end", mu_end, low=0, high=1, open_high=True)
+        for key, given in (("gamma", gamma), ("mu_start", mu_start), ("mu_end", mu_end)):
+            check_number(self, key, given, low=0, high=1, open_high=True)
         check(self, "mu_end", mu_end, mu_end >= mu_start, f"at least `mu_start` ({mu_start})")
         check_count(self, "warmup_steps", warmup_steps, low=0)
         if reset_every is not None:
@@ -156,12 +156,13 @@ class Neumann(CurvatureOptimizer):
         note = "The forces `alpha` and `beta` towards and from the average of the weights are left out of the limit."
         return LinearStep(nesterov(float(self._mu(self._t))), note=note if self.alpha or self.beta else None)
 
-    # On a curved model.
-
     def shift(self) -> Vector:
         """`mu m`: from the stored weights to the displaced ones, where the gradient belongs."""
-        back = self._mu(self._t - 1) * (1.0 - tf.cast(self._displaced.value, tf.float64))
-        return trees.scale(back, trees.values(self._m))
+        return trees.scale(self._back(self._t), trees.values(self._m))
+
+    def _back(self, t):
+        """`mu` of the step before, if the stored weights are the solution; zero if they are the displaced ones."""
+        return self._mu(t - 1) * (1.0 - tf.cast(self._displaced.value, tf.float64))
 
     def step(self, linearization: Linearization | Gradients, overwriting: Tensors = ()) -> dict[str, tf.Tensor]:
         """One step; on a curved model the stored weights are the solution, on a plain one the displaced weights."""
@@ -169,28 +170,27 @@ class Neumann(CurvatureOptimizer):
         mu = self._mu(self._t)
         return {"mu": tf.cast(mu, tf.float32), **super().step(linearization, overwriting)}
 
-    # The update. Keras calls `_distributed_tf_update_step` once per step, outside the replicas, with the summed
-    # gradients; it calls `update_step` for each variable.
+    # Keras calls `_distributed_tf_update_step` once per step, with summed gradients, and `update_step` per variable.
 
     def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
-        t = self._t
-        # rarely: at the very first step, and on a plain model at the first of a further `fit`
-        first, stay = tf.equal(self.iterations, 0), self._stores_base
-        due = first if stay else tf.logical_or(first, tf.equal(self._displaced.value, 0.0))
-        tf.cond(due, lambda: self._begin(first, None if stay else self._mu(t - 1)), lambda: None)
+        t, first = self._t, tf.equal(self.iterations, 0)
+        if slices.is_compiled():
+            self._begin(t, first)  # XLA joins it with the update; a condition would copy weights and `v` in each step
+        else:  # rarely: at the very first step, and on a plain model at the first of a further `fit`
+            due = first if self._stores_base else first | tf.equal(self._displaced.value, 0.0)
+            tf.cond(due, lambda: self._begin(t, first), lambda: None)
         # in float64: rounding mu or its powers would show after some hundred steps
         self._mode = mode = self._scalars(t, tf.cast(learning_rate, tf.float64), [v for _, v in grads_and_vars])
         each_variable = super()._distributed_tf_update_step
 
-        def seed():
-            self._mode = {**mode, "seeding": True}
+        def advance(seeding=False):
+            self._mode = {**mode, "seeding": seeding}
             each_variable(distribution, grads_and_vars, learning_rate)
+
+        def seed():
+            advance(seeding=True)
             self._next_reset.assign_add(self._period.value)
             self._period.assign(self._period.value * self.reset_growth)
-
-        def advance():
-            self._mode = {**mode, "seeding": False}
-            each_variable(distribution, grads_and_vars, learning_rate)
 
         if self.reset_every is None:
             advance()
@@ -199,10 +199,10 @@ class Neumann(CurvatureOptimizer):
         self._displaced.assign(0.0 if self._stores_base else 1.0)
         self._mode = None  # tensors of the graph that was traced
 
-    def _begin(self, first, mu):
-        """Displace the weights by `mu m`, where `mu` is given; at the first step `v` begins at them."""
-        if mu is not None:
-            self._displace(mu)
+    def _begin(self, t, first):
+        """Displace the weights of a plain model, if they are the solution; at the first step `v` begins at them."""
+        if not self._stores_base:
+            self._displace(self._back(t))
         # here and not in `create_state`: an assignment made while Keras traces its first step is lost
         for v, w in zip(self._v, self.trained):
             v.assign(tf.where(first, trees.full_precision(tf.convert_to_tensor(w)), v.value))
@@ -210,7 +210,7 @@ class Neumann(CurvatureOptimizer):
     def _scalars(self, t, eta, variables):
         """The numbers that all variables share in this step."""
         warm = t < 1
-        back = self._mu(t - 1) * (1.0 - tf.cast(self._displaced.value, tf.float64)) if self._stores_base else None
+        back = self._back(t) if self._stores_base else None
         keep = tf.where(warm, tf.constant(1.0, tf.float64), self.gamma)
         mode = {"mu": self._mu(t), "eta": eta, "back": back, "keep": keep, "pull": None, "away": None}
         if self.alpha or self.beta:
