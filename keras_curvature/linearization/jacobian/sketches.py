@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from keras_curvature import replicas
+from keras_curvature import replicas, trees
 from keras_curvature.linearization.estimates.factors import drawn, key
 from keras_curvature.linearization.estimates.seen import joined
 from keras_curvature.linearization.jacobian.by_layers import Layer
@@ -118,4 +118,4 @@ class Sample:
     def _taken(self, x, indices, axis, of_shape):
         """Some entries along an axis, times the root of how many there are for each of them."""
         scale = (self.shape[of_shape] / indices.shape[0]) ** 0.5
-        return tf.gather(x, indices, axis=axis) * tf.cast(scale, x.dtype)
+        return tf.gather(x, indices, axis=axis) * trees.exactly(scale, x.dtype)
