@@ -52,6 +52,7 @@ OPTIMIZERS = {
     "singd": (kc.SINGD, True),
     "tnt": (kc.TNT, True),
     "skfac": (kc.SKFAC, True),
+    "seng": (kc.SENG, True),
     "kfac": (kc.KFAC, True),
     "kfac_adaptive": (kc.KFAC.adaptive, True),
     "ekfac": (kc.EKFAC, True),
