@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_curveball import made, stepper
+from test_curveball import made
 from test_skfac import batch, cross_entropy, network
 
 import keras_curvature as kc
@@ -15,6 +15,11 @@ from keras_curvature.linearization.needs import Needs
 
 float64 = pytest.mark.usefixtures("in_float64")
 without_factors = pytest.mark.filterwarnings("ignore:.*knows no Kronecker factors")
+
+
+def step(model, optimizer, x, y, micro_batches=1):
+    """One step, eagerly."""
+    optimizer.step(Linearization(model, x, y, needs=optimizer.needs, micro_batches=micro_batches))
 
 
 def flat(tensors):
@@ -58,7 +63,7 @@ def test_a_step_is_the_natural_gradient_of_each_layer(examples):
     model, optimizer = network(), SENG(0.5, damping=0.03)
     made(model, optimizer, cross_entropy())
     before = flat(model.trainable_variables)
-    stepper(model, optimizer)(x, y)
+    step(model, optimizer, x, y)
     found = flat(model.trainable_variables) - before
     np.testing.assert_allclose(found, 0.5 * flat(expected), rtol=1e-8, atol=1e-11)
 
@@ -68,12 +73,12 @@ def test_a_step_is_the_natural_gradient_of_each_layer(examples):
 def test_momentum_adds_up_and_a_smaller_last_batch_has_a_gram_of_its_own():
     model, optimizer = network(), SENG(0.1, damping=0.1, momentum=0.8)
     made(model, optimizer, cross_entropy())
-    step, v = stepper(model, optimizer), 0.0
+    v = 0.0
     for examples, seed in ((8, 0), (3, 1)):
         x, y = batch(examples, seed)
         v = 0.8 * v + flat(by_hand(model, x, y, cross_entropy(), 0.1))
         before = flat(model.trainable_variables)
-        step(x, y)
+        step(model, optimizer, x, y)
         np.testing.assert_allclose(flat(model.trainable_variables) - before, 0.1 * v, rtol=1e-7, atol=1e-11)
 
 
@@ -85,7 +90,7 @@ def test_sketches_that_leave_nothing_out_change_nothing():
     for largest in (None, 0):
         model, optimizer = network(), SENG(0.5, damping=0.03, columns=99, rank=9, largest=largest)
         made(model, optimizer, cross_entropy())
-        stepper(model, optimizer)(x, y)
+        step(model, optimizer, x, y)
         found.append(flat(model.trainable_variables))
     np.testing.assert_allclose(*found, rtol=1e-8, atol=1e-10)
 
@@ -132,13 +137,13 @@ def test_a_sampled_step_solves_the_sketched_least_squares():
     g = U.sum(0) / np.sqrt(5)
     b = np.linalg.solve(U @ W.T @ W @ U.T + damping * np.eye(5), U @ W.T @ W @ g)
     before = flat(model.trainable_variables)
-    stepper(model, optimizer)(x, y)
+    step(model, optimizer, x, y)
     found = flat(model.trainable_variables) - before
     np.testing.assert_allclose(found, -(g - U.T @ b) / damping, rtol=1e-9, atol=1e-12)
 
-    grams = [by_layers.gram(sketches.Sample.drawn(layer, 4, i).of_layer(layer))[:, 0, :, 0] for i in range(2000)]
+    grams = [by_layers.gram(sketches.Sample.drawn(layer, 4, i).of_layer(layer))[:, 0, :, 0] for i in range(300)]
     exact = U @ U.T
-    assert np.abs(np.mean(grams, 0) - exact).max() < 0.1 * np.abs(exact).max()
+    assert np.abs(np.mean(grams, 0) - exact).max() < 0.2 * np.abs(exact).max()
 
 
 @float64
@@ -151,7 +156,7 @@ def test_steps_do_not_depend_on_the_slices():
         model = curved(network(), micro_batches=micro_batches)
         model.compile(optimizer, loss=cross_entropy())
         optimizer.meet(model)
-        optimizer.step(Linearization(model, x, y, micro_batches=micro_batches))
+        step(model, optimizer, x, y, micro_batches)
         found.append(flat(model.get_weights()))
     np.testing.assert_allclose(*found, rtol=1e-9, atol=1e-12)
 

@@ -98,7 +98,9 @@ class Sample:
         def some(n, salt):
             if n <= count:
                 return None
-            return tf.random.experimental.stateless_shuffle(tf.range(n), [tf.cast(seed, tf.int32), salt])[:count]
+            # integers: with and without XLA the same, and XLA has no shuffle
+            seeds = tf.stack([tf.cast(seed, tf.int32), salt])
+            return tf.argsort(tf.random.stateless_uniform([n], seeds, None, None, tf.int32))[:count]
 
         d_in, d_out = layer.block.shape[-2:]
         return cls(None if layer.block.has_indices else some(d_in, 0), some(d_out, 1), layer.block.shape)
