@@ -153,7 +153,8 @@ def mnist_network(seed=0):
 def mnist(train, test, epochs, batch_size=2000):
     """Test accuracies after each epoch, and the seconds until then; the first step is not counted."""
     model, (x, y) = curved(mnist_network()), train
-    optimizer = NaturalGradient(0.4, solver="weights", damping=LevenbergMarquardt.martens(initial=0.1))
+    falling = keras.optimizers.schedules.CosineDecay(0.5, -(-len(x) // batch_size) * epochs)
+    optimizer = NaturalGradient(falling, solver="weights", damping=LevenbergMarquardt.martens(initial=0.1))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
     model.train_on_batch(x[:batch_size], y[:batch_size])  # traces
