@@ -122,6 +122,8 @@ def _with(array):
 
 def _repeated(targets, rows):
     """The targets of a batch, from the first again as often as there are `rows`."""
+    if targets is None:
+        return None
     count = tf.shape(targets, tf.int64)[0]
     if targets.shape[0] is None:  # a replica may have none
         targets = tf.pad(targets, [(0, 1), *[(0, 0)] * (targets.shape.rank - 1)])

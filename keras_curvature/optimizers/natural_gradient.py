@@ -50,14 +50,14 @@ class NaturalGradient(CurvatureOptimizer):
             Defaults to `"auto"`.
         curvature_batch: The part of the batch that the Fisher matrix is of, or of `metric_data`: a share in (0, 1] or a
             number of examples. Defaults to `None`, all of it.
+        decay: Share of the old matrix in a running average of Fisher matrices, in [0, 1), for small models: it keeps a
+            matrix `(n, n)`. Defaults to `0.0`, none.
+        memory: The most bytes that rows may take. Defaults to `2**31`.
         metric_data: Other inputs that the Fisher matrix is of, with labels drawn from the model: an array, or a list or
             dictionary of arrays as the model takes them. With `curvature_batch` each step takes the next of them, in
             turn. They are kept and saved with the optimizer's state; a config has their shapes alone. Targets have the
             shape, and sequences the padding, of the batch. For losses that are means over the examples. Defaults to
             `None`, the inputs of the batch.
-        decay: Share of the old matrix in a running average of Fisher matrices, in [0, 1), for small models: it keeps a
-            matrix `(n, n)`. Defaults to `0.0`, none.
-        memory: The most bytes that rows may take. Defaults to `2**31`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `reduction_ratio`, `cg_iterations` (0 without conjugate gradients), `step_norm`,
@@ -86,7 +86,7 @@ class NaturalGradient(CurvatureOptimizer):
         self, learning_rate: LearningRate = 1.0, fisher: Fisher = "sampled",
         damping: float | Damping = LevenbergMarquardt.martens(initial=1.0),
         solver: Literal["auto", "rows", "weights", "qr", "svd"] | ConjugateGradient = "auto",
-        curvature_batch: float | None = None, metric_data: Any = None, decay: float = 0.0, memory: int = 2**31,
+        curvature_batch: float | None = None, decay: float = 0.0, memory: int = 2**31, metric_data: Any = None,
         name: str = "natural_gradient", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
