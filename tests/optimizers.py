@@ -157,6 +157,11 @@ OPTIMIZERS = {
         **LONG, "damping": 0.1, "output_clip": None,
     }),
     "skfac": Method(kc.SKFAC, {}, {"learning_rate": 0.1}),
+    "seng": Method(kc.SENG, {"damping": 0.1}, {"learning_rate": 0.1, "damping": 0.1}, steps=300),
+    "seng_sketched": Method(
+        kc.SENG, {"damping": 0.1, "rank": 2, "columns": 3, "largest": 0}, {"learning_rate": 0.1, "columns": 5},
+        steps=300,
+    ),
     "tnt": Method(kc.TNT, {"learning_rate": 1e-3, "damping": 0.1, **LAZY},
         {"learning_rate": 0.05, "damping": 0.5, "kl_clip": None}, steps=300),
     "singd": Method(kc.SINGD, {"learning_rate": 0.05, "damping": 0.1, "every": 2}, {

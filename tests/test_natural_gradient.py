@@ -144,3 +144,75 @@ def test_it_trains_a_classifier_faster_than_its_gradient():
 def test_bad_arguments_fail_at_construction(make, expected):
     with pytest.raises(ValueError, match=expected):
         make()
+
+
+# The metric from other data.
+
+
+def regression(x, optimizer, **kwargs):
+    """A curved network compiled with squares, in float64."""
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((3,)), keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(2)]
+    model = kc.curved(keras.Sequential(layers))
+    model.compile(optimizer, loss="mse", **kwargs)
+    random = np.random.default_rng(0)
+    return model, (random.standard_normal((5, 3)), random.standard_normal((5, 2)))
+
+
+def expected_with_metric_of(x, model, batch, damping):
+    """`-(F + lambda I)^-1 g` with the Gauss-Newton matrix on other inputs, of the mean squared error."""
+    lin = Linearization(model, *batch)
+    J = [[] for _ in range(len(x) * 2)]
+    for i in range(len(x)):
+        for k in range(2):
+            with tf.GradientTape() as tape:
+                z = model(x[i : i + 1])[0, k]
+            J[2 * i + k] = flat(tape.gradient(z, [v.value for v in model.trainable_variables]))
+    F = np.stack(J).T @ np.stack(J) * 2 / (2 * len(x))
+    return -np.linalg.solve(F + damping * np.eye(len(F)), flat(lin.gradient))
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_the_metric_of_other_inputs_in_turn(jit_compile):
+    with float64():
+        x = np.random.default_rng(1).standard_normal((6, 3))
+        optimizer = NaturalGradient(0.5, fisher="exact", damping=0.1, metric_data=x, curvature_batch=4)
+        model, batch = regression(x, optimizer, jit_compile=jit_compile)
+        for chosen in ([0, 1, 2, 3], [4, 5, 0, 1], [2, 3, 4, 5]):
+            expected = 0.5 * expected_with_metric_of(x[chosen], model, batch, 0.1)
+            before = flat(model.trainable_variables)
+            model.fit(*batch, batch_size=5, verbose=0)
+            np.testing.assert_allclose(flat(model.trainable_variables) - before, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_inputs_of_the_metric_are_saved_with_the_state(tmp_path):
+    x = np.random.default_rng(1).standard_normal((6, 3)).astype("float32")
+    optimizer = NaturalGradient(metric_data={"a": x, "b": np.arange(6, dtype="uint8")}, curvature_batch=0.5)
+    a, b = keras.Input((3,), name="a"), keras.Input((), name="b", dtype="uint8")
+    outputs = keras.layers.Dense(2)(keras.layers.concatenate([a, keras.layers.Embedding(6, 2)(b)]))
+    model = kc.curved(keras.Model({"a": a, "b": b}, outputs))
+    model.compile(optimizer, loss="mse")
+    batch = {"a": x[:4] + 1.0, "b": np.arange(4, dtype="uint8")}, np.ones((4, 2), "float32")
+    model.train_on_batch(*batch)
+    model.save(tmp_path / "model.keras")
+    loaded = kc.curved(keras.models.load_model(tmp_path / "model.keras"))
+    for each in (model, loaded):
+        each.train_on_batch(*batch)
+    for ours, theirs in zip(model.get_weights(), loaded.get_weights()):
+        np.testing.assert_array_equal(ours, theirs)
+    loaded.compile(NaturalGradient.from_config(optimizer.get_config()), loss="mse")
+    with pytest.raises(ValueError, match=r"has the shapes of `metric_data` alone: \[\[6, 3\], \[6\]\]"):
+        loaded.train_on_batch(*batch)
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    ({"metric_data": "data"}, "`metric_data` must be an array, .* Received: metric_data=\\['str "),
+    ({"metric_data": []}, "`metric_data` must be"),
+    ({"metric_data": [np.ones((3, 2)), np.ones((4, 2))]}, "`metric_data` must be"),
+    ({"metric_data": np.array(["a", "b"])}, "`metric_data` must be"),
+    ({"metric_data": np.ones((3, 2)), "fisher": "empirical"}, "`metric_data`, which has no labels"),
+    ({"metric_data": np.ones((3, 2)), "curvature_batch": 4}, "at most the 3 examples of `metric_data`"),
+])  # fmt: skip
+def test_metric_data_that_cannot_work_is_refused(arguments, expected):
+    with pytest.raises(ValueError, match=expected):
+        NaturalGradient(**arguments)

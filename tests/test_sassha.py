@@ -61,7 +61,7 @@ def test_the_point_uphill_sees_the_masks_of_the_step():
         lin = Linearization(model, random.standard_normal((4, 6)), random.standard_normal((4, 2)))
         still = [tf.zeros_like(w) for w in lin.weights]
         there = lin.again(shift=still)
-        assert float(lin.loss) == float(there.loss) != float(model.evaluate(*lin._batch[:2], verbose=0))
+        assert float(lin.loss) == float(there.loss) != float(model.evaluate(*lin.batch[:2], verbose=0))
         for a, b in zip(lin.gradient, there.gradient):
             np.testing.assert_allclose(a, b, rtol=1e-14)
         step = [0.1 * g for g in lin.gradient]

@@ -122,8 +122,15 @@ def gauss_newton(optimizer, step):
 def of_layers(model, replicas, rows):
     """The inputs and the slopes of each layer at one position, `rows` slopes for each example."""
     examples = replicas * model.examples
-    return [[size] for _, d_in, d_out in ((0, *block[-2:]) for block in model.blocks)
-            for size in (examples * d_in, examples * rows * d_out)]  # fmt: skip
+    layers = [(math.prod(groups), d_in, d_out) for *groups, d_in, d_out in model.blocks]
+    return [[size] for groups, d_in, d_out in layers
+            for size in (examples * groups * d_in, examples * groups * rows * d_out)]  # fmt: skip
+
+
+def seng(optimizer, step):
+    """A backward pass for the slopes of all examples; replicas gather these and the inputs."""
+    rows = Work(**{**step.__dict__, "slopes": step.slopes + 1, "others": lambda *at: of_layers(*at, 1)})
+    return Method({"step": rows}, 1, 3, matrices=True, traffic=9)
 
 
 def natural_gradient(optimizer, step):
@@ -180,6 +187,7 @@ FORMULAS = {
     kc.Newton: newton,
     kc.GaussNewton: gauss_newton,
     kc.NaturalGradient: natural_gradient,
+    kc.SENG: seng,
     kc.LiSSA: lissa,
     kc.LBFGS: quasi_newton,
     kc.BFGS: quasi_newton,

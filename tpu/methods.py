@@ -56,6 +56,7 @@ OPTIMIZERS = {
     "locoprop": (kc.LocoProp, True),
     "tnt": (kc.TNT, True),
     "skfac": (kc.SKFAC, True),
+    "seng": (kc.SENG, True),
     "kfac": (kc.KFAC, True),
     "kfac_adaptive": (kc.KFAC.adaptive, True),
     "ekfac": (kc.EKFAC, True),

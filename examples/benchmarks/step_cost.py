@@ -91,6 +91,7 @@ OPTIMIZERS = {
     "FOOF": (lambda: kc.FOOF(factors_every=10, inverses_every=100), True, 100),
     "SINGD": (lambda: kc.SINGD(every=10), True, 10),
     "SKFAC": (kc.SKFAC, True, 10),
+    "SENG": (kc.SENG, True, 10),
     "TNT": (kc.TNT, True, 100),
     "IFShampoo": (kc.IFShampoo, True, 10),
     "KBFGS": (kc.KBFGS, True, 10),

@@ -65,7 +65,7 @@ class Linearization:
             `functional.seeds(model.non_trainable_variables)`. Defaults to the seeds that the layers have.
 
     Attributes:
-        variables: The model's trainable variables.
+        variables, batch: The model's trainable variables, and `(x, y, sample_weight)`.
         examples: Number of examples in the whole batch, of all replicas, an integer or tensor.
         passes: The recorded forward pass of each slice, `Passes`.
 
@@ -98,9 +98,9 @@ class Linearization:
         check(Linearization, "training", training, isinstance(training, bool), "True or False")
         build_for(model, x, y, sample_weight)
         self.model, self.variables, self.needs = model, list(model.trainable_variables), needs
-        self.loss_scale, self._reached, self._batch = loss_scale, None, (x, y, sample_weight)
+        self.loss_scale, self._reached, self.batch = loss_scale, None, (x, y, sample_weight)
         self._how = {"shift": shift, "micro_batches": micro_batches, "training": training, "seeds": seeds}
-        self._on_replicas = OnReplicas(model, self._batch, part=part, **self._how)
+        self._on_replicas = OnReplicas(model, self.batch, part=part, **self._how)
         # `cached_property` holds a lock while it computes: the threads of replicas would wait for each other
         self.examples, self._known, self._graph = self._on_replicas.examples, {}, slices.graph()
 
@@ -224,9 +224,9 @@ class Linearization:
         return self.again(part=(size, index))
 
     def again(self, **changes: Any) -> "Linearization":
-        """The linearization of the same batch with other arguments: `lin.again(shift=step)` is that at `w + step`."""
+        """The same with other arguments, or on another `batch=(x, y, sample_weight)`: `lin.again(shift=step)`."""
         how: dict[str, Any] = {"needs": self.needs, "loss_scale": self.loss_scale, **self._how, **changes}
-        return Linearization(self.model, *self._batch, **how)
+        return Linearization(self.model, *how.pop("batch", self.batch), **how)
 
     def commit(self) -> None:
         """Write the batch statistics, random seeds and loss counters of this batch into the model, once."""

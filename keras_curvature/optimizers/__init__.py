@@ -34,6 +34,7 @@ from keras_curvature.optimizers.psgd import PSGD as PSGD
 from keras_curvature.optimizers.saddle_free_newton import SaddleFreeNewton as SaddleFreeNewton
 from keras_curvature.optimizers.sassha import SASSHA as SASSHA
 from keras_curvature.optimizers.scion import Scion as Scion
+from keras_curvature.optimizers.seng import SENG as SENG
 from keras_curvature.optimizers.shampoo import Shampoo as Shampoo
 from keras_curvature.optimizers.singd import SINGD as SINGD
 from keras_curvature.optimizers.skfac import SKFAC as SKFAC

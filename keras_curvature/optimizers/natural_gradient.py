@@ -12,6 +12,7 @@ from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Function
 from keras_curvature.optimizers import local_models
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.held_data import HeldData
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.optimizers.matrix_model import WithMatrix
 from keras_curvature.solvers import ConjugateGradient, dense
@@ -33,11 +34,12 @@ class NaturalGradient(CurvatureOptimizer):
     References: Amari, "Natural gradient works efficiently in learning" (1998); Ren and Goldfarb, "Efficient subsampled
     Gauss-Newton and natural gradient methods for training neural networks" (2019), Algorithm 1, for the solution in
     rows and the damping; Amari, Park and Fukumizu, "Adaptive method of realizing natural gradient learning for
-    multilayer perceptrons" (2000), for the running average. Differences: (1) the Gram matrix `S S'` is formed layer by
-    layer, also with convolutions and recurrent layers; (2) Amari, Park and Fukumizu update the inverse, in which the
-    damping fades and directions without examples grow without bound; `decay` averages the matrix and decomposes it in
-    each step; (3) L2 regularizers are added to `F`; (4) with an adaptive damping every
-    step is checked, by one more forward pass, and one that raises the loss of its own batch is not taken.
+    multilayer perceptrons" (2000), for the running average; Pascanu and Bengio, "Revisiting natural gradient for deep
+    networks" (2014), for the metric from other data. Differences: (1) the Gram matrix `S S'` is formed layer by layer,
+    also with convolutions and recurrent layers; (2) Amari, Park and Fukumizu update the inverse, in which the damping
+    fades and directions without examples grow without bound; `decay` averages the matrix and decomposes it in each
+    step; (3) L2 regularizers are added to `F`; (4) with an adaptive damping every step is checked, by one more forward
+    pass, and one that raises the loss of its own batch is not taken.
 
     Args:
         learning_rate: Multiple of the step. Defaults to `1.0`.
@@ -46,18 +48,24 @@ class NaturalGradient(CurvatureOptimizer):
         damping: A number, or a component. Defaults to `LevenbergMarquardt.martens(initial=1.0)` (Ren and Goldfarb).
         solver: `"rows"`, `"weights"`, `"qr"`, `"svd"`, a `ConjugateGradient`, or `"auto"`, as in `GaussNewton`.
             Defaults to `"auto"`.
-        curvature_batch: The part of the batch that the Fisher matrix is of: a share in (0, 1] or a number of examples.
-            Defaults to `None`, the whole batch.
+        curvature_batch: The part of the batch that the Fisher matrix is of, or of `metric_data`: a share in (0, 1] or a
+            number of examples. Defaults to `None`, all of it.
         decay: Share of the old matrix in a running average of Fisher matrices, in [0, 1), for small models: it keeps a
             matrix `(n, n)`. Defaults to `0.0`, none.
         memory: The most bytes that rows may take. Defaults to `2**31`.
+        metric_data: Other inputs that the Fisher matrix is of, with labels drawn from the model: an array, or a list or
+            dictionary of arrays as the model takes them. With `curvature_batch` each step takes the next of them, in
+            turn. They are kept and saved with the optimizer's state; a config has their shapes alone. Targets have the
+            shape, and sequences the padding, of the batch. For losses that are means over the examples. Defaults to
+            `None`, the inputs of the batch.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `reduction_ratio`, `cg_iterations` (0 without conjugate gradients), `step_norm`,
     `skipped_steps`.
 
     Raises:
-        ValueError: When it is built, with `decay`: the matrices would need more than 8 GB.
+        ValueError: When it is built, with `decay`: the matrices would need more than 8 GB. At a step: the optimizer was
+            made from a config, and its `metric_data` was not loaded.
 
     Example:
 
@@ -78,8 +86,8 @@ class NaturalGradient(CurvatureOptimizer):
         self, learning_rate: LearningRate = 1.0, fisher: Fisher = "sampled",
         damping: float | Damping = LevenbergMarquardt.martens(initial=1.0),
         solver: Literal["auto", "rows", "weights", "qr", "svd"] | ConjugateGradient = "auto",
-        curvature_batch: float | None = None, decay: float = 0.0, memory: int = 2**31, name: str = "natural_gradient",
-        **kwargs: Any,
+        curvature_batch: float | None = None, decay: float = 0.0, memory: int = 2**31, metric_data: Any = None,
+        name: str = "natural_gradient", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.fisher, self.damping, self.solver = fisher, damping, solver
@@ -96,10 +104,15 @@ class NaturalGradient(CurvatureOptimizer):
         check_number(self, "decay", decay, low=0, high=1, open_high=True)
         check(self, "decay", decay, not decay or solver == "auto", '0.0, but for `solver="auto"`')
         check_number(self, "memory", memory, low=0, open_low=True)
+        self._metric_data = HeldData(self, "metric_data", metric_data, curvature_batch)
+        self.metric_data = self._metric_data.described
+        labelled = metric_data is None or fisher != "empirical"
+        check(self, "fisher", fisher, labelled, '"sampled" or "exact" with `metric_data`, which has no labels')
 
     def create_state(self, variables: Variables) -> None:
         """The damping, and with `decay` the matrix."""
         self._damping, self._average, n = self.add_scalar(self._rule.initial, "damping"), None, trees.count(variables)
+        self._metric_data.create(self)
         if self.decay:
             dense.check_size(self, variables, "Use `decay=0.0`.")
             self._average = self.add_variable((n, n), dtype="float64", name="fisher", aggregation="none")
@@ -126,9 +139,14 @@ class NaturalGradient(CurvatureOptimizer):
             "Watch its `reduction_ratio` and `damping`."
         )
 
+    def _batch_of_the_metric(self, lin):
+        if self.metric_data is not None:
+            return lin.again(batch=self._metric_data.batch(self, lin.batch))
+        return lin if self.curvature_batch is None else lin.chunk(self.curvature_batch, self.iterations)
+
     def _local_model(self, lin):
         """The local model with the Fisher matrix for its curvature."""
-        batch = lin if self.curvature_batch is None else lin.chunk(self.curvature_batch, self.iterations)
+        batch = self._batch_of_the_metric(lin)
         rows = FisherRows(batch, self.fisher, tf.cast(self.iterations, tf.int32), self.memory, lin.gradient)
         if self._average is not None:
             S, last = tf.cast(rows.dense(), tf.float64), tf.identity(self._average.value)

@@ -142,6 +142,17 @@ def squares(layer):
     return tf.reshape(tf.concat(pieces, 1), block.shape)
 
 
+def times(layer, matrix):
+    """`A v`, `(examples, rows)`, for `v` as the matrix of the block."""
+    if layer.block.has_indices:
+        at = layer.a[:, 0, :, 0]  # (examples, positions)
+        found = tf.gather(matrix, tf.maximum(at, 0))
+        found = tf.where((at >= 0)[..., tf.newaxis], found, tf.zeros_like(found))[:, tf.newaxis]
+    else:
+        found = tf.matmul(layer.a, tf.reshape(matrix, [layer.a.shape[1], layer.a.shape[3], layer.d.shape[-1]]))
+    return tf.einsum("bgtj,bkgtj->bk", found, layer.d)
+
+
 def transposed(layer, u):
     """`A' u` for `u` of shape `(examples, rows)`, as the matrix of the block."""
     a, block = layer.a, layer.block

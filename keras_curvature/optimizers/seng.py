@@ -1,0 +1,114 @@
+"""SENG: the natural gradient of each layer, from gradients of examples and sketches of them."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from keras_curvature import trees
+from keras_curvature.component import check, check_count, check_number, register
+from keras_curvature.linearization.jacobian import by_layers, sketches
+from keras_curvature.linearization.layers import kronecker
+from keras_curvature.linearization.linearization import Linearization
+from keras_curvature.linearization.needs import Needs
+from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.by_layer import warn_of
+from keras_curvature.optimizers.limits import NotLinear
+from keras_curvature.typing import LearningRate, Variables, Vector
+
+
+@register
+class SENG(CurvatureOptimizer):
+    """SENG: each layer's gradient divided by the empirical Fisher matrix of the batch, solved by its rows.
+
+        d = -(U'U + lambda I)^-1 g = -(g - U' b) / lambda       U: a row for each example, F = U'U the block of a layer
+        b = argmin_b |W (U' b - g)|^2 + lambda |b|^2            W a sketch, or the identity
+        v <- momentum v + d,    w <- w + learning_rate v
+
+    The matrix of a layer is not approximated by factors, as `KFAC` does, and the rows are not formed: `U U'`, of the
+    size of the batch, comes from the inputs and slopes of the layer. Only layers with more than `largest` weights are
+    sketched: their rows have at most the rank `rank`, and `W` takes at most `columns` rows and columns of the layer's
+    matrix. Weights without Kronecker factors step by `g / (1 + lambda)`, and a warning names them. A step takes one
+    backward pass besides the gradient, and keeps nothing but the momentum.
+
+    Reference: Yang, Xu, Wen, Chen and Xu, "Sketch-based empirical natural gradient methods for deep learning" (2022),
+    sections 2 and 3. Differences: (1) rows are those of each batch. The authors keep those of one batch for 200 to 1000
+    steps, which takes memory for as many copies of the weights as the batch has examples, and skips batches of another
+    size; (2) `W` has the same rows and columns of the matrix for all examples, drawn anew in each step without
+    replacement; (3) positions that share weights are summed in each example's row, also in normalization layers and in
+    embeddings; (4) replicas gather the rows; (5) regularizers enter the gradient alone.
+
+    Args:
+        learning_rate: Multiple of `v`. Defaults to `0.05` (the authors' recipe for CIFAR-10).
+        damping: `lambda`, on the scale of the loss, positive. Less makes longer steps. Defaults to `2.0` (that recipe).
+        momentum: Factor on the old `v`, in [0, 1). Defaults to `0.9`.
+        rank: Rank of the rows of a sketched layer, for layers with more positions. Defaults to `16` (the authors).
+        columns: Rows and columns of a sketched layer that `W` takes. Defaults to `256` (the authors).
+        largest: Most weights of a layer without a sketch; `None` for no sketches. Defaults to `1_000_000` (the
+            authors).
+        **kwargs: See `CurvatureOptimizer`.
+
+    Reports: `step_norm`, `skipped_steps`.
+
+    Example:
+
+    ```python
+    model = keras_curvature.curved(model)
+    model.compile(optimizer=keras_curvature.SENG(), loss="sparse_categorical_crossentropy")
+    model.fit(x, y, batch_size=128)
+    ```
+    """
+
+    needs = Needs(layers=True)
+    reports = {"step_norm": "mean", "skipped_steps": "sum"}
+
+    def __init__(
+        self, learning_rate: LearningRate = 0.05, damping: float = 2.0, momentum: float = 0.9, rank: int = 16,
+        columns: int = 256, largest: int | None = 1_000_000, name: str = "seng", **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(learning_rate, name=name, **kwargs)
+        self.damping, self.momentum = damping, momentum
+        self.rank, self.columns, self.largest = rank, columns, largest
+        check_number(self, "damping", damping, low=0, open_low=True)
+        check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
+        check_count(self, "rank", rank)
+        check_count(self, "columns", columns)
+        valid = largest is None or (isinstance(largest, int) and not isinstance(largest, bool) and largest >= 0)
+        check(self, "largest", largest, valid, "an integer of at least 0, or None")
+
+    def create_state(self, variables: Variables) -> None:
+        """The momentum."""
+        self._blocks, self._others, _ = kronecker.blocks(self.trained_model())
+        warn_of(self, self.trained_model(), self._others, "the gradient divided by `1 + damping`")
+        self._velocity = self.add_optimizer_variables(variables, "velocity")
+
+    def direction(self, lin: Linearization) -> Vector:
+        """The momentum with the natural gradient of each layer."""
+        d = [tf.zeros(g.shape, trees.wide(g.dtype)) for g in lin.gradient]
+        for layer in sketches.layers_of(lin, self._blocks):
+            layer.block.scatter(-self._solved(layer, layer.block.matrix(lin.gradient)), d)
+        for i in self._others:
+            d[i] = -lin.gradient[i] / (1.0 + self.damping)
+        v = trees.add(d, trees.values(self._velocity), self.momentum)
+        self.remember(self._velocity, v)
+        return v
+
+    def linear_step(self) -> NotLinear:
+        """`NotLinear`: the method keeps no preconditioner."""
+        return NotLinear(
+            "`SENG` divides each gradient by the Fisher matrix of its own batch and keeps no preconditioner: no limit "
+            "on the curvature is known."
+        )
+
+    def _solved(self, layer, g):
+        """`(U'U + lambda I)^-1 g`, a matrix, for the gradient as the matrix of the layer."""
+        damping, g = trees.exactly(float(self.damping), layer.d.dtype), tf.cast(g, layer.d.dtype)
+        seen, g_seen = layer, g
+        if self.largest is not None and g.shape.num_elements() > self.largest:
+            layer = sketches.of_low_rank(layer, self.rank)
+            sample = sketches.Sample.drawn(layer, self.columns, self.iterations)
+            seen, g_seen = sample.of_layer(layer), sample.of_matrix(g)
+        right = by_layers.times(seen, g_seen)  # (examples, 1)
+        gram = by_layers.gram(seen)[:, 0, :, 0]
+        damped = tf.linalg.set_diag(gram, tf.linalg.diag_part(gram) + damping)
+        b = tf.linalg.cholesky_solve(tf.linalg.cholesky(damped), right)
+        return (g - by_layers.transposed(layer, b)) / damping
