@@ -185,6 +185,7 @@ class Interrupted:
         monkeypatch.setattr(train, "Progress", Signalling)
 
 
+@pytest.mark.slow
 def test_sigterm_in_a_validation_does_not_wait_for_its_end(capsys, tmp_path, data_dir, monkeypatch):
     given = [*SMALL, "--epochs", "2", "--data_dir", data_dir, "--run_dir", str(tmp_path), "--eval_batch", "2"]
     with monkeypatch.context() as patched, pytest.raises(train.Terminated):
