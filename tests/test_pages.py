@@ -129,7 +129,8 @@ def test_commands_name_programs(page):
 
 def test_every_example_is_in_the_index():
     index = (HOME / "examples" / "README.md").read_text()
-    shared = {"measuring.py", "torch_peers.py", "least_squares_peers.py", "play.py", "contestants.py"}  # parts of other programs
+    # parts of other programs
+    shared = {"measuring.py", "torch_peers.py", "least_squares_peers.py", "play.py", "contestants.py"}
     for path in (HOME / "examples").rglob("*.py"):
         assert path.name in shared or f"python {path.relative_to(HOME)}" in index, path.name
     for guide in GUIDES:
