@@ -59,7 +59,7 @@ def test_many_steps_on_the_squared_loss_end_where_foof_does():
     random = np.random.default_rng(1)
     x, y = random.standard_normal((12, 4)), random.standard_normal((12, 3))
     arrays, found = [random.standard_normal(s) for s in ((4, 3), (3,))], []
-    for optimizer in (kc.LocoProp(2e-4, 0.3, 4000, "squared"), kc.FOOF(0.3, damping=1e-10, momentum=0.0)):
+    for optimizer in (kc.LocoProp(2e-4, 0.3, 4000, "squared"), kc.FOOF(0.3, 1e-10, 0.0, output_clip=None)):
         model = made(net(arrays), optimizer, "mse")
         stepper(model, optimizer)(x, y)
         found.append(flat(model.trainable_variables))
