@@ -26,7 +26,8 @@ LOSSES = {folder.name: json.loads((folder / "losses.json").read_text())["losses"
 
 
 def tolerance(name):
-    return 1e-2 if name in AMPLIFY else 1e-4
+    # the bases of SOAP's first factors, of fewer examples than rows, are a matter of rounding: processors differ by 2e-3
+    return 1e-2 if name in (*AMPLIFY, "soap") else 1e-4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
