@@ -26,7 +26,7 @@ LOSSES = {folder.name: json.loads((folder / "losses.json").read_text())["losses"
 
 
 def tolerance(name):
-    # the bases of SOAP's first factors, of fewer examples than rows, are a matter of rounding: processors differ by 2e-3
+    # bases of SOAP's first factors, of fewer examples than rows, are a matter of rounding: 2e-3 between processors
     return 1e-2 if name in (*AMPLIFY, "soap") else 1e-4
 
 
