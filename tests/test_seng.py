@@ -70,6 +70,23 @@ def test_a_step_is_the_natural_gradient_of_each_layer(examples):
 
 @float64
 @without_factors
+def test_a_fit_with_a_smaller_last_batch_has_batches_of_unknown_size():
+    x, y = batch(7)
+    expected, v = network(), 0.0
+    for rows in (slice(0, 4), slice(4, 7)):
+        v = 0.9 * v + flat(by_hand(expected, x[rows], y[rows], cross_entropy(), 0.1))
+        start = np.cumsum([0, *(w.shape.num_elements() for w in expected.trainable_variables)])
+        for w, begin, end in zip(expected.trainable_variables, start, start[1:]):
+            w.assign_add(0.05 * v[begin:end].reshape(w.shape))
+    model = curved(network())
+    model.compile(SENG(0.05, damping=0.1), cross_entropy())
+    model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+    found, expected = flat(model.trainable_variables), flat(expected.trainable_variables)
+    np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-10)
+
+
+@float64
+@without_factors
 def test_momentum_adds_up_and_a_smaller_last_batch_has_a_gram_of_its_own():
     model, optimizer = network(), SENG(0.1, damping=0.1, momentum=0.8)
     made(model, optimizer, cross_entropy())

@@ -115,15 +115,24 @@ def scaled(layer, scales):
 
 def gram(layer):
     """`A A'`, `(examples, rows, examples, rows)`."""
-    a, d = layer.a, layer.d
-    rows = sizes(d)[:2]
-    if layer.block.has_indices or _pairs_are_cheaper(layer):
+    groups, positions = layer.a.shape[1:3]
+    if layer.block.has_indices or (positions is not None and _pairs_are_cheaper(layer)):
         return _gram_by_pairs(layer)
-    if a.shape[1] == a.shape[2] == 1:
-        flat = tf.reshape(d, [-1, d.shape[-1]])
-        of_slopes = tf.reshape(tf.matmul(flat, flat, transpose_b=True), [*rows, *rows])
-        a = a[:, 0, 0]
-        return of_slopes * tf.matmul(a, a, transpose_b=True)[:, tf.newaxis, :, tf.newaxis]
+    if groups == 1 and positions is None:  # of a batch of unknown size, which may have several rows for each example
+        is_one = tf.equal(tf.shape(layer.a)[2], 1)
+        return tf.cond(is_one, lambda: _gram_of_one_position(layer), lambda: _gram_by_rows(layer))
+    return _gram_of_one_position(layer) if groups == positions == 1 else _gram_by_rows(layer)
+
+
+def _gram_of_one_position(layer):
+    rows, a = sizes(layer.d)[:2], layer.a[:, 0, 0]
+    flat = tf.reshape(layer.d, [-1, layer.d.shape[-1]])
+    of_slopes = tf.reshape(tf.matmul(flat, flat, transpose_b=True), [*rows, *rows])
+    return of_slopes * tf.matmul(a, a, transpose_b=True)[:, tf.newaxis, :, tf.newaxis]
+
+
+def _gram_by_rows(layer):
+    rows = sizes(layer.d)[:2]
     found = tf.add_n([tf.matmul(A, A, transpose_b=True) for A in _in_pieces(layer)])
     return tf.reshape(found, [*rows, *rows])
 
