@@ -9,6 +9,7 @@ import tensorflow as tf
 from cases import flat
 from test_curveball import made, stepper
 from test_kfac import cross_entropy, net
+from test_singd import of_all_kinds
 
 import keras_curvature as kc
 from keras_curvature.solvers import pairs
@@ -110,13 +111,7 @@ def test_factors_stay_positive_definite_under_noise():
 
 @float64
 def test_all_kinds_of_layers_train():
-    keras.utils.set_random_seed(1)
-    random = np.random.default_rng(0)
-    model = keras.Sequential([
-        keras.Input((6,), dtype="int32"), keras.layers.Embedding(5, 3), keras.layers.DepthwiseConv1D(2),
-        keras.layers.LayerNormalization(), keras.layers.Conv1D(4, 2), keras.layers.PReLU(),
-        keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(2),
-    ])  # fmt: skip
+    random, model = np.random.default_rng(0), of_all_kinds()
     optimizer = kc.KBFGS(0.3, damping=0.1, warmup_steps=5)
     with pytest.warns(UserWarning, match="alpha.*divided by `1 \\+ sqrt\\(damping\\)`"):
         made(model, optimizer, "mse")

@@ -100,16 +100,20 @@ def test_a_stack_is_its_matrices(lead):
         np.testing.assert_allclose(one[lead], parts[lead], rtol=1e-13)
 
 
-@float64
-@pytest.mark.parametrize("structure", ["dense", "diagonal"])
-def test_all_kinds_of_layers_train(structure):
+def of_all_kinds():
+    """A network with an embedding, normalization, two kinds of convolutions, and a weight without factors."""
     keras.utils.set_random_seed(1)
-    random = np.random.default_rng(0)
-    model = keras.Sequential([
+    return keras.Sequential([
         keras.Input((6,), dtype="int32"), keras.layers.Embedding(5, 3), keras.layers.DepthwiseConv1D(2),
         keras.layers.LayerNormalization(), keras.layers.Conv1D(4, 2), keras.layers.PReLU(),
         keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(2),
     ])  # fmt: skip
+
+
+@float64
+@pytest.mark.parametrize("structure", ["dense", "diagonal"])
+def test_all_kinds_of_layers_train(structure):
+    random, model = np.random.default_rng(0), of_all_kinds()
     optimizer = kc.SINGD(0.05, damping=0.1, every=2, structure=structure)
     with pytest.warns(UserWarning, match="alpha.*diagonal of the Fisher matrix"):
         made(model, optimizer, "mse")

@@ -9,7 +9,6 @@ from typing import Any
 
 from keras_curvature import trees
 from keras_curvature.component import check_number
-from keras_curvature.optimizers.limits import clipped_by
 from keras_curvature.steps.trust_region import kl_clip
 from keras_curvature.typing import Vector
 
@@ -27,6 +26,7 @@ def clipped(optimizer: Any, name: str, direction: Vector, gradient: Vector) -> V
     """`min(1, sqrt(bound / (learning_rate^2 d'g))) d`; reports the factor."""
     bound = getattr(optimizer, name)
     if bound is None:
+        optimizer.report(**{name: 1.0})
         return direction
     nu = kl_clip(bound, optimizer.learning_rate, trees.dot(direction, gradient))
     optimizer.report(**{name: nu})
@@ -35,4 +35,6 @@ def clipped(optimizer: Any, name: str, direction: Vector, gradient: Vector) -> V
 
 def clip_note(optimizer: Any, name: str) -> str | None:
     """What `stability` says of the limit."""
-    return None if getattr(optimizer, name) is None else clipped_by(name)
+    if getattr(optimizer, name) is None:
+        return None
+    return f"Where `{name}` makes a step shorter, the gauge is an upper bound."

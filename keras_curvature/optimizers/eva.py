@@ -13,7 +13,8 @@ from keras_curvature.operators import Function
 from keras_curvature.operators.kronecker import BlockDiagonal
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.by_layer import pairs, warn_of
-from keras_curvature.optimizers.limits import KL_CLIPPED, LinearStep, heavy_ball
+from keras_curvature.optimizers.clipping import clip_note
+from keras_curvature.optimizers.limits import LinearStep, heavy_ball
 from keras_curvature.solvers import direct
 from keras_curvature.steps.trust_region import kl_clip as clip
 from keras_curvature.typing import LearningRate, Variables, Vector
@@ -94,7 +95,7 @@ class Eva(CurvatureOptimizer):
 
     def linear_step(self) -> LinearStep:
         """Heavy ball, times the inverse of the last step."""
-        note = None if self.kl_clip is None else KL_CLIPPED
+        note = clip_note(self, "kl_clip")
         return LinearStep(heavy_ball(self.momentum), lambda: self._operator(trees.values(self._vectors)), note)
 
     def _operator(self, vectors):

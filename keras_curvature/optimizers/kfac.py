@@ -15,10 +15,10 @@ from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators.kronecker import BlockDiagonal, KroneckerProduct
 from keras_curvature.optimizers import adaptive, by_layer
 from keras_curvature.optimizers.base import CurvatureOptimizer
-from keras_curvature.optimizers.limits import KL_CLIPPED, LinearStep, NotLinear, heavy_ball
+from keras_curvature.optimizers.clipping import clip_note, clipped
+from keras_curvature.optimizers.limits import LinearStep, NotLinear, heavy_ball
 from keras_curvature.solvers.refresh import Refresh, check_every
 from keras_curvature.steps import Damping, LevenbergMarquardt, Trial, as_damping, quadratic
-from keras_curvature.steps.trust_region import kl_clip as clip
 from keras_curvature.typing import Fisher, LearningRate, Sharing, Variables, Vector
 
 
@@ -180,11 +180,8 @@ class KFAC(CurvatureOptimizer):
     def _with_momentum(self, lin, batch, natural, v, damping):
         """`(momentum v - nu d, its predicted change of the loss as a function)`."""
         rate = tf.convert_to_tensor(self.learning_rate)
-        nu = tf.constant(1.0)
-        if self.kl_clip is not None:
-            nu = clip(self.kl_clip, rate, trees.dot(natural, lin.gradient))
-        step = trees.add(trees.scale(self.momentum, v), natural, -nu)
-        self.report(kl_clip=nu)
+        limited = clipped(self, "kl_clip", natural, lin.gradient)
+        step = trees.add(trees.scale(self.momentum, v), limited, -1.0)
 
         def predict():
             taken = trees.scale(rate, step)
@@ -232,8 +229,7 @@ class KFAC(CurvatureOptimizer):
                 "curvature of the batch: it takes curvature into account, however large. Watch its `reduction_ratio` "
                 "and `damping`."
             )
-        note = None if self.kl_clip is None else KL_CLIPPED
-        return LinearStep(heavy_ball(self.momentum), self._kept_inverse, note)
+        return LinearStep(heavy_ball(self.momentum), self._kept_inverse, clip_note(self, "kl_clip"))
 
     # The inverse of the Fisher matrix.
 

@@ -26,14 +26,6 @@ from keras_curvature import replicas
 from keras_curvature.operators import LinearOperator
 
 
-def clipped_by(name: str) -> str:
-    """What `stability` says of a method whose argument `name` makes some steps shorter."""
-    return f"Where `{name}` makes a step shorter, the gauge is an upper bound."
-
-
-KL_CLIPPED = clipped_by("kl_clip")
-
-
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """The limit `(2 - learning_rate * weight_decay) * factor`.

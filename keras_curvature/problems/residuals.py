@@ -46,9 +46,7 @@ class ResidualNetwork(keras.layers.Layer):
         raise NotImplementedError(f"`{type(self).__name__}` must implement `grid(points)`.")
 
 
-def slopes(
-    u: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:  # fmt: skip
+def slopes(u: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """`(u, first)` derivatives of a function of points; see `derivatives`."""
     with tf.GradientTape() as tape:
         tape.watch(x)
@@ -56,9 +54,7 @@ def slopes(
     return value, tape.gradient(value, x)
 
 
-def derivatives(
-    u: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:  # fmt: skip
+def derivatives(u: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """`(u, first, second)` derivatives of a function of points in each coordinate.
 
     Args:

@@ -23,27 +23,24 @@ from keras_curvature.linearization.estimates.seen import joined
 from keras_curvature.linearization.jacobian.by_layers import Layer
 from keras_curvature.linearization.layers.kronecker import Block
 from keras_curvature.linearization.needs import require
-from keras_curvature.typing import Fisher, Integer
+from keras_curvature.typing import Integer
 
 
-def layers_of(lin, blocks: Sequence[Block], fisher: Fisher = "empirical", seed: Integer = 0) -> list[Layer]:
-    """The rows of a Fisher matrix for each block, `F = A'A`, as a `Layer`; of the whole batch, on all replicas.
+def layers_of(lin, blocks: Sequence[Block]) -> list[Layer]:
+    """The rows of the empirical Fisher matrix, `F = A'A`, for each block; of the whole batch, on all replicas.
 
     Args:
         lin: A `Linearization`.
         blocks: Of `kronecker.blocks(model)`.
-        fisher: `"empirical"`: with the true labels; `"sampled"`: with labels drawn from the model. Defaults to
-            `"empirical"`.
-        seed: Integer tensor or number that determines the draws.
 
     Raises:
         ValueError: The `needs` of the linearization have no `layers`; a layer of `blocks` is called inside a loop of
-            the model; labels are drawn, and the loss is not the negative logarithm of a known likelihood.
+            the model.
     """
     require(lin, "layers_of", "layers")
 
     def local(recorded):
-        seen, _, (slopes,) = recorded.once(key(blocks, fisher, seed), lambda: drawn(recorded, blocks, fisher, seed))
+        seen, _, (slopes,) = recorded.once(key(blocks, "empirical", 0), lambda: drawn(recorded, blocks, "empirical", 0))
         return [_of_block(block, seen, slopes(block)) for block in blocks]
 
     if not blocks:
