@@ -53,8 +53,8 @@ def one_of(strategy, values):
 
 
 def read(variable):
-    """The value of a scalar variable, a Python number; also for a variable of replicas, such as a mirrored one."""
-    return tf.convert_to_tensor(variable).numpy().item()
+    """The value of a variable in Python numbers, lists of them for a vector; also for a mirrored variable."""
+    return tf.convert_to_tensor(variable).numpy().tolist()
 
 
 def whole(strategy, values):

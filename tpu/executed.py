@@ -11,6 +11,8 @@ import numpy as np
 import tensorflow as tf
 from compiler import load, without_a_tpu
 
+from keras_curvature.training.reports import reported_of
+
 without_a_tpu()
 
 
@@ -55,5 +57,5 @@ class Execution:
 def variables(model):
     """All Keras variables of a training: weights, seeds, state of the optimizer, metrics, reports."""
     found = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
-    reports = getattr(model, "_curved_reports", None)
-    return found + [v for report in (reports.metrics.values() if reports else ()) for v in report.variables]
+    reported = reported_of(model)
+    return found + (reported.variables if reported is not None else [])

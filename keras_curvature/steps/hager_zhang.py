@@ -24,6 +24,18 @@ class Memory(NamedTuple):
     shrinks: tf.Tensor  # after a bisection: whether the width of the interval is to be looked at
 
 
+class Plan(NamedTuple):
+    """What a phase decides. What it leaves to be computed is the same for all of them, so a graph holds it once."""
+
+    left: Point
+    right: Point
+    phase: tf.Tensor
+    keep: tf.Tensor
+    shrinks: tf.Tensor
+    ends: tf.Tensor  # whether the interval is done with
+    second: tf.Tensor  # the length to look at in the phase `SECOND`
+
+
 @register
 @dataclasses.dataclass(frozen=True)
 class HagerZhang(Component):
@@ -82,13 +94,20 @@ class HagerZhang(Component):
     def advance(self, start: Point, state: State, trial: Point) -> State:
         """The state after a trial."""
         steps = (self._bracketed, self._bisected, self._at_secant, self._at_second, self._at_middle)
-        phase = state.memory.phase
-        after = tf.switch_case(phase, [lambda step=step: step(start, state, trial) for step in steps])
-        counts = (phase >= SECANT) & (phase <= SECOND) if self.checks == "secant" else tf.constant(True)
+        memory: Memory = state.memory
+        plan = tf.switch_case(memory.phase, [lambda step=step: step(start, memory, trial) for step in steps])
+        left, right = plan.left.length, plan.right.length
+        middle, secant = 0.5 * (left + right), _secant_of(plan.left, plan.right)
+        # by phase, in their order
+        following = tf.gather(tf.stack([self.expand * trial.length, middle, secant, plan.second, middle]), plan.phase)
+        anew = tf.equal(plan.phase, SECANT)
+        old_left, old_right = pick(anew, plan.left, memory.old_left), pick(anew, plan.right, memory.old_right)
+        memory = Memory(plan.left, plan.right, old_left, old_right, plan.phase, plan.shrinks)
+        empty = tf.not_equal(plan.phase, BRACKET) & (tf.math.nextafter(left, right) >= right)
+        counts = (state.memory.phase >= SECANT) & (state.memory.phase <= SECOND) | (self.checks == "all")
         found = counts & self._satisfied(start, trial)
-        return after._replace(
-            keep=tf.where(found, TRIAL, after.keep), end=tf.where(found, CONDITIONS_MET, after.end)
-        )  # fmt: skip
+        end = tf.where(found, CONDITIONS_MET, tf.where(empty | plan.ends, INTERVAL, SEARCHING))
+        return State(following, tf.where(found, TRIAL, plan.keep), end, memory)
 
     def _satisfied(self, start, trial):
         decreases = trial.loss <= start.loss + self.decrease * trial.length * start.slope
@@ -104,87 +123,67 @@ class HagerZhang(Component):
 
     # What follows a point, by phase.
 
-    def _bracketed(self, start, state, trial):
+    def _bracketed(self, start, memory, trial):
         """B1-B3: the first rising point ends the bracket, a point that is too high is bisected from the start."""
         falls, rises = self._falls(start, trial), _rises(trial)
-        bracket = state.memory._replace(right=trial)
-        onward = _ask(BRACKET, self.expand * trial.length, TRIAL, bracket._replace(left=trial))
-        bisect = _bisect(bracket._replace(left=start, shrinks=tf.constant(False)), START)
-        return pick(rises, _secant(bracket, KEEP), pick(falls, onward, bisect))
+        left = pick(rises, memory.left, pick(falls, trial, start))
+        phase, keep = (
+            tf.where(rises, a, tf.where(falls, b, c)) for a, b, c in ((SECANT, BRACKET, BISECT), (KEEP, TRIAL, START))
+        )
+        return _plan(left, trial, phase, keep, memory.shrinks & (rises | falls))
 
-    def _bisected(self, start, state, trial):
+    def _bisected(self, start, memory, trial):
         """U3: until the right end rises."""
-        memory, falls = state.memory, self._falls(start, trial)
-        closer = memory._replace(left=pick(falls, trial, memory.left), right=pick(falls, memory.right, trial))
-        keep = tf.where(falls, TRIAL, KEEP)
-        done = pick(memory.shrinks, self._look_at_width(closer, keep), _secant(closer, keep))
-        return pick(_rises(closer.right), done, _bisect(closer, keep))
+        falls = self._falls(start, trial)
+        left, right = pick(falls, (trial, memory.right), (memory.left, trial))
+        rises, (phase, ends) = _rises(right), self._by_width(memory, left, right)
+        phase = tf.where(rises, tf.where(memory.shrinks, phase, SECANT), BISECT)
+        return _plan(left, right, phase, tf.where(falls, TRIAL, KEEP), memory.shrinks, ends & rises & memory.shrinks)
 
-    def _at_secant(self, start, state, trial):
+    def _at_secant(self, start, memory, trial):
         """S1-S3: update by the secant point; if it has become an end, its secant with the old end comes next."""
-        old, (memory, keep, unfit) = state.memory, self._update(start, state.memory, trial)
-        is_left, is_right = tf.equal(memory.left.length, trial.length), tf.equal(memory.right.length, trial.length)
-        second = tf.where(is_left, _secant_of(old.left, memory.left), _secant_of(old.right, memory.right))
-        fits = (is_left | is_right) & (memory.left.length <= second) & (second <= memory.right.length)
-        plain = pick(fits, _ask(SECOND, second, keep, memory), self._look_at_width(memory, keep))
-        return pick(unfit, _bisect(memory._replace(shrinks=tf.constant(True)), keep), plain)
+        left, right, keep, unfit = self._update(start, memory, trial)
+        is_left, is_right = tf.equal(left.length, trial.length), tf.equal(right.length, trial.length)
+        second = tf.where(is_left, _secant_of(memory.left, left), _secant_of(memory.right, right))
+        fits = (is_left | is_right) & (left.length <= second) & (second <= right.length)
+        phase, ends = self._by_width(memory, left, right)
+        phase = tf.where(unfit, BISECT, tf.where(fits, SECOND, phase))
+        return _plan(left, right, phase, keep, memory.shrinks | unfit, ends & ~unfit & ~fits, second)
 
-    def _at_second(self, start, state, trial):
+    def _at_second(self, start, memory, trial):
         """S4, then L2."""
-        memory, keep, unfit = self._update(start, state.memory, trial)
-        bisect = _bisect(memory._replace(shrinks=tf.constant(True)), keep)
-        return pick(unfit, bisect, self._look_at_width(memory, keep))
+        left, right, keep, unfit = self._update(start, memory, trial)
+        phase, ends = self._by_width(memory, left, right)
+        return _plan(left, right, tf.where(unfit, BISECT, phase), keep, memory.shrinks | unfit, ends & ~unfit)
 
-    def _at_middle(self, start, state, trial):
+    def _at_middle(self, start, memory, trial):
         """L2, then L1 again."""
-        memory, keep, unfit = self._update(start, state.memory, trial)
-        bisect = _bisect(memory._replace(shrinks=tf.constant(False)), keep)
-        return pick(unfit, bisect, _secant(memory, keep))
+        left, right, keep, unfit = self._update(start, memory, trial)
+        return _plan(left, right, tf.where(unfit, BISECT, SECANT), keep, memory.shrinks & ~unfit)
 
     def _update(self, start, memory, trial):
-        """U0-U2: `(memory, keep, whether the right end is now too high)`."""
+        """U0-U2: `(left, right, keep, whether the right end is now too high)`."""
         within = (memory.left.length < trial.length) & (trial.length < memory.right.length)
         falls = within & self._falls(start, trial)
-        right = within & ~falls
-        closer = memory._replace(left=pick(falls, trial, memory.left), right=pick(right, trial, memory.right))
-        return closer, tf.where(falls, TRIAL, KEEP), right & ~_rises(trial)
+        rests = within & ~falls
+        left, right = pick(falls, trial, memory.left), pick(rests, trial, memory.right)
+        return left, right, tf.where(falls, TRIAL, KEEP), rests & ~_rises(trial)
 
-    def _look_at_width(self, memory, keep):
+    def _by_width(self, memory, left, right):
         """L2: the middle of an interval that the secant steps did not shrink enough; else the next secant step."""
-        width, before = memory.right.length - memory.left.length, memory.old_right.length - memory.old_left.length
-        enough = width < self.shrink * before
-        flat = tf.equal(memory.old_left.loss, memory.old_right.loss) & tf.equal(memory.left.loss, memory.right.loss)
-        middle = _ask(MIDDLE, _middle_of(memory), keep, memory)
-        after = pick(enough, _secant(memory, keep), middle)
-        return after._replace(end=tf.where(enough & flat, INTERVAL, after.end))
+        enough = right.length - left.length < self.shrink * (memory.old_right.length - memory.old_left.length)
+        flat = tf.equal(memory.old_left.loss, memory.old_right.loss) & tf.equal(left.loss, right.loss)
+        return tf.where(enough, SECANT, MIDDLE), enough & flat
+
+
+def _plan(left, right, phase, keep, shrinks, ends=False, second=0.0):
+    return Plan(left, right, phase, keep, shrinks, tf.convert_to_tensor(ends), tf.convert_to_tensor(second, tf.float64))
 
 
 def _rises(point):
     return tf.math.is_finite(point.loss) & (point.slope >= 0)
 
 
-def _middle_of(memory):
-    return 0.5 * (memory.left.length + memory.right.length)
-
-
 def _secant_of(a, b):
     """Where the line through both slopes is zero."""
     return tf.math.divide_no_nan(a.length * b.slope - b.length * a.slope, b.slope - a.slope)
-
-
-def _secant(memory, keep):
-    """Ask for the secant point of the interval."""
-    memory = memory._replace(old_left=memory.left, old_right=memory.right)
-    return _ask(SECANT, _secant_of(memory.left, memory.right), keep, memory)
-
-
-def _bisect(memory, keep):
-    return _ask(BISECT, _middle_of(memory), keep, memory)
-
-
-def _ask(phase, length, keep, memory):
-    """The state that asks for a length; the search ends where the interval has no more numbers in it."""
-    left, right = memory.left.length, memory.right.length
-    empty = tf.constant(phase != BRACKET) & (tf.math.nextafter(left, right) >= right)
-    end = tf.where(empty, INTERVAL, SEARCHING)
-    return State(length, tf.convert_to_tensor(keep), end, memory._replace(phase=tf.constant(phase)))

@@ -35,7 +35,7 @@ class CurvedStep:
             self.make_train_function(force=True)
 
     def _prepare_reports(self):
-        """Create the metrics of the optimizer's reports and return the `Reports`; call it before the step is traced."""
+        """Create the metric of the optimizer's reports and return the `Reports`; call it before the step is traced."""
         if "_curved_reports" not in self.__dict__:
             self._curved_reports = Reports()
         optimizer, _ = unwrap(self.optimizer)

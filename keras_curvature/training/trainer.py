@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_curvature import keras_internals, replicas
 from keras_curvature.linearization.pure.functional import build_for
 from keras_curvature.training.first_call import FirstCall, shows_progress
-from keras_curvature.training.reports import reports_of
+from keras_curvature.training.reports import reported_of
 from keras_curvature.training.step import CurvedStep, unwrap
 
 
@@ -114,8 +114,9 @@ class CurvedTrainer(CurvedStep):
 
     def _get_metrics_result_or_logs(self, logs):
         """The logs of an epoch: Keras' metrics, which it shows if its logs have no other names, and the reports."""
-        reports = reports_of(self)
-        shown = {name: report.result() for name, report in reports.items() if isinstance(logs, dict) and name in logs}
+        reported = reported_of(self)
+        found = reported.result() if reported is not None and isinstance(logs, dict) else {}
+        shown = {name: number for name, number in found.items() if name in logs}
         if not shown:
             return super()._get_metrics_result_or_logs(logs)
         rest = super()._get_metrics_result_or_logs({k: v for k, v in logs.items() if k not in shown})

@@ -4,7 +4,7 @@ import math
 
 from keras_curvature import keras_internals, replicas
 from keras_curvature.monitor.board import layout
-from keras_curvature.training.reports import reports_of
+from keras_curvature.training.reports import reported_of
 from keras_curvature.training.step import unwrap
 
 
@@ -31,9 +31,10 @@ class Live:
     def read(self):
         """`{tag: number}`; NaN where no step was in between."""
         tracker = keras_internals.loss_tracker(self.model)
-        found = {"3_step/loss": self._since("loss", tracker.total, tracker.count, "mean")}
-        for name, report in reports_of(self.model).items():
-            found[layout.tag_of(name)] = self._since(name, report.total, report.count, report.how)
+        loss = replicas.read(tracker.total), replicas.read(tracker.count)
+        found, reported = {"3_step/loss": self._since("loss", *loss, "mean")}, reported_of(self.model)
+        for name, sums in (reported.sums() if reported is not None else {}).items():
+            found[layout.tag_of(name)] = self._since(name, *sums)
         return found | {"3_step/learning_rate": learning_rate(self.model)}
 
     def of_epoch(self, logs):
@@ -47,7 +48,6 @@ class Live:
         return found
 
     def _since(self, name, total, count, how):
-        total, count = replicas.read(total), replicas.read(count)
         before = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = total, count
         if how == "last":

@@ -5,7 +5,7 @@ import re
 
 import tensorflow as tf
 
-from keras_curvature.training.reports import reports_of
+from keras_curvature.training.reports import reported_of
 from keras_curvature.training.step import unwrap
 
 
@@ -37,9 +37,8 @@ def state_of(model, metrics):
             optimizer.build(model.trainable_variables)
     groups = {"model": model.variables, "optimizer": optimizer.variables}
     if metrics:
-        reports = reports_of(model)
-        reported = [variable for name in sorted(reports) for variable in reports[name].variables]
-        groups["metrics"] = [*model.metrics_variables, *reported]
+        reported = reported_of(model)
+        groups["metrics"] = [*model.metrics_variables, *(reported.variables if reported is not None else ())]
     return groups
 
 
