@@ -117,7 +117,7 @@ def test_rows_are_solved_by_layers_without_an_array_where_no_layer_mixes_example
         np.testing.assert_allclose(found[0][2][name], found[1][2][name], rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", some(WAYS, ["rows", CG]))
 def test_momentum_pulls_the_damping_to_the_last_step(way):
     with float64():
         case = CASES["loss_regularized"]()

@@ -1,10 +1,13 @@
 """Muon against Keras' own, against singular value decompositions, and what it does with each weight of a model."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from selection import some
 from test_soap import random_gradients, trajectory
 
 import keras_curvature as kc
@@ -265,8 +268,11 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e4])
+SCALES = [("float32", 1e-25), ("bfloat16", 1.0), ("float16", 1e4)]
+EVERY_SCALE = list(itertools.product(["float32", "bfloat16", "float16"], [1e-25, 1.0, 1e4]))
+
+
+@pytest.mark.parametrize(("dtype", "scale"), some(EVERY_SCALE, SCALES))
 @pytest.mark.parametrize("make", VARIANTS)
 def test_degenerate_gradients_do_no_harm(dtype, scale, make):
     cases = list(degenerate().values())

@@ -1,5 +1,7 @@
 """Natural gradient steps against dense linear algebra in float64."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -40,12 +42,17 @@ def matrices(case, fisher, seed=0):
     return F + np.diag(l2), flat(lin.gradient)
 
 
-@pytest.mark.parametrize("kind", some(
-    ["dense", "conv2d", "gru", "batch_normalization", "embedding", "several_outputs", "loss_sparse_from_logits",
-     "loss_regularized", "loss_sample_weights", "loss_poisson"],
-    ["dense", "loss_regularized"],
+KINDS = [
+    "dense", "conv2d", "gru", "batch_normalization", "embedding", "several_outputs", "loss_sparse_from_logits",
+    "loss_regularized", "loss_sample_weights", "loss_poisson",
+]  # fmt: skip
+FISHERS = ["sampled", "exact", "empirical"]
+
+
+@pytest.mark.parametrize(("kind", "fisher"), some(
+    list(itertools.product(KINDS, FISHERS)),
+    [("dense", "sampled"), ("loss_regularized", "exact"), ("dense", "empirical")],
 ))  # fmt: skip
-@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
 def test_all_ways_to_solve_give_the_natural_gradient(kind, fisher):
     with float64():
         F, g = matrices(CASES[kind](), fisher)
