@@ -106,7 +106,7 @@ def finite_or(v, other):
 def largest(v):
     """The largest absolute entry, a float32 scalar."""
     ends = [end for a in v if a.shape.num_elements() != 0 for end in (tf.reduce_max(a), -tf.reduce_min(a))]
-    return tf.reduce_max(tf.stack([tf.cast(end, tf.float32) for end in ends]))
+    return tf.abs(tf.reduce_max(tf.stack([tf.cast(end, tf.float32) for end in ends])))  # no -0
 
 
 def count(v):
