@@ -15,7 +15,6 @@ import argparse
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops
 
 import keras_curvature as kc
