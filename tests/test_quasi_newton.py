@@ -112,6 +112,29 @@ def test_the_usual_functions_are_solved(make, function, start, minimum):
         np.testing.assert_allclose(last, minimum, atol=1e-10)
 
 
+def broyden():
+    return kc.BFGS(scaling="broyden")
+
+
+METHODS = some([kc.LBFGS, kc.BFGS, broyden], [kc.LBFGS])
+# the starts of JAX's tests of `jax.scipy.optimize.minimize`, among them bad ones
+STARTS_OF_JAX = [
+    ("rosenbrock", (0.0, 0.0)), ("himmelblau", (0.0, 0.0)), ("himmelblau", (92.0, 0.001)), ("matyas", (6.0, 6.0)),
+    ("eggholder", (100.0, 100.0)), ("zakharov", (600.0, 700.0, 200.0, 100.0, 90.0, 1e4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", METHODS)
+@pytest.mark.parametrize("function, start", some(STARTS_OF_JAX, [STARTS_OF_JAX[2]]))
+def test_they_are_solved_from_the_starts_of_jax(make, function, start):
+    theirs = scipy.optimize.minimize(lambda w: value_and_gradient(function, w), start, jac=True, method="BFGS")
+    model = function_model(function, start, make())
+    assert steps(model, 200, gradient=1e-6)[-1]["gradient_max"] <= 1e-6
+    # Eggholder's has many minima, and it is chance which is found
+    low = value_and_gradient(function, start)[0] if function == "eggholder" else theirs.fun
+    assert value_and_gradient(function, weights(model))[0] <= low + 1e-9
+
+
 def quadratic(size, condition, optimizer):
     """`(model, problem)`: a quadratic with a known spectrum."""
     problem = kc.problems.quadratic(dimension=size, condition=condition)
@@ -128,6 +151,30 @@ def test_with_exact_searches_a_quadratic_ends_after_n_steps(make, settings):
     for _ in range(7):
         model.train_on_batch(x, y)
     np.testing.assert_allclose(model.trainable_variables[0].numpy(), problem.solution()[0], atol=1e-8)
+
+
+def test_with_exact_searches_a_memory_of_n_pairs_takes_the_steps_of_bfgs():
+    """Both are conjugate gradients there."""
+    exact = kc.HagerZhang(checks="secant", decrease=1e-12, curvature=1e-10, error=0.0)
+    (limited, problem), (full, _) = (quadratic(6, 100.0, make(search=exact)) for make in (
+        lambda search: kc.LBFGS(search=search, memory=6), kc.BFGS,
+    ))  # fmt: skip
+    x, y = problem.data(1)
+    for _ in range(6):
+        limited.train_on_batch(x, y)
+        full.train_on_batch(x, y)
+        np.testing.assert_allclose(limited.get_weights()[0], full.get_weights()[0], rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("make", METHODS)
+def test_ill_conditioned_quadratics_are_solved(make, condition):
+    model, problem = quadratic(10, condition, make())
+    x, y = problem.data(1)
+    # SciPy's BFGS takes 136 steps at 1e6, its L-BFGS-B 502
+    model.fit(np.repeat(x, 600, 0), np.repeat(y, 600, 0), batch_size=1, verbose=0)
+    np.testing.assert_allclose(model.get_weights()[0], problem.solution()[0], atol=1e-7)
 
 
 # The matrices, against dense ones.
@@ -240,24 +287,6 @@ def test_self_scaled_broyden_is_the_family_on_the_hessian(seed):
     np.testing.assert_allclose(np.linalg.inv(after), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_memory_as_long_as_the_run_is_bfgs():
-    """From `H = gamma I` of the newest pair the two differ; from a fixed one they are the same steps."""
-    limited, full = kc.LBFGS(memory=20), kc.BFGS()
-    one, other = (function_model("log_sum_exp", np.linspace(-2, 2, 8), o) for o in (limited, full))
-    for _ in range(2):  # one pair: the first `gamma` is that of both
-        one.train_on_batch(ONE, NOTHING)
-        other.train_on_batch(ONE, NOTHING)
-    np.testing.assert_allclose(weights(one), weights(other), rtol=1e-10)
-    known, count = pairs(limited), int(limited._count.numpy())
-    for _ in range(3):
-        other.train_on_batch(ONE, NOTHING)
-    assert count == len(known) == 2
-    s, y = known[0]
-    np.testing.assert_allclose(
-        dense_bfgs(s @ y / (y @ y) * np.eye(8), known) @ known[-1][1], known[-1][0], rtol=1e-9, atol=1e-12
-    )
-
-
 def test_the_scale_of_the_loss_does_not_matter_after_the_first_pair():
     runs = []
     for factor in (1.0, 1e6):
@@ -267,6 +296,22 @@ def test_the_scale_of_the_loss_does_not_matter_after_the_first_pair():
             model.train_on_batch(ONE, NOTHING)
         runs.append(weights(model))
     np.testing.assert_allclose(runs[0], runs[1], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_rows_are_written_in_place():
+    """TensorFlow would copy a variable that is read as it is written: the product with the new gradient comes first."""
+    model = kc.curved(keras.Sequential([keras.Input((1500,)), keras.layers.Dense(256), keras.layers.Dense(1)]))
+    model.compile(kc.LBFGS(1e-4, search=None), "mse", jit_compile=False)
+    x = np.random.default_rng(0).standard_normal((8, 1500))
+    places = []
+    for _ in range(15):
+        model.train_on_batch(x, x[:, :1])
+        handle = model.optimizer._memory[0].value.handle
+        rows = tf.raw_ops.ReadVariableOp(resource=handle, dtype=tf.float64)
+        places.append(rows.numpy().__array_interface__["data"][0])
+        del rows
+    assert len(set(places[3:])) == 1  # at first the variable has the memory of its initial value
 
 
 @pytest.mark.parametrize("decrease, slope, length", [
@@ -475,6 +520,27 @@ def test_first_adam_then_lbfgs_is_a_second_compile():
     two = model.fit(ONE, NOTHING, epochs=80, verbose=0, callbacks=[stop]).history  # the memory goes on
     assert two["pairs"][0] == min(10, one["pairs"][-1] + 1) or two["resets"][0]
     assert "gradient" in stop.reason and two["loss"][-1] < 1e-15
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_a_killed_run_goes_on_amid_the_memory_bit_for_bit(make, tmp_path):
+    def run(*callbacks):
+        model = function_model("rosenbrock", (-1.2, 1.0), make())
+        history = model.fit(ONE, NOTHING, epochs=15, verbose=0, callbacks=list(callbacks)).history
+        return str(history), [v.numpy() for v in [*model.variables, *model.optimizer.variables]], history
+
+    def kill(epoch, logs):
+        if epoch == 11:  # the oldest pairs have been replaced
+            raise KeyboardInterrupt
+
+    _, expected, whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(kc.callbacks.Checkpoint(tmp_path), keras.callbacks.LambdaCallback(on_epoch_end=kill))
+    _, resumed, rest = run(kc.callbacks.Checkpoint(tmp_path))
+    begin = 15 - len(rest["loss"])
+    assert 10 <= begin <= 12 and all(rest[name] == whole[name][begin:] for name in whole)
+    for a, b in zip(resumed, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_matrix_that_does_not_fit_is_refused_in_bytes():

@@ -127,7 +127,9 @@ class LBFGS(QuasiNewton):
         sy, yy = tf.split(with_y, 2)
         sy, yy = tf.where(here, pair.sy, sy), tf.where(here, pair.yy, yy)
         across, down = pair.learns & here[None, :], pair.learns & here[:, None]
-        self.remember(Rows(self._memory, [slot, self.memory + slot], pair.learns), [pair.s, pair.y])
+        with tf.control_dependencies([end]):  # TensorFlow copies the whole memory if it writes while a product reads
+            learns = tf.identity(pair.learns)
+        self.remember(Rows(self._memory, [slot, self.memory + slot], learns), [pair.s, pair.y])
         self.remember(self._sy, tf.where(across, sy[:, None], self._sy.value))
         self.remember(self._yy, tf.where(across, yy[:, None], tf.where(down, yy[None, :], self._yy.value)))
         gamma = tf.cast(pair.sy / tf.where(pair.learns, pair.yy, 1.0), self._gamma.dtype)

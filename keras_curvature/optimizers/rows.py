@@ -30,7 +30,8 @@ class Rows:
     Args:
         variables: The variables.
         indices: A list of integer scalar tensors.
-        when: Whether to assign, a boolean scalar tensor. Defaults to always.
+        when: Whether to assign, a boolean scalar tensor. Defaults to always. Let it depend on all that is computed from
+            the rows: TensorFlow copies the whole variable if it is written while it is read.
     """
 
     variables: Variables

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_curvature.component import Component, check, check_count, register
-from keras_curvature.solvers.row_vectors import rounds_products
+from keras_curvature.trees import rounds_products
 
 Bound: TypeAlias = Literal["frobenius", "gram"]
 
