@@ -31,8 +31,11 @@ class Seen:
         return self._inputs[id(block)]
 
     def _read(self, block):
-        seen = [trees.full_precision(block.weights.inputs(tap)) for tap in self._taps_of(block)]
-        if block.weights.bias is None:
+        weights = block.weights
+        seen = [trees.full_precision(weights.inputs(tap)) for tap in self._taps_of(block)]
+        if not block.has_indices:  # a data set may not say how wide its examples are; the kernel does
+            seen = [trees.shaped(a, [weights.groups or 1, *a.shape[1:3], weights.size[0]]) for a in seen]
+        if weights.bias is None:
             return seen
         return [tf.concat([a, tf.ones([*sizes(a)[:3], 1], a.dtype)], -1) for a in seen]
 
