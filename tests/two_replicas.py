@@ -34,7 +34,8 @@ def trained(name, x, y):
     reports = {key: values[-1] for key, values in history.items() if key != "loss"}
     # a plain model reports nothing, and is left with other weights than it was trained with
     left = [] if reports else np.concatenate([w.ravel() for w in model.get_weights()])
-    return [*map(float, seen[:BATCHES]), float(history["loss"][-1]), *[float(reports[key]) for key in sorted(reports)], *map(float, left)]
+    losses = [*seen[:BATCHES], history["loss"][-1]]
+    return [*map(float, losses), *[float(reports[key]) for key in sorted(reports)], *map(float, left)]
 
 
 class Counted(keras.layers.Layer):
