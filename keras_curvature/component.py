@@ -63,28 +63,31 @@ def is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
-def check_number(owner, name, value, low=None, high=None, open_low=False, open_high=False):
-    """Check that the argument is a number in the given interval; the message contains the interval."""
+def check_number(owner, name, value, low=None, high=None, open_low=False, open_high=False, or_none=False):
+    """Check that the argument is a number in the given interval; the message contains it. `or_none`: or `None`."""
     left, right = "(" if open_low or low is None else "[", ")" if open_high or high is None else "]"
     bounds = f"{left}{'-inf' if low is None else low}, {'inf' if high is None else high}{right}"
     valid = is_number(value)
     valid = valid and (low is None or (value > low if open_low else value >= low))
     valid = valid and (high is None or (value < high if open_high else value <= high))
-    check(owner, name, value, valid, f"a number in {bounds}")
+    _check_or_none(owner, name, value, valid, f"a number in {bounds}", or_none)
 
 
-def check_count(owner, name, value, low=1):
-    """Check that the argument is an integer of at least `low`."""
-    check(owner, name, value, isinstance(value, int) and not isinstance(value, bool) and value >= low,
-          f"an integer >= {low}")
+def check_count(owner, name, value, low=1, or_none=False):
+    """Check that the argument is an integer of at least `low`; with `or_none`, or `None`."""
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= low
+    _check_or_none(owner, name, value, valid, f"an integer >= {low}", or_none)
 
 
-def check_part(owner, name, value):
-    """Check that the argument is a part of a batch: a share, a number of examples, or `None`."""
-    if isinstance(value, float):
-        check_number(owner, name, value, low=0, high=1, open_low=True)
-    elif value is not None:
-        check(owner, name, value, is_number(value) and value >= 1, "a share in (0, 1], an integer >= 1, or None")
+def _check_or_none(owner, name, value, valid, expected, or_none):
+    check(owner, name, value, valid or (or_none and value is None), f"{expected}, or None" if or_none else expected)
+
+
+def check_part(owner, name, value, or_none=True):
+    """Check that the argument is a part: a share (a float) or a number (an integer); with `or_none`, or `None`."""
+    expected = "a share in (0, 1], an integer >= 1, or None" if or_none else "a share in (0, 1] or an integer >= 1"
+    valid = is_number(value) and (0 < value <= 1 if isinstance(value, float) else value >= 1)
+    check(owner, name, value, valid or (or_none and value is None), expected)
 
 
 def check_component(owner, name, value, method, examples):

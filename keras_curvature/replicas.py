@@ -183,14 +183,42 @@ def gather(rows):
     if count() == 1:
         return rows
     start, whole = place(lambda a: tf.shape(a)[0] if a.shape[0] is None else a.shape[0], rows)
+    lengths = _lengths(rows)
 
     def among_all(rows, start):
-        own = tf.shape(rows)[0] if rows.shape[0] is None else rows.shape[0]
+        own, static = tf.shape(rows)[0] if rows.shape[0] is None else rows.shape[0], rows.shape[1:]
+        if lengths is not None:
+            rows = tf.reshape(rows, tf.concat([[own], lengths], 0))
+            static = [n or None for n in static]  # 0: of a replica without rows
         padded = tf.pad(rows, [[0, whole - own]] + [[0, 0]] * (rows.shape.rank - 1))
         placed = tf.roll(padded, start, 0)
-        return tf.ensure_shape(placed, [whole if isinstance(whole, int) else None, *rows.shape[1:]])
+        return tf.ensure_shape(placed, [whole if isinstance(whole, int) else None, *static])
 
     return total(among_all, rows, start)
+
+
+def _lengths(rows):
+    """The lengths of all axes but the first, a vector; `None` where static shapes show them.
+
+    A replica without rows may not know them, such as how many positions an example has: they are those of the others.
+    """
+    noted = {}
+
+    def note(rows):
+        noted[identity()] = tuple(rows.shape[1:])
+        return tf.one_hot(number(), count(), dtype=tf.int32)[:, tf.newaxis] * tf.shape(rows)[1:]
+
+    lengths = each(note, rows)
+    static = _noted_by_all(noted)
+    return None if static is not None and None not in static else tf.reduce_max(add_up(lengths), 0)
+
+
+def _noted_by_all(noted):
+    """What every replica has noted, if it is the same."""
+    static, *others = noted.values()
+    # in a graph, a known shape here is the same in every worker's graph
+    complete = len(noted) == count() or not tf.executing_eagerly()
+    return static if complete and all(other == static for other in others) else None
 
 
 @tf.custom_gradient
@@ -213,15 +241,15 @@ def place(fn, *args):
     noted = {}
 
     def note(*args):
-        noted[identity()] = examples = fn(*args)
+        examples = fn(*args)
+        noted[identity()] = examples if isinstance(examples, int) else None
         return tf.one_hot(number(), count(), dtype=tf.int32) * examples
 
     if count() == 1:
         return 0, fn(*args)
-    lengths, (static, *others) = each(note, *args), noted.values()
-    # in a graph, a known shape here is the same in every worker's graph
-    all_known = isinstance(static, int) and (len(noted) == count() or not tf.executing_eagerly())
-    if all_known and all(other == static for other in others):
+    lengths = each(note, *args)
+    static = _noted_by_all(noted)
+    if isinstance(static, int):
         return each(lambda: number() * static), count() * static
     lengths = add_up(lengths)  # (replicas,)
     return each(lambda: tf.cumsum(lengths, exclusive=True)[number()]), tf.reduce_sum(lengths)
@@ -262,26 +290,3 @@ def strategy_of(model):
             "measure it in a process of its own: `keras_curvature.curvature(keras.models.load_model(path), data)`."
         )
     return strategy
-
-
-def scatter(strategy, arrays):
-    """A list of tensors with a row for each example, cut into one slice for each replica of `strategy`.
-
-    The result can be an argument of `each` and `total`, called in the scope of the strategy. If the rows do not divide
-    evenly, the first replicas have one more.
-    """
-    parts = strategy.num_replicas_in_sync
-    if parts == 1:
-        return list(arrays)
-
-    def slices_of(array):
-        rows = array.shape[0]
-        bounds = [rows // parts * i + min(rows % parts, i) for i in range(parts + 1)]
-
-        def here(context):
-            own = context.replica_id_in_sync_group
-            return array[bounds[own] : bounds[own + 1]]
-
-        return strategy.experimental_distribute_values_from_function(here)
-
-    return [slices_of(array) for array in arrays]

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from optimizers import OPTIMIZERS, prepare
+from optimizers import LAYERWISE, OPTIMIZERS, prepare
 from selection import some
 
 import keras_curvature as kc
@@ -168,6 +168,20 @@ def test_dense_on_sequences_whose_gradients_have_lost_their_static_shape(name):
     model.compile(optimizer, "mse", jit_compile=False)
     losses = model.fit(x, x[..., :3], batch_size=4, epochs=6, verbose=0).history["loss"]
     assert min(losses[1:]) < losses[0]
+
+
+@by_default("locoprop", of=LAYERWISE)
+def test_a_data_set_that_does_not_know_its_width_trains_as_one_that_does(name):
+    x, y = data()
+    trained = []
+    for width in (4, None):
+        shapes = tf.TensorSpec((None, width)), tf.TensorSpec((None,), tf.int32)
+        batches = tf.data.Dataset.from_generator(lambda: [(x[:5], y[:5])], output_signature=shapes)
+        model = compiled(name, network())
+        model.fit(batches, steps_per_epoch=1, shuffle=False, verbose=0)
+        trained.append(model.get_weights())
+    for a, b in zip(*trained):
+        np.testing.assert_array_equal(a, b)
 
 
 @by_default("kfac", of=("kfac", "ekfac", "eva"))

@@ -213,8 +213,10 @@ def test_inputs_of_the_metric_are_saved_with_the_state(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [
-    ({"metric_data": "data"}, "`metric_data` must be an array, .* Received: metric_data=\\['str "),
+    ({"metric_data": "data"}, "`metric_data` must be an array, .* Received: metric_data=\\['str'"),
     ({"metric_data": []}, "`metric_data` must be"),
+    ({"metric_data": [[1.0], [2.0], [3.0], [4.0]]}, "\\['list', 'list', 'list', '... 4 in all'\\]"),
+    ({"metric_data": np.array([[1.0, np.nan]])}, "of finite numbers.*float64 \\(1, 2\\) with NaN"),
     ({"metric_data": [np.ones((3, 2)), np.ones((4, 2))]}, "`metric_data` must be"),
     ({"metric_data": np.array(["a", "b"])}, "`metric_data` must be"),
     ({"metric_data": np.ones((3, 2)), "fisher": "empirical"}, "`metric_data`, which has no labels"),
@@ -223,3 +225,16 @@ def test_inputs_of_the_metric_are_saved_with_the_state(tmp_path):
 def test_metric_data_that_cannot_work_is_refused(arguments, expected):
     with pytest.raises(ValueError, match=expected):
         NaturalGradient(**arguments)
+
+
+@pytest.mark.parametrize(("arrays", "expected"), [
+    (np.ones((5, 2)), r"must be one array, as the inputs.* of the shapes \[\(None, 3\)\]. Received: .*\[\[5, 2\]\]"),
+    (np.ones(5), r"must be one array.* of the shapes \[\(None, 3\)\]"),
+    ((np.ones((5, 3)), np.ones(5)), "must be one array"),  # inputs and targets, of which Keras would drop the latter
+    ({"x": np.ones((5, 3))}, "must be one array.*with the keys \\['x'\\]"),
+])  # fmt: skip
+def test_metric_data_that_is_not_as_the_inputs_is_refused_by_its_name(arrays, expected):
+    x = np.ones((4, 3))
+    model, batch = regression(x, NaturalGradient(metric_data=arrays))
+    with pytest.raises(ValueError, match=f"`metric_data` {expected}"):
+        model.train_on_batch(*batch)

@@ -651,7 +651,7 @@ def test_a_plain_model_has_gradients_and_says_what_else_it_needs():
     known = Gradients("MyMethod", [tf.ones([2])], [])
     assert known.gradient[0].shape == (2,)
     for name in ("hessian", "gauss_newton", "loss_at", "squared_gradients"):
-        with pytest.raises(ValueError, match=rf"(?s)`MyMethod` asked for the `{name}`.*keras_curvature.curved"):
+        with pytest.raises(ValueError, match=rf"(?s)`MyMethod` needs .*`Linearization.{name}`.*keras_curvature.curved"):
             getattr(known, name)
     with pytest.raises(AttributeError):
         known.nothing  # noqa: B018

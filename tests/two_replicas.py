@@ -9,7 +9,7 @@ import sys
 import keras
 import numpy as np
 import tensorflow as tf
-from optimizers import prepare
+from optimizers import PLAIN, prepare
 
 import keras_curvature as kc
 
@@ -17,7 +17,11 @@ BATCH, BATCHES = 8, 4
 
 
 def trained(name, x, y):
-    """The loss after each batch and the last reports; of a plain model the weights that are left."""
+    """The loss after each batch and the last reports; of a plain model the weights that are left.
+
+    The last batch of a curved model has one example, so that a replica has none. (Of a plain model Keras would weight
+    the replicas alike.) Its running loss is that of the whole epoch, since Keras shows the mean over the replicas.
+    """
     keras.utils.set_random_seed(0)
     model, optimizer = prepare(name, keras.Sequential([
         keras.Input((4,)), keras.layers.Dense(6, activation="tanh"), keras.layers.Dense(3),
@@ -30,7 +34,8 @@ def trained(name, x, y):
     reports = {key: values[-1] for key, values in history.items() if key != "loss"}
     # a plain model reports nothing, and is left with other weights than it was trained with
     left = [] if reports else np.concatenate([w.ravel() for w in model.get_weights()])
-    return [*map(float, seen), *[float(reports[key]) for key in sorted(reports)], *map(float, left)]
+    losses = [*seen[:BATCHES], history["loss"][-1]]
+    return [*map(float, losses), *[float(reports[key]) for key in sorted(reports)], *map(float, left)]
 
 
 class Counted(keras.layers.Layer):
@@ -155,8 +160,9 @@ def main(names):
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    x = np.random.default_rng(0).standard_normal((BATCH * BATCHES, 4)).astype("float32")
+    x = np.random.default_rng(0).standard_normal((BATCH * BATCHES + 1, 4)).astype("float32")
     y = np.argmax(x[:, :3], axis=1).astype("int32")
+    uneven, (x, y) = (x, y), (x[:-1], y[:-1])
     results = {"forward passes": {"one": forward_passes(x, y)}}
     with strategy.scope():
         results["forward passes"]["two"] = forward_passes(x, y)
@@ -172,9 +178,10 @@ def main(names):
         results[key] = {"hand": weights_by_hand(x, y, slices).tolist(), "two": two.tolist()}
     for name in names:
         try:
-            one = trained(name, x, y)
+            batches = (x, y) if name in PLAIN else uneven
+            one = trained(name, *batches)
             with strategy.scope():
-                results[name] = {"one": one, "two": trained(name, x, y)}
+                results[name] = {"one": one, "two": trained(name, *batches)}
             if name in DECOMPOSING:
                 one = decompositions(name, x, y)
                 with strategy.scope():

@@ -27,12 +27,12 @@ class Gradients:
     @property
     def needs(self) -> Any:
         """What a function of a `Linearization` looks at first; here there is none."""
-        raise ValueError(needs_a_curved_model(self._asked_by, "asked for more than the gradient of the loss"))
+        raise ValueError(needs_a_curved_model(self._asked_by, "needs more than the gradient of the loss"))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(Linearization, name):
             raise AttributeError(f"`Gradients` has no attribute {name!r}")
-        raise ValueError(needs_a_curved_model(self._asked_by, f"asked for the `{name}` of the loss"))
+        raise ValueError(needs_a_curved_model(self._asked_by, f"needs more than gradients (`Linearization.{name}`)"))
 
 
 def needs_a_curved_model(optimizer, wants):

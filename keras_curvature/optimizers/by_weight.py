@@ -111,8 +111,7 @@ class LimitedDiagonalOptimizer(DiagonalOptimizer):
     def set_step_max(self, step_max: float | None) -> None:
         """Keep the argument `step_max`: a positive number, or `None` for no limit."""
         self.step_max = step_max
-        if step_max is not None:
-            check_number(self, "step_max", step_max, 0.0, open_low=True)
+        check_number(self, "step_max", step_max, low=0, open_low=True, or_none=True)
 
     def limited(self, step: Vector) -> Vector:
         """The step with its entries cut to `step_max`."""

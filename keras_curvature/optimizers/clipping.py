@@ -16,10 +16,9 @@ from keras_curvature.typing import Vector
 def set_clip(optimizer: Any, name: str, bound: float | None) -> None:
     """Keep the argument `name`, a positive number or `None` for no limit; then there is no report of this name."""
     setattr(optimizer, name, bound)
+    check_number(optimizer, name, bound, low=0, open_low=True, or_none=True)
     if bound is None:
         optimizer.reports = {report: how for report, how in optimizer.reports.items() if report != name}
-    else:
-        check_number(optimizer, name, bound, low=0, open_low=True)
 
 
 def clipped(optimizer: Any, name: str, direction: Vector, gradient: Vector) -> Vector:

@@ -66,8 +66,7 @@ class CurveBall(CurvatureOptimizer):
         self._rule = as_damping(self, damping)
         self._trial = Trial(self._rule, accepts="finite")  # the loss of a batch may rise, as with any momentum
         for name, value in (("beta", beta), ("rho", rho)):
-            if value is not None:
-                check_number(self, name, value)
+            check_number(self, name, value, or_none=True)
         check(self, "rho", rho, (beta is None) == (rho is None), f"given together with `beta` ({beta}), or neither")
 
     def create_state(self, variables: Variables) -> None:

@@ -62,8 +62,7 @@ class DiagonalNewton(CurvatureOptimizer):
         self.step_max, self.probes = step_max, probes
         check_number(self, "curvature_min", curvature_min, 0.0, open_low=True)
         check_number(self, "curvature_max", curvature_max, curvature_min)
-        if step_max is not None:
-            check_number(self, "step_max", step_max, 0.0, open_low=True)
+        check_number(self, "step_max", step_max, low=0, open_low=True, or_none=True)
         counted = isinstance(probes, int) and not isinstance(probes, bool) and probes >= 1
         check(self, "probes", probes, counted or probes == "exact", 'an integer >= 1, or "exact"')
 

@@ -68,8 +68,7 @@ class Eva(CurvatureOptimizer):
         check_number(self, "damping", damping, low=0, open_low=True)
         check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
         check_number(self, "beta", beta, low=0, high=1, open_high=True)
-        if kl_clip is not None:
-            check_number(self, "kl_clip", kl_clip, low=0, open_low=True)
+        check_number(self, "kl_clip", kl_clip, low=0, open_low=True, or_none=True)
 
     def create_state(self, variables: Variables) -> None:
         """The last step, and two vectors for each layer."""

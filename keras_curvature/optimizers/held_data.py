@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_curvature import replicas
 from keras_curvature.component import Component, check, register
 
-EXPECTED = "an array, or a list or dictionary of arrays, of numbers, with one row for each example"
+EXPECTED = "an array, or a list or dictionary of arrays, of finite numbers, with one row for each example"
 
 
 @register
@@ -63,7 +63,8 @@ class HeldData:
         arrays = [np.asarray(a) if isinstance(a, np.ndarray) or tf.is_tensor(a) else None for a in given]
         valid = bool(arrays) and all(a is not None and a.ndim and a.dtype.kind in "fiub" for a in arrays)
         valid = valid and len({len(a) for a in arrays}) == 1 and len(arrays[0]) > 0
-        check(optimizer, argument, _in_words(given), valid, EXPECTED)
+        valid = valid and all(a.dtype.kind != "f" or np.isfinite(a).all() for a in arrays)
+        check(optimizer, argument, _in_words(given, arrays), valid, EXPECTED)
         described = [list(map(int, a.shape)) for a in arrays], [a.dtype.name for a in arrays]
         self.described, self._arrays = ArraysLike(*described, names, single), arrays
         check(
@@ -86,9 +87,11 @@ class HeldData:
         self._is_there = optimizer.add_scalar(float(arrays is not None), f"has_{self._argument}")
         self._begun = arrays is not None
 
-    def batch(self, optimizer, like):
-        """`(x, y, None)` of the next examples on all replicas, with targets as in the batch `like`."""
+    def batch(self, optimizer, lin):
+        """`(x, y, None)` of the next examples on all replicas, with targets as in the batch of a `Linearization`."""
         self._require(optimizer)
+        like = lin.batch
+        self._check_inputs(optimizer, like[0], getattr(lin.model, "inputs", None))
         n, count = self.described.examples, replicas.count()
         size = n if self._part is None else self._part
         size = max(1, round(size * n)) if isinstance(size, float) else int(size)
@@ -102,6 +105,29 @@ class HeldData:
             return self.described.packed(x), keras.tree.map_structure(lambda t: _repeated(t, rows), y)
 
         return *replicas.each(drawn, like[1]), None
+
+    def _check_inputs(self, optimizer, x, inputs):
+        """Refuse other arrays than the model takes: `x` of a batch, and the symbolic `inputs`, where the model has any.
+
+        Keras would name neither the argument nor, where there are too many arrays, the fault.
+        """
+        own, names = self.described, sorted(x) if isinstance(x, dict) else None
+        count = len(keras.tree.flatten(x))
+        fits = count == len(own.shapes) and names == (None if own.names is None else sorted(own.names))
+        expected = "one array" if count == 1 else f"a list of {count} arrays"
+        expected = expected if names is None else f"a dictionary with the keys {names}"
+        expected = f"{expected}, as the inputs of the batch"
+        if fits and inputs is not None and len(inputs) == count:
+            wanted = [tuple(t.shape) for t in inputs]
+            of_own = own.shapes if own.names is None else [s for _, s in sorted(zip(own.names, own.shapes))]
+            fits = all(_is_of_shape(s[1:], w[1:]) for s, w in zip(of_own, wanted))
+            expected += f", of the shapes {wanted}"
+        received = f"arrays of the shapes {own.shapes}"
+        received += "" if own.names is None else f" with the keys {own.names}"
+        if not fits:
+            raise ValueError(
+                f"`{type(optimizer).__name__}`: `{self._argument}` must be {expected}. Received: {received}"
+            )
 
     def _require(self, optimizer):
         """Refuse zeros in place of arrays that were neither given nor loaded."""
@@ -130,5 +156,20 @@ def _repeated(targets, rows):
     return tf.gather(targets, rows % tf.maximum(count, 1))
 
 
-def _in_words(given):
-    return [f"{type(a).__name__} {getattr(a, 'shape', '')}" for a in given]
+def _is_of_shape(shape, wanted):
+    """Whether the shape of an example is one that Keras takes, which adds or drops a last axis of length 1."""
+    shape, wanted = ([*s[:-1]] if s and s[-1] == 1 else [*s] for s in (shape, wanted))
+    return len(shape) == len(wanted) and all(w is None or w == n for n, w in zip(shape, wanted))
+
+
+def _in_words(given, arrays):
+    """What came, of each array its type, its shape and whether it has what is not finite; of many the first ones."""
+    words = [" ".join([type(a).__name__, *_of_array(array)]) for a, array in zip(given[:3], arrays)]
+    return words if len(given) <= 3 else [*words, f"... {len(given)} in all"]
+
+
+def _of_array(array):
+    if array is None:
+        return []
+    not_finite = array.dtype.kind == "f" and not np.isfinite(array).all()
+    return [f"of {array.dtype}", str(array.shape), *(["with NaN or infinity"] if not_finite else [])]

@@ -118,14 +118,12 @@ class KFAC(CurvatureOptimizer):
         self.factors_every, self.inverses_every = factors_every, inverses_every
         self.kl_clip, self.curvature_batch, self.factors = kl_clip, curvature_batch, factors
         self._rule, self._trial = rule, trial
-        if momentum is not None:
-            check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
+        check_number(self, "momentum", momentum, low=0, high=1, open_high=True, or_none=True)
         check_count(self, "factors_every", factors_every)
         check_every(self, "inverses_every", inverses_every)
         check(self, "fisher", fisher, fisher in FISHER, '"sampled", "empirical" or "exact"')
         check(self, "sharing", sharing, sharing in kronecker.SHARING, '"expand" or "reduce"')
-        if kl_clip is not None:
-            check_number(self, "kl_clip", kl_clip, low=0, open_low=True)
+        check_number(self, "kl_clip", kl_clip, low=0, open_low=True, or_none=True)
         check_part(self, "curvature_batch", curvature_batch)
         check(self, "factors", factors, isinstance(factors, str) and factors in FACTORS, '"kfac" or "tkfac"')
 

@@ -73,8 +73,7 @@ class KLShampoo(KLFactors):
             check_count(self, argument, count)
         check_every(self, "every", every)
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
-        if block_size is not None:
-            check_count(self, "block_size", block_size)
+        check_count(self, "block_size", block_size, or_none=True)
         self.initial, self.max_dimension, self.merge, self.block_size = initial, max_dimension, merge, block_size
         self.count_refreshes()
 

@@ -63,8 +63,7 @@ class LiSSA(CurvatureOptimizer):
         self.steps, self.rate, self.curvature_batch = steps, rate, curvature_batch
         self.damping, self.power_steps = damping, power_steps
         check_count(self, "steps", steps)
-        if rate is not None:
-            check_number(self, "rate", rate, low=0, open_low=True)
+        check_number(self, "rate", rate, low=0, open_low=True, or_none=True)
         check(self, "curvature_batch", curvature_batch, curvature_batch is not None, "a share in (0, 1], or an integer")
         check_part(self, "curvature_batch", curvature_batch)
         check_number(self, "damping", damping, low=0)

@@ -141,7 +141,7 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _batch_of_the_metric(self, lin):
         if self.metric_data is not None:
-            return lin.again(batch=self._metric_data.batch(self, lin.batch))
+            return lin.again(batch=self._metric_data.batch(self, lin))
         return lin if self.curvature_batch is None else lin.chunk(self.curvature_batch, self.iterations)
 
     def _local_model(self, lin):

@@ -93,8 +93,7 @@ class Neumann(CurvatureOptimizer):
             check_number(self, key, given, low=0, high=1, open_high=True)
         check(self, "mu_end", mu_end, mu_end >= mu_start, f"at least `mu_start` ({mu_start})")
         check_count(self, "warmup_steps", warmup_steps, low=0)
-        if reset_every is not None:
-            check_count(self, "reset_every", reset_every, low=2)
+        check_count(self, "reset_every", reset_every, low=2, or_none=True)
         check_count(self, "reset_growth", reset_growth)
         clips = {name: getattr(self, name) for name in ("clipnorm", "clipvalue", "global_clipnorm")}
         if any(clips.values()):
@@ -121,8 +120,7 @@ class Neumann(CurvatureOptimizer):
         """
         check_count(cls, "steps_per_epoch", steps_per_epoch)
         check_number(cls, "warmup_epochs", warmup_epochs, low=0)
-        if reset_epochs is not None:
-            check_number(cls, "reset_epochs", reset_epochs, low=0, open_low=True)
+        check_number(cls, "reset_epochs", reset_epochs, low=0, open_low=True, or_none=True)
         reset_every = None if reset_epochs is None else round(reset_epochs * steps_per_epoch)
         return cls(warmup_steps=round(warmup_epochs * steps_per_epoch), reset_every=reset_every, **kwargs)
 

@@ -5,7 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_count, check_number, register
+from keras_curvature.component import check_count, check_number, register
 from keras_curvature.linearization.jacobian import by_layers, sketches
 from keras_curvature.linearization.layers import kronecker
 from keras_curvature.linearization.linearization import Linearization
@@ -72,8 +72,7 @@ class SENG(CurvatureOptimizer):
         check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
         check_count(self, "rank", rank)
         check_count(self, "columns", columns)
-        valid = largest is None or (isinstance(largest, int) and not isinstance(largest, bool) and largest >= 0)
-        check(self, "largest", largest, valid, "an integer of at least 0, or None")
+        check_count(self, "largest", largest, low=0, or_none=True)
 
     def create_state(self, variables: Variables) -> None:
         """The momentum."""

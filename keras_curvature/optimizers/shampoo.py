@@ -99,9 +99,8 @@ class Shampoo(ByAxis):
         check_number(self, "beta_2", beta_2, low=0, high=1, open_low=True)
         check_number(self, "epsilon", epsilon, low=0, open_low=True)
         check_every(self, "every", every)
-        for argument, count in (("block_size", block_size), ("max_dimension", max_dimension)):
-            if count is not None or argument != "max_dimension":
-                check_count(self, argument, count)
+        check_count(self, "block_size", block_size)
+        check_count(self, "max_dimension", max_dimension, or_none=True)
         known = ("adam", "rmsprop", "sgd", None)
         check(self, "grafting", grafting, grafting in known, '"adam", "rmsprop", "sgd" or None')
         method = "updated" if isinstance(root, RunningRoot) else "inverse_root"
@@ -109,8 +108,9 @@ class Shampoo(ByAxis):
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
         check(self, "sides", sides, sides in ("all", "shortest"), '"all" or "shortest"')
         self.block_size, self.max_dimension, self.grafting, self.root = block_size, max_dimension, grafting, root
+        known = isinstance(factors_dtype, str) and factors_dtype in ("float32", "bfloat16")  # `tf.bfloat16` equals it
+        check(self, "factors_dtype", factors_dtype, known, '"float32" or "bfloat16"')
         half = factors_dtype == "bfloat16"
-        check(self, "factors_dtype", factors_dtype, half or factors_dtype == "float32", '"float32" or "bfloat16"')
         self.sides, self.factors_dtype = sides, factors_dtype
         if isinstance(root, RunningRoot):
             check(self, "every", every, isinstance(every, int), f"an integer with `root={type(root).__name__}(...)`")

@@ -42,8 +42,7 @@ class KroneckerGeometry(Geometry):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.max_size is not None:
-            check_count(self, "max_size", self.max_size)
+        check_count(self, "max_size", self.max_size, or_none=True)
         check_number(self, "max_skew", self.max_skew, low=0)
 
     def specs(self, shapes: list[Shape]) -> list[Spec]:

@@ -62,8 +62,7 @@ class LowRankPart(MatrixPart):
     rank: float | int = 0.25
 
     def __post_init__(self):
-        check_part(self, "rank", self.rank)
-        check_number(self, "rank", self.rank, low=0, open_low=True)
+        check_part(self, "rank", self.rank, or_none=False)
 
     def state_shape(self, rows: int, columns: int) -> Shape:
         rank = self.rank if isinstance(self.rank, int) else math.ceil(self.rank * rows)

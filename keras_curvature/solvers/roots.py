@@ -39,8 +39,7 @@ class EigenRoot(Component):
     exponent: float | None = None
 
     def __post_init__(self):
-        if self.exponent is not None:
-            check_number(self, "exponent", self.exponent, low=0, open_low=True)
+        check_number(self, "exponent", self.exponent, low=0, open_low=True, or_none=True)
 
     def inverse_root(self, matrices: tf.Tensor, p: float, epsilon: float) -> tf.Tensor:
         """`(A + epsilon I)^(-1/p)` of a stack `(..., n, n)`; NaN where it failed."""
@@ -85,8 +84,8 @@ class CoupledNewton(Component):
     max_steps: int = 100
 
     def __post_init__(self):
+        check_number(self, "exponent", self.exponent, low=0, open_low=True, or_none=True)
         if self.exponent is not None:
-            check_number(self, "exponent", self.exponent, low=0, open_low=True)
             whole = abs(1 / self.exponent - round(1 / self.exponent)) < 1e-6
             check(self, "exponent", self.exponent, whole, "one over an integer, or use `EigenRoot`")
         check_number(self, "relative_epsilon", self.relative_epsilon, low=0)

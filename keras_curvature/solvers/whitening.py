@@ -87,8 +87,7 @@ class Geometry(Component):
         check_number(self, "rate", self.rate, low=0, high=1, open_low=True, open_high=True)
         check_number(self, "beta", self.beta, low=0, high=1, open_high=True)
         check_number(self, "damping", self.damping, low=0)
-        if self.initial is not None:
-            check_number(self, "initial", self.initial, low=0, open_low=True)
+        check_number(self, "initial", self.initial, low=0, open_low=True, or_none=True)
 
     def specs(self, shapes: list[Shape]) -> list[Spec]:
         """A list of `(name, shape, initializer)`, one for each tensor of the state, for weights of the given shapes."""

@@ -140,8 +140,7 @@ def curved(model: Model, micro_batches: int | None = None) -> Model:
     """
     if not isinstance(model, keras.Model):
         raise ValueError(f"`curved`: `model` must be a `keras.Model`. Received: model={model!r}")
-    if micro_batches is not None:
-        check_count(curved, "micro_batches", micro_batches)
+    check_count(curved, "micro_batches", micro_batches, or_none=True)
     if isinstance(model, CurvedMixin):
         model.micro_batches = model.micro_batches if micro_batches is None else micro_batches
         return model

@@ -31,8 +31,11 @@ class Seen:
         return self._inputs[id(block)]
 
     def _read(self, block):
-        seen = [trees.full_precision(block.weights.inputs(tap)) for tap in self._taps_of(block)]
-        if block.weights.bias is None:
+        weights = block.weights
+        seen = [trees.full_precision(weights.inputs(tap)) for tap in self._taps_of(block)]
+        if not block.has_indices:  # a data set may not say how wide its examples are; the kernel does
+            seen = [trees.shaped(a, [weights.groups or 1, *a.shape[1:3], weights.size[0]]) for a in seen]
+        if weights.bias is None:
             return seen
         return [tf.concat([a, tf.ones([*sizes(a)[:3], 1], a.dtype)], -1) for a in seen]
 
@@ -117,12 +120,14 @@ def by_example(x, examples):
     """Moves several rows per example to the positions. Rows that all examples share count as one example."""
     groups, rows, positions, width = sizes(x)
     if isinstance(rows, int) and isinstance(examples, int):
+        if rows == examples:  # also of no example, on a replica that has none
+            return x
         kept = examples if examples and rows % examples == 0 else 1
     else:
         kept = tf.where(tf.equal(rows % tf.maximum(examples, 1), 0), examples, 1)
     if isinstance(kept, int):
         return x if kept == rows else tf.reshape(x, [groups, kept, rows // kept * positions, width])
-    return tf.reshape(x, [groups, kept, rows // tf.maximum(kept, 1) * positions, width])
+    return tf.reshape(x, [groups, kept, tf.maximum(rows // tf.maximum(kept, 1), 1) * positions, width])
 
 
 def sizes(x):

@@ -96,8 +96,8 @@ def no_likelihood(loss):
         "and sparse categorical crossentropies. Choose one of them, or set the likelihood of your own loss, such as "
         "`my_loss.likelihood = keras_curvature.likelihoods.Gaussian`; a model with a `compute_loss` of its own and one "
         "output has it in its class, `likelihood = keras_curvature.likelihoods.Gaussian`, or for logits "
-        "`keras_curvature.likelihoods.Bernoulli({}, logits=True)`. Or use the true labels, for "
-        'which `KFAC`, `EKFAC` and `SquareRootFreeAdam` have `fisher="empirical"`; or the Hessian, with `SophiaH` '
+        "`keras_curvature.likelihoods.Bernoulli({}, logits=True)`. Or use the true labels, for which `KFAC`, `EKFAC`, "
+        '`SINGD`, `NaturalGradient` and `SquareRootFreeAdam` have `fisher="empirical"`; or the Hessian, with `SophiaH` '
         "instead of `SophiaG`."
     )
 

@@ -19,8 +19,7 @@ def check_arguments(owner, model, kind, examples, batch_size, training, seed):
     check_model(owner, model)
     check(owner, "kind", kind, kind in KINDS, EXPECTED)
     for name, value in (("examples", examples), ("batch_size", batch_size)):
-        if value is not None:
-            check_count(owner, name, value)
+        check_count(owner, name, value, or_none=True)
     check(owner, "training", training, isinstance(training, bool), "True or False")
     check_count(owner, "seed", seed, low=0)
 

@@ -117,7 +117,7 @@ class Objective:
         self._structure = keras.tree.map_structure(lambda a: a is not None, read[0])
         self.counts = [reading.count(batch) for batch in read]
         self.shares = checks.shares(owner, self.model, read, self.counts)
-        self._batches = [replicas.scatter(self._strategy, _flat(batch)) for batch in read]
+        self._batches = [reading.scatter(self._strategy, _flat(batch)) for batch in read]
         self._seeds = [self._seeds_of(i) for i in range(len(read))]
 
     def in_mode(self, training: bool) -> "Objective":

@@ -172,3 +172,26 @@ def _joined(owner, parts):
         )
     join = np.concatenate if isinstance(parts[0], np.ndarray) else tf.concat
     return None if parts[0] is None else join(parts, 0)
+
+
+def scatter(strategy, arrays):
+    """A list of tensors with a row for each example, cut into one slice for each replica of `strategy`.
+
+    The result can be an argument of `each` and `total`, called in the scope of the strategy. If the rows do not divide
+    evenly, the first replicas have one more.
+    """
+    parts = strategy.num_replicas_in_sync
+    if parts == 1:
+        return list(arrays)
+
+    def slices_of(array):
+        rows = array.shape[0]
+        bounds = [rows // parts * i + min(rows % parts, i) for i in range(parts + 1)]
+
+        def here(context):
+            own = context.replica_id_in_sync_group
+            return array[bounds[own] : bounds[own + 1]]
+
+        return strategy.experimental_distribute_values_from_function(here)
+
+    return [slices_of(array) for array in arrays]

@@ -84,8 +84,7 @@ class Checkpoint(keras.callbacks.Callback):
         super().__init__()
         check(self, "directory", directory, bool(directory) and isinstance(directory, (str, os.PathLike)), "a path")
         check_count(self, "keep", keep)
-        if every is not None:
-            check_count(self, "every", every)
+        check_count(self, "every", every, or_none=True)
         self.directory, self.every, self.keep = os.fspath(directory), every, keep
         self.on_signal, self.skip_batches = on_signal, skip_batches
 

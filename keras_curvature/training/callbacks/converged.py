@@ -37,8 +37,7 @@ class Converged(keras.callbacks.Callback):
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in (("gradient", gradient), ("loss", loss)):
-            if value is not None:
-                check_number(self, name, value, low=0)
+            check_number(self, name, value, low=0, or_none=True)
         check_count(self, "patience", patience)
         check(self, "verbose", verbose, verbose in (0, 1), "0 or 1")
         self.gradient, self.loss, self.patience, self.verbose = gradient, loss, patience, verbose
