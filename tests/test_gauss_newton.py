@@ -302,6 +302,38 @@ def test_one_example_trains():
         assert model.optimizer.solved_by == "rows"
 
 
+def test_without_a_check_every_finite_step_is_taken():
+    """A number for the damping is the papers' method: from the start of Rosenbrock's valley the loss rises."""
+    with float64():
+        model, data = rising(1e-9)
+        logs = [model.train_on_batch(*data, return_dict=True) for _ in range(2)]
+    assert logs[1]["loss"] > 10 * logs[0]["loss"] and logs[0]["step_length"] == 1
+
+
+def test_a_gram_matrix_that_is_singular_in_its_precision_leaves_the_weights_finite():
+    """Equal examples in float32: `K / lambda + 1` is `K / lambda`, whose Cholesky decomposition fails or is noise."""
+    for damping in (1e-9, 1e-20, 1e-30):
+        case = CASES["dense"]()
+        case.x, case.y = np.tile(case.x[:1], (6, 1)), np.tile(case.y[:1], (6, 1))
+        model = kc.curved(case.model)
+        case.compile(GaussNewton.gram(damping=damping), jit_compile=False)
+        for _ in range(3):
+            before = flat(model.trainable_variables)
+            logs = model.train_on_batch(case.x, case.y, return_dict=True)
+            after = flat(model.trainable_variables)
+            assert np.isfinite(after).all()
+            assert logs["step_length"] == 1 or np.array_equal(after, before)
+
+
+@pytest.mark.parametrize("kind", ["loss_focal", "loss_cosine_similarity"])
+def test_a_loss_that_is_not_convex_is_refused_in_words(kind):
+    case = CASES[kind]()
+    model = kc.curved(case.model)
+    case.compile(GaussNewton())
+    with pytest.raises(ValueError, match="convex in the model's outputs.*Choose another loss"):
+        model.train_on_batch(case.x, case.y)
+
+
 def test_integer_targets_of_huge_scale_are_met():
     with float64():
         x = np.linspace(-1, 1, 9)[:, None]

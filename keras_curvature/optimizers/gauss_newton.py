@@ -31,7 +31,8 @@ class GaussNewton(CurvatureOptimizer):
         d = argmin_d  f + g'd + 1/2 d'Gd + 1/2 lambda |D (d - momentum * d_last)|^2,        G = J' H_L J
         w <- w + learning_rate * s * (d + 1/2 a)       s from the line search, a the geodesic acceleration
 
-    A step that does not lower the loss is taken back: the weights stay bit-identical and `lambda` grows. Made for
+    With a damping that adapts, a step that raises the loss is taken back: the weights stay bit-identical and `lambda`
+    grows. With a number for `damping` and no line search every finite step is taken, and the loss may rise. Made for
     problems where the batch is the whole set, in float64: least squares to round-off. On mini-batches it is the
     Gram-Gauss-Newton method. Any loss works that is convex in the model's outputs. `fit` with `batch_size` the size of
     the set.
@@ -143,6 +144,9 @@ class GaussNewton(CurvatureOptimizer):
     @classmethod
     def gram(cls, **kwargs: Any) -> Self:
         """The Gram-Gauss-Newton method of Cai et al. (2019) for mini-batches: solved in rows, a constant damping.
+
+        As in the paper, nothing checks a step: with little damping the loss may rise. A step that is not finite is not
+        taken, such as one from a Gram matrix that is singular in its precision.
 
         Example: `GaussNewton.gram(damping=0.1)`
         """
