@@ -35,7 +35,7 @@ def test_himmelblau_in_as_many_evaluations_as_tensorflow_probability(make, start
     assert logs[-1]["loss"] < 1e-8 and logs[-1]["gradient_max"] <= 1e-8
 
 
-@pytest.mark.parametrize("make", [kc.LBFGS, kc.BFGS, lambda: kc.LBFGS(search=kc.StrongWolfe())])
+@pytest.mark.parametrize("make", some([kc.LBFGS, kc.BFGS, lambda: kc.LBFGS(search=kc.StrongWolfe())], [kc.LBFGS]))
 @pytest.mark.parametrize("start, theirs", [((1.0, 1.0), 31), ((-2.0, 2.0), 17)])
 def test_by_default_it_takes_fewer(make, start, theirs):
     logs = steps(function_model("himmelblau", start, make()), 50)
@@ -251,7 +251,10 @@ def updated(scaling, seed=0, first=False):
     return H, s, y, Bs, remember.call_args.args[1].numpy()
 
 
-@pytest.mark.parametrize("seed", some(range(6), [0, 1]))
+SEEDS = some(range(6), [0])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("scaling", [None, "self_scaled", "broyden"])
 def test_every_update_maps_y_to_s_and_stays_positive_definite(scaling, seed):
     H, s, y, _, after = updated(scaling, seed)
@@ -262,7 +265,7 @@ def test_every_update_maps_y_to_s_and_stays_positive_definite(scaling, seed):
         np.testing.assert_allclose(after, dense_bfgs(H, [(s, y)]), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_self_scaling_is_bfgs_on_the_scaled_hessian(seed):
     """Al-Baali's form: `B <- tau (B - Bs s'B / s'Bs) + y y' / s'y` with `tau = min(1, s'y / s'Bs)`, inverted."""
     H, s, y, Bs, after = updated("self_scaled", seed)
@@ -271,7 +274,7 @@ def test_self_scaling_is_bfgs_on_the_scaled_hessian(seed):
     np.testing.assert_allclose(np.linalg.inv(after), expected, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_self_scaled_broyden_is_the_family_on_the_hessian(seed):
     """`B <- tau (B - Bs s'B / s'Bs + theta w w') + y y' / s'y`, `w = sqrt(s'Bs) (y / s'y - Bs / s'Bs)`, inverted."""
     H, s, y, Bs, after = updated("broyden", seed)
@@ -314,14 +317,14 @@ def test_the_rows_are_written_in_place():
     assert len(set(places[3:])) == 1  # at first the variable has the memory of its initial value
 
 
-@pytest.mark.parametrize("decrease, slope, length", [
-    (0.0, -2.0, 1.0), (0.5, -2.0, 0.505), (3.0, -2.0, 1.0), (-1.0, -2.0, 1.0), (0.5, float("nan"), 1.0),
-])  # fmt: skip
-def test_a_self_scaled_search_begins_where_a_parabola_falls_as_far_as_the_last_step(decrease, slope, length):
+def test_a_self_scaled_search_begins_where_a_parabola_falls_as_far_as_the_last_step():
     optimizer = trained(kc.BFGS(scaling="broyden"), 1)[1]
-    optimizer._decrease.assign(decrease)
-    np.testing.assert_allclose(optimizer.first_length(tf.constant(slope, tf.float64)), length, rtol=1e-12)
-    assert kc.BFGS().first_length(tf.constant(slope, tf.float64)) == 1.0
+    nan = float("nan")
+    for decrease, slope, length in [(0, -2, 1), (0.5, -2, 0.505), (3, -2, 1), (-1, -2, 1), (0.5, nan, 1)]:
+        optimizer._decrease.assign(decrease)
+        found = optimizer.first_length(tf.constant(slope, tf.float64))
+        np.testing.assert_allclose(found, length, rtol=1e-12, err_msg=f"{decrease}, {slope}")
+        assert kc.BFGS().first_length(tf.constant(slope, tf.float64)) == 1.0
 
 
 def test_the_remembered_decrease_is_that_of_the_loss():
@@ -473,7 +476,7 @@ def test_a_first_point_that_is_not_finite_skips_the_step_and_keeps_all():
     assert ours and all(np.array_equal(a, b) for a, b in ours if a.shape != ())
 
 
-@pytest.mark.parametrize("make", [kc.LBFGS, kc.BFGS, lambda: kc.LBFGS(search=kc.StrongWolfe())])
+@pytest.mark.parametrize("make", some([kc.LBFGS, kc.BFGS, lambda: kc.LBFGS(search=kc.StrongWolfe())], [kc.LBFGS]))
 @pytest.mark.parametrize("function, words", [
     ("flat", "the largest entry of the gradient is 0"), ("unbounded", None), ("matyas", "the largest entry"),
 ])  # fmt: skip
