@@ -349,7 +349,7 @@ def test_the_kept_inner_products_are_those_of_the_pairs():
 def test_on_an_accelerator_inner_products_and_combinations_are_not_products_of_matrices(monkeypatch):
     directions = {}
     for rounds in (False, True):
-        monkeypatch.setattr(row_vectors, "rounds_products", lambda rounds=rounds: rounds)
+        monkeypatch.setattr(row_vectors, "sums_products", lambda rounds=rounds: rounds)
         directions[rounds] = inverse_hessian(trained(kc.LBFGS(memory=3))[1])
     np.testing.assert_allclose(directions[True], directions[False], rtol=1e-9, atol=1e-12)
 

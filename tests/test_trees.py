@@ -56,6 +56,16 @@ def test_inner_products_are_not_summed_in_half_precision(dtype):
         assert kept[0].dtype == dtype
 
 
+@pytest.mark.parametrize("count", [2**14 + 2, 8 * 16411, 10**6, 7**7])
+def test_long_inner_products_are_as_exact_as_short_ones(count):
+    """TensorFlow's matrix product of 10^6 numbers has an error of 2e-6."""
+    u, v = (RANDOM.random(count, np.float32) for _ in range(2))
+    found = [trees.dot([tf.constant(u)], [tf.constant(v)])]
+    for compiled in (False, True):
+        found.append(tf.function(trees.dot, jit_compile=compiled)([tf.constant(u)], [tf.constant(v)]))
+    np.testing.assert_allclose(found, np.dot(u.astype(np.float64), v), 5e-7)
+
+
 def test_one_float64_tensor_makes_the_scalars_float64():
     assert trees.scalar_dtype([tf.ones([2]), tf.ones([2], tf.float64)]) == tf.float64
 
