@@ -22,6 +22,23 @@ def test_inner_products():
     np.testing.assert_allclose(trees.norm(U), np.linalg.norm(flat(U)), 1e-14)
 
 
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 1e-6), ("float32", 1e-6), ("float64", 1e-14)])
+def test_inner_products_of_long_vectors(dtype, tolerance, rounds, monkeypatch):
+    monkeypatch.setattr(trees, "rounds_products", lambda: rounds)
+    u, v = (tf.cast(np.abs(RANDOM.standard_normal((trees.LONG // 128, 128))), dtype) for _ in range(2))
+    expected = np.sum(tf.cast(u, "float64").numpy() * tf.cast(v, "float64").numpy())
+    found = tf.function(lambda u, v: trees.dot([u], [v]))(u, v)
+    assert found.dtype == trees.scalar_dtype([u])
+    np.testing.assert_allclose(found, expected, tolerance)
+
+
+def test_the_largest_entry_is_by_size():
+    for entries, largest in (([1.0, -3.0], 3.0), ([2.0, 1.0], 2.0), ([0.0, 0.0], 0.0)):
+        found = trees.largest([tf.constant(entries), tf.zeros([0])])
+        assert found == largest and not np.signbit(found)
+
+
 def test_sums_and_multiples():
     np.testing.assert_allclose(flat(trees.add(U, V)), flat(U) + flat(V))
     np.testing.assert_allclose(flat(trees.add(U, V, 0.3)), flat(U) + 0.3 * flat(V))
