@@ -38,7 +38,7 @@ class MKOR(CurvatureOptimizer):
     update of the inverses (without the factors of `beta` in the paper's) this is: (1) the first means count; there they
     are passed over; (2) inputs and slopes are not clipped at 100; (3) no factor is reset where an entry exceeds 2,
     which none does; (4) the state is in float32 at least; (5) the factor of an embedding's inputs is the identity; (6)
-    tokens count as pixels do: `b` is a mean over them; (7) `kl_clip`; without it pixels from 0 to 255 make training diverge.
+    tokens count as pixels do: `b` is a mean over them; (7) `kl_clip`; without it pixels from 0 to 255 diverge.
 
     Args:
         learning_rate: Multiple of `v` that is taken, of the size that SGD has. Defaults to `0.03`; a small network
