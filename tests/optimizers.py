@@ -172,7 +172,7 @@ OPTIMIZERS = {
     "kbfgs": Method(kc.KBFGS, {"damping": 0.1, "warmup_steps": 2}, {"damping": 0.01, "momentum": 0.0}),
     "locoprop": Method(kc.LocoProp, {"steps": 3, "loss": "squared"}, LOCAL),
     "locoprop_matching": Method(kc.LocoProp, {"steps": 3}, LOCAL),
-    "mkor": Method(kc.MKOR, {"every": 2}, {"learning_rate": 0.1}),
+    "mkor": Method(kc.MKOR, {"every": 2}, {"learning_rate": 0.1, "kl_clip": None}),
     "newton_muon": Method(kc.NewtonMuon, {"learning_rate": 0.01, "every": 2}, FALLING, steps=600),
     "eva": Method(kc.Eva, {}, {"damping": 0.3, "kl_clip": None}),
     "lbfgs": Method(kc.LBFGS, family=True, amplifies=True),

@@ -10,7 +10,7 @@ import keras_curvature as kc
 from keras_curvature import Linearization
 
 METHODS = {"foof": (kc.FOOF, "output_clip"), "tnt": (kc.TNT, "kl_clip"), "singd": (kc.SINGD, "kl_clip"),
-           "mfac": (kc.MFAC, "kl_clip")}  # fmt: skip
+           "mfac": (kc.MFAC, "kl_clip"), "mkor": (kc.MKOR, "kl_clip")}  # fmt: skip
 
 
 def first_step(optimizer, seed=0):

@@ -13,6 +13,7 @@ from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators.kronecker import from_left, times
 from keras_curvature.optimizers import by_layer
 from keras_curvature.optimizers.base import CurvatureOptimizer
+from keras_curvature.optimizers.clipping import clipped, set_clip
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers import direct
 from keras_curvature.typing import LearningRate, Variables, Vector
@@ -25,7 +26,7 @@ class MKOR(CurvatureOptimizer):
         a, b: means of the layer's inputs and a 1, and of the slopes in its outputs
         J <- beta J + (1 - beta) I,   J_a <- (J_a^-1 + a a')^-1,   J_g <- (J_g^-1 + b b')^-1         every so many steps
         d = J_a dL/dW J_g,    d <- d |dL/dW| / |d|
-        v <- momentum v - d,    w <- w + learning_rate v
+        v <- momentum v - min(1, sqrt(kl_clip / (learning_rate^2 d'g))) d,    w <- w + learning_rate v
 
     by Sherman and Morrison: no matrix is inverted, and a change costs one product with a vector. `J` begins at `I` and
     stays positive definite and at most `I`, so there is no damping. As in `Eva`, the factors are those of means, but
@@ -37,7 +38,7 @@ class MKOR(CurvatureOptimizer):
     update of the inverses (without the factors of `beta` in the paper's) this is: (1) the first means count; there they
     are passed over; (2) inputs and slopes are not clipped at 100; (3) no factor is reset where an entry exceeds 2,
     which none does; (4) the state is in float32 at least; (5) the factor of an embedding's inputs is the identity; (6)
-    tokens count as pixels do: `b` is a mean over them.
+    tokens count as pixels do: `b` is a mean over them; (7) `kl_clip`; without it pixels from 0 to 255 diverge.
 
     Args:
         learning_rate: Multiple of `v` that is taken, of the size that SGD has. Defaults to `0.03`; a small network
@@ -45,9 +46,12 @@ class MKOR(CurvatureOptimizer):
         momentum: Factor on the last step, in [0, 1). Defaults to `0.9` (the authors).
         beta: Factor on the old inverses, in [0, 1). Defaults to `0.95` (the authors).
         every: Steps between two changes of the inverses. Defaults to `10` (the authors).
+        kl_clip: Largest `learning_rate^2 d'g`, with `g` the gradient; a positive number, or `None` for no limit. At the
+            default learning rate it acts if `d'g > 11`, as in `KFAC`. Defaults to `1e-2`.
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `failed_refreshes` (inverses that were not finite; the old ones are kept), `step_norm`, `skipped_steps`.
+    Reports: `kl_clip` (the multiple of `d`), `failed_refreshes` (inverses that were not finite; the old ones are kept),
+        `step_norm`, `skipped_steps`.
 
     Example:
 
@@ -58,17 +62,18 @@ class MKOR(CurvatureOptimizer):
     """
 
     needs = Needs(layers=True)
-    reports = {"failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
+    reports = {"kl_clip": "mean", "failed_refreshes": "sum", "step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(
         self, learning_rate: LearningRate = 0.03, momentum: float = 0.9, beta: float = 0.95, every: int = 10,
-        name: str = "mkor", **kwargs: Any,
+        kl_clip: float | None = 1e-2, name: str = "mkor", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.momentum, self.beta, self.every = momentum, beta, every
         for argument, factor in (("momentum", momentum), ("beta", beta)):
             check_number(self, argument, factor, low=0, high=1, open_high=True)
         check_count(self, "every", every)
+        set_clip(self, "kl_clip", kl_clip)
 
     def create_state(self, variables: Variables) -> None:
         """The last step, and the two inverses of each layer."""
@@ -93,6 +98,7 @@ class MKOR(CurvatureOptimizer):
                 # a bias of several rows is shared by blocks; each fills its own row and leaves zeros in the others
                 tensor = tf.cast(scale, tensor.dtype) * tensor
                 found[i] = tensor if found[i] is lin.gradient[i] else found[i] + tensor
+        found = clipped(self, "kl_clip", found, lin.gradient)
         step = trees.add(trees.scale(self.momentum, trees.values(self._velocity)), found, -1.0)
         self.remember(self._velocity, step)
         return step
