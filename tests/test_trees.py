@@ -26,7 +26,7 @@ def test_inner_products():
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 1e-6), ("float32", 1e-6), ("float64", 1e-14)])
 def test_inner_products_of_long_vectors(dtype, tolerance, rounds, monkeypatch):
     monkeypatch.setattr(trees, "rounds_products", lambda: rounds)
-    u, v = (tf.cast(np.abs(RANDOM.standard_normal((trees.LONG // 128, 128))), dtype) for _ in range(2))
+    u, v = (tf.cast(np.abs(RANDOM.standard_normal((2 * trees.PIECE // 128, 128))), dtype) for _ in range(2))
     expected = np.sum(tf.cast(u, "float64").numpy() * tf.cast(v, "float64").numpy())
     found = tf.function(lambda u, v: trees.dot([u], [v]))(u, v)
     assert found.dtype == trees.scalar_dtype([u])
