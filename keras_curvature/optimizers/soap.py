@@ -58,8 +58,8 @@ class SOAP(KLFactors, HiddenMatrices):
         sides: `"all"`, or `"shortest"`: only the shortest axis of each matrix is transformed (one-sided SOAP), at about
             half the cost. Defaults to `"all"`.
         block_size: Longest axis of a tile, `None`: no axis is cut. Each tile has bases of its own, as in Shampoo. With
-            small tiles a step costs less, and more of them are needed. It excludes `sign`. Defaults to `None` (the
-            authors).
+            small tiles a step costs less, and more of them are needed. The first step traces every tile: of 81 it took
+            four times as long as of 25. It excludes `sign`. Defaults to `None` (the authors).
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `failed_refreshes` (failed bases; the old ones are kept), `refreshes` (with a `Refresh`: changed bases),
