@@ -3,17 +3,20 @@
 import dataclasses
 import functools
 import pathlib
+from unittest import mock
 
 import keras
 import numpy as np
 import pytest
-from cases import flat
+import tensorflow as tf
+from cases import flat, put
 from selection import some
 from test_curveball import stepper
 from test_kfac import cross_entropy, made
 from test_soap import cut, trajectory
 
 import keras_curvature as kc
+from keras_curvature.linearization.jacobian import sketches
 from keras_curvature.solvers.second_moment import SecondMoment
 
 FOLDER = pathlib.Path(__file__).parent / "reference"
@@ -212,3 +215,63 @@ def test_the_weights_of_a_net_are_those_of_the_reference(name):
         rows = slice(None) if whole else slice(8 * (t % 4), 8 * (t % 4) + 8)
         step(reference[f"{problem}_x"][rows], reference[f"{problem}_y"][rows])
         np.testing.assert_allclose(flat(model.trainable_variables), reference[name][t], atol=1e-6, err_msg=f"step {t}")
+
+
+REFERENCE_OF_SENG = FOLDER / "seng.npz"
+SENG = {
+    "dense": ("dense", {}),
+    "conv": ("conv", {}),
+    "conv_of_low_rank": ("conv", {"largest": 0, "rank": 3}),  # leaves nothing out: 3 channels, 16 positions
+}
+
+
+def start_of_seng(reference, problem):
+    return [reference[key] for key in sorted(reference) if key.startswith(f"{problem}_init")]
+
+
+def normalized_net(arrays):
+    """A convolution, batch normalization, tanh and a dense layer."""
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((4, 4, 2)),
+            layers.Conv2D(3, 3, padding="same"),
+            layers.BatchNormalization(epsilon=1e-5),
+            layers.Activation("tanh"),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+    put(model.trainable_variables, np.concatenate([w.ravel() for w in arrays]))
+    return model
+
+
+@pytest.mark.parametrize("name", some(SENG, ["conv"]))
+def test_the_weights_of_seng_are_those_of_the_authors_code(name):
+    (problem, settings), reference = SENG[name], np.load(REFERENCE_OF_SENG)
+    arrays, optimizer = start_of_seng(reference, problem), kc.SENG(0.05, damping=0.1, **settings)
+    model = made((tanh_net if problem == "dense" else normalized_net)(arrays), optimizer, cross_entropy())
+    assert np.abs(reference[problem] - flat(model.trainable_variables)).max() > 1
+    step = stepper(model, optimizer)
+    for t in range(20):
+        rows = slice(8 * (t % 4), 8 * (t % 4) + 8)
+        step(reference[f"{problem}_x"][rows], reference[f"{problem}_y"][rows])
+        np.testing.assert_allclose(flat(model.trainable_variables), reference[problem][t], atol=1e-11)
+
+
+def test_the_weights_of_seng_are_those_of_the_authors_code_for_its_samples():
+    """That code multiplies by the inverse shares, ours by their roots: as a damping and a rate that are smaller."""
+    reference = np.load(REFERENCE_OF_SENG)
+    shares = (4 / 6) ** 2
+    optimizer = kc.SENG(0.05 * shares, damping=0.1 * shares, largest=0, columns=4)
+    model = made(tanh_net(start_of_seng(reference, "sampled")), optimizer, cross_entropy())
+    assert np.abs(reference["sampled"] - flat(model.trainable_variables)).max() > 1
+    for t in range(20):
+        pairs = zip(reference["sampled_rows"][t], reference["sampled_columns"][t])
+        samples = [sketches.Sample(tf.constant(rows), tf.constant(columns), (6, 6)) for rows, columns in pairs]
+        batch = slice(8 * (t % 4), 8 * (t % 4) + 8)
+        x, y = (tf.constant(reference[f"sampled_{kind}"][batch]) for kind in "xy")
+        with mock.patch.object(sketches.Sample, "drawn", side_effect=samples) as drawn:
+            optimizer.step(kc.Linearization(model, x, y, needs=optimizer.needs))
+        assert drawn.call_count == 2  # one for each layer
+        np.testing.assert_allclose(flat(model.trainable_variables), reference["sampled"][t], atol=1e-11)
