@@ -32,18 +32,18 @@ class SENG(CurvatureOptimizer):
 
     Reference: Yang, Xu, Wen, Chen and Xu, "Sketch-based empirical natural gradient methods for deep learning" (2022),
     sections 2 and 3, and the authors' code, github.com/yangorwell/SENG. 20 steps in float64 equal those of the code to
-    1e-14 with dense, convolutional and batch normalization layers, if the code refreshes its matrices in each step;
-    for sketched layers also with differences 6 to 8 undone. Differences: (1) rows are those of each batch. The authors
-    keep those of one batch for 200 to 1000 steps, which takes memory for as many copies of the weights as the batch has
-    examples, and skip batches of another size; (2) `W` has the same rows and columns of the matrix for all examples, as
-    in the code, drawn anew in each step without replacement; (3) positions that share weights are summed in each
-    example's row, as in the code, also in embeddings and in every normalization layer (the code: batch normalization
-    alone); (4) replicas gather the rows; (5) regularizers enter the gradient alone; (6) `U' b` of a sketched layer is
-    the sum over its examples: the code replaces it by a product of two such sums, which made a first step 4 times as
-    long; (7) samples are multiplied by the root of the inverse of their share, so that `W'W` is the identity in the
-    mean: the code multiplies by the inverse; (8) the low rank is that of each example's gradient: the code projects on
-    singular vectors of its slopes; (9) the code also samples entries of the rows of smaller layers, above `columns^2`
-    weights; (10) weight decay is Keras': before the step, not part of `v`.
+    1e-14 with dense, convolutional and batch normalization layers, if the code refreshes its matrices in each step; for
+    sketched layers also with differences 6 to 8 undone. Differences: (1) rows are those of each batch. The authors keep
+    those of one batch for 200 to 1000 steps, which takes memory for as many copies of the weights as the batch has
+    examples, and on CIFAR take them from batches of 256 alone; (2) `W` has the same rows and columns of the matrix for
+    all examples, as in the code, drawn anew in each step without replacement; (3) positions that share weights are
+    summed in each example's row, as in the code, also in embeddings and in every normalization layer (the code: batch
+    normalization alone); (4) replicas gather the rows; (5) regularizers enter the gradient alone; (6) `U' b` of a
+    sketched layer is the sum over its examples: the code replaces it by a product of two such sums, which made a first
+    step 4 times as long; (7) samples are multiplied by the root of the inverse of their share, so that `W'W` is the
+    identity in the mean: the code multiplies by the inverse; (8) the low rank is that of each example's gradient: the
+    code projects on singular vectors of its slopes; (9) the code also samples entries of the rows of smaller layers,
+    above `columns^2` weights; (10) weight decay is Keras': before the step, not part of `v`.
 
     Args:
         learning_rate: Multiple of `v`. Defaults to `0.05` (the authors' recipe for CIFAR-10).
