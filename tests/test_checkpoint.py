@@ -523,7 +523,7 @@ def test_only_fit_continues_a_run(tmp_path):
     ("arguments", "message"),
     [
         ({"directory": ""}, "`directory` must be a path"),
-        ({"every": 0}, r"`every` must be an integer >= 1. Received: every=0"),
+        ({"every": 0}, r"`every` must be an integer >= 1, or None. Received: every=0"),
         ({"keep": "all"}, r"`keep` must be an integer >= 1"),
     ],
 )

@@ -108,8 +108,8 @@ class Shampoo(ByAxis):
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
         check(self, "sides", sides, sides in ("all", "shortest"), '"all" or "shortest"')
         self.block_size, self.max_dimension, self.grafting, self.root = block_size, max_dimension, grafting, root
-        known = isinstance(factors_dtype, str) and factors_dtype in ("float32", "bfloat16")  # `tf.bfloat16` equals it
-        check(self, "factors_dtype", factors_dtype, known, '"float32" or "bfloat16"')
+        named = isinstance(factors_dtype, str) and factors_dtype in ("float32", "bfloat16")  # `tf.bfloat16` equals it
+        check(self, "factors_dtype", factors_dtype, named, '"float32" or "bfloat16"')
         half = factors_dtype == "bfloat16"
         self.sides, self.factors_dtype = sides, factors_dtype
         if isinstance(root, RunningRoot):

@@ -61,10 +61,10 @@ class WrappedOptimizer(SavedOptimizer):
         for name in SWITCHES:
             value = getattr(self, name)
             check(self, name, value, isinstance(value, bool), "True or False")
-        given = isinstance(self.scales, (list, tuple)) and len(self.scales) > 0
-        numbers = given and all(is_number(c) and c >= 0 for c in self.scales)
+        scales = self.scales
+        numbers = isinstance(scales, (list, tuple)) and len(scales) > 0 and all(is_number(c) and c >= 0 for c in scales)
         expected = "a list of numbers >= 0 (`float` or `int`), such as `mup_scales(...).rates`, or None"
-        check(self, "scales", self.scales, self.scales is None or numbers, expected)
+        check(self, "scales", scales, scales is None or numbers, expected)
         if self.wrappers and steps_each_weight:
             raise ValueError(
                 f"`{type(self).__name__}` steps each variable by itself, in `update_step`, so that nothing can change "
