@@ -94,7 +94,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(name, steps, tmp_path):
 def test_two_replicas_train_as_one_device():
     found = on_two_replicas(*FAMILIES)
     for name in FAMILIES:
-        np.testing.assert_allclose(found[name]["two"], found[name]["one"], rtol=1e-5, err_msg=name)
+        # what is small, such as the largest entry of a gradient, is a difference of what is near 1
+        np.testing.assert_allclose(found[name]["two"], found[name]["one"], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 KINDS = [
