@@ -31,8 +31,7 @@ def sums_products():
 
     XLA computes such a sum without the products in memory, and the program may be for another device than those here.
     """
-    compiled = not tf.executing_eagerly() and keras_internals.is_compiled(tf.compat.v1.get_default_graph())
-    return bool(compiled) or rounds_products()
+    return keras_internals.is_compiled() or rounds_products()
 
 
 def dot(u, v):

@@ -10,9 +10,11 @@ def static_shape(shape):
     return tensor_util.constant_value_as_shape(tf.convert_to_tensor(shape))
 
 
-def is_compiled(graph):
-    """Whether a graph is compiled by XLA."""
-    return control_flow_util.GraphOrParentsInXlaContext(graph)
+def is_compiled():
+    """Whether XLA compiles what is being traced; not in eager execution."""
+    if tf.executing_eagerly():
+        return False
+    return bool(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
 
 
 def uses_merge_calls():

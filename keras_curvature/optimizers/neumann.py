@@ -6,12 +6,11 @@ from typing import Any, Self
 import keras
 import tensorflow as tf
 
-from keras_curvature import replicas, trees
+from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.component import check, check_count, check_number, register
 from keras_curvature.linearization.gradients import Gradients
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
-from keras_curvature.linearization.pure import slices
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import LinearStep, nesterov
 from keras_curvature.typing import LearningRate, Scalar, Tensors, Variables, Vector
@@ -172,7 +171,7 @@ class Neumann(CurvatureOptimizer):
 
     def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
         t, first = self._t, tf.equal(self.iterations, 0)
-        if slices.is_compiled():
+        if keras_internals.is_compiled():
             self._begin(t, first)  # XLA joins it with the update; a condition would copy weights and `v` in each step
         else:  # rarely: at the very first step, and on a plain model at the first of a further `fit`
             due = first if self._stores_base else first | tf.equal(self._displaced.value, 0.0)

@@ -8,8 +8,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from keras_curvature import replicas, trees
-from keras_curvature.linearization.pure import slices
+from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.typing import Variables, Vector
 
 
@@ -56,5 +55,5 @@ def _scatter(variable, index, value):
     """Assign one row of this device's copy."""
     updates = tf.cast(value, variable.dtype)[None]
     tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=index[None], updates=updates)
-    if not slices.is_compiled():
+    if not keras_internals.is_compiled():
         tf.raw_ops.DisableCopyOnRead(resource=variable.handle)

@@ -229,7 +229,7 @@ def _check_rows(pure, outputs):
 
 
 def _check_not_compiled(count, examples):
-    if slices.is_compiled():
+    if keras_internals.is_compiled():
         here = f"{examples} examples" if isinstance(examples, int) else "an unknown number of examples"
         raise ValueError(
             f"`micro_batches={count}` under XLA (`jit_compile=True`, or a TPU) needs slices of equal and known "

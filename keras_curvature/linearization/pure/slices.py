@@ -132,11 +132,6 @@ def graph():
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
-def is_compiled():
-    """Whether XLA compiles what is being traced."""
-    return not tf.executing_eagerly() and bool(keras_internals.is_compiled(graph()))
-
-
 def examples(batch):
     """Number of examples of a nest of arrays: an integer if the shape is known, else a tensor."""
     first = next(a for a in keras.tree.flatten(batch) if a is not None)
