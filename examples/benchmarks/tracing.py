@@ -17,6 +17,12 @@ Two networks of Keras: `transformer` (12 layers of attention and feed-forward, w
 
 The targets are this project's own: every family within 2.5 times Adam's first step, Hessian-free within 4; K-FAC's
 peak memory on ResNet-50 within twice Adam's.
+
+    python examples/benchmarks/tracing.py --xla --out examples/benchmarks/results/tracing_xla.txt
+
+`--xla` traces for XLA instead: the train step of every optimizer on a convolutional network of 122 thousand weights,
+batches of 64, all in one process. `graph` is the processor time in which Python writes the graph, `program` that in
+which TensorFlow turns it into XLA's program, `MB` the size of that program. The target is 15 seconds for both.
 """
 
 import argparse
@@ -57,6 +63,13 @@ OPTIMIZERS = {
 }
 TARGETS = {name: 4.0 if name == "HessianFree" else 2.5 for name in OPTIMIZERS if name != "Adam"}
 MEMORY_TARGETS = {("resnet50", "KFAC"): 2.0}
+# for XLA: every class of the package, and PSGD with Hessian products
+ALL = {
+    **{name: (found, not found.needs.only_gradients) for name, found in sorted(vars(kc).items())
+       if isinstance(found, type) and issubclass(found, kc.CurvatureOptimizer) and found is not kc.CurvatureOptimizer},
+    "PSGD, newton": (lambda: kc.PSGD(kind="newton"), True),
+}  # fmt: skip
+XLA_BATCH, XLA_TARGET = 64, 15.0
 
 
 def transformer():
@@ -96,6 +109,44 @@ def first_step(network, name):
     figures |= {"gigabytes": peak(), "traced": model.peak, "nodes": nodes(model.graph), "traces": model.traces}
     figures["iterations"] = history.get("cg_iterations", [0])[0]
     print(json.dumps(figures))
+
+
+def for_xla(make, curve):
+    """`(graph, program, megabytes)`: processor seconds of both, and the size of XLA's program of a train step."""
+    problem = kc.problems.get("cnn")
+    (x, y), model = problem.sample(XLA_BATCH), problem.model(0)
+    model = kc.curved(model) if curve else model
+    model.compile(make(), problem.loss(), jit_compile=False)  # the function around the step is compiled
+    model._symbolic_build(data_batch=(x, y, None))  # as `fit` does before its first step
+    model.make_train_function()  # a curved model creates its reports by this
+    batch = tf.constant(x), tf.constant(y)
+    step = tf.function(lambda x, y: model.train_step((x, y)), jit_compile=True, autograph=False)
+    times = [time.process_time()]
+    step.get_concrete_function(*batch)
+    times.append(time.process_time())
+    program = step.experimental_get_compiler_ir(*batch)(stage="hlo_serialized")
+    times.append(time.process_time())
+    keras.backend.clear_session()
+    return times[1] - times[0], times[2] - times[1], len(program) / 1e6
+
+
+def report_for_xla(args, say):
+    """The table of all optimizers."""
+    say(f"{versions()}\n\ncnn, batch {XLA_BATCH}\n{'optimizer':28} {'graph s':>8} {'program s':>10} {'MB':>6}")
+    for_xla(keras.optimizers.SGD, False)  # what a process does once
+    for name in args.optimizers or ALL:
+        try:
+            graph, program, size = for_xla(*ALL[name])
+        except ValueError as error:
+            say(f"{name:28} refused: {str(error).split('. ')[0]}.")
+            continue
+        target = "within" if graph + program <= XLA_TARGET else "ABOVE"
+        say(f"{name:28} {graph:8.1f} {program:10.1f} {size:6.2f}  {target} {XLA_TARGET:g}")
+
+
+def versions():
+    """What ran where."""
+    return f"Keras {keras.__version__}, keras_curvature {kc.__version__}; {os.cpu_count()} cores ({platform.machine()})"
 
 
 def peak():
@@ -155,13 +206,12 @@ def verdict(network, name, ratio, memory, iterations):
 
 def report(args, say):
     """The tables of the networks."""
-    say(f"Keras {keras.__version__}, keras_curvature {kc.__version__}; {os.cpu_count()} cores ({platform.machine()}), "
-        f"median of {args.repetitions} processes")  # fmt: skip
+    say(f"{versions()}, median of {args.repetitions} processes")
     for network in args.networks:
         say(f"\n{network}")
         say(f"{'optimizer':12} {'CPU s':>7} {'/ Adam':>7} {'wall s':>7} {'peak GB':>12} {'nodes':>8} traces")
         adam = None
-        for name in dict.fromkeys(["Adam", *args.optimizers]):
+        for name in dict.fromkeys(["Adam", *(args.optimizers or OPTIMIZERS)]):
             found = measured(network, name, args.repetitions)
             if found is None:
                 say(f"{name:12} failed")
@@ -178,17 +228,21 @@ def main():
     parser = argparse.ArgumentParser(description="Seconds, memory and graph size of the first training step.")
     parser.add_argument("--out", help="write what is printed to this file too")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
+    parser.add_argument("--optimizers", nargs="+", help="default: all of the table")
+    parser.add_argument("--xla", action="store_true", help="trace a small network for XLA, with every optimizer")
     parser.add_argument("--repetitions", type=int, default=3, help="processes for each optimizer (default: 3)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         first_step(*args.child)
         return
+    known = ALL if args.xla else OPTIMIZERS
+    if unknown := set(args.optimizers or ()) - set(known):
+        parser.error(f"--optimizers: {', '.join(sorted(unknown))} not in this table, which has {', '.join(known)}")
     from step_cost import printing  # beside this file
 
     with printing(args.out) as say:
-        report(args, say)
+        (report_for_xla if args.xla else report)(args, say)
 
 
 if __name__ == "__main__":
