@@ -29,8 +29,8 @@ was dropped because it diverged here (Eva at 0.03).
 
 The table `results/defaults.txt` is about `judged`. It has no rows of BFGS, IFShampoo, KBFGS, LocoProp, MKOR,
 NaturalGradient, Newton, NewtonCG, NysNewtonCG, SaddleFreeNewton, SASSHA, SENG and TwoLoopNeumann; a dash stands for a
-network that was not run. `results/defaults_before.txt` was made before the defaults of AdaHessian, DiagonalNewton, ESGD,
-Neumann, Sophia and SquareRootFreeAdam were changed.
+network that was not run. `results/defaults_before.txt` was made before the defaults of AdaHessian, DiagonalNewton,
+ESGD, Neumann, Sophia and SquareRootFreeAdam were changed.
 """
 
 import argparse
