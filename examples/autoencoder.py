@@ -13,9 +13,10 @@ Sutskever et al. (2013) give 0.69 for Hessian-free without weight decay, 0.73 fo
 for plain SGD, after hundreds of thousands of steps. Martens' first Hessian-free reached 1.40. A few minutes are not
 enough for these numbers, but they show how far each update goes.
 
-Adam gets batches of 200. HessianFree has the settings of Martens' code: gradient and loss of the whole training set
-(for the large network of 6000 images, to save time), curvature of a quarter of it, initial damping 45. Martens' loss is
-the sum over the pixels and Keras' cross-entropy is their mean, so the same damping is 45 / 784 here.
+Adam gets batches of 200. HessianFree has the settings of Martens' code: gradient and loss of the whole training set,
+curvature of a quarter of it, initial damping 45. To save time, the large network gets batches of 6000 images in place
+of the whole set. Martens' loss is the sum over the pixels and Keras' cross-entropy is their mean, so the same damping
+is 45 / 784 here.
 """
 
 import argparse

@@ -6,10 +6,11 @@ Research often begins with a loop that you can see in full. `Linearization` is a
 compiled model and a batch. It gives the loss, the gradient, products with the Hessian and with the Gauss-Newton matrix,
 and the loss at other weights. A vector is a list of tensors, one for each trainable variable.
 
-The loop below is nonlinear conjugate gradients (Polak and Ribiere) without a learning rate and without a line search:
-the curvature `d'Gd` along the direction `d` gives the length of the step, for one product. The program prints the
-curvature along `d` by both matrices, whether the quadratic model predicted the change of the loss, and at the end
-the largest eigenvalue of the Hessian. It takes seconds on a laptop, with all of scikit-learn's digits as one batch.
+The loop below is nonlinear conjugate gradients (Polak and Ribiere) without a learning rate. The curvature `d'Gd` along
+the direction `d` gives the length of the step, for one product. If the loss rises, the step is halved until it does
+not. The program prints the curvature along `d` by both matrices, whether the quadratic model predicted the change of
+the loss, and at the end the largest eigenvalue of the Hessian. It takes seconds on a laptop, with all of scikit-learn's
+digits as one batch.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Neumann, CurveBall and Hessian-free with their defaults on MNIST, beside Adam:
+"""Neumann, two-loop Neumann, CurveBall and Hessian-free with their defaults on MNIST, beside Adam:
 
     pip install ".[examples]"
     python examples/mnist.py --data_dir ~/tensorflow_datasets --download
@@ -9,7 +9,7 @@ two-loop Neumann take batches of 128. HessianFree minimizes a quadratic model of
 batches. Its test accuracy was 90% after two epochs with batches of 512 and 93% with 1024. After five epochs it was
 96.8% with 2048, 96.0% to 97.2% with 6000, and 97.5% and 97.7% with 12000, which makes five steps per epoch.
 
-`--optimizer` runs one of them: adam, neumann, two_loop_neumann, curveball, hessian_free.
+`--optimizer` runs one of them beside Adam: adam, neumann, two_loop_neumann, curveball, hessian_free.
 """
 
 import argparse

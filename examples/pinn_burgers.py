@@ -1,10 +1,11 @@
-"""Burgers' equation by a physics-informed network, to three digits in a minute or two:
+"""Burgers' equation by a physics-informed network and self-scaled Broyden steps, to three digits in a minute or two:
 
     pip install ".[examples]" && python examples/pinn_burgers.py
 
 solves `u_t + u u_x = 0.01 / pi u_xx` for `t` in [0, 1] and `x` in [-1, 1], from `u(0, x) = -sin(pi x)` with `u = 0` on
-both sides. A front forms at `x = 0`, where the solution falls by 2 within a hundredth. It prints the error against the
-solution, beside Adam's with the same number of steps, and writes a figure of solution and error into `--out`.
+both sides. A front forms at `x = 0`, where the solution falls by 2 within a hundredth. The program prints the error
+against the solution, beside Adam's with the same number of steps, and writes a figure of solution and error into
+`--out`.
 """
 
 import argparse

@@ -7,8 +7,8 @@ Rastrigin's many, and a random quartic. It shows how a method moves, not how goo
 not a network.
 
 Each function is a sum of squares of residuals of the two weights, so it can be written as a network: a `Dense` layer
-whose outputs for the input 1 are its weights, a layer of residuals, and the mean squared error against zero. Methods
-that look at layers and outputs, as K-FAC and Gauss-Newton do, find what they look for.
+whose outputs for the input 1 are its weights, a layer of residuals, and the mean squared error against zero. So methods
+that need layers or a loss of outputs, such as K-FAC and Gauss-Newton, run too.
 """
 
 import argparse

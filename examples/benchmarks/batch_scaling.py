@@ -17,15 +17,15 @@ How it measures:
   sample of the training images is below the target, and counts steps. The loss is checked after every step at
   first, later whenever the number of steps has grown by 4%, which is the resolution.
 * Every method has the same grid of learning rates and the same budget of examples and steps. All other settings are
-  defaults, except `Neumann`'s warm-up: its 1000 steps of SGD, and the paper's five epochs, are longer than most runs,
-  so `Neumann` would be SGD throughout. Here it has WARMUP steps at all batch sizes. The repulsion is the paper's.
+  defaults, for `Neumann` with a warm-up of WARMUP = 10 steps, the default, at all batch sizes. The five epochs of SGD
+  with which the paper warms up are longer than most runs here. The repulsion is the paper's.
 * A batch above SLICE examples is taken in slices of that size, by `curved(model, micro_batches=...)`, for all methods.
 * Runs that cannot be the best of their method and batch size are stopped, by one rule: see `verdict`.
 * The best rate is found with seed 0 and repeated with two more; the table has the median of the three.
 
 The networks have no dropout and no batch normalization. The moving averages of batch normalization settle more slowly
-than a whole run with large batches takes, so a loss in inference mode would lag behind; and its statistics would be
-those of slices.
+than a whole run with large batches takes, so a loss in inference mode would lag behind. And in slices, batch
+normalization would use the statistics of the slices.
 """
 
 import argparse

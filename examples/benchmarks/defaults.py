@@ -12,21 +12,25 @@ nothing else.
 
 How it measures:
 
-* A run is so many steps from one seed, with batches that the seed determines, in one thread, so that it can be
-  repeated. Methods that solve or search in each step take `FEW` steps, on the small dense networks; all others
+* A run is a fixed number of steps from one seed, with batches that the seed determines, in one thread, so that it can
+  be repeated. Methods that solve or search in each step take `FEW` steps, on the small dense networks; all others
   `STEPS`.
-* The score is the reduction of the training loss, relative to that of `Adam()` after the same steps from the same
+* The score is the reduction of the training loss, divided by that of `Adam()` after the same steps from the same
   weights on the same batches. 1 is as good as Adam, 0 learnt nothing. The loss is that of the training set in training
   mode. A run fails if its score is below `ENOUGH`, or if it diverged: its loss at the end is not finite, or
   above that at the beginning.
 * Validation loss is in inference mode. Its moving statistics of batch normalization lag in so short a run.
 * Sharpness is the largest eigenvalue of the Hessian of the training loss at the end, in inference mode.
 
-Two collections. `--collection tuning` has scikit-learn's digits, Friedman's first function and seed 0: the defaults of
-the package were chosen with it. `judged`, the default, has generated images, another function and another seed. No
-default was chosen with it; one that did better in tuning was dropped because it diverged here (Eva at 0.03). The table
-`results/defaults_before.txt` is that before the defaults of AdaHessian, DiagonalNewton, ESGD, Neumann, Sophia and
-SquareRootFreeAdam were changed.
+Two collections. `--collection tuning` has scikit-learn's digits, Friedman's first function and seed 0. The defaults of
+the package were chosen with it, and docstrings that give shares of Adam's reduction of the loss are about it. `judged`,
+the default, has generated images, another function and another seed. No default was chosen with it, except that one
+was dropped because it diverged here (Eva at 0.03).
+
+The table `results/defaults.txt` is about `judged`. It has no rows of BFGS, IFShampoo, KBFGS, LocoProp, MKOR,
+NaturalGradient, Newton, NewtonCG, NysNewtonCG, SaddleFreeNewton, SASSHA, SENG and TwoLoopNeumann; a dash stands for a
+network that was not run. `results/defaults_before.txt` was made before the defaults of AdaHessian, DiagonalNewton,
+ESGD, Neumann, Sophia and SquareRootFreeAdam were changed.
 """
 
 import argparse

@@ -2,14 +2,14 @@
 
     python examples/benchmarks/least_squares.py | tee examples/benchmarks/results/least_squares.txt
 
-takes about twenty minutes on two cores; one part alone: `--parts nist`, `sinc`, `poisson`. All in float64. More parts,
-where seconds are those of the processor, of all threads:
+takes about twenty minutes on two cores, in float64. `--parts nist`, `--parts sinc` or `--parts poisson` runs one part
+alone. In two more parts, seconds are processor time of all threads:
 
     python examples/benchmarks/least_squares.py --parts mnist --data_dir DIR --peers PYTHON
     python examples/benchmarks/least_squares.py --parts peers --seconds 15 --peers PYTHON
 
 `PYTHON` is a Python in which jaxopt, python-somax and tf-levenberg-marquardt are installed; see
-`least_squares_peers.py`. Without it, ours alone.
+`least_squares_peers.py`. Without `--peers`, only this package runs.
 
 * NIST: 27 nonlinear regressions with certified weights, each from a far and a near start. The table has the iterations
   and evaluations of the loss (one more for each step taken back) to six digits of all weights. An iteration counts when
@@ -19,10 +19,10 @@ where seconds are those of the processor, of all threads:
 * Poisson: the network and grid of the energy natural gradients (129 weights, 1020 points), the error in L2 over another
   grid relative to the solution. Their authors' code gave 0.46 (a stall), 7.7e-6 and 4.6e-8 for three seeds after 200
   iterations.
-* MNIST: tf-levenberg-marquardt's convolutional network of 1026 weights its residuals, and its 10 epochs of
-  batches of 6000. Its README reports a test accuracy of 97.78% and a loss of 0.0724. Its 100 steps take most of an hour
-  of two cores: `--peer_steps` are run, and give the seconds of all. In float32.
-* peers: the curve for so many seconds from the same weights. jaxopt has no mini-batches and takes all points.
+* MNIST: tf-levenberg-marquardt's convolutional network of 1026 weights, its residuals, and its 10 epochs of batches of
+  6000, in float32. Its README reports a test accuracy of 97.78% and a loss of 0.0724. Its 100 steps take most of an
+  hour of two cores, so only `--peer_steps` of them are run, and the seconds of 100 are computed from these.
+* peers: the curve of `sinc`, for `--seconds` from the same weights. jaxopt has no mini-batches and takes all points.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python examples/benchmarks/logistic.py | tee examples/benchmarks/results/logistic.txt
 
-It takes 10000 steps at batch size 10 with learning rate 0.05, and at batch size 200 with 0.5. The loss is that of all
-data. The data are ours (see `problems.logistic`), so compare only the optimizers of one block. With alpha = beta = 0
-and no resets, the Neumann optimizer is SGD with Nesterov momentum 0.9, so its effective learning rate is ten times
+It takes 10000 steps at batch size 10 with learning rate 0.05, and at batch size 200 with 0.5. The table shows the loss
+of all data. The data are ours (see `problems.logistic`), so compare only the optimizers of one block. With alpha = beta
+= 0 and no resets, the Neumann optimizer is SGD with Nesterov momentum 0.9, so its effective learning rate is ten times
 that of SGD.
 """
 

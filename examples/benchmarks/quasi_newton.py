@@ -1,4 +1,4 @@
-"""Quasi-Newton methods on three kinds of problems, in float64.
+"""Quasi-Newton methods on four kinds of problems, in float64.
 
     python examples/benchmarks/quasi_newton.py counts          # usual functions: evaluations to a gradient of 1e-8
     python examples/benchmarks/quasi_newton.py logistic        # on scikit-learn's sets, beside SciPy's L-BFGS-B: means
@@ -6,7 +6,8 @@
     python examples/benchmarks/quasi_newton.py pinn            # a Poisson problem, five seeds, 3000 steps
     python examples/benchmarks/quasi_newton.py stages          # convection, reaction, wave: Adam, L-BFGS, NysNewton-CG
 
-`pinn` and `stages` take `--float32`: what single precision costs; and `--log FILE`: what it holds is not run again.
+`pinn` and `stages` take `--float32`, to see what single precision costs, and `--log FILE`: runs whose results are in
+the file are not repeated.
 
 Counts are of evaluations of loss and gradient, the start included; they do not depend on the machine. An error of
 `pinn` is that of the network against the solution in L2, relative, on a grid of 100 x 100 points.

@@ -1,4 +1,4 @@
-"""What a step costs: time, memory and passes of every optimizer against Keras' SGD with Nesterov momentum.
+"""What a step costs: time, memory and passes of the optimizers against Keras' SGD with Nesterov momentum.
 
     python examples/benchmarks/step_cost.py --out examples/benchmarks/results/step_cost.txt
 
@@ -13,8 +13,8 @@ graph mode, generated data. How it measures:
 * Stalls: `median`, `p99` and `longest` are percentiles of single steps, in steps of SGD (`--stalls`), and `--figure`
   draws all percentiles. Factors, bases and roots that are due in one step make it long.
 * Memory: one process per optimizer; the peak of its resident memory while steps run, above the memory after the model
-  is built, the optimizer's slots allocated and the step traced. The slots are listed beside it, in copies of the
-  weights.
+  is built, the optimizer's slots allocated and the step traced. The table also lists the slots, the variables of the
+  optimizer, in copies of the weights.
 * Passes: the matrix products and convolutions of the traced step that its results depend on. After a `+` come those
   inside conditions and loops, each once (CurveBall's loss after the step, every fifth step). CurveBall's count includes
   five tiny ones: three of its 2x2 system, two of the second derivative of the cross-entropy.

@@ -1,4 +1,4 @@
-"""Training loss against steps and seconds: every optimizer of the package beside Keras' SGD, Adam and Muon.
+"""Training loss against steps and seconds: optimizers of the package beside Keras' SGD, Adam and Muon.
 
     pip install ".[examples]"
     python examples/benchmarks/time_to_target.py autoencoder --data_dir ~/tensorflow_datasets
@@ -14,9 +14,10 @@ How it measures:
 * A run trains for a budget of seconds. Only steps count, not tracing and not the evaluation of the loss. The loss is
   that of a fixed sample of the training data, normalized by the statistics of the sample.
 * Every method has the same grid of learning rates (two per decade), the same search rule and the same budget. All other
-  settings are defaults, or those of the table of methods below. The rule: on one seed, run a fifth of the budget,
-  starting from the rate nearest to the default, and move while the final loss is lower at a neighbouring rate. The best
-  rate is run for the whole budget on three seeds.
+  settings are defaults, or those of `METHODS` below. The tables in `results/` have some of these methods: run the
+  others with `--methods`. The rule: on one seed, run a fifth of the budget, starting from the rate nearest to the
+  default, and move while the final loss is lower at a neighbouring rate. The best rate is run for the whole budget on
+  three seeds.
 * The target is the final loss of the best of Keras' own optimizers, the median over its seeds. A second target is its
   loss after a third of the budget. A time to target is the median over the seeds of the first evaluation at which the
   loss is at the target.

@@ -32,7 +32,7 @@ class Needs:
 
     ```python
     class MyNewton(keras_curvature.CurvatureOptimizer):
-        needs = Needs(hessian=True)
+        needs = keras_curvature.Needs(hessian=True)
 
         def direction(self, lin):
             return trees.negative(my_solver(lin.hessian(), lin.gradient))

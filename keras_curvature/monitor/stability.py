@@ -90,13 +90,15 @@ def stability(optimizer: keras.Optimizer, variables: Sequence[keras.Variable] | 
     | `Adagrad`, `Adadelta`              | 2                               | 1 / sqrt(sum + epsilon), ratio of both  |
     | `AdaHessian`, `SquareRootFreeAdam`,| 2(1+b)/(1-b)                    | the method's own                        |
     | `SOAP`, `KLShampoo`, `PSGD`,       |                                 |                                         |
-    | `Shampoo(grafting=None)`           |                                 |                                         |
+    | `KBFGS`, `Shampoo(grafting=None)`, |                                 |                                         |
+    | `SASSHA(rho=0)`                    |                                 |                                         |
     | `ESGD`                             | 2                               | the method's own                        |
-    | `KFAC`, `EKFAC`, `Eva`             | 2(1+b)                          | the method's own, damping included      |
+    | `KFAC`, `EKFAC`, `Eva`, `FOOF`,    | 2(1+b)                          | the method's own, damping included      |
+    | `SINGD`, `TNT`, `IFShampoo`        |                                 |                                         |
     | `CurveBall(beta=..., rho=...)`     | see `limits.OnTheQuadratic`     | identity                                |
 
-    Decoupled weight decay subtracts `learning_rate * weight_decay` from the 2. Other optimizers have no limit but a
-    `reason`.
+    Decoupled weight decay subtracts `learning_rate * weight_decay` from the 2. For other optimizers, and for `KFAC` and
+    `EKFAC` with `momentum=None` and `SOAP(sign=True)`, no limit is known: `limit` is `None`, and `reason` says why.
 
     `M` is fixed here, while a real step updates it first. Where a row of an embedding has long been in no batch, `v` is
     near 0 and `M` as large as `1 / epsilon`: on examples that use the row, this limit is far too strict.

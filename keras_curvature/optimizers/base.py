@@ -15,7 +15,7 @@ Nothing is assigned while a direction is computed. `remember(variable, value)` n
 assigns all notes or none. If the loss or the direction is not finite, weights and state stay bit-identical and
 `skipped_steps` counts one. Under a dynamic loss scale a failed refresh also skips the step, so that the scale is
 halved. No step is taken until a first batch has a gradient beyond that of the weight regularizers: state from a batch
-without weight would make the next steps explode. This is not looked at where a direction does without the gradient.
+without weight would make the next steps explode. Methods whose direction does without the gradient skip this check.
 State is kept in float32 at least, also for weights in half precision.
 With gradient accumulation Keras takes the step, so weight decay and EMA apply even when it is not finite.
 """
@@ -38,15 +38,16 @@ class CurvatureOptimizer(Lifecycle):
 
     Args:
         learning_rate: A float, a `LearningRateSchedule` or a callable, as everywhere in Keras.
-        cautious: Whether entries of the step that disagree in sign with the gradient are left out and the others
-            made longer (`optimizers/cautious.py`). A method's own checks of its step see it without the mask. Defaults
-            to `False`.
+        cautious: Whether entries of the step that would raise the loss to first order are left out and the others made
+            longer (`optimizers/cautious.py`). A method that checks its step on the loss checks it without this mask.
+            Defaults to `False`.
         cautious_decay: Whether `weight_decay` shrinks only the weights that the step shrinks too. Defaults to `False`.
         hyperball: Whether each kernel keeps its norm, and its step has `learning_rate` times this norm for a length
             (`optimizers/hyperball.py`); it excludes `weight_decay`. Defaults to `False`.
         scales: Factors on the steps of the single weights, a list of numbers in the order of
-            `model.trainable_variables`: a learning rate for each, such as those of `mup_scales`. A method's own checks
-            of its step see it without. `weight_decay` keeps `learning_rate`. Defaults to `None`.
+            `model.trainable_variables`: a learning rate for each, such as those of `mup_scales`. A method that checks
+            its step on the loss checks it without these factors. `weight_decay` uses `learning_rate` alone. Defaults to
+            `None`.
         **kwargs: Keras' own: `weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
             ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, name`. On a method with a
             `direction` clipping applies to the step.

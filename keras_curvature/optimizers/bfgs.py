@@ -24,16 +24,16 @@ class BFGS(QuasiNewton):
         H <- ( H - H y y'H / (y'H y) + phi (y'H y) v v' ) / tau + s s' / s'y,      v = s / s'y - H y / (y'H y)
 
     BFGS has `phi = tau = 1`. Self-scaling (`tau`) corrects eigenvalues of `H` that are too large in one step; Broyden's
-    `phi` moves between BFGS and DFP. On physics-informed networks both end digits below BFGS. The matrix is in float64,
-    also for weights in float32. Costs about one evaluation of loss and gradient per step, and `n^2` numbers for `n`
-    weights: 5000 weights are 200 MB.
+    `phi` moves between BFGS and DFP. On physics-informed networks both end at errors that are digits below those of
+    BFGS. The matrix is in float64, also for weights in float32. Costs about one evaluation of loss and gradient per
+    step, and `n^2` numbers for `n` weights: 5000 weights are 200 MB.
 
     Reference: Nocedal and Wright, "Numerical Optimization" (2006), Algorithm 6.1; Al-Baali (1998) for the scaling; the
     choice of `phi` and `tau` of Urban, Stefanou and Pons, "Unveiling the optimization process of physics-informed
     neural networks" (2025), after Al-Baali, Spedicato and Maggioni (2014). Differences from the papers: (1) cautious
     pairs, as in `LBFGS`; (2) where `-H g` does not descend, and after a search that finds no lower point, `H` is
     forgotten; (3) the old `H` is kept where a coefficient is not finite; (4) with scaling a search begins at the length
-    where a parabola falls as far as the last step, if that is less than 1, as in SciPy's code, which theirs is made of.
+    where a parabola falls as far as the last step, if that is less than 1, as in SciPy's code, which theirs builds on.
 
     Args:
         learning_rate: Multiple of the step that the search found; with `search=None` the length itself. Defaults to

@@ -1,4 +1,4 @@
-"""Shared code of Shampoo, SOAP and KL-Shampoo: variables cut into tiles, and a matrix for each axis of a tile.
+"""Shared code of the methods by axes, such as Shampoo and SOAP: variables cut into tiles, and a matrix for each axis.
 
 A tile is a piece of one variable, after merging small neighbouring axes and cutting long axes; a variable that is not
 cut is one tile. State is kept per tile: a moment has the tile's shape, a factor is `(n, n)` for an axis of length `n`.

@@ -1,4 +1,4 @@
-"""Shared code of FOOF and Newton-Muon: gradients divided by the second moment of each layer's inputs."""
+"""Shared code of FOOF, K-BFGS and Newton-Muon: second moments of the inputs of each layer, and their inverses."""
 
 from collections.abc import Callable, Sequence
 

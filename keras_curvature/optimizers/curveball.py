@@ -23,7 +23,7 @@ class CurveBall(CurvatureOptimizer):
         z  <- rho z - beta dz
         w  <- w + learning_rate * z
 
-    with `beta` and `rho` at the minimum of the quadratic over the two directions, a 2x2 system. Costs one backward
+    with the `beta` and `rho` that minimize the quadratic over the two directions, a 2x2 system. Costs one backward
     and two forward-mode passes on top of the forward pass, and one copy of the weights.
 
     Reference: Henriques, Ehrhardt, Albanie and Vedaldi, "Small steps and giant leaps" (2018), Algorithm 1 and
@@ -37,8 +37,9 @@ class CurveBall(CurvatureOptimizer):
         learning_rate: Factor on `z`. Defaults to `1.0`.
         damping: A number, or a component. Defaults to `LevenbergMarquardt(initial=1.0, decay=0.999, low=0.5,
             high=1.5, every=5)` (the paper, for networks with batch normalization; 10 without).
-        beta: Length along `-dz`; `None`: at the minimum of the quadratic. Defaults to `None`.
-        rho: Factor on the last `z`; `None`: at the minimum of the quadratic. Defaults to `None`.
+        beta: Length along `-dz`, a number, given together with `rho`; `None`: both are those of the minimum of the
+            quadratic. Defaults to `None`.
+        rho: Factor on the last `z`, given together with `beta`. Defaults to `None`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `beta`, `rho`, `reduction_ratio` (at the checks), `step_norm`, `skipped_steps`.

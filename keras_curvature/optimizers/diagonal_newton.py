@@ -31,7 +31,8 @@ class DiagonalNewton(CurvatureOptimizer):
 
     Args:
         learning_rate: Defaults to `0.2` (the notes: 0.01, for 20,000 steps). With 0.1 it reached 0.54 of Adam's
-            reduction of the loss in 150 steps on a small LSTM with batches of 512; with 0.2, 1.0.
+            reduction of the loss in 150 steps on a small LSTM with batches of 512; with 0.2, 1.0 (`tuning` data of
+            `examples/benchmarks/defaults.py`).
         curvature_min: Smallest curvature to divide by. Defaults to `0.5` (the notes).
         curvature_max: Largest curvature to divide by. Defaults to `3.0` (the notes).
         step_max: Largest absolute entry of a step before the learning rate; `None`: no limit. Defaults to `0.05` (the

@@ -22,7 +22,7 @@ class ESGD(LimitedDiagonalOptimizer):
         d = g / (sqrt(D) + epsilon),    w <- w - learning_rate * clip(d, -step_max, step_max)
 
     `E (H v)_i^2 = |H_i|^2`: unlike the diagonal of the Hessian, the norm of its rows is no smaller where the curvature
-    is negative. Costs one Hessian product now and then, and one copy of the weights.
+    is negative. Costs one Hessian product in every `every`-th step, and one copy of the weights.
 
     Reference: Dauphin, de Vries and Bengio, "Equilibrated adaptive learning rates for non-convex optimization" (2015),
     Algorithm 1. Differences: (1) a draw that is not finite is left out; (2) `step_max`, which the paper does not have;
@@ -30,7 +30,8 @@ class ESGD(LimitedDiagonalOptimizer):
 
     Args:
         learning_rate: Defaults to `0.1`. On a small transformer it reached 0.4 to 0.5 of Adam's reduction of the loss
-            in 150 steps with 0.01 (the authors' demonstration), and 1.0 with 0.1 and `step_max`.
+            in 150 steps with 0.01 (the authors' demonstration), and 1.0 with 0.1 and `step_max` (`tuning` data of
+            `examples/benchmarks/defaults.py`).
         epsilon: Damping of the denominator. Defaults to `1e-3`.
         every: A new draw in every so many steps. Defaults to `20` (the paper).
         step_max: Largest absolute entry of `d`, or `None` for no limit. Defaults to `0.1`, so that no weight moves by

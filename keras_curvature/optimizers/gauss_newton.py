@@ -33,14 +33,14 @@ class GaussNewton(CurvatureOptimizer):
 
     With a damping that adapts, a step that raises the loss is taken back: the weights stay bit-identical and `lambda`
     grows. With a number for `damping` and no line search every finite step is taken, and the loss may rise. Made for
-    problems where the batch is the whole set, in float64: least squares to round-off. On mini-batches it is the
-    Gram-Gauss-Newton method. Any loss works that is convex in the model's outputs. `fit` with `batch_size` the size of
-    the set.
+    problems where the batch is the whole set, in float64: least squares to round-off. Pass `batch_size=len(x)` to
+    `fit`. On mini-batches it is the Gram-Gauss-Newton method. Any loss works that is convex in the model's outputs.
 
-    The system is solved in one of four ways, with the same result, `solved_by` tells which: with the rows of the
-    Jacobian as an array `(N, n)`, by a matrix of their number (`"rows"`), of the number of weights (`"weights"`), or a
-    QR or singular value decomposition; or by conjugate gradients, without the array. `"rows"` does without it too in
-    models of Keras' layers without batch normalization, for `scaling="identity"`: layer by layer.
+    `solver` chooses how the system is solved, and after a step the attribute `solved_by` tells how it was; the result
+    is the same. The rows of the Jacobian are an array `(N, n)` for `N` outputs and `n` weights. From it, `"rows"` forms
+    a matrix `(N, N)`, `"weights"` a matrix `(n, n)`, and `"qr"` and `"svd"` decompose the array. Conjugate gradients
+    need no array. Nor does `"rows"` with `scaling="identity"`, in models of Keras' layers without batch normalization:
+    it forms its matrix layer by layer.
 
     References: Levenberg (1944); Marquardt (1963); More, "The Levenberg-Marquardt algorithm: implementation and theory"
     (1978), for `D`; Nielsen (1999), for `lambda`; Transtrum and Sethna, "Improvements to the Levenberg-Marquardt
@@ -56,8 +56,8 @@ class GaussNewton(CurvatureOptimizer):
     Args:
         learning_rate: Multiple of the step. Defaults to `1.0`.
         damping: A number, or a component. `0.0` needs `solver="svd"` (or `"auto"`). Defaults to `Nielsen()`.
-        solver: `"rows"`, `"weights"`, `"qr"`, `"svd"`, a `ConjugateGradient`, or `"auto"`: by rows if they are fewer
-            than the weights, else by QR; by conjugate gradients if the array needs more than `memory`, or if the
+        solver: `"rows"`, `"weights"`, `"qr"`, `"svd"`, a `ConjugateGradient`, or `"auto"`: `"rows"` if there are fewer
+            rows than weights, else `"qr"`; conjugate gradients if the array needs more than `memory`, or if the
             model has its own `compute_loss` without a `likelihood`. Defaults to `"auto"`.
         scaling: `D`: `"identity"`; `"marquardt"`, the norms of the columns of the rows; or `"more"`, the largest norm
             of each column so far. The last two need the rows. Defaults to `"identity"`.

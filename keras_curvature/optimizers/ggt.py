@@ -24,21 +24,23 @@ class GGT(GradientWindow):
     and so a checkpoint, is `window + 1` copies of the weights.
 
     Reference: Agarwal et al., "Efficient full-matrix adaptive regularization" (2019), Algorithm 1, and the authors'
-    code in TensorFlow 1, `contrib/opt/python/training/ggt.py`. Difference: the part of `m` outside of the span is left
-    out: the newest column is `m` itself, so there is none. The code's rounding of `1e-6` leaves one, divided by the
-    least singular value: about 1e-6 of a step, and up to 1e-3 while rows of the window are empty. With its `eps` large
-    it leaves this part out too.
+    code in TensorFlow 1, `contrib/opt/python/training/ggt.py`. Difference: `m` has no part outside of the span of `M`,
+    because it is the newest column, and none is added to the step. In the code, which adds `1e-6` to squared singular
+    values, rounding leaves such a part: about 1e-6 of a step, and up to 1e-3 while rows of the window are empty.
 
     Args:
-        learning_rate: About the length of a step of all weights together, whatever the gradient; large networks want
+        learning_rate: About the length of a step of all weights together, whatever the gradient; large networks need
             more. Defaults to `0.1`, with which a dense network of width 32 had 1.13 or more of Adam's reduction of the
-            loss in 150 steps, and a small convolutional network 1.03; with 1e-3 (the code) the dense one had 0.03.
+            loss in 150 steps, and a small convolutional network 1.03; with 1e-3 (the code) the dense one had 0.03
+            (`tuning` data of `examples/benchmarks/defaults.py`).
         window: Number of moments. Defaults to `10` (the code; the paper: up to 200).
         beta_1: Decay of the moment. Defaults to `0.9` (the code).
         decay: The paper's `beta_2`: weight of a moment in relation to the next one, in (0, 1]. Defaults to `1.0` (the
             code).
         epsilon: Added to the singular values. Defaults to `1e-2` (the code).
         **kwargs: See `CurvatureOptimizer`.
+
+    Reports: `skipped_steps`.
 
     Example:
 

@@ -44,7 +44,7 @@ class HessianFree(CurvatureOptimizer):
     Args:
         learning_rate: Multiple of the accepted step. Defaults to `1.0`.
         damping: A number, or a component. Defaults to `LevenbergMarquardt.martens()`: from 1.0, times 2/3 above a ratio
-            of 3/4, over 2/3 below 1/4.
+            of 3/4, divided by 2/3 below 1/4.
         solver: A `ConjugateGradient`. Defaults to `ConjugateGradient(max_steps=250)` (Martens).
         line_search: An `ArmijoLineSearch`, or `None` for full steps. Defaults to `ArmijoLineSearch()` (Martens).
         curvature: `"gauss_newton"` or `"hessian"`. With the Hessian conjugate gradients end at the first direction of

@@ -137,12 +137,12 @@ class KFAC(CurvatureOptimizer):
         Args:
             learning_rate: Multiple of the step to the minimum of the quadratic model. Defaults to `1.0`.
             damping: A number or component. Defaults to `LevenbergMarquardt(initial=1e-3, decay=19/20, low=1/4,
-                high=3/4, every=5, minimum=1e-8)`: the paper's, but for its begin, 150 for losses that sum over the
+                high=3/4, every=5, minimum=1e-8)`: the paper's rule, which begins at 150 for losses that sum over the
                 pixels. Damping scales with the loss; too much costs more steps than too little.
             factors_every: Defaults to `5` (the paper: 1).
             inverses_every: Defaults to `20`.
-            **kwargs: As of the class; `momentum` is `None`. `curvature_batch=0.25` makes a step of a large batch as
-                cheap as it gets.
+            **kwargs: As of the class; `momentum` is `None`. With `curvature_batch=0.25`, factors and products use a
+                quarter of each batch, which makes steps of large batches cheaper.
 
         Example: `KFAC.adaptive(damping=LevenbergMarquardt.martens(1e-5, decay=0.95, every=5), curvature_batch=0.25)`
         """

@@ -29,14 +29,17 @@ class MFAC(GradientWindow):
     learning rate: `g'F^-1 g` grows with the number of gradients in the window, so the code's first steps are short.
 
     Args:
-        learning_rate: Defaults to `1e-2`. With this, `damping` and `kl_clip` a dense network of width 32 had 0.94 and
-            1.11 of Adam's reduction of the loss in 150 steps, with batches of 32 and 512; `MFAC(1e-3, damping=1e-5,
-            kl_clip=None)`, as the code has it, 0.60 and 0.95.
+        learning_rate: Defaults to `1e-2`. With the default arguments a dense network of width 32 had 0.94 and 1.11 of
+            Adam's reduction of the loss in 150 steps, with batches of 32 and 512. With the values of the code,
+            `MFAC(1e-3, damping=1e-5, kl_clip=None)`, it had 0.60 and 0.95 (`tuning` data of
+            `examples/benchmarks/defaults.py`).
         window: `m`. Defaults to `128`.
         damping: `lambda`, in the unit of squared gradients. Defaults to `1e-3` (the code: 1e-5).
         kl_clip: Largest `learning_rate^2 g'F^-1 g`, a positive number, or `None` for no limit. Defaults to `3e-4`.
         decay: Weight of a gradient in relation to the next one, in (0, 1]; see `tonga`. Defaults to `1.0`.
         **kwargs: See `CurvatureOptimizer`.
+
+    Reports: `kl_clip` (`nu`), `step_norm`, `skipped_steps`.
 
     Example:
 

@@ -29,15 +29,15 @@ class MKOR(CurvatureOptimizer):
         v <- momentum v - min(1, sqrt(kl_clip / (learning_rate^2 d'g))) d,    w <- w + learning_rate v
 
     by Sherman and Morrison: no matrix is inverted, and a change costs one product with a vector. `J` begins at `I` and
-    stays positive definite and at most `I`, so there is no damping. As in `Eva`, the factors are those of means, but
-    their inverses remember. A norm is that of the kernel plus that of the bias. Weights without Kronecker factors get
-    `d = dL/dW`, the step of SGD, and a warning names them.
+    stays positive definite and at most `I`, so there is no damping. As in `Eva`, the factors are made of means, but the
+    inverses remember earlier ones. `|d|` is the norm of the kernel's part plus that of the bias's part. Weights without
+    Kronecker factors get `d = dL/dW`, the step of SGD, and a warning names them.
 
     Reference: Mozaffari, Li, Zhang and Mehri Dehnavi, "MKOR: Momentum-enabled Kronecker-factor-based optimizer using
     rank-1 updates" (2023), Algorithm 1, and github.com/Mohammad-Mozaffari/mkor. Differences from that code, whose
     update of the inverses (without the factors of `beta` in the paper's) this is: (1) the first means count; there they
-    are passed over; (2) inputs and slopes are not clipped at 100; (3) no factor is reset where an entry exceeds 2,
-    which none does; (4) the state is in float32 at least; (5) the factor of an embedding's inputs is the identity; (6)
+    are passed over; (2) inputs and slopes are not clipped at 100; (3) no factor is reset because an entry exceeds 2:
+    none does here; (4) the state is in float32 at least; (5) the factor of an embedding's inputs is the identity; (6)
     tokens count as pixels do: `b` is a mean over them; (7) `kl_clip`; without it pixels from 0 to 255 diverge.
 
     Args:

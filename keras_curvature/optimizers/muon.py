@@ -41,18 +41,19 @@ class Muon(HiddenMatrices):
     kernel is taken for the output layer, and weights that Keras' `Embedding` made for embeddings. That is wrong for a
     model of several outputs: name them in `adam_for`.
 
-    Reference: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale
-    `"moonlight"`: Liu et al., "Muon is scalable for LLM training" (2025); `"scion"`: Pethick et al., "Training deep
-    learning models with norm-constrained LMOs" (2025). Differences from Jordan's code: (1) the momentum is an average,
-    which the sign does not see; (2) four quintic Newton-Schulz steps below a sharper bound, which cost less than their
-    five and end nearer to 1; `sign=NewtonSchulz()` is theirs; (3) in float32 at least; (4) a convolution has the
+    Reference: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale `"moonlight"`:
+    Liu et al., "Muon is scalable for LLM training" (2025); `"scion"`: Pethick et al., "Training deep learning models
+    with norm-constrained LMOs" (2025). Differences from Jordan's code: (1) the momentum is an average and not a sum,
+    which does not change its sign; (2) four quintic Newton-Schulz steps below a sharper bound, which cost less than
+    their five and end nearer to 1; `sign=NewtonSchulz()` is theirs; (3) in float32 at least; (4) a convolution has the
     scale of its matrix (there: 1 for a square window); (5) weight decay is Keras', and before the step.
 
     Args:
         learning_rate: With the scale `"moonlight"`, as for Adam. Defaults to `3e-3` (Keras'
             `Muon`: 1e-3).
         momentum: Decay of the average of gradients. Defaults to `0.95` (Jordan et al.).
-        nesterov: Whether the new gradient enters the step once more. Defaults to `True` (Jordan et al.).
+        nesterov: Whether `N` averages in the new gradient once more; with `False` `N = M`. Defaults to `True` (Jordan
+            et al.).
         scale: `"moonlight"`: entries of 0.2 in the mean, as in steps of Adam; `"jordan"`: `sqrt(max(1, out/in))`,
             for learning rates around 0.02; `"scion"`: `sqrt(out/in)`, a step of norm 1 from the mean square of inputs
             to that of outputs; `"nuclear"`: the sum of the singular values of the momentum, with which steps shrink as
@@ -61,10 +62,10 @@ class Muon(HiddenMatrices):
         normalization: A `SecondMoment`, for NorMuon and AdaMuon, a `GradientMoment`, for Muon^2, or `None`. Defaults
             to `None`.
         per_head: Whether kernels of three axes have a matrix for each head. Defaults to `False`.
-        adam_for: Regular expressions, a list; Adam steps kernels with one of them in their path. It replaces the search
-            for embeddings and output layers: `[]` gives Muon every matrix. `None`: found as described. Where the model
-            says otherwise than its variables, the paths of what was found stand here after the first step, so that a
-            saved file has them. Defaults to `None`.
+        adam_for: A list of regular expressions; Adam steps the kernels whose path matches one of them. It replaces the
+            search for embeddings and output layers: `[]` gives Muon every matrix. With `None` they are found as
+            described. If a curved model then has other ends than a plain one would, the first step stores their paths
+            in `adam_for`, so that a saved file has them. Defaults to `None`.
         adam_rate: Learning rate of Adam's steps, in units of `learning_rate`. Defaults to `1.0` (Keras' `Muon`).
         part: A `LowRankPart` or a `RowPart`: the step is orthogonal in a part of the momentum only, and the rest waits
             in the momentum; see `dion` and `dion2`. It excludes `nesterov` and `normalization`. `None`: the whole

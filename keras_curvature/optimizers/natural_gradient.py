@@ -29,7 +29,7 @@ class NaturalGradient(CurvatureOptimizer):
 
     For models whose Fisher matrix K-FAC approximates too coarsely, and for small batches, where solving in rows is
     cheap: the matrix `S S'` is formed layer by layer. The loss must be the negative logarithm of a known likelihood,
-    but with `fisher="empirical"`.
+    unless `fisher="empirical"`.
 
     References: Amari, "Natural gradient works efficiently in learning" (1998); Ren and Goldfarb, "Efficient subsampled
     Gauss-Newton and natural gradient methods for training neural networks" (2019), Algorithm 1, for the solution in
@@ -48,16 +48,16 @@ class NaturalGradient(CurvatureOptimizer):
         damping: A number, or a component. Defaults to `LevenbergMarquardt.martens(initial=1.0)` (Ren and Goldfarb).
         solver: `"rows"`, `"weights"`, `"qr"`, `"svd"`, a `ConjugateGradient`, or `"auto"`, as in `GaussNewton`.
             Defaults to `"auto"`.
-        curvature_batch: The part of the batch that the Fisher matrix is of, or of `metric_data`: a share in (0, 1] or a
-            number of examples. Defaults to `None`, all of it.
-        decay: Share of the old matrix in a running average of Fisher matrices, in [0, 1), for small models: it keeps a
-            matrix `(n, n)`. Defaults to `0.0`, none.
+        curvature_batch: The part of the batch, or of `metric_data`, that the Fisher matrix is computed from: a share in
+            (0, 1] or a number of examples. Defaults to `None`, all of it.
+        decay: Share of the old matrix in a running average of Fisher matrices, in [0, 1). It keeps a matrix `(n, n)`
+            for `n` weights, so it is for small models. Defaults to `0.0`: no average.
         memory: The most bytes that rows may take. Defaults to `2**31`.
-        metric_data: Other inputs that the Fisher matrix is of, with labels drawn from the model: an array, or a list or
-            dictionary of arrays as the model takes them. With `curvature_batch` each step takes the next of them, in
-            turn. They are kept and saved with the optimizer's state; a config has their shapes alone. Targets have the
-            shape, and sequences the padding, of the batch. For losses that are means over the examples. Defaults to
-            `None`, the inputs of the batch.
+        metric_data: Other inputs to compute the Fisher matrix from, with labels drawn from the model: an array, or a
+            list or dictionary of arrays as the model takes them. With `curvature_batch` each step takes the next of
+            these inputs, in turn. The optimizer's state holds and saves them; a config holds their shapes alone. The
+            drawn targets get the shape of the batch's targets, and sequences its padding. The loss must be a mean over
+            the examples. Defaults to `None`: the inputs of the batch.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `reduction_ratio`, `cg_iterations` (0 without conjugate gradients), `step_norm`,

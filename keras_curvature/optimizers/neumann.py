@@ -59,8 +59,9 @@ class Neumann(CurvatureOptimizer):
         gamma: Decay of the moving average `v`, in [0, 1). Defaults to `0.99` (Table 1).
         mu_start: Momentum at `t = 1`, in [0, 1). Defaults to `0.5` (Table 1).
         mu_end: Largest momentum, in [`mu_start`, 1). Defaults to `0.9` (Table 1).
-        warmup_steps: Steps of SGD at the beginning, without a guard of their own. Defaults to `10`: on small networks,
-            1.01 or more of Adam's reduction of the loss in 150 steps; 0.06 to 1.1 with 1000.
+        warmup_steps: Steps of SGD at the beginning, whose length nothing limits. Defaults to `10`: on small networks
+            1.01 or more of Adam's reduction of the loss in 150 steps, and 0.06 to 1.1 with 1000 (`tuning` data of
+            `examples/benchmarks/defaults.py`).
         reset_every: `K`, steps until the second reset; `None`: no resets. Defaults to `None`.
         reset_growth: Factor on `K` after every reset, an integer. Defaults to `2`.
         **kwargs: See `CurvatureOptimizer`. Clipping breaks the displacement; the paper advises against it.

@@ -23,10 +23,10 @@ class SASSHA(LimitedDiagonalOptimizer):
         D <- beta_2 D + (1 - beta_2) |z * (H z)|                      every so many steps, H at w + e, z of random signs
         d = m^ / (D^ ^ hessian_power + epsilon),    w <- w - learning_rate * clip(d, -step_max, step_max)
 
-    with `m^, D^` corrected for their bias towards zero. A step away from sharp minima first, as of sharpness-aware
-    minimization, keeps second-order steps out of them; the absolute value keeps the estimate useful beside negative
-    curvature, and the power keeps it small when it is reused for several steps. Costs two gradients and, now and then,
-    a Hessian product.
+    with `m^, D^` corrected for their bias towards zero. As in sharpness-aware minimization, the gradient at the worse
+    point `w + e` keeps training out of sharp minima. The absolute value makes the estimate usable where the curvature
+    is negative, and the power limits the error of an estimate that is reused for several steps. Costs two gradients in
+    each step and a Hessian product in every `every`-th.
 
     Reference: Shin, Lee, Lee and Lee, "SASSHA: Sharpness-aware adaptive second-order optimization with stable Hessian
     approximation" (2025), Algorithm 1, and github.com/LOG-postech/Sassha. Differences from that code: (1) the bias
@@ -44,6 +44,8 @@ class SASSHA(LimitedDiagonalOptimizer):
         every: A new estimate in every so many steps. Defaults to `10` (the authors). An estimate is zero for weights
             of inputs that are zero in its whole batch; on data with such inputs (pixels of digits), use `every=1` or a
             larger `epsilon`.
+        step_max: Largest absolute entry of `d`, or `None` for no limit. Defaults to `0.02`, so that no weight moves
+            by more than 0.003 in a step.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `failed_refreshes`, `step_norm`, `skipped_steps`.

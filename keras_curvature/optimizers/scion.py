@@ -23,7 +23,7 @@ class Scion(HiddenMatrices):
 
         u(M) = sqrt(out / in) sign(M)              hidden matrices: the norm from the mean square of inputs to outputs
         u(M) = sqrt(out / in) sign(M) / positions  convolutions, whose inputs are those of one position
-        u(M) = sign of each entry / width          embeddings and output layers, `width` of the model beside them
+        u(M) = sign of each entry / width          embeddings and output layers; width: of the layer beside them
         u(M) = M / sqrt(mean(M^2))                 vectors
 
     where `sign(U S V') = U V'` for matrices. No second moment: one copy of the weights. `Muon` says how hidden matrices
@@ -38,9 +38,9 @@ class Scion(HiddenMatrices):
         learning_rate: With `constrained`, the share of the weights that each step replaces. Defaults to `2**-12` (the
             authors, for a language model).
         momentum: Decay of the average of gradients. Defaults to `0.9` (the authors, who write `0.1`).
-        radius: Radius of hidden matrices and vectors. Defaults to `50` (the authors).
-        radius_of_ends: Radius of embeddings and output layers. Defaults to `3000` (the authors).
-        constrained: Whether the weights stay in the balls. Defaults to `False`.
+        radius: Factor on `u` for hidden matrices, convolutions and vectors. Defaults to `50` (the authors).
+        radius_of_ends: Factor on `u` for embeddings and output layers. Defaults to `3000` (the authors).
+        constrained: Whether steps also shrink the weights, which keeps them in the balls. Defaults to `False`.
         sign: `NewtonSchulz` or `PolarExpress`. Defaults to `NewtonSchulz("quintic", steps=4, bound="gram")`.
         **kwargs: See `CurvatureOptimizer`.
 

@@ -55,7 +55,8 @@ class SINGD(CurvatureOptimizer):
         fisher: See `KFAC`. Defaults to `"empirical"` (the authors).
         sharing: See `KFAC`. Defaults to `"expand"` (the authors).
         kl_clip: See `KFAC`. Defaults to `1e-4`, with 1.04 to 1.38 of Adam's reduction of the loss in 150 steps on a
-            dense and a convolutional network with batches of 32 and 512; without a limit 0.01 on the convolutional one.
+            dense and a convolutional network with batches of 32 and 512; without a limit 0.01 on the convolutional one
+            (`tuning` data of `examples/benchmarks/defaults.py`).
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `kl_clip` (`nu`), `failed_refreshes` (factors that were not finite; the old ones are kept), `step_norm`,

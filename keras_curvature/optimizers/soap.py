@@ -31,10 +31,10 @@ class SOAP(KLFactors, HiddenMatrices):
     equal singular values.
 
     Reference: Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam" (2024), Algorithm 3, and the authors'
-    code. Differences from that code: (1) neighbouring axes are merged to at most `merge`, from the front, where
-    Keras' kernels have their small axes, and never down to one: a 3x3 kernel of 16 by 32 channels is a 144 by 32
-    matrix (there: not at all, or, on request, while the product is at most `max_dimension`); (2) axes longer than 1000
-    and not 10000 get no matrix; (3) weight decay is Keras': before the step, and in the first one too; (4) a non-finite
+    code. Differences from that code: (1) neighbouring axes are merged to at most `merge`, from the front, where Keras'
+    kernels have their small axes, and never down to one: a 3x3 kernel of 16 by 32 channels is a 144 by 32 matrix
+    (there: not at all, or, on request, while the product is at most `max_dimension`); (2) axes longer than 1000 get no
+    matrix (there: 10000); (3) weight decay is Keras': before the step, and in the first one too; (4) a non-finite
     matrix leaves the old basis in place; (5) in the precision of the weights, float32 at least.
 
     For `"kl"`: Lin et al., "Understanding and improving Shampoo and SOAP via Kullback-Leibler minimization" (2025), and
@@ -57,9 +57,9 @@ class SOAP(KLFactors, HiddenMatrices):
         sign: Whether the steps of hidden matrices get equal singular values. Defaults to `False`.
         sides: `"all"`, or `"shortest"`: only the shortest axis of each matrix is transformed (one-sided SOAP), at about
             half the cost. Defaults to `"all"`.
-        block_size: Longest axis of a tile, `None`: no axis is cut. Each tile has bases of its own, as in Shampoo. With
-            small tiles a step costs less, and more of them are needed. The first step traces every tile: of 81 it took
-            four times as long as of 25. It excludes `sign`. Defaults to `None` (the authors).
+        block_size: Longest axis of a tile; `None`: no axis is cut. Each tile has bases of its own, as in Shampoo. With
+            small tiles a step costs less, and training takes more steps. The first step traces every tile: with 81
+            tiles it took four times as long as with 25. It excludes `sign`. Defaults to `None` (the authors).
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `failed_refreshes` (failed bases; the old ones are kept), `refreshes` (with a `Refresh`: changed bases),

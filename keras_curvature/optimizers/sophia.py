@@ -77,7 +77,8 @@ class SophiaH(Sophia):
 
     Args:
         learning_rate: The length of a clipped entry. Defaults to `2e-3` (the paper's language models: up to 6e-4). With
-            1e-3 it reached 0.8 of Adam's reduction of the loss in 150 steps on a small LSTM, with 2e-3 1.3.
+            1e-3 it reached 0.8 of Adam's reduction of the loss in 150 steps on a small LSTM, with 2e-3 1.3 (`tuning`
+            data of `examples/benchmarks/defaults.py`).
         beta_1: Decay of the average of gradients. Defaults to `0.96` (the paper).
         beta_2: Decay of the average of estimates. Defaults to `0.99` (the paper).
         gamma: Factor of the curvature, such that 10% to 50% of the entries are unclipped. Defaults to `0.01` (the
@@ -132,7 +133,8 @@ class SophiaG(Sophia):
 
     Args:
         learning_rate: The length of a clipped entry. Defaults to `2e-3` (the paper's language models: up to 6e-4). With
-            1e-3 it reached 0.8 of Adam's reduction of the loss in 150 steps on a small LSTM, with 2e-3 1.3.
+            1e-3 it reached 0.8 of Adam's reduction of the loss in 150 steps on a small LSTM, with 2e-3 1.3 (`tuning`
+            data of `examples/benchmarks/defaults.py`).
         beta_1: Decay of the average of gradients. Defaults to `0.965` (the authors' code; the paper: 0.96).
         beta_2: Decay of the average of estimates. Defaults to `0.99` (the paper).
         gamma: Factor of the curvature, such that 10% to 50% of the entries are unclipped. Defaults to `0.05` (the

@@ -18,7 +18,8 @@ from keras_curvature.typing import LearningRate, Vector
 class SquareRootFreeAdam(LimitedDiagonalOptimizer):
     """Adam without the square root: natural gradient descent with a running diagonal of the Fisher matrix.
 
-    The length of a step goes with one over the scale of the loss: scale regression targets to a variance near 1.
+    The length of a step is inversely proportional to the scale of the loss: scale regression targets to a variance
+    near 1.
 
         m <- beta_1 m + (1 - beta_1) g
         v <- beta_2 v + (1 - beta_2) g^ * g^

@@ -52,7 +52,8 @@ class TNT(ByAxis):
         inverses_every: Steps between two inversions; the replicas share the work. Defaults to `100` (the authors).
         kl_clip: Largest `learning_rate^2 d'M`, a positive number, or `None` for no limit. Defaults to `1e-4`: 1.02 to
             1.36 of Adam's reduction of the loss in 150 steps on a dense and a convolutional network with batches of 32
-            and 512; with 1e-3 the dense one did not learn with batches of 32.
+            and 512; with 1e-3 the dense one did not learn with batches of 32 (`tuning` data of
+            `examples/benchmarks/defaults.py`).
         max_dimension: Longest axis with a factor. Defaults to `1000`.
         merge: Longest axis after merging. Defaults to `1000`.
         **kwargs: See `CurvatureOptimizer`.

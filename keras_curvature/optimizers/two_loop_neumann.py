@@ -39,7 +39,7 @@ class TwoLoopNeumann(CurvatureOptimizer):
     Args:
         learning_rate: The paper's `eta_out`. Defaults to `0.05`.
         solver: `NeumannSeries(steps=K, rate=eta)`. Defaults to `NeumannSeries(steps=10, rate=0.05)`.
-        mu: In (0, 1]; 1 is Algorithm 1. Defaults to `1.0`.
+        mu: The `mu` of the convexified form, in (0, 1]; 1 is Algorithm 1. Defaults to `1.0`.
         alpha: Weight of the cubic regularizer. Defaults to `0.0`.
         beta: Weight of the repulsion, times the number of weights. Defaults to `0.0`.
         gamma: Decay of the moving average `v`, in [0, 1). Defaults to `0.99`.
@@ -51,7 +51,8 @@ class TwoLoopNeumann(CurvatureOptimizer):
 
     ```python
     model = keras_curvature.curved(model)
-    model.compile(optimizer=keras_curvature.TwoLoopNeumann(solver=NeumannSeries(steps=20, rate=0.01)), loss="mse")
+    series = keras_curvature.NeumannSeries(steps=20, rate=0.01)
+    model.compile(optimizer=keras_curvature.TwoLoopNeumann(solver=series), loss="mse")
     ```
     """
 

@@ -1,9 +1,9 @@
 """One optimizer on one task: trials with other rates and decays until one wins, by the rules of LightBench.
 
-A trial takes blocks of steps. After a block its losses are looked at one by one: the first that is not finite ends the
-trial, and a loss, or the weights at the end of the block, may win. So a loss wins by one lucky step, and weights are
-only seen at the end of a block. A trial also ends if its losses have no new minimum in half of its steps, or at its
-time limit.
+A trial takes blocks of steps. After a block its losses are checked one by one. The first loss that is not finite ends
+the trial. A task that asks for a loss is won by any loss of the block, also by one lucky step. A task that asks for
+weights is won by the weights at the end of the block. A trial also ends if its losses have no new minimum in half of
+its steps, or at its time limit.
 """
 
 import dataclasses

@@ -11,10 +11,11 @@ differs from the published contest, so that the numbers are only comparable with
   decays are log-uniform in the published ranges, from a Halton sequence, new decays in every fifth trial.
 * Every level is run. The published contest counts all levels after the first failure as lost; the column `gated` does.
 * A trial ends at a loss that is not finite, without a new minimum in half of its steps, or after its seconds.
-* The twelve rows that cannot be won are not run. They are in the 148, and not in the 136.
+* Twelve of the 148 rows cannot be won and are not run. The share in the table is of 148.
 
-`adversarial_gradient` counts 0 of 6 for everybody in the published table because of gate and early stop; its first
-level is its hardest. `sparse_gradient` at its last level is won by untouched weights with probability 0.78.
+In the published table `adversarial_gradient` counts 0 of 6 for every optimizer: trials stop early, its first level is
+its hardest, and all levels after a lost one count as lost. `sparse_gradient` at its last level is won by untouched
+weights with probability 0.78.
 """
 
 import argparse

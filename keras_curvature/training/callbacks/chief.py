@@ -33,7 +33,8 @@ class ChiefOnly(keras.callbacks.Callback):
     Example:
 
     ```python
-    model.fit(dataset, callbacks=[ChiefOnly(keras.callbacks.TensorBoard("logs"))])
+    board = keras.callbacks.TensorBoard("logs")
+    model.fit(dataset, callbacks=[keras_curvature.callbacks.ChiefOnly(board)])
     ```
     """
 

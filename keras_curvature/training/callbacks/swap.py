@@ -28,7 +28,8 @@ class SwapNeumannWeights(keras.callbacks.Callback):
 
     ```python
     model.fit(x, y, validation_data=..., callbacks=[keras_curvature.callbacks.SwapNeumannWeights()])
-    model.fit(x, y, callbacks=[SwapNeumannWeights(swap_on_epoch=True), keras.callbacks.ModelCheckpoint(...)])
+    swap = keras_curvature.callbacks.SwapNeumannWeights(swap_on_epoch=True)
+    model.fit(x, y, callbacks=[swap, keras.callbacks.ModelCheckpoint(...)])
     ```
     """
 
