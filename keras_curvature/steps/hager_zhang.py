@@ -6,7 +6,18 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_curvature.component import Component, check, check_count, check_number, register
-from keras_curvature.steps.search import CONDITIONS_MET, INTERVAL, KEEP, SEARCHING, START, TRIAL, Point, State, pick
+from keras_curvature.steps.search import (
+    CONDITIONS_MET,
+    INTERVAL,
+    KEEP,
+    SEARCHING,
+    START,
+    TRIAL,
+    Point,
+    State,
+    pick,
+    switch,
+)
 
 # Which point was asked for: one to bracket, the middle of a bracket whose loss is too high at its right end (U3), the
 # secant point, the second secant point (S1-S4), the middle of an interval that did not shrink (L2).
@@ -95,7 +106,7 @@ class HagerZhang(Component):
         """The state after a trial."""
         steps = (self._bracketed, self._bisected, self._at_secant, self._at_second, self._at_middle)
         memory: Memory = state.memory
-        plan = tf.switch_case(memory.phase, [lambda step=step: step(start, memory, trial) for step in steps])
+        plan = switch(memory.phase, [lambda step=step: step(start, memory, trial) for step in steps])
         left, right = plan.left.length, plan.right.length
         middle, secant = 0.5 * (left + right), _secant_of(plan.left, plan.right)
         # by phase, in their order

@@ -10,7 +10,7 @@ A point whose loss or gradient is not finite becomes a point of infinite loss: e
 are in float64, also for losses in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import tensorflow as tf
@@ -115,10 +115,9 @@ def search_along(
         state = rule.advance(start, state, trial)
         overflows += tf.cast(tf.math.is_inf(trial.loss), tf.int32)
         takes, returns = tf.equal(state.keep, TRIAL), tf.equal(state.keep, START)
-        # of `KEEP, TRIAL, START`; a condition, because `tf.where` would copy the vectors
-        kept_gradient = tf.switch_case(
-            state.keep, [lambda: list(kept_gradient), lambda: list(found), lambda: list(gradient)]
-        )
+        # conditions, because `tf.where` would copy the vectors
+        branches = [lambda: list(kept_gradient), lambda: list(found), lambda: list(gradient)]
+        kept_gradient = switch(state.keep, branches)  # of `KEEP, TRIAL, START`
         return evaluations + 1, overflows, state, pick(takes, trial, pick(returns, start, kept)), kept_gradient
 
     def goes_on(evaluations, overflows, state, kept, kept_gradient):
@@ -146,6 +145,18 @@ class OneLength:
         """The state after it."""
         finite = tf.math.is_finite(trial.loss)
         return state._replace(keep=tf.where(finite, TRIAL, KEEP), end=tf.where(finite, CONDITIONS_MET, SEARCHING))
+
+
+def switch(index: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
+    """`branches[index]()`, by conditions.
+
+    XLA tries to know the index of `tf.switch_case` in advance, and where it comes from the gradient of a pooling layer
+    logs a page of errors.
+    """
+    first, *others = branches
+    if not others:
+        return first()
+    return tf.cond(tf.equal(index, 0), first, lambda: switch(index - 1, others))
 
 
 def pick(condition, first, second):
