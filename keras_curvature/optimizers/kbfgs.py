@@ -115,9 +115,12 @@ class KBFGS(ByInputs):
 
         def inverted():
             new = [tf.cast(x, old.dtype) for x, old in zip(self.inverted(factors, self._damping), kept)]
-            return trees.finite_or(new, kept)[0]
+            values, good = trees.finite_or(new, kept)
+            return values, tf.reduce_sum(tf.cast(tf.logical_not(good), tf.float32))
 
-        found = tf.cond(self.iterations < self.warmup_steps, inverted, lambda: kept)
+        warms_up = self.iterations < self.warmup_steps
+        found, failed = tf.cond(warms_up, inverted, lambda: (kept, tf.constant(0.0)))
+        self.report_failures(failed)
         return [self._of_indices(A) if block.has_indices else H for block, A, H in zip(self._blocks, factors, found)]
 
     def _of_indices(self, A):
