@@ -44,6 +44,8 @@ class SASSHA(LimitedDiagonalOptimizer):
         every: A new estimate in every so many steps. Defaults to `10` (the authors). An estimate is zero for weights
             of inputs that are zero in its whole batch; on data with such inputs (pixels of digits), use `every=1` or a
             larger `epsilon`.
+        step_max: Largest absolute entry of `d` that is taken, or `None` for no limit. Defaults to `0.02`, as of
+            `AdaHessian`: without limit a dense network diverged at the authors' rate.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `failed_refreshes`, `step_norm`, `skipped_steps`.
