@@ -38,7 +38,8 @@ class KBFGS(ByInputs):
     (1) in the first `warmup_steps` steps `A` is a running mean and `H_a` its inverse; there `A` begins as a mean over
     the training set, before the first step; (2) convolutions and other layers: `A` sums over the positions of an
     example, `s` and `y` are means over them; (3) embeddings have a diagonal `A` and its inverse; (4) the slopes are of
-    the whole loss, with added losses.
+    the whole loss, with added losses; (5) the outputs in `s` are those of a matrix and its bias alone: the two matrices
+    of an `LSTM` or `SimpleRNN` share slopes, and each has a change of its own.
 
     Args:
         learning_rate: Defaults to `0.3` (the authors).
