@@ -45,14 +45,14 @@ def _dot(a, b):
 
     By products of matrices a long one takes a third of the time, and no memory.
     """
-    size = _piece(a.shape.num_elements() or 0)
+    size = piece(a.shape.num_elements() or 0)
     if size is None or sums_products():
         return tf.reduce_sum(a * b)
     return tf.reduce_sum(tf.matmul(tf.reshape(a, [-1, 1, size]), tf.reshape(b, [-1, 1, size]), transpose_b=True))
 
 
 @functools.cache
-def _piece(count):
+def piece(count):
     """The largest divisor of `count` that is at most `PIECE`; `None` for a short vector, or if it is below `SHORT`."""
     pieces = range(-(-count // PIECE), count // SHORT + 1) if count > PIECE else ()
     return next((count // n for n in pieces if count % n == 0), None)

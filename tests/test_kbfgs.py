@@ -45,6 +45,16 @@ def test_trajectory_is_that_of_the_authors_code(name):
         np.testing.assert_allclose(optimizer._of_outputs[3 * layer], reference[f"Hg{layer}"], 1e-9, 1e-10)
 
 
+def test_inverses_that_fail_in_the_warmup_are_reported():
+    random = np.random.default_rng(0)
+    optimizer = kc.KBFGS(0.01, damping=1e-8)
+    model = made(net([random.standard_normal((40, 3)), np.zeros(3)]), optimizer, "mse")
+    # in float32 the rounding of `A` is far above the damping
+    x = 3e3 * (1.0 + 1e-3 * random.standard_normal((64, 40)))
+    seen = stepper(model, optimizer)(x.astype("float32"), random.standard_normal((64, 3)).astype("float32"))
+    assert seen["failed_refreshes"] == 1.0 and seen["skipped_steps"] == 0.0
+
+
 @float64
 def test_on_a_quadratic_the_factor_of_the_outputs_tends_to_its_inverse():
     """One linear layer, whose Hessian in the outputs is a matrix: `H_g` learns its inverse along the moves."""

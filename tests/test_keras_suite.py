@@ -249,6 +249,17 @@ def test_accumulated_gradients_step_as_their_mean(name):
     np.testing.assert_allclose(one, three, rtol=1e-5)
 
 
+def test_averages_with_accumulated_gradients_are_those_of_keras():
+    options = {"gradient_accumulation_steps": 2, "use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2}
+    seen = []
+    for make in (partial(keras.optimizers.SGD, learning_rate=1.0), SGD):
+        w, optimizer = variable(), make(**options)
+        for scale in range(9):
+            apply(optimizer, (scale * np.array(ONES, "float32"), w))
+            seen.append([w.numpy(), optimizer._model_variables_moving_average[0].numpy()])
+    np.testing.assert_allclose(seen[:9], seen[9:], rtol=1e-6)
+
+
 def test_weight_decay_and_what_is_excluded_from_it():
     decayed, by_name, by_variable = (keras.Variable([2.0], name=n) for n in ("kernel", "bias", "scale"))
     optimizer = SGD(weight_decay=0.004)

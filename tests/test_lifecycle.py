@@ -123,6 +123,20 @@ def test_the_sum_of_no_reports_is_zero():
     assert trained(model).history.history["failed_refreshes"] == [0.0]
 
 
+def test_of_accumulated_gradients_only_skipped_steps_are_reported():
+    model = trained(simple(lambda: kc.SOAP(0.1, gradient_accumulation_steps=2)))
+    assert set(model.history.history) == {"loss", "skipped_steps"}
+
+
+def test_the_step_of_a_batch_that_is_passed_over_has_no_length():
+    layers = [keras.Input((4,)), keras.layers.Dense(1, kernel_regularizer="l2")]
+    model, (x, y) = simple(lambda: kc.Muon(0.1), layers=layers), regression()
+    before = model.get_weights()
+    logs = model.train_on_batch(x, y, sample_weight=np.zeros(16), return_dict=True)
+    assert logs["step_norm"] == logs["skipped_steps"] == 0.0
+    assert_same(model.get_weights(), before)
+
+
 def test_skipped_steps_are_reported_whatever_else_is():
     x, y = regression()
     broken = x.copy()

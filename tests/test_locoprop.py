@@ -67,6 +67,22 @@ def test_many_steps_on_the_squared_loss_end_where_foof_does():
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=0.02 * moved)
 
 
+@float64
+def test_a_frozen_bias_belongs_to_the_pre_activation():
+    """There the matching loss would be around another point: the loss is the squared one."""
+    random = np.random.default_rng(2)
+    x, y = random.standard_normal((12, 4)), random.standard_normal((12, 3))
+    arrays, found = [random.standard_normal(s) for s in ((4, 5), (5,), (5, 3), (3,))], []
+    for loss in ("matching", "squared"):
+        plain = net(arrays)
+        plain.layers[0].bias.trainable = False
+        optimizer = kc.LocoProp(0.05, loss=loss)
+        model = made(plain, optimizer, "mse")
+        stepper(model, optimizer)(x, y)
+        found.append(flat(model.trainable_variables))
+    np.testing.assert_allclose(*found, rtol=1e-12)
+
+
 def network():
     """Groups, indices, normalization, convolutions, a weight of no known layer, softmax."""
     keras.utils.set_random_seed(0)

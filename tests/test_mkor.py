@@ -70,6 +70,23 @@ def test_inverses_stay_between_zero_and_one_and_directions_have_the_length_of_th
 
 
 @float64
+def test_of_a_bias_of_several_rows_each_matrix_has_the_length_of_its_own():
+    random = np.random.default_rng(2)
+    model = keras.Sequential([keras.Input((5, 3)), keras.layers.GRU(4)])
+    optimizer = kc.MKOR(0.1, momentum=0.0, kl_clip=None)
+    step = stepper(made(model, optimizer, "mse"), optimizer)
+    x, y = random.standard_normal((6, 5, 3)), random.standard_normal((6, 4))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(tf.square(model(x) - y))
+    g, before = [a.numpy() for a in tape.gradient(loss, model.trainable_variables)], model.get_weights()
+    step(x, y)
+    moved = [(a - b) / 0.1 for a, b in zip(model.get_weights(), before)]
+    for row in range(2):  # of the inputs, of the state
+        lengths = [np.linalg.norm(a[row]) + np.linalg.norm(a[2][row]) for a in (g, moved)]
+        np.testing.assert_allclose(*lengths, rtol=1e-9)
+
+
+@float64
 def test_all_kinds_of_layers_train():
     keras.utils.set_random_seed(1)
     random = np.random.default_rng(0)

@@ -354,6 +354,16 @@ def test_on_an_accelerator_inner_products_and_combinations_are_not_products_of_m
     np.testing.assert_allclose(directions[True], directions[False], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(1024, 1100), (3 * 2**19 + 1,)])
+def test_inner_products_of_long_rows_are_exact(shape):
+    """In one product each, they have an error of 1e-5."""
+    random = np.random.default_rng(0)
+    rows, vector = random.random((2, *shape), "float32"), random.random(shape, "float32")
+    found = tf.function(row_vectors.coefficients)([tf.constant(rows)], [tf.constant(vector)])
+    exact = rows.reshape(2, -1).astype("float64") @ vector.ravel().astype("float64")
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
+
+
 # The gradient that is used again.
 
 

@@ -1,6 +1,7 @@
 """Every way that Keras has of saving and loading a model, for every optimizer: weights and state come back."""
 
 import copy
+import inspect
 import pickle
 
 import keras
@@ -50,6 +51,21 @@ def state(model):
     """Everything that has a value, of a model whose optimizer is built by now."""
     model.optimizer.build(model.trainable_variables)
     return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+
+
+def test_what_a_class_accepts_is_in_its_config():
+    """Arguments of a base class are arguments of the class too, or refused."""
+    for cls in {method.cls for method in OPTIMIZERS.values()}:
+        own = inspect.signature(cls.__init__).parameters
+        for base in cls.__mro__[1 : cls.__mro__.index(kc.CurvatureOptimizer)]:
+            if "__init__" not in vars(base):
+                continue
+            for name, argument in inspect.signature(base.__init__).parameters.items():
+                if name not in own and argument.default is not inspect.Parameter.empty:
+                    with pytest.raises(TypeError, match=name):
+                        cls(**{name: argument.default})
+    made = kc.NewtonMuon.from_config(kc.NewtonMuon.dion(part=kc.LowRankPart(2)).get_config())
+    assert made.part == kc.LowRankPart(2)
 
 
 # Ways that give another model.

@@ -114,6 +114,65 @@ def test_accumulated_gradients_are_wrapped_as_their_mean_is(wrapper, rate):
     np.testing.assert_allclose(parts[1::2], whole, rtol=1e-9)
 
 
+# With other arguments.
+
+
+class Downhill(kc.CurvatureOptimizer):
+    """Gradient descent by a `direction`."""
+
+    reports = {"step_norm": "mean", "skipped_steps": "sum"}
+
+    def direction(self, lin):
+        """Along the negative gradient, with its length reported."""
+        self.report(step_norm=tf.linalg.global_norm(lin.gradient))
+        return [-g for g in lin.gradient]
+
+
+def one_step(**options):
+    """`(weights, weights after a step of Downhill, logs)` of one layer, the weights as a list of arrays."""
+    keras.utils.set_random_seed(0)
+    model = kc.curved(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, bias_initializer="ones")]))
+    model.compile(Downhill(0.1, **options), "mse", run_eagerly=True)
+    before, random = model.get_weights(), np.random.default_rng(0)
+    logs = model.train_on_batch(random.normal(size=(8, 4)), random.normal(size=(8, 3)), return_dict=True)
+    return before, model.get_weights(), logs
+
+
+CLIPS = [{"clipnorm": 0.1}, {"clipvalue": 0.02}, {"global_clipnorm": 0.1}]
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_a_clipped_step_keeps_the_norm_of_a_kernel(clip):
+    (w, _), (plain, _), _ = one_step(**clip)
+    step, radius = plain - w, np.linalg.norm(w)
+    u = w + 0.1 * radius * step / np.linalg.norm(step)
+    _, (after, _), _ = one_step(hyperball=True, **clip)
+    np.testing.assert_allclose(after, radius * u / np.linalg.norm(u), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(after), radius, rtol=1e-6)
+
+
+def test_what_is_clipped_is_the_step_before_scales_and_decay():
+    clip = {"clipvalue": 0.02}
+    w, plain, logs = one_step(**clip)
+    step = [(b - a) / 0.1 for a, b in zip(w, plain)]
+    assert logs["step_norm"] == pytest.approx(np.linalg.norm(np.r_[step[0].ravel(), step[1]]), rel=1e-4)
+    assert logs["step_norm"] < 0.5 * one_step()[2]["step_norm"]
+    _, both, _ = one_step(scales=[0.0, 2.0], weight_decay=0.5, cautious_decay=True, **clip)
+    for a, b, s, scale in zip(w, both, step, (0.0, 2.0)):
+        np.testing.assert_allclose(b, a + 0.1 * (scale * s - 0.5 * a * (scale * s * a <= 0)), rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_does_not_hide_a_step_that_is_too_long_for_its_dtype():
+    class Endless(Downhill):
+        def direction(self, lin):
+            return [1e30 * g for g in lin.gradient]
+
+    model = kc.curved(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]))
+    model.compile(Endless(0.1, clipnorm=1.0), "mse", run_eagerly=True)
+    logs = model.train_on_batch(np.ones((8, 4)), np.zeros((8, 3)), return_dict=True)
+    assert logs["skipped_steps"] == 1.0 and np.isnan(logs["step_norm"])
+
+
 # Both.
 
 

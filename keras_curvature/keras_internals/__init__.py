@@ -58,7 +58,7 @@ Private methods of Keras that the package overrides:
 | `Trainer._maybe_symbolic_build` | `training` | Keras averages slices and draws a batch |
 | `Trainer._make_function` | `training` | logs of several workers; several steps per execution |
 | `Trainer._get_metrics_result_or_logs` | `training` | adds reports to the logs of an epoch |
-| `Optimizer._clip_gradients` | `optimizers/lifecycle.py` | clips gradients, not steps |
+| `Optimizer._clip_gradients` | `optimizers/lifecycle.py` | clips what is asked for, once |
 | `Optimizer._apply_weight_decay` | `optimizers/wrappers.py` | a cautious decay is in the step |
 | `TFOptimizer._distributed_tf_update_step` | `optimizers` | updates all variables at once, outside the replicas |
 | `Optimizer._update_model_variables_moving_average` | `optimizers` | averages in float32 |

@@ -11,7 +11,7 @@ class AveragedWeights(keras.optimizers.Optimizer):
 
     def _update_model_variables_moving_average(self, trainable_variables):
         if self.use_ema:
-            momentum = tf.where(self.iterations.value == 0, 0.0, self.ema_momentum)
+            momentum = tf.where(tf.equal(self.iterations, 0), 0.0, self.ema_momentum)
             averages = keras_internals.state(self, "model_variables_moving_average")
             for variable, average in zip(trainable_variables, averages):
                 if average is not None:  # of a variable that its gradient overwrites

@@ -17,7 +17,8 @@ assigns all notes or none. If the loss or the direction is not finite, weights a
 halved. No step is taken until a first batch has a gradient beyond that of the weight regularizers: state from a batch
 without weight would make the next steps explode. Methods whose direction does without the gradient skip this check.
 State is kept in float32 at least, also for weights in half precision.
-With gradient accumulation Keras takes the step, so weight decay and EMA apply even when it is not finite.
+With gradient accumulation Keras takes the step, so weight decay and EMA apply even when it is not finite, and of the
+reports only `skipped_steps` is known.
 """
 
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class CurvatureOptimizer(Lifecycle):
             `None`.
         **kwargs: Keras' own: `weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
             ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, name`. On a method with a
-            `direction` clipping applies to the step.
+            `direction` clipping applies to the step, before `scales`, the decay of `cautious_decay` and `hyperball`.
 
     Attributes:
         reports: `{name: "mean" | "last" | "sum"}`: the numbers that a curved model logs, and how an epoch reduces them.
@@ -109,6 +110,10 @@ class CurvatureOptimizer(Lifecycle):
         """
         self._rejected = rejected
 
+    def report_failures(self, count: tf.Tensor) -> None:
+        """Add the number of values that could not be computed anew to the report `failed_refreshes`."""
+        self.report(failed_refreshes=count + self._reported.get("failed_refreshes", 0.0))
+
     def refresh(
         self, variables: Variables, every: int, compute: Callable[[], Vector], phase: Integer = 0
     ) -> Vector:  # fmt: skip
@@ -132,7 +137,7 @@ class CurvatureOptimizer(Lifecycle):
             due = tf.equal(self.iterations % every, phase)
             values, failed = tf.cond(due, anew, lambda: (kept, tf.constant(0.0)))
         self.remember(list(variables), values)
-        self.report(failed_refreshes=failed + self._reported.get("failed_refreshes", 0.0))
+        self.report_failures(failed)
         return values
 
     def linear_step(self) -> LinearStep | NotLinear:
@@ -144,8 +149,19 @@ class CurvatureOptimizer(Lifecycle):
         raise NotImplementedError(f"`{type(self).__name__}` has `needs.shifted`, so it must implement `shift()`.")
 
     @property
+    def logged(self) -> dict[str, str]:
+        """The `reports` that are known of a batch: `skipped_steps` alone where Keras steps by the mean of several."""
+        of_a_mean = self._preconditions and self.gradient_accumulation_steps
+        return {"skipped_steps": "sum", **({} if of_a_mean else self.reports)}
+
+    @property
     def _preconditions(self):
         return self.needs.only_gradients and type(self).precondition is not CurvatureOptimizer.precondition
+
+    @property
+    def _steps_each_weight(self):
+        """Whether each variable steps by itself, in `update_step`, as with Keras' own optimizers."""
+        return self.needs.only_gradients and not self._preconditions
 
     def add_scalar(self, value: float, name: str) -> keras.Variable:
         """A scalar variable of the optimizer's state, with its initial value."""

@@ -38,7 +38,8 @@ class KBFGS(ByInputs):
     (1) in the first `warmup_steps` steps `A` is a running mean and `H_a` its inverse; there `A` begins as a mean over
     the training set, before the first step; (2) convolutions and other layers: `A` sums over the positions of an
     example, `s` and `y` are means over them; (3) embeddings have a diagonal `A` and its inverse; (4) the slopes are of
-    the whole loss, with added losses.
+    the whole loss, with added losses; (5) the outputs in `s` are those of a matrix and its bias alone: the two matrices
+    of an `LSTM` or `SimpleRNN` share slopes, and each has a change of its own.
 
     Args:
         learning_rate: Defaults to `0.3` (the authors).
@@ -115,9 +116,12 @@ class KBFGS(ByInputs):
 
         def inverted():
             new = [tf.cast(x, old.dtype) for x, old in zip(self.inverted(factors, self._damping), kept)]
-            return trees.finite_or(new, kept)[0]
+            values, good = trees.finite_or(new, kept)
+            return values, tf.reduce_sum(tf.cast(tf.logical_not(good), tf.float32))
 
-        found = tf.cond(self.iterations < self.warmup_steps, inverted, lambda: kept)
+        warms_up = self.iterations < self.warmup_steps
+        found, failed = tf.cond(warms_up, inverted, lambda: (kept, tf.constant(0.0)))
+        self.report_failures(failed)
         return [self._of_indices(A) if block.has_indices else H for block, A, H in zip(self._blocks, factors, found)]
 
     def _of_indices(self, A):

@@ -46,10 +46,11 @@ class LBFGS(QuasiNewton):
         initial_scale: `H` before the first pair, a positive number; `None`: `min(1, 1/|g|)`. Defaults to `None`.
         **kwargs: See `CurvatureOptimizer`.
 
-    Reports: `evaluations` (of loss and gradient, summed over an epoch), `step_length`, `pairs` in memory, `curvature`
-    (`s'y / s's`), `gradient_max` (largest entry at the end of the step), `search_end` (1: conditions met; 2:
-    evaluations used up; 3: interval as small as rounding; 4: no slope), `resets`, `overflows` (points of a search that
-    were not finite), `step_norm`, `skipped_steps`.
+    Reports: `evaluations` (of loss and gradient by the searches, summed over an epoch; a step that begins on another
+    batch or at other weights takes one more), `step_length`, `pairs` in memory, `curvature` (`s'y / s's`),
+    `gradient_max` (largest entry at the end of the step), `search_end` (1: conditions met; 2: evaluations used up; 3:
+    interval as small as rounding; 4: no slope), `resets`, `overflows` (points of a search that were not finite),
+    `step_norm`, `skipped_steps`.
 
     Example:
 

@@ -28,7 +28,7 @@ class Lifecycle(WrappedOptimizer):
         if needs is not None:
             self.needs = needs
         check_keras_arguments(self, learning_rate, kwargs)
-        self.check_wrappers(self.needs.only_gradients and not self._preconditions)
+        self.check_wrappers(self._steps_each_weight)
         self._noted, self._reported, self._rejected = [], {}, None
         self._hands_a_step, self._model = False, lambda: None
 
@@ -50,8 +50,7 @@ class Lifecycle(WrappedOptimizer):
         self._noted, self._reported, self._rejected = [], {}, None
         with tf.name_scope(self.name):
             handed, finite = self._handed(linearization)
-            # a method that has the inner products reports it, of its own step
-            length = None if self.wrappers else self._reported.get("step_norm")
+            length = self._reported.get("step_norm")  # of a method that has the inner products
             length = trees.norm(handed) if length is None else length
             finite &= tf.math.is_finite(length) & self._no_refresh_overflowed(linearization)
             begins = self._begins(linearization)
@@ -73,11 +72,10 @@ class Lifecycle(WrappedOptimizer):
                 return tf.cast(failed, tf.float32)
 
             skipped = tf.cond(finite & begins, take, skip)
-        if rejected is not None:
-            length = tf.where(rejected & finite, tf.zeros_like(length), length)
-        self.report(step_norm=length, skipped_steps=skipped)
-        wanted = {"skipped_steps", *self.reports}
-        reported = {name: tf.cast(value, tf.float32) for name, value in self._reported.items() if name in wanted}
+        stays = tf.logical_not(begins) if rejected is None else rejected | tf.logical_not(begins)
+        taken = tf.where(stays, tf.zeros_like(length), length)
+        self.report(step_norm=tf.where(finite, taken, float("nan")), skipped_steps=skipped)
+        reported = {name: tf.cast(value, tf.float32) for name, value in self._reported.items() if name in self.logged}
         self._noted, self._reported, self._rejected = [], {}, None
         return reported
 
@@ -90,22 +88,24 @@ class Lifecycle(WrappedOptimizer):
 
     def _begins(self, linearization):
         """Whether training has begun: not before a first batch with a gradient, which the state is made of."""
-        of_each_weight = self.needs.only_gradients and not self._preconditions  # `update_step`, as Keras' own
-        if of_each_weight or self.gradient_accumulation_steps or not _knows_gradient(linearization):
+        if self._steps_each_weight or self.gradient_accumulation_steps or not _knows_gradient(linearization):
             return tf.constant(True)
         first = tf.equal(self.iterations, 0)
         return tf.cond(first, lambda: first_batch.loss_has_gradient(linearization), lambda: tf.constant(True))
 
     def _handed(self, linearization):
         """`(the gradient or the step, which Keras is handed; whether loss and gradient are finite)`."""
+        clip, finite = super()._clip_gradients, tf.constant(True)
         if not self.needs.only_gradients:
-            handed = self.wrapped(self.direction(linearization), lambda: linearization.gradient)
+            step = self.direction(linearization)
+            handed = self._wrapped(step, lambda: linearization.gradient, clip)
+            if handed is not step:  # clipping hides an infinity
+                finite = trees.is_finite(step)
         elif self._preconditions and not self.gradient_accumulation_steps:
-            gradient = super()._clip_gradients(linearization.gradient)
-            handed = self.wrapped(self.precondition(gradient), lambda: gradient)
+            gradient = clip(linearization.gradient)
+            handed = self._wrapped(self.precondition(gradient), lambda: gradient)
         else:
             handed = linearization.gradient
-        finite = tf.constant(True)
         if isinstance(linearization, Linearization):
             finite &= tf.math.is_finite(linearization.loss)
             known = linearization.is_known("gradient")
@@ -113,8 +113,15 @@ class Lifecycle(WrappedOptimizer):
             known = handed is not linearization.gradient
         return handed, finite & trees.is_finite(linearization.gradient) if known else finite
 
+    def _wrapped(self, step, gradient, clip=lambda step: step):
+        """`wrapped`; without the length that the method may have reported, where the step is another one now."""
+        handed = self.wrapped(step, gradient, clip)
+        if handed is not step:
+            self._reported.pop("step_norm", None)
+        return handed
+
     def _clip_gradients(self, grads):
-        """Keras' clipping, except for a step that was made from clipped gradients."""
+        """Keras' clipping, except for a step: it is clipped already, or made from clipped gradients."""
         return grads if self._hands_a_step else super()._clip_gradients(grads)
 
     def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
@@ -125,7 +132,7 @@ class Lifecycle(WrappedOptimizer):
             return
         self._noted = []
         gradients = [gradient for gradient, _ in grads_and_vars]
-        directions = self.wrapped(self.precondition(gradients), lambda: gradients)
+        directions = self._wrapped(self.precondition(gradients), lambda: gradients)
         noted, self._noted, self._reported = list(self._noted), [], {}  # tensors of a branch of Keras' own
 
         def take():
@@ -141,7 +148,7 @@ class Lifecycle(WrappedOptimizer):
     def _hand_to_keras(self, gradients, overwriting):
         if self.loss_scale_factor is not None:  # Keras divides by it; the step has its true size already
             gradients = trees.scale(self.loss_scale_factor, gradients)
-        self._hands_a_step = self._preconditions and not self.gradient_accumulation_steps
+        self._hands_a_step = not (self._steps_each_weight or self.gradient_accumulation_steps)
         with replicas.keras_outside():
             super().apply([*gradients, *overwriting], [*self.trained, *self._overwritten])
         self._hands_a_step = False

@@ -121,9 +121,8 @@ class NotLinear:
 
 
 def steps_taken(optimizer: keras.Optimizer) -> int:
-    """`iterations + 1` of the last step, a Python integer; with gradient accumulation Keras counts every batch."""
-    batches = replicas.read(optimizer.iterations)
-    return batches - batches % (optimizer.gradient_accumulation_steps or 1)
+    """`iterations + 1` of the last step, a Python integer; Keras counts steps, also those of accumulated gradients."""
+    return replicas.read(optimizer.iterations)
 
 
 def number(value: float) -> str:

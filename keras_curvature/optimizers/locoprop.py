@@ -34,8 +34,9 @@ class LocoProp(CurvatureOptimizer):
 
     with `a` the inputs of the layer and a 1. The step reuses one backward pass: the layers share nothing but their
     targets. With many steps, the squared loss ends where `FOOF` without damping ends, with `gamma` for a learning rate.
-    Layers without an increasing activation have the squared loss; softmax of a `Dense` layer has its matching loss.
-    Weights without Kronecker factors have a linear loss, of slope `dL/dW`, and a warning names them.
+    Layers without an increasing activation, or with a bias that is no row of `W` (a frozen one), have the squared loss;
+    softmax of a `Dense` layer has its matching loss. Weights without Kronecker factors have a linear loss, of slope
+    `dL/dW`, and a warning names them.
 
     Reference: Amid, Anil and Warmuth, "LocoProp: Enhancing backprop via local loss optimization" (2022), Algorithm 1,
     and `locoprop_training.ipynb` of github.com/google-research/google-research. Differences from that code: (1) `gamma`

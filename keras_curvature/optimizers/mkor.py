@@ -92,8 +92,9 @@ class MKOR(CurvatureOptimizer):
 
         inverses = by_layer.pairs(self.refresh(self._inverses, self.every, changed))
         for block, (J_a, J_g) in zip(self._blocks, inverses):
-            own = block.tensors(times(from_left(J_a, block.matrix(lin.gradient)), J_g))
-            scale = tf.math.divide_no_nan(_norm([lin.gradient[i] for i in block.variables]), _norm(own))
+            g = block.matrix(lin.gradient)
+            own = block.tensors(times(from_left(J_a, g), J_g))
+            scale = tf.math.divide_no_nan(_norm(block.tensors(g)), _norm(own))
             for i, tensor in zip(block.variables, own):
                 # a bias of several rows is shared by blocks; each fills its own row and leaves zeros in the others
                 tensor = tf.cast(scale, tensor.dtype) * tensor

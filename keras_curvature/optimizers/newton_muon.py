@@ -11,6 +11,7 @@ from keras_curvature.optimizers.by_inputs import ByInputs
 from keras_curvature.optimizers.by_layer import warn_of
 from keras_curvature.optimizers.hidden import SIGN
 from keras_curvature.optimizers.muon import Muon
+from keras_curvature.solvers.matrix_parts import MatrixPart
 from keras_curvature.solvers.matrix_sign import MatrixSign
 from keras_curvature.solvers.second_moment import Normalization
 from keras_curvature.typing import LearningRate, Variables, Vector
@@ -39,8 +40,8 @@ class NewtonMuon(ByInputs, Muon):
         every: Steps between two updates of `K` and its inverse; the replicas share the work. Defaults to `32` (the
             authors).
         ridge: Added to `K`, in units of its mean eigenvalue; positive. Defaults to `0.2` (the authors).
-        momentum, nesterov, scale, sign, normalization, per_head, adam_for, adam_rate, beta_1, beta_2, epsilon: See
-            `Muon`.
+        momentum, nesterov, scale, sign, normalization, per_head, adam_for, adam_rate, beta_1, beta_2, epsilon, part:
+            See `Muon`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `failed_refreshes` (moments and inverses that were not finite; the old ones are kept), `step_norm`,
@@ -61,12 +62,12 @@ class NewtonMuon(ByInputs, Muon):
         nesterov: bool = True, scale: Literal["moonlight", "jordan", "scion", "nuclear"] = "moonlight",
         sign: MatrixSign = SIGN, normalization: Normalization | None = None, per_head: bool = False,
         adam_for: Sequence[str] | None = None, adam_rate: float = 1.0, beta_1: float = 0.9, beta_2: float = 0.999,
-        epsilon: float = 1e-8, name: str = "newton_muon", **kwargs: Any,
+        epsilon: float = 1e-8, part: MatrixPart | None = None, name: str = "newton_muon", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             learning_rate, momentum=momentum, nesterov=nesterov, scale=scale, sign=sign, normalization=normalization,
             per_head=per_head, adam_for=adam_for, adam_rate=adam_rate, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon,
-            name=name, **kwargs,
+            part=part, name=name, **kwargs,
         )  # fmt: skip
         self.every, self.ridge = every, ridge
         check_count(self, "every", every)

@@ -59,8 +59,9 @@ class SKFAC(KFAC):
     ) -> None:  # fmt: skip
         check(self, "fisher", fisher, fisher in ("sampled", "empirical"), '"sampled" or "empirical"')
         super().__init__(
-            learning_rate, damping, momentum, 1, 1, fisher, "reduce", kl_clip, curvature_batch, name=name, **kwargs
-        )
+            learning_rate, damping, momentum, 1, 1, fisher, "reduce", kl_clip, curvature_batch, "kfac", name=name,
+            **kwargs,
+        )  # fmt: skip
         check(self, "damping", damping, self._rule.initial > 0, "positive: the factors are singular")
 
     @classmethod

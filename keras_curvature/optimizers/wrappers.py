@@ -12,7 +12,6 @@ from keras_curvature.optimizers.hyperball import on_spheres
 from keras_curvature.optimizers.state import SavedOptimizer
 from keras_curvature.typing import Config, LearningRate, Variables, Vector
 
-# The arguments; in this order they act.
 SWITCHES = ("cautious", "cautious_decay", "hyperball")
 WRAPPERS = (*SWITCHES, "scales")
 
@@ -33,18 +32,22 @@ class WrappedOptimizer(SavedOptimizer):
         """The names of the arguments that change the step."""
         return [name for name in WRAPPERS if getattr(self, name)]
 
-    def wrapped(self, step: Vector, gradient: Callable[[], Vector]) -> Vector:
-        """The step as it is handed to Keras."""
+    def wrapped(self, step: Vector, gradient: Callable[[], Vector], clip: Callable[[Vector], Vector]) -> Vector:
+        """The step as it is handed to Keras, which does not clip it: `clip` does, before what has a size of its own.
+
+        Scales are learning rates, the decay has `learning_rate` itself, and the hyperball gives a step its length.
+        """
         if self.cautious:
             step = agreeing(step, gradient())
+        step = clip(step)
+        if self.scales:
+            of_each = dict(zip(map(id, keras_internals.trained_by(self)), self.scales))
+            step = [trees.exactly(float(of_each[id(v)]), s.dtype) * s for s, v in zip(step, self.trained, strict=True)]
         if self.cautious_decay and self.weight_decay:
             decays = [self.weight_decay if keras_internals.decays(self, v) else 0.0 for v in self.trained]
             step = decaying(step, trees.values(self.trained), decays)
         if self.hyperball:
             step = on_spheres(step, self.trained, tf.convert_to_tensor(self.learning_rate))
-        if self.scales:
-            of_each = dict(zip(map(id, keras_internals.trained_by(self)), self.scales))
-            step = [trees.exactly(float(of_each[id(v)]), s.dtype) * s for s, v in zip(step, self.trained, strict=True)]
         return step
 
     def build(self, variables: Variables) -> None:

@@ -6,6 +6,10 @@ under XLA, it is a sum of products, whose intermediate values XLA fuses.
 
 The second factor is transposed where TensorFlow can run along the rows of both. With 20 rows of 400,000 numbers its
 kernel then takes 0.85 of the time for coefficients and 0.8 for combinations.
+
+That kernel adds the entries of an inner product one after the other, as `trees.py` says: with 3e7 positive entries the
+error of a coefficient is 0.2 %. Those of tensors with more entries than `LONG` are sums over pieces, which have errors
+of 1e-7, and take 1.5 times as long.
 """
 
 import tensorflow as tf
@@ -14,6 +18,8 @@ from keras_curvature import trees
 from keras_curvature.trees import sums_products
 from keras_curvature.typing import Vector
 
+LONG = 2**19  # up to which the error is 2e-6
+
 
 def coefficients(rows: Vector, vector: Vector) -> tf.Tensor:
     """The inner product of each row with a vector, `(rows,)`, in the dtype of inner products."""
@@ -21,8 +27,19 @@ def coefficients(rows: Vector, vector: Vector) -> tf.Tensor:
     if sums_products():
         axes = [list(range(1, a.shape.rank)) for a in rows]
         return tf.add_n([tf.reduce_sum(tf.cast(a * v[None], dtype), axis) for a, v, axis in zip(rows, vector, axes)])
-    flat = [(_flat(a), tf.reshape(v, [1, -1])) for a, v in zip(rows, vector)]
-    return tf.add_n([tf.cast(tf.matmul(v, a, transpose_b=True)[0], dtype) for a, v in flat])
+    return tf.add_n([tf.cast(_inner(a, v), dtype) for a, v in zip(rows, vector)])
+
+
+def _inner(rows, tensor):
+    """The inner products of the rows of one tensor, `(rows,)`."""
+    entries = tensor.shape.num_elements()
+    if entries <= LONG:
+        return tf.matmul(tf.reshape(tensor, [1, -1]), _flat(rows), transpose_b=True)[0]
+    size = trees.piece(entries)
+    if size is None:  # the number of entries has no divisor that fits
+        return tf.stack([tf.reduce_sum(row * tensor) for row in tf.unstack(rows)])
+    pieces = tf.reshape(rows, [rows.shape[0], -1, 1, size])
+    return tf.reduce_sum(tf.matmul(pieces, tf.reshape(tensor, [-1, 1, size]), transpose_b=True), [1, 2, 3])
 
 
 def combine(weights: tf.Tensor, rows: Vector) -> Vector:

@@ -1,6 +1,7 @@
 """The line search of Hager and Zhang, with their approximate Wolfe conditions."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -106,7 +107,7 @@ class HagerZhang(Component):
         """The state after a trial."""
         steps = (self._bracketed, self._bisected, self._at_secant, self._at_second, self._at_middle)
         memory: Memory = state.memory
-        plan = switch(memory.phase, [lambda step=step: step(start, memory, trial) for step in steps])
+        plan = switch(memory.phase, [functools.partial(step, start, memory, trial) for step in steps])
         left, right = plan.left.length, plan.right.length
         middle, secant = 0.5 * (left + right), _secant_of(plan.left, plan.right)
         # by phase, in their order

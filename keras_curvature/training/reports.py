@@ -68,7 +68,7 @@ class Reports:
         """The `Reported` of an optimizer, created in the scope of `strategy`; created again for another optimizer."""
         if self.optimizer is not optimizer:
             with tf.init_scope(), strategy.scope():
-                self.metric = Reported({"skipped_steps": "sum", **optimizer.reports})
+                self.metric = Reported(optimizer.logged)
             self.optimizer = optimizer
         return self.metric
 

@@ -34,8 +34,13 @@ INCREASING = frozenset((
 
 
 def matches(block: Block) -> bool:
-    """Whether the layer of a block has an activation with a matching loss that is not the squared one."""
+    """Whether the layer of a block has an activation with a matching loss that is not the squared one.
+
+    Not where its bias is not in the block, because it is frozen or has other axes than the outputs: `z` is not `W'a`.
+    """
     layer = block.weights.layer
+    if getattr(layer, "bias", None) is not block.weights.bias:
+        return False
     name = getattr(getattr(layer, "activation", None), "__name__", None)
     if name == "softmax":  # the gradient of log sum exp, but over the last axis alone
         return isinstance(layer, keras.layers.Dense)
