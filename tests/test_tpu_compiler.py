@@ -89,7 +89,7 @@ def test_a_step_on_four_chips_reduces_as_the_formula_says(name, policy):
     assert_belongs_on_a_tpu(found, name)
     formula, model = methods.formulas()[name], found["model"]
     given = {key: tuple(map(tuple, model[key])) for key in ("shapes", "blocks")}
-    given |= {key: tuple(model[key]) for key in ("outside", "hidden", "ends")}
+    given |= {key: tuple(model[key]) for key in ("positions", "outside", "hidden", "ends")}
     given |= {"outputs": model["outputs"], "apart": False}  # it has batch statistics
     of = costs.Model("", 8, model["weights"], model["tensors"], (), **given)
     calls = sum(work.collectives(of, 4)[0] for work in formula.sections.values())
