@@ -131,6 +131,7 @@ def test_exported_programs_give_the_weights_of_tensorflow(tmp_path):
     rows = [line.split() for line in done.stdout.splitlines()[2:]]
     assert [row[0] for row in rows] == ["cnn-sgd-float32", "cnn-neumann-float32"]
     assert all(float(row[4]) < 1e-6 < float(row[5]) for row in rows)
+    assert all(0.0 < float(row[6]) < 1e-4 for row in rows)
 
 
 # What a compiler is not needed for.
