@@ -20,6 +20,7 @@ import methods  # noqa: E402
 import scaling  # noqa: E402
 
 FEW = ["sgd", "curveball"]
+BY_LAYERS = ["seng", "skfac"]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,17 @@ def test_the_traced_step_is_as_the_formula_says(name, request):
     if method.matrices:  # besides the passes of the formula it multiplies matrices
         assert all(counts["flops"].get(section, 0) >= flops for section, flops in expected.pop("flops").items())
     assert {key: counts[key] for key in expected} == expected
+
+
+@pytest.mark.slow
+def test_rows_of_layers_have_all_positions():
+    """Of convolutions, by groups of channels too; `SKFAC` has one row for each example."""
+    found = scaling.traced(["images"], *BY_LAYERS)
+    model = models(found, "images")
+    assert model.positions == (16, 9, 1)
+    for name in BY_LAYERS:
+        expected = scaling.predicted(scaling.METHODS[name], model)["collectives"]
+        assert found["images"]["optimizers"][name]["collectives"] == expected
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_a_step_on_four_chips_reduces_as_the_formula_says(name, policy):
     assert_belongs_on_a_tpu(found, name)
     formula, model = methods.formulas()[name], found["model"]
     given = {key: tuple(map(tuple, model[key])) for key in ("shapes", "blocks")}
-    given |= {key: tuple(model[key]) for key in ("outside", "hidden", "ends")}
+    given |= {key: tuple(model[key]) for key in ("positions", "outside", "hidden", "ends")}
     given |= {"outputs": model["outputs"], "apart": False}  # it has batch statistics
     of = costs.Model("", 8, model["weights"], model["tensors"], (), **given)
     calls = sum(work.collectives(of, 4)[0] for work in formula.sections.values())
@@ -131,6 +131,7 @@ def test_exported_programs_give_the_weights_of_tensorflow(tmp_path):
     rows = [line.split() for line in done.stdout.splitlines()[2:]]
     assert [row[0] for row in rows] == ["cnn-sgd-float32", "cnn-neumann-float32"]
     assert all(float(row[4]) < 1e-6 < float(row[5]) for row in rows)
+    assert all(0.0 < float(row[6]) < 1e-4 for row in rows)
 
 
 # What a compiler is not needed for.

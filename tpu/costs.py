@@ -35,6 +35,7 @@ class Model:
         shapes: Of the variables.
         blocks: Of the layers with Kronecker factors the shapes of the matrices, with a row for the bias: `(rows,
             columns)`, or `(groups, rows, columns)`.
+        positions: Of these layers, how often each is applied to an example; `()` stands for once.
         matched: Whether these layers have an activation with a matching loss; see `LocoProp`.
         outside: Sizes of the variables outside of these layers.
         hidden, ends: Sizes of the kernels as matrices, between the ends of the model and at them.
@@ -52,6 +53,7 @@ class Model:
     utilization: float = 0.4
     shapes: tuple = ()
     blocks: tuple = ()
+    positions: tuple = ()
     matched: tuple = ()
     outside: tuple = ()
     hidden: tuple = ()
@@ -104,6 +106,7 @@ def transformer(layers=24, width=1792, heads=14, vocabulary=50304, length=1024, 
         (0, *products),  # the first product takes no input from outside, its embedding has a gradient
         activations=round(kept), shapes=(*layers * shapes, *ends),
         blocks=layers * tuple((rows + 1, columns) for rows, columns in matrices),
+        positions=(length,) * (layers * len(matrices)),
         outside=(*(4 * layers) * (width,), *map(math.prod, ends)), hidden=layers * tuple(map(math.prod, matrices)),
         ends=tuple(map(math.prod, ends[:2])), outputs=length * vocabulary,
     )  # fmt: skip

@@ -49,12 +49,20 @@ def resnet50(examples):
     return model, loss, tf.zeros((examples, 224, 224, 3)), tf.zeros((examples,), tf.int32)
 
 
+def images(examples):
+    """Layers that are applied at several positions, by groups of channels too."""
+    layers = [keras.layers.Conv2D(4, 3), keras.layers.Conv2D(6, 2, groups=2, use_bias=False), keras.layers.Flatten()]
+    model = keras.Sequential([keras.Input((6, 6, 2)), *layers, keras.layers.Dense(3)])
+    return model, "mse", tf.zeros((examples, 6, 6, 2)), tf.zeros((examples, 3))
+
+
 TINY = (5, 7, 6, 4)  # widths
 MODELS = {
     "tiny": lambda: dense(TINY, 8),
     "sliced": lambda: sliced(*dense(TINY, 8)),
     "wide": lambda: dense((256,) * 7, 1),  # weights are all that counts
     "tall": lambda: dense((8,) * 7, 4096),  # activations are all that counts
+    "images": lambda: images(8),
     "resnet50": lambda: resnet50(32),
 }
 FOR_MEMORY = ("wide", "tall")
@@ -131,9 +139,16 @@ def weights_of(model):
     return {
         "weights": sum(map(math.prod, shapes)), "tensors": len(shapes), "shapes": shapes,
         "blocks": [tuple(block.shape) for block in blocks], "matched": list(map(matches, blocks)),
+        "positions": list(map(positions, blocks)),
         "outside": [math.prod(shapes[i]) for i in outside],
         "hidden": hidden, "ends": at_ends, "outputs": math.prod(model.output_shape[1:]),
     }  # fmt: skip
+
+
+def positions(block):
+    """How often a layer is applied to an example: at each pixel, or once."""
+    *groups, _, d_out = block.shape
+    return math.prod(block.weights.layer.output.shape[1:]) // (math.prod(groups) * d_out)
 
 
 def counted(problem, optimizer, strategy):

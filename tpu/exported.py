@@ -5,7 +5,8 @@
 
 A program is the train step of `fit` as XLA gets it, without dropout, whose masks TensorFlow draws otherwise than XLA.
 Weights are drawn anew from a seed on both sides, so that a file holds the program alone and, of the weights after three
-steps of TensorFlow's, a few numbers of each tensor.
+steps of TensorFlow's, a few numbers of each tensor. TensorFlow takes the steps a second time, from weights that differ
+by one rounding: a deep network with batch statistics amplifies rounding, and two correct programs differ by as much.
 """
 
 import argparse
@@ -64,10 +65,23 @@ def write(folder, network, optimizer, policy, examples):
         "written": {"TensorFlow": tf.__version__, "Keras": keras.__version__, "JAX": jax.__version__},
         "captured": [_captured(value, number) for value, number in zip(values, trained)], "weights": trained,
     }  # fmt: skip
-    x, y = batch(spec)
-    for _ in range(STEPS):
-        model.train_on_batch(x, y)
-    spec["expected"] = [shown(np.asarray(w)).tolist() for w in model.trainable_variables]
+    everything = executed.variables(model)
+    start, rounding = [v.numpy() for v in everything], float(jax.numpy.finfo(model.compute_dtype).eps)
+
+    def after_steps(change):
+        for variable, value in zip(everything, start):
+            variable.assign(value)
+        for number, weight in enumerate(model.trainable_variables):
+            signs = np.random.default_rng(number).choice([-1.0, 1.0], weight.shape)
+            weight.assign(weight.numpy() * (1 + change * signs).astype("float32"))
+        x, y = batch(spec)
+        for _ in range(STEPS):
+            model.train_on_batch(x, y)
+        return [shown(np.asarray(w)) for w in model.trainable_variables]
+
+    ends, others = after_steps(0.0), after_steps(rounding)
+    spec["expected"] = [end.tolist() for end in ends]
+    spec["rounding"] = max(float(np.abs(a - b).max()) for a, b in zip(ends, others))
     name = os.path.join(folder, f"{network}-{optimizer}-{policy}")
     with open(name + ".json", "w") as file:
         json.dump(spec, file)

@@ -120,11 +120,12 @@ def gauss_newton(optimizer, step):
 
 
 def of_layers(model, replicas, rows):
-    """The inputs and the slopes of each layer at one position, `rows` slopes for each example."""
-    examples = replicas * model.examples
-    layers = [(math.prod(groups), d_in, d_out) for *groups, d_in, d_out in model.blocks]
-    return [[size] for groups, d_in, d_out in layers
-            for size in (examples * groups * d_in, examples * groups * rows * d_out)]  # fmt: skip
+    """The inputs and the slopes of each layer at all positions, `rows` slopes for each example."""
+    sizes, positions = [], model.positions or (1,) * len(model.blocks)
+    for (*groups, d_in, d_out), count in zip(model.blocks, positions, strict=True):
+        examples = replicas * model.examples * math.prod(groups) * count
+        sizes += [[examples * d_in], [examples * rows * d_out]]
+    return sizes
 
 
 def seng(optimizer, step):

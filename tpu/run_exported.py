@@ -3,7 +3,8 @@
     python run_exported.py FOLDER [--seconds 5]
 
 For each network and precision, SGD first: milliseconds of a step, ratio to SGD's, memory of the program, and the
-largest difference from TensorFlow's weights after three steps, beside the largest weight. A program that does not load
+largest difference from TensorFlow's weights after three steps, beside the largest weight and the difference that
+one rounding of the first weights makes in TensorFlow itself. A program that does not load
 or run (another version of JAX, too little memory) gets a line that says so, and the others go on.
 """
 
@@ -72,7 +73,7 @@ def load(text, device):
 
 
 def measured(spec, path, seconds, device):
-    """`{"ms", "memory", "difference", "largest"}` of a program."""
+    """`{"ms", "memory", "difference", "largest", "rounding"}` of a program."""
     import jax
 
     with open(path.replace(".json", ".mlir.z"), "rb") as file:
@@ -103,6 +104,7 @@ def measured(spec, path, seconds, device):
         "memory": memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
         "difference": difference, "largest": max(float(np.abs(a).max()) for a in found),
+        "rounding": spec.get("rounding", float("nan")),  # of older files
     }  # fmt: skip
 
 
@@ -147,7 +149,7 @@ def main(argv=None):
 
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}")
-    print(f"{'program':<60} {'ms':>9} {'of SGD':>7} {'MB':>9} {'difference':>11} {'of':>7}")
+    print(f"{'program':<60} {'ms':>9} {'of SGD':>7} {'MB':>9} {'difference':>11} {'of':>7} {'rounding':>9}")
     reference, failed = {}, 0
     for path, spec in programs:
         name = os.path.basename(path).removesuffix(".json")
@@ -163,7 +165,7 @@ def main(argv=None):
         ratio = found["ms"] / reference[network, policy]
         print(
             f"{name:<60} {found['ms']:>9.3f} {ratio:>7.2f} {found['memory'] / 1e6:>9.1f} {found['difference']:>11.1e} "
-            f"{found['largest']:>7.3f}", flush=True,
+            f"{found['largest']:>7.3f} {found['rounding']:>9.1e}", flush=True,
         )  # fmt: skip
     return int(failed > 0)
 

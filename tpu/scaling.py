@@ -39,7 +39,7 @@ def model_of(name, found, **kwargs):
     """The `Model` of what was traced."""
     kept = next(iter(found["optimizers"].values()))["activations"]
     given = {key: found[key] for key in ("examples", "weights", "tensors", "outputs", "squares")}
-    given |= {key: tuple(found[key]) for key in ("layers", "matched", "outside", "hidden", "ends")}
+    given |= {key: tuple(found[key]) for key in ("layers", "matched", "positions", "outside", "hidden", "ends")}
     given |= {key: tuple(map(tuple, found[key])) for key in ("shapes", "blocks")}
     return Model(name, activations=kept, **given, **kwargs)
 
