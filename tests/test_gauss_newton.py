@@ -82,7 +82,7 @@ def dense(case):
 @pytest.mark.parametrize("kind", some(
     ["dense", "conv2d", "lstm", "batch_normalization", "embedding", "several_outputs", "attention", "loss_regularized",
      "loss_sample_weights", "loss_added_loss", "loss_poisson", "loss_huber", "loss_binary_from_sigmoid"],
-    ["dense", "loss_regularized"],
+    ["loss_regularized"],
 ))  # fmt: skip
 def test_all_ways_to_solve_give_the_same_step(kind):
     with float64():

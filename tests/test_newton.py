@@ -53,7 +53,7 @@ CONVEX, INDEFINITE = [0.1, 0.5, 1.0, 3.0, 10.0], [-2.0, -0.1, 0.3, 1.0, 4.0]
 
 
 @pytest.mark.parametrize(("radius", "seed"), some(
-    list(itertools.product([0.1, 1.0, 3.0, 1e4], range(4))), [(1.0, 0), (1e4, 0)]
+    list(itertools.product([0.1, 1.0, 3.0, 1e4], range(4))), [(1.0, 0)]
 ))  # fmt: skip
 @pytest.mark.parametrize("values", [CONVEX, INDEFINITE, [-1.0] * 5, [0.0, 0.0, 1.0, 1.0, 2.0]])
 def test_the_minimum_in_a_ball_meets_the_conditions_of_a_global_one(values, radius, seed):

@@ -77,7 +77,7 @@ def state(optimizer, letter):
     return flat([v for v in optimizer._fitted if v.name.startswith(f"{letter}")])
 
 
-@pytest.mark.parametrize("name", some(RUNS, ["kronecker_whitening", "low_rank_momentum", "low_rank_newton"]))
+@pytest.mark.parametrize("name", some(RUNS, ["kronecker_whitening", "low_rank_newton"]))
 def test_trajectory_is_that_of_the_authors_code(name):
     reference = np.load(REFERENCE / f"psgd_{name}.npz")
     model, optimizer = network([reference[f"w{i}_init"] for i in range(6)]), PSGD(**RUNS[name])
@@ -206,7 +206,7 @@ DEFINITE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "steps", "rate", "tolerance"), some(DEFINITE, DEFINITE[:2]))
+@pytest.mark.parametrize(("case", "steps", "rate", "tolerance"), some(DEFINITE, DEFINITE[:1]))
 def test_newton_type_finds_the_inverse_of_a_definite_hessian_at_a_linear_rate(case, steps, rate, tolerance):
     geometry, shapes, H, expected = case()
     early, late = fitted([(rate, 20), (rate, steps)], geometry, shapes, H, "newton")

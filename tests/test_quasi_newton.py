@@ -24,11 +24,14 @@ AS_TFP = {"search": kc.HagerZhang(checks="secant"), "initial_scale": 1.0}
 # Other people's numbers.
 
 
-@pytest.mark.parametrize("make, start, evaluations", [
-    # tensorflow_probability's tests of `lbfgs_minimize` and `bfgs_minimize`, tolerance 1e-8
+# tensorflow_probability's tests of `lbfgs_minimize` and `bfgs_minimize`, tolerance 1e-8
+OF_TFP = [
     (kc.LBFGS, (1.0, 1.0), 31), (kc.LBFGS, (-2.0, 2.0), 17),
     (kc.BFGS, (1.0, 1.0), 30), (kc.BFGS, (-2.0, 2.0), 17), (kc.BFGS, (-1.0, -1.0), 30), (kc.BFGS, (1.0, -2.0), 26),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, start, evaluations", some(OF_TFP, [OF_TFP[1], OF_TFP[2], OF_TFP[5]]))
 def test_himmelblau_in_as_many_evaluations_as_tensorflow_probability(make, start, evaluations):
     logs = steps(function_model("himmelblau", start, make(**AS_TFP)), 50)
     assert 1 + sum(log["evaluations"] for log in logs) == evaluations
@@ -73,10 +76,13 @@ def lbfgs_by_scipy(function, w, memory, iterations):
     return points, evaluations
 
 
-@pytest.mark.parametrize("function, start, iterations", [
-    ("rosenbrock", (-1.2, 1.0), 30), ("beale", (1.0, 1.0), 12), ("log_sum_exp", np.linspace(-2, 2, 8), 12),
-    ("zakharov", (1.0, -2.0, 0.5, 1.5), 12),
-])  # fmt: skip
+AS_SCIPY = [
+    ("rosenbrock", (-1.2, 1.0), 30), ("beale", (1.0, 1.0), 12), ("zakharov", (1.0, -2.0, 0.5, 1.5), 12),
+    ("log_sum_exp", tuple(np.linspace(-2, 2, 8)), 12),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function, start, iterations", some(AS_SCIPY, [AS_SCIPY[0], AS_SCIPY[3]]))
 def test_with_strong_wolfe_it_goes_where_scipys_search_goes(function, start, iterations):
     points, evaluations = lbfgs_by_scipy(function, np.array(start, float), 5, iterations)
     model = function_model(function, start, kc.LBFGS(memory=5, search=kc.StrongWolfe()))
@@ -100,7 +106,7 @@ SOLVED = [
     kc.LBFGS, kc.BFGS, lambda: kc.LBFGS(search=kc.StrongWolfe()), lambda: kc.BFGS(scaling="self_scaled"),
     lambda: kc.BFGS(scaling="broyden"), lambda: kc.LBFGS(update="damped"),
 ])  # fmt: skip
-@pytest.mark.parametrize("function, start, minimum", some(SOLVED, [SOLVED[0], SOLVED[-1]]))
+@pytest.mark.parametrize("function, start, minimum", some(SOLVED, SOLVED[:1]))
 def test_the_usual_functions_are_solved(make, function, start, minimum):
     model = function_model(function, start, make())
     # the gradient is a difference of much larger numbers at the minimum of Eggholder's
@@ -211,7 +217,7 @@ def dense_bfgs(H, known):
     return H
 
 
-@pytest.mark.parametrize("memory", [1, 3, 7, 20])
+@pytest.mark.parametrize("memory", some([1, 3, 7, 20], [3, 20]))
 def test_two_loops_are_the_dense_product(memory):
     optimizer = trained(kc.LBFGS(memory=memory))[1]
     known = pairs(optimizer)

@@ -45,7 +45,7 @@ def answers(case, **how):
     return {name: value.numpy() for name, value in ask().items()}
 
 
-@pytest.mark.parametrize("kind", some([kind for kind in CASES if kind not in REFUSED], USUAL))
+@pytest.mark.parametrize("kind", some([kind for kind in CASES if kind not in REFUSED], USUAL[::2]))
 def test_the_array_multiplies_as_the_products_do(kind):
     with float64():
         found = answers(CASES[kind]().compile())
@@ -126,7 +126,7 @@ def test_micro_batches_have_the_same_rows(kind):
         np.testing.assert_allclose(sliced[name], whole[name], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("at_a_time", [1, 4])
+@pytest.mark.parametrize("at_a_time", some([1, 4], [4]))
 @pytest.mark.parametrize("few", [0, 1024])
 def test_some_products_at_a_time_and_batches_of_unknown_size_have_the_same_rows(at_a_time, few, monkeypatch):
     monkeypatch.setattr(columns, "at_a_time", lambda recorded: at_a_time)

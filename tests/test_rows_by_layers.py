@@ -57,7 +57,7 @@ def check(found):
     np.testing.assert_allclose(found["dense"], A, **close)
 
 
-@pytest.mark.parametrize("kind", some([k for k in CASES if k not in REFUSED | MIX], USUAL))
+@pytest.mark.parametrize("kind", some([k for k in CASES if k not in REFUSED | MIX], USUAL[::2]))
 def test_rows_by_layers_are_those_by_products(kind):
     with float64():
         found = answers(CASES[kind]().compile())
@@ -65,7 +65,7 @@ def test_rows_by_layers_are_those_by_products(kind):
     assert found["by_layers"] and len(found["others"]) == PARTLY.get(kind, 0)
 
 
-@pytest.mark.parametrize("kind", ["conv1d", "embedding", "attention"])
+@pytest.mark.parametrize("kind", some(["conv1d", "embedding", "attention"], ["attention"]))
 @pytest.mark.parametrize("pairs", [False, True])
 def test_both_ways_to_sum_over_positions_are_the_same(kind, pairs, monkeypatch):
     monkeypatch.setattr(by_layers, "_pairs_are_cheaper", lambda layer: pairs)

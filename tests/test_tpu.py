@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tpu_folder  # noqa: F401
+from selection import some
 
 import keras_curvature as kc
 
@@ -269,7 +270,7 @@ def test_a_broken_cluster_is_said(monkeypatch, text):
 # On a TPU.
 
 
-@pytest.mark.parametrize(("passes", "at_once"), [(1, 2), (2, 2)])
+@pytest.mark.parametrize(("passes", "at_once"), some([(1, 2), (2, 2)], [(2, 2)]))
 def test_a_run_traces_on_a_tpu(data_dir, passes, at_once):
     """Several steps per execution, also with several passes: batches of known size, training and evaluation alike."""
     tpu, images = made_up_tpu.strategy(2), imagenet(data_dir)
