@@ -133,7 +133,7 @@ def test_a_gradient_of_regularizers_alone_says_nothing(regularizer):
 
 
 @pytest.mark.filterwarnings("ignore:.*Kronecker")
-@by_default("shampoo", "psgd")
+@by_default("shampoo")
 def test_weights_without_entries_are_no_obstacle(name):
     class Experts(keras.layers.Layer):
         def build(self, shape):

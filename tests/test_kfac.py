@@ -62,7 +62,7 @@ def cross_entropy():
     return keras.losses.CategoricalCrossentropy(from_logits=True)
 
 
-@pytest.mark.parametrize("name", some(RUNS, ["softmax_sampled", "softmax_exact", "softmax_adaptive"]))
+@pytest.mark.parametrize("name", some(RUNS, ["softmax_sampled", "softmax_adaptive"]))
 def test_trajectory_is_that_of_kfac_jax(name):
     reference = np.load(REFERENCE / f"kfac_{name}.npz")
     arrays = [reference[f"{kind}{layer}_init"] for layer in range(3) for kind in "wb"]

@@ -80,6 +80,7 @@ def test_ends_of_known_spectra(name, most_negative):
     np.testing.assert_allclose(np.linalg.norm(V @ A - found.values[:, None] * V, axis=1), found.residuals, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_restarts_and_a_basis_that_holds_everything_find_the_same(monkeypatch):
     A, made = laplacian(150), []
     count = Function(lambda v: made.append(0) or operator(A) @ v)

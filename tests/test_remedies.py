@@ -343,8 +343,8 @@ def no_second_derivative(y, z):
     return tf.reduce_mean(_once(z - y), -1)
 
 
-# the same remedies where the model or the optimizer is another, and two refusals that test_errors.py provokes too; every
-# second of the others runs by default
+# the same remedies where the model or the optimizer is another, and two refusals that test_errors.py has too; of the
+# others every second runs by default
 SLOW = ["likelihood_of_model", "likelihood_of_adam", "convex_curveball", "new_optimizer", "no_second_derivative"]
 
 

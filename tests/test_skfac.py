@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from selection import some
 from test_curveball import made, stepper
 
 import keras_curvature as kc
@@ -47,7 +48,7 @@ def cross_entropy():
 @float64
 @pytest.mark.filterwarnings("ignore:.*knows no Kronecker factors")
 @pytest.mark.parametrize("examples", [4, 40])
-@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+@pytest.mark.parametrize("fisher", some(["sampled", "empirical"], ["sampled"]))
 def test_a_step_is_that_of_kfac_with_the_factors_of_the_batch(fisher, examples):
     x, y = batch(examples)
     found = []

@@ -77,7 +77,10 @@ def test_the_first_step_moves_nothing_and_vectors_are_adams():
     np.testing.assert_allclose(seen[1:], trajectory(adam, start, gradients[1:], shapes), atol=1e-7)  # float32 decays
 
 
-@pytest.mark.parametrize("make", [SOAP, functools.partial(SOAP, factors="kl"), KLShampoo])
+TILED = [SOAP, functools.partial(SOAP, factors="kl"), KLShampoo]
+
+
+@pytest.mark.parametrize("make", some(TILED, TILED[1:2]))
 def test_tiles_are_variables_of_their_own(make):
     start, gradients = random_gradients([(6, 4)])
     whole = trajectory(make(every=2, block_size=2), start, gradients, [(6, 4)])
@@ -145,6 +148,7 @@ def test_with_kl_factors_it_is_adam_in_the_bases_of_kl_shampoo():
         np.testing.assert_allclose(weights, w.ravel(), rtol=1e-8, atol=1e-8, err_msg=f"step {t}")
 
 
+@pytest.mark.slow
 def test_where_the_gradients_have_a_kronecker_covariance_both_kinds_of_factors_agree_up_to_scale():
     random, shape = np.random.default_rng(0), (4, 3)
     spread = [np.diag(np.geomspace(1, 8, n)) @ np.linalg.qr(random.standard_normal((n, n)))[0] for n in shape]

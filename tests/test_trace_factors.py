@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from selection import some
 from test_curveball import stepper
 from test_kfac import fisher_of, matrix, single, softmax
 
@@ -84,7 +85,7 @@ def model_of_all_kinds():
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("sharing", some(["expand", "reduce"], ["expand"]))
 def test_traces_of_both_factors_are_those_of_examples_or_positions(sharing):
     random = np.random.default_rng(0)
     x, y = random.integers(7, size=(5, 6)), random.standard_normal((5, 3))

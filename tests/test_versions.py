@@ -54,6 +54,7 @@ def test_a_model_of_an_older_version_goes_on(name):
     np.testing.assert_allclose(goes_on(kc.curved(model)), LOSSES["3.10"][name], rtol=tolerance(name))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_saved_model_goes_on_as_the_one_that_was_not(name, tmp_path):
     model = made(name)
@@ -63,6 +64,7 @@ def test_a_saved_model_goes_on_as_the_one_that_was_not(name, tmp_path):
     np.testing.assert_allclose(goes_on(loaded), goes_on(model), rtol=1e-5)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("steps", some([1, 3], [1]))
 @pytest.mark.parametrize("name", some(FAMILIES, ["curveball", "kfac"]))
 def test_an_interrupted_run_goes_on_bit_for_bit(name, steps, tmp_path):
@@ -91,6 +93,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(name, steps, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.matrix
 def test_two_replicas_train_as_one_device():
     found = on_two_replicas(*FAMILIES)
     for name in FAMILIES:
