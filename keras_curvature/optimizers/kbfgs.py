@@ -39,7 +39,8 @@ class KBFGS(ByInputs):
     the training set, before the first step; (2) convolutions and other layers: `A` sums over the positions of an
     example, `s` and `y` are means over them; (3) embeddings have a diagonal `A` and its inverse; (4) the slopes are of
     the whole loss, with added losses; (5) the outputs in `s` are those of a matrix and its bias alone: the two matrices
-    of an `LSTM` or `SimpleRNN` share slopes, and each has a change of its own.
+    of an `LSTM` or `SimpleRNN` share slopes, and each has a change of its own; a bias of `EinsumDense` on other axes
+    than the outputs is left out.
 
     Args:
         learning_rate: Defaults to `0.3` (the authors).
