@@ -65,7 +65,7 @@ def write(folder, network, optimizer, policy, examples):
         "written": {"TensorFlow": tf.__version__, "Keras": keras.__version__, "JAX": jax.__version__},
         "captured": [_captured(value, number) for value, number in zip(values, trained)], "weights": trained,
     }  # fmt: skip
-    everything = executed.variables(model)
+    (x, y), everything = batch(spec), executed.variables(model)
     start, rounding = [v.numpy() for v in everything], float(jax.numpy.finfo(model.compute_dtype).eps)
 
     def after_steps(change):
@@ -74,7 +74,6 @@ def write(folder, network, optimizer, policy, examples):
         for number, weight in enumerate(model.trainable_variables):
             signs = np.random.default_rng(number).choice([-1.0, 1.0], weight.shape)
             weight.assign(weight.numpy() * (1 + change * signs).astype("float32"))
-        x, y = batch(spec)
         for _ in range(STEPS):
             model.train_on_batch(x, y)
         return [shown(np.asarray(w)) for w in model.trainable_variables]

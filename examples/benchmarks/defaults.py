@@ -55,6 +55,7 @@ from batch_scaling import add_line, batches, lines_of  # which stands beside thi
 from keras import layers
 
 import keras_curvature as kc
+from keras_curvature import optimizers
 from keras_curvature.problems import networks
 
 tf.get_logger().setLevel("ERROR")  # a graph for every method, which TensorFlow takes for a mistake
@@ -71,8 +72,7 @@ DENSE = ("BFGS", "Newton")  # a matrix of all weights
 SMALL = {**dict.fromkeys(ITERATIVE, ("mlp_32", "regression")), **dict.fromkeys(DENSE, ("regression",))}
 METHODS = {
     "Adam": keras.optimizers.Adam,
-    **{name: getattr(kc, name) for name in sorted(dir(kc)) if isinstance(getattr(kc, name), type)
-       and issubclass(getattr(kc, name), kc.CurvatureOptimizer) and name != "CurvatureOptimizer"},
+    **{name: getattr(kc, name) for name in sorted(optimizers.__all__) if name != "CurvatureOptimizer"},
 }  # fmt: skip
 SEEDS = {"tuning": (0,), "judged": (1,)}
 

@@ -43,6 +43,7 @@ import tensorflow as tf
 from keras import layers
 
 import keras_curvature as kc
+from keras_curvature import optimizers
 
 BATCH, TOKENS, VOCABULARY, WIDTH, DEPTH = 8, 32, 100, 64, 12
 # name: (optimizer, whether the model must be curved)
@@ -65,8 +66,8 @@ TARGETS = {name: 4.0 if name == "HessianFree" else 2.5 for name in OPTIMIZERS if
 MEMORY_TARGETS = {("resnet50", "KFAC"): 2.0}
 # for XLA: every class of the package, and PSGD with Hessian products
 ALL = {
-    **{name: (found, not found.needs.only_gradients) for name, found in sorted(vars(kc).items())
-       if isinstance(found, type) and issubclass(found, kc.CurvatureOptimizer) and found is not kc.CurvatureOptimizer},
+    **{name: (getattr(kc, name), not getattr(kc, name).needs.only_gradients) for name in sorted(optimizers.__all__)
+       if name != "CurvatureOptimizer"},
     "PSGD, newton": (lambda: kc.PSGD(kind="newton"), True),
 }  # fmt: skip
 XLA_BATCH, XLA_TARGET = 64, 15.0

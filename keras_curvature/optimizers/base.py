@@ -110,34 +110,33 @@ class CurvatureOptimizer(Lifecycle):
         """
         self._rejected = rejected
 
-    def report_failures(self, count: tf.Tensor) -> None:
-        """Add the number of values that could not be computed anew to the report `failed_refreshes`."""
-        self.report(failed_refreshes=count + self._reported.get("failed_refreshes", 0.0))
+    def anew_if(self, due: tf.Tensor | bool, compute: Callable[[], Vector], kept: Vector) -> Vector:
+        """`compute()` if the scalar `due` is true, else `kept`.
 
-    def refresh(
-        self, variables: Variables, every: int, compute: Callable[[], Vector], phase: Integer = 0
-    ) -> Vector:  # fmt: skip
-        """The next values of a list of variables: `compute()` at steps `phase`, `phase + every`, ..., else unchanged.
-
-        A non-finite result is discarded and the old value kept; the report `failed_refreshes` counts these. The values
-        are remembered.
+        A non-finite result is discarded and the kept value taken; the report `failed_refreshes` counts these.
         """
-        if not variables:
-            return []
-        kept = trees.values(variables)
 
         def anew():
             new = [tf.cast(value, old.dtype) for value, old in zip(compute(), kept, strict=True)]
             values, good = trees.finite_or(new, kept)
             return values, tf.reduce_sum(tf.cast(tf.logical_not(good), tf.float32))
 
-        if every == 1:
-            values, failed = anew()
-        else:
-            due = tf.equal(self.iterations % every, phase)
-            values, failed = tf.cond(due, anew, lambda: (kept, tf.constant(0.0)))
+        values, failed = anew() if due is True else tf.cond(due, anew, lambda: (kept, tf.constant(0.0)))
+        self.report(failed_refreshes=failed + self._reported.get("failed_refreshes", 0.0))
+        return values
+
+    def refresh(
+        self, variables: Variables, every: int, compute: Callable[[], Vector], phase: Integer = 0
+    ) -> Vector:  # fmt: skip
+        """The next values of a list of variables: `compute()` at steps `phase`, `phase + every`, ..., else unchanged.
+
+        A value that `compute` could not give stays as it was, see `anew_if`. The values are remembered.
+        """
+        if not variables:
+            return []
+        due = True if every == 1 else tf.equal(self.iterations % every, phase)
+        values = self.anew_if(due, compute, trees.values(variables))
         self.remember(list(variables), values)
-        self.report_failures(failed)
         return values
 
     def linear_step(self) -> LinearStep | NotLinear:

@@ -113,16 +113,8 @@ class KBFGS(ByInputs):
         """`H_a` of each block for this step."""
         if not self._blocks:
             return []
-        kept = trees.values(self._inverses)
-
-        def inverted():
-            new = [tf.cast(x, old.dtype) for x, old in zip(self.inverted(factors, self._damping), kept)]
-            values, good = trees.finite_or(new, kept)
-            return values, tf.reduce_sum(tf.cast(tf.logical_not(good), tf.float32))
-
-        warms_up = self.iterations < self.warmup_steps
-        found, failed = tf.cond(warms_up, inverted, lambda: (kept, tf.constant(0.0)))
-        self.report_failures(failed)
+        warms_up, kept = self.iterations < self.warmup_steps, trees.values(self._inverses)
+        found = self.anew_if(warms_up, lambda: self.inverted(factors, self._damping), kept)
         return [self._of_indices(A) if block.has_indices else H for block, A, H in zip(self._blocks, factors, found)]
 
     def _of_indices(self, A):
