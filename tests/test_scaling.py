@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import pytest
+import tensorflow as tf
 from selection import some
 
 import keras_curvature as kc
@@ -14,13 +15,14 @@ sys.path.insert(0, str(TPU))  # a folder of programs, and no package
 
 import costs  # noqa: E402
 import formulas  # noqa: E402
+import graphs  # noqa: E402
 import machines  # noqa: E402
 import matrices  # noqa: E402
 import methods  # noqa: E402
 import scaling  # noqa: E402
 
 FEW = ["sgd", "curveball"]
-BY_LAYERS = ["seng", "skfac"]
+BY_LAYERS = ["seng", "skfac", "natural_gradient", "gauss_newton"]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,51 @@ def test_counts_by_hand(few):
     assert model.layers == (2 * 8 * 5 * 7, 2 * 8 * 7 * 6, 2 * 8 * 6 * 4)
     # outputs of two hidden layers, and the error of the last; a number beside
     assert 4 * 8 * (7 + 6 + 4) <= model.activations <= 4 * 8 * (7 + 6 + 4) + 16
+
+
+IMAGE, KERNEL, PLACES = (8, 6, 6, 2), (3, 3, 2, 5), (8, 4, 4, 5)
+BY_HAND = 2 * math.prod(PLACES) * 3 * 3 * 2
+# name: the product of two tensors and a shape, shapes of the tensors, its operations; those without kernel or row
+PRODUCTS = {
+    "MatMul": (lambda a, b, _: tf.linalg.matmul(a, b), (4, 3), (3, 5), 2 * 4 * 3 * 5, 2 * 3 * 5),
+    "BatchMatMulV2": (
+        lambda a, b, _: tf.linalg.matmul(a, b, adjoint_b=True), (7, 4, 3), (7, 5, 3), 2 * 7 * 4 * 3 * 5, 2 * 7 * 5 * 3
+    ),
+    "Einsum": (lambda a, b, _: tf.einsum("bi,bij->bj", a, b), (7, 3), (7, 3, 5), 2 * 7 * 3 * 5, 2 * 7 * 3 * 5),
+    "Conv2D": (
+        lambda kernel, image, _: tf.nn.conv2d(image, kernel, 1, "VALID"), KERNEL, IMAGE, BY_HAND, 2 * 8
+    ),
+    "Conv2DBackpropInput": (
+        lambda kernel, slopes, shape: tf.raw_ops.Conv2DBackpropInput(
+            input_sizes=shape, filter=kernel, out_backprop=slopes, strides=[1] * 4, padding="VALID"),
+        KERNEL, PLACES, BY_HAND, 2 * math.prod(PLACES),
+    ),
+    "Conv2DBackpropFilter": (
+        lambda image, slopes, shape: tf.raw_ops.Conv2DBackpropFilter(
+            input=image, filter_sizes=shape, out_backprop=slopes, strides=[1] * 4, padding="VALID"),
+        IMAGE, PLACES, BY_HAND, 2 * math.prod(PLACES),
+    ),
+}  # fmt: skip
+SIZES = {"Conv2DBackpropInput": IMAGE, "Conv2DBackpropFilter": KERNEL}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_operations_of_a_product_whose_static_shape_is_missing(name):
+    """An unknown dimension counts as one, of an unknown rank too, unless the other factor knows it."""
+    product, one, other, expected, at_least = PRODUCTS[name]
+
+    def counted(shape, sizes):
+        specs = [tf.TensorSpec(shape), tf.TensorSpec(other), tf.TensorSpec([4], tf.int32)]
+        run = tf.function(lambda a, b, given: product(a, b, given if sizes is None else sizes), input_signature=specs)
+        graph = run.get_concrete_function().graph
+        (op,) = [op for op in graph.get_operations() if op.type == name]
+        return graphs.flops(op)
+
+    assert set(PRODUCTS) == graphs.PRODUCTS
+    assert counted(one, SIZES.get(name)) == expected
+    assert counted([None] * len(one), None) == at_least
+    if name != "MatMul":  # TensorFlow itself wants a rank there
+        assert counted(None, None) <= at_least
 
 
 @pytest.mark.slow

@@ -80,9 +80,14 @@ def needed(graph):
     return [op for op in graph.get_operations() if op in reached]
 
 
+def dimensions(tensor, rank=0):
+    """The shape in integers: an unknown dimension counts as one, a shape of unknown rank as `rank` of these."""
+    return [n or 1 for n in tensor.shape] if tensor.shape.rank is not None else [1] * rank
+
+
 def numbers(tensor):
     """How many numbers a tensor holds; an unknown dimension counts as one."""
-    return math.prod(n or 1 for n in tensor.shape) if tensor.shape.rank is not None else 1
+    return math.prod(dimensions(tensor))
 
 
 # Counts.
@@ -106,20 +111,33 @@ def operations(floor=1):
 
 
 def flops(op):
-    """Floating-point operations of a product, two for each multiplication."""
+    """Floating-point operations of a product, two for each multiplication.
+
+    A lower bound where static shapes are missing, as in loops that TensorFlow vectorizes.
+    """
     if op.type == "Einsum":
-        terms = op.get_attr("equation").decode().split("->")[0].split(",")
-        return 2 * math.prod({c: n for term, t in zip(terms, op.inputs) for c, n in zip(term, t.shape)}.values())
+        return 2 * math.prod(_labelled(op).values())
     if op.type == "Conv2D":
-        image, kernel = op.outputs[0], op.inputs[1].shape
+        image, kernel = op.outputs[0], op.inputs[1]
     elif op.type == "Conv2DBackpropInput":
-        image, kernel = op.inputs[2], op.inputs[1].shape
+        image, kernel = op.inputs[2], op.inputs[1]
     elif op.type == "Conv2DBackpropFilter":
-        image, kernel = op.inputs[2], op.outputs[0].shape
+        image, kernel = op.inputs[2], op.outputs[0]
     else:
-        transposed = op.get_attr("transpose_a" if op.type == "MatMul" else "adj_x")
-        return 2 * numbers(op.outputs[0]) * op.inputs[0].shape[-2 if transposed else -1]
-    return 2 * numbers(image) * math.prod(kernel[:3])
+        names = ("transpose_a", "transpose_b") if op.type == "MatMul" else ("adj_x", "adj_y")
+        axes = (-2 if op.get_attr(names[0]) else -1), (-1 if op.get_attr(names[1]) else -2)
+        summed = max(dimensions(t, 2)[axis] for t, axis in zip(op.inputs, axes))  # one of the two may know it
+        return 2 * numbers(op.outputs[0]) * summed
+    return 2 * numbers(image) * math.prod(dimensions(kernel)[:3])
+
+
+def _labelled(op):
+    """The length of each label of an Einsum: the largest that an input knows."""
+    found = {}
+    for term, tensor in zip(op.get_attr("equation").decode().split("->")[0].split(","), op.inputs):
+        for label, n in zip(term, dimensions(tensor)):
+            found[label] = max(n, found.get(label, 1))
+    return found
 
 
 # Memory.
