@@ -78,14 +78,27 @@ def test_the_traced_step_is_as_the_formula_says(name, request):
 
 
 @pytest.mark.slow
-def test_rows_of_layers_have_all_positions():
-    """Of convolutions, by groups of channels too; `SKFAC` has one row for each example."""
-    found = scaling.traced(["images"], *BY_LAYERS)
-    model = models(found, "images")
-    assert model.positions == (16, 9, 1)
-    for name in BY_LAYERS:
+@pytest.mark.parametrize(
+    ("problem", "positions", "names"), [("images", (16, 9, 1), BY_LAYERS), ("large", (36, 1), ["seng", "skfac"])]
+)
+def test_rows_of_layers_have_all_positions(problem, positions, names):
+    """Of convolutions, by groups of channels too; `SENG` sends the smaller form of them, or a sketch of a large layer.
+    `SKFAC` has one row for each example.
+    """
+    found = scaling.traced([problem], *names)
+    model = models(found, problem)
+    assert model.positions == positions
+    for name in names:
         expected = scaling.predicted(scaling.METHODS[name], model)["collectives"]
-        assert found["images"]["optimizers"][name]["collectives"] == expected
+        assert found[problem]["optimizers"][name]["collectives"] == expected
+
+
+def test_a_sketch_of_a_large_layer_is_what_replicas_gather():
+    """By hand: 2 x 3 examples, of 49 positions 16, of 4609 and 512 entries 256; a layer of two groups as rows."""
+    model = costs.Model("", 3, 0, 0, (), blocks=((4609, 512), (2, 5, 4)), positions=(49, 7))
+    sketch, rows = 6 * 16 * 256, 6 * 2 * 5 * 4
+    calls = scaling.METHODS["seng"].sections["step"].others(model, 2)
+    assert calls == [[sketch], [sketch], [rows], [6], [4609 * 512, 2 * 5 * 4]]
 
 
 @pytest.mark.slow

@@ -1,5 +1,11 @@
 """SENG against the dense empirical Fisher matrix of each layer, in float64, and its sketches against what they keep."""
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -176,6 +182,37 @@ def test_steps_do_not_depend_on_the_slices():
         step(model, optimizer, x, y, micro_batches)
         found.append(flat(model.get_weights()))
     np.testing.assert_allclose(*found, rtol=1e-9, atol=1e-12)
+
+
+@float64
+@without_factors
+def test_rows_that_replicas_gather_have_the_products_of_the_layer():
+    """As they are, or as one position, also of groups; the second where a row is smaller than what it is made of."""
+    found = []
+    for layer in layers(network(), *batch(5)):
+        if layer.block.has_indices:
+            continue
+        rows, g = sketches._as_rows(layer), tf.random.stateless_normal(layer.block.shape, [1, 2], tf.float64)
+        np.testing.assert_allclose(by_layers.gram(rows), by_layers.gram(layer), atol=1e-12)
+        np.testing.assert_allclose(by_layers.times(rows, g), by_layers.times(layer, g), atol=1e-12)
+        numbers = [sum(x.shape.num_elements() for x in (one.a, one.d[:, 0])) for one in (rows, layer)]
+        found.append(sketches._rows_are_smaller(layer))
+        assert found[-1] == (numbers[0] - 5 < numbers[1])  # but for the ones
+    assert set(found) == {True, False}
+
+
+@pytest.mark.slow
+def test_two_replicas_train_as_one_with_sketches_of_convolutions():
+    """Also where a replica has no example of the last batch."""
+    here = pathlib.Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, here / "sketches_on_replicas.py"], env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    for name, found in json.loads(run.stdout.splitlines()[-1]).items():
+        assert found["apart"] < 1e-10 < 1e-3 < found["way"], name
 
 
 @pytest.mark.parametrize("arguments", [

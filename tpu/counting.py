@@ -56,6 +56,13 @@ def images(examples):
     return model, "mse", tf.zeros((examples, 6, 6, 2)), tf.zeros((examples, 3))
 
 
+def large(examples):
+    """A layer with more than a million weights, at more positions than a sketch of it keeps."""
+    layers = [keras.layers.Conv2D(512, 3, padding="same"), keras.layers.GlobalAveragePooling2D()]
+    model = keras.Sequential([keras.Input((6, 6, 256)), *layers, keras.layers.Dense(3)])
+    return model, "mse", tf.zeros((examples, 6, 6, 256)), tf.zeros((examples, 3))
+
+
 TINY = (5, 7, 6, 4)  # widths
 MODELS = {
     "tiny": lambda: dense(TINY, 8),
@@ -63,6 +70,7 @@ MODELS = {
     "wide": lambda: dense((256,) * 7, 1),  # weights are all that counts
     "tall": lambda: dense((8,) * 7, 4096),  # activations are all that counts
     "images": lambda: images(8),
+    "large": lambda: large(8),
     "resnet50": lambda: resnet50(32),
 }
 FOR_MEMORY = ("wide", "tall")

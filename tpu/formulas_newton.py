@@ -129,9 +129,23 @@ def of_layers(model, replicas, rows):
 
 
 def seng(optimizer, step):
-    """A backward pass for the slopes of all examples; replicas gather these and the inputs."""
-    rows = Work(**{**step.__dict__, "slopes": step.slopes + 1, "others": lambda *at: of_layers(*at, 1)})
-    return Method({"step": rows}, 1, 3, matrices=True, traffic=9)
+    """A backward pass for the slopes of all examples. Of each layer replicas gather the inputs and the slopes, or their
+    sketch, or the rows where these are smaller; of all layers together they sum a vector.
+    """
+
+    def rows(model, replicas):
+        calls, positions = [], model.positions or (1,) * len(model.blocks)
+        for (*groups, d_in, d_out), count in zip(model.blocks, positions, strict=True):
+            if optimizer.largest is not None and math.prod(groups) * d_in * d_out > optimizer.largest:
+                count = min(count, optimizer.rank)
+                d_in, d_out = min(d_in, optimizer.columns), min(d_out, optimizer.columns)
+            of_inputs, of_slopes, of_row = (math.prod(groups) * n for n in (count * d_in, count * d_out, d_in * d_out))
+            sizes = (of_row, 1) if of_row < of_inputs + of_slopes else (of_inputs, of_slopes)
+            calls += [[replicas * model.examples * size] for size in sizes]
+        return [*calls, list(map(math.prod, model.blocks))] if calls else []
+
+    begin = Work(**{**step.__dict__, "slopes": step.slopes + 1, "others": rows})
+    return Method({"step": begin}, 1, 3, matrices=True, traffic=9)
 
 
 def natural_gradient(optimizer, step):

@@ -1,5 +1,6 @@
 """SENG: the natural gradient of each layer, from gradients of examples and sketches of them."""
 
+import math
 from typing import Any
 
 import tensorflow as tf
@@ -38,12 +39,14 @@ class SENG(CurvatureOptimizer):
     examples, and on CIFAR take them from batches of 256 alone; (2) `W` has the same rows and columns of the matrix for
     all examples, as in the code, drawn anew in each step without replacement; (3) positions that share weights are
     summed in each example's row, as in the code, also in embeddings and in every normalization layer (the code: batch
-    normalization alone); (4) replicas gather the rows; (5) regularizers enter the gradient alone; (6) `U' b` of a
-    sketched layer is the sum over its examples: the code replaces it by a product of two such sums, which made a first
-    step 4 times as long; (7) samples are multiplied by the root of the inverse of their share, so that `W'W` is the
-    identity in the mean: the code multiplies by the inverse; (8) the low rank is that of each example's gradient: the
-    code projects on singular vectors of its slopes; (9) the code also samples entries of the rows of smaller layers,
-    above `columns^2` weights; (10) weight decay is Keras': before the step, not part of `v`.
+    normalization alone); (4) replicas gather what `U U'` is made of, for each example the sketch, or the inputs and
+    slopes of the layer, or its row where that is smaller, and sum `U' b`; (5) regularizers enter the gradient
+    alone; (6) `U' b` of a sketched layer is the sum over its examples: the code replaces it by a product of two
+    such sums, which made a first step 4 times as long; (7) samples are multiplied by the root of the inverse of
+    their share, so that `W'W` is the identity in the mean: the code multiplies by the inverse; (8) the low rank is
+    that of each example's gradient: the code projects on singular vectors of its slopes; (9) the code also samples
+    entries of the rows of smaller layers, above `columns^2` weights; (10) weight decay is Keras': before the step,
+    not part of `v`.
 
     Args:
         learning_rate: Multiple of `v`. Defaults to `0.05` (the authors' recipe for CIFAR-10).
@@ -91,8 +94,13 @@ class SENG(CurvatureOptimizer):
     def direction(self, lin: Linearization) -> Vector:
         """The momentum with the natural gradient of each layer."""
         d = [tf.zeros(g.shape, trees.wide(g.dtype)) for g in lin.gradient]
-        for layer in sketches.layers_of(lin, self._blocks):
-            layer.block.scatter(-self._solved(layer, layer.block.matrix(lin.gradient)), d)
+        ranks = [self.rank if self._is_sketched(block) else None for block in self._blocks]
+        layers = sketches.layers_of(lin, self._blocks, ranks)
+        gradients = [layer.block.matrix(lin.gradient) for layer in layers]
+        coefficients = [self._coefficients(layer, g) for layer, g in zip(layers, gradients)]
+        for layer, g, part in zip(layers, gradients, sketches.transposed(layers, coefficients)):
+            damping = trees.exactly(float(self.damping), part.dtype)
+            layer.block.scatter(-((tf.cast(g, part.dtype) - part) / damping), d)
         for i in self._others:
             d[i] = -lin.gradient[i] / (1.0 + self.damping)
         v = trees.add(d, trees.values(self._velocity), self.momentum)
@@ -106,16 +114,17 @@ class SENG(CurvatureOptimizer):
             "on the curvature is known."
         )
 
-    def _solved(self, layer, g):
-        """`(U'U + lambda I)^-1 g`, a matrix, for the gradient as the matrix of the layer."""
-        damping, g = trees.exactly(float(self.damping), layer.d.dtype), tf.cast(g, layer.d.dtype)
-        seen, g_seen = layer, g
-        if self.largest is not None and g.shape.num_elements() > self.largest:
-            layer = sketches.of_low_rank(layer, self.rank)
-            sample = sketches.Sample.drawn(layer, self.columns, self.iterations)
-            seen, g_seen = sample.of_layer(layer), sample.of_matrix(g)
-        right = by_layers.times(seen, g_seen)  # (examples, 1)
+    def _is_sketched(self, block):
+        return self.largest is not None and math.prod(block.shape) > self.largest
+
+    def _coefficients(self, layer, g):
+        """`b`, `(examples, 1)`, for the gradient as the matrix of the layer."""
+        sketched = self._is_sketched(layer.block)
+        sample = sketches.Sample.drawn(layer, self.columns, self.iterations) if sketched else None
+        seen = sketches.gathered(layer, sample)
+        g = tf.cast(g, seen.d.dtype)
+        right = by_layers.times(seen, g if sample is None else sample.of_matrix(g))  # (examples, 1)
         gram = by_layers.gram(seen)[:, 0, :, 0]
+        damping = trees.exactly(float(self.damping), gram.dtype)
         damped = tf.linalg.set_diag(gram, tf.linalg.diag_part(gram) + damping)
-        b = tf.linalg.cholesky_solve(tf.linalg.cholesky(damped), right)
-        return (g - by_layers.transposed(layer, b)) / damping
+        return tf.linalg.cholesky_solve(tf.linalg.cholesky(damped), right)

@@ -10,47 +10,91 @@ Two sketches make a layer smaller, and leave inner products of rows roughly as t
     sampled         some entries of all `a`, and some of all `d`, times the roots of the inverses of their shares
 
 The second is a sample of the rows and columns of each `A_b`. Both are exact if nothing is left out.
+
+Both are of each example by itself, so every replica makes those of its own examples, and replicas gather only what the
+Gram matrix is made of (`gathered`): samples, or the rows themselves where these are smaller. Sums over the examples
+(`transposed`) are of the rows that stay on their replica.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
 from keras_curvature.linearization.estimates.factors import drawn, key
-from keras_curvature.linearization.estimates.seen import joined
+from keras_curvature.linearization.estimates.seen import joined, sizes
+from keras_curvature.linearization.jacobian import by_layers
 from keras_curvature.linearization.jacobian.by_layers import Layer
 from keras_curvature.linearization.layers.kronecker import Block
 from keras_curvature.linearization.needs import require
-from keras_curvature.typing import Integer
+from keras_curvature.typing import Integer, Vector
 
 
-def layers_of(lin, blocks: Sequence[Block]) -> list[Layer]:
-    """The rows of the empirical Fisher matrix, `F = A'A`, for each block; of the whole batch, on all replicas.
+def layers_of(lin, blocks: Sequence[Block], ranks: Sequence[int | None] | None = None) -> list[Layer]:
+    """The rows of the empirical Fisher matrix, `F = A'A`, for each block; each replica has those of its examples.
 
     Args:
         lin: A `Linearization`.
         blocks: Of `kronecker.blocks(model)`.
+        ranks: For each block the most positions that `of_low_rank` leaves; `None` for all. Defaults to all.
 
     Raises:
         ValueError: The `needs` of the linearization have no `layers`; a layer of `blocks` is called inside a loop of
             the model.
     """
     require(lin, "layers_of", "layers")
+    ranks = [None] * len(blocks) if ranks is None else ranks
 
     def local(recorded):
         seen, _, (slopes,) = recorded.once(key(blocks, "empirical", 0), lambda: drawn(recorded, blocks, "empirical", 0))
-        return [_of_block(block, seen, slopes(block)) for block in blocks]
+        return [_of_block(block, seen, slopes(block), rank) for block, rank in zip(blocks, ranks, strict=True)]
 
     if not blocks:
         return []
-    return [
-        Layer(block, *(replicas.gather(x) for x in pair)) for block, pair in zip(blocks, lin.passes.rows(local))
-    ]  # fmt: skip
+    return [Layer(block, a, d) for block, (a, d) in zip(blocks, lin.passes.rows(local))]
 
 
-def _of_block(block, seen, slopes):
+def gathered(layer: Layer, sample: "Sample | None" = None) -> Layer:
+    """A layer of all replicas, the same on all of them, or a sample of it: what its Gram matrix is made of.
+
+    Args:
+        layer: Of `layers_of`.
+        sample: What to take of it. Defaults to all.
+    """
+    several = replicas.count() > 1
+
+    def local(a, d):
+        own = dataclasses.replace(layer, a=a, d=d)
+        own = own if sample is None else sample.of_layer(own)
+        own = _as_rows(own) if several and _rows_are_smaller(own) else own
+        return own.a, own.d
+
+    a, d = replicas.each(local, layer.a, layer.d)
+    return dataclasses.replace(layer, a=replicas.gather(a), d=replicas.gather(d))
+
+
+def transposed(layers: Sequence[Layer], coefficients: Sequence[tf.Tensor]) -> Vector:
+    """`A' u` for each layer, shaped as the matrix of its block.
+
+    Args:
+        layers: Of `layers_of`.
+        coefficients: `u` for each of them, `(examples, 1)`, with the examples of all replicas.
+    """
+    if not layers:
+        return []  # replicas cannot sum nothing
+    starts = [replicas.place(lambda a: sizes(a)[0], layer.a)[0] for layer in layers]
+
+    def local(starts, pairs):
+        own = [dataclasses.replace(layer, a=a, d=d) for layer, (a, d) in zip(layers, pairs, strict=True)]
+        parts = [tf.slice(u, [at, 0], [sizes(layer.a)[0], 1]) for layer, u, at in zip(own, coefficients, starts)]
+        return [by_layers.transposed(layer, u) for layer, u in zip(own, parts)]
+
+    return replicas.total(local, starts, [(layer.a, layer.d) for layer in layers])
+
+
+def _of_block(block, seen, slopes, rank):
     """`(a, d)` of a `Layer`, of one slice."""
     if not slopes:  # a layer that is not called
         groups = block.shape[0] if len(block.shape) == 3 else 1
@@ -58,7 +102,22 @@ def _of_block(block, seen, slopes):
         a = tf.zeros([1, groups, 1, d_in], tf.int32 if block.has_indices else block.dtype)
         return a, tf.zeros([1, 1, groups, 1, d_out], block.dtype)
     a, d = (tf.transpose(joined(x, seen, block), [1, 0, 2, 3]) for x in (seen.inputs(block), slopes))
-    return a, d[:, tf.newaxis]
+    layer = Layer(block, a, d[:, tf.newaxis])
+    layer = layer if rank is None else of_low_rank(layer, rank)
+    return layer.a, layer.d
+
+
+def _rows_are_smaller(layer):
+    """Whether a row has fewer entries as a matrix than as its inputs and slopes."""
+    positions, d_in, d_out = layer.a.shape[2], layer.a.shape[-1], layer.d.shape[-1]
+    return not layer.block.has_indices and positions is not None and d_in * d_out < positions * (d_in + d_out)
+
+
+def _as_rows(layer):
+    """A layer with the same rows at a single position: as its inputs, with the slope 1."""
+    rows = tf.einsum("bgti,bgtj->bgij", layer.a, layer.d[:, 0])
+    flat = tf.reshape(rows, [sizes(rows)[0], 1, 1, math.prod(rows.shape[1:])])
+    return dataclasses.replace(layer, a=flat, d=tf.ones([sizes(rows)[0], 1, 1, 1, 1], rows.dtype))
 
 
 def of_low_rank(layer: Layer, rank: int) -> Layer:
