@@ -192,7 +192,7 @@ def test_rows_that_replicas_gather_have_the_products_of_the_layer():
     for layer in layers(network(), *batch(5)):
         if layer.block.has_indices:
             continue
-        rows, g = sketches._as_rows(layer), tf.random.stateless_normal(layer.block.shape, [1, 2], tf.float64)
+        rows, g = sketches._as_rows(layer), tf.random.stateless_normal(layer.block.shape, [1, 2], dtype=tf.float64)
         np.testing.assert_allclose(by_layers.gram(rows), by_layers.gram(layer), atol=1e-12)
         np.testing.assert_allclose(by_layers.times(rows, g), by_layers.times(layer, g), atol=1e-12)
         numbers = [sum(x.shape.num_elements() for x in (one.a, one.d[:, 0])) for one in (rows, layer)]
