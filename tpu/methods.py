@@ -68,7 +68,7 @@ DENSE, ROWS = ("bfgs", "newton"), ("gauss_newton", "gauss_newton_array", "natura
 # models of `counting.py` that are too large for some
 LEFT_OUT = {"wide": DENSE, "tall": (*DENSE, *ROWS), "resnet50": (*DENSE, *ROWS)}
 # more than scalars in float64, which a TPU emulates: small matrices, of which the digits matter
-IN_DOUBLE = (*DENSE, "lbfgs", "saddle_free_newton", "nys_newton_cg", "mfac", "ggt", "natural_gradient")
+IN_DOUBLE = (*DENSE, "lbfgs", "saddle_free_newton", "nys_newton_cg", "mfac", "ggt")
 
 
 @functools.cache
