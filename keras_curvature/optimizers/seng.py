@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_curvature import trees
@@ -14,6 +15,8 @@ from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.by_layer import warn_of
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.typing import LearningRate, Variables, Vector
+
+ROUNDING = 4.0  # roundings of the trace of `U U'` that the damping is at least
 
 
 @register
@@ -43,7 +46,9 @@ class SENG(CurvatureOptimizer):
     step 4 times as long; (7) samples are multiplied by the root of the inverse of their share, so that `W'W` is the
     identity in the mean: the code multiplies by the inverse; (8) the low rank is that of each example's gradient: the
     code projects on singular vectors of its slopes; (9) the code also samples entries of the rows of smaller layers,
-    above `columns^2` weights; (10) weight decay is Keras': before the step, not part of `v`.
+    above `columns^2` weights; (10) weight decay is Keras': before the step, not part of `v`; (11) the damping is at
+    least four roundings of the trace of `U U'`: with less, as with float32 and targets of size 1e5, that matrix has no
+    Cholesky decomposition, and no step was taken.
 
     Args:
         learning_rate: Multiple of `v`. Defaults to `0.05` (the authors' recipe for CIFAR-10).
@@ -116,6 +121,7 @@ class SENG(CurvatureOptimizer):
             seen, g_seen = sample.of_layer(layer), sample.of_matrix(g)
         right = by_layers.times(seen, g_seen)  # (examples, 1)
         gram = by_layers.gram(seen)[:, 0, :, 0]
+        damping = tf.maximum(damping, ROUNDING * np.finfo(gram.dtype.as_numpy_dtype).eps * tf.linalg.trace(gram))
         damped = tf.linalg.set_diag(gram, tf.linalg.diag_part(gram) + damping)
         b = tf.linalg.cholesky_solve(tf.linalg.cholesky(damped), right)
         return (g - by_layers.transposed(layer, b)) / damping
