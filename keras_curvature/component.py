@@ -83,6 +83,19 @@ def _check_or_none(owner, name, value, valid, expected, or_none):
     check(owner, name, value, valid or (or_none and value is None), f"{expected}, or None" if or_none else expected)
 
 
+def check_choice(owner, name, value, choices, expected=None):
+    """Check that the argument is one of some strings, integers or `None`; the message lists them, or is `expected`."""
+    # only then compared: an array has no truth value, and a list cannot be looked up
+    plain = value is None or isinstance(value, (str, int))
+    words = [f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices]
+    check(owner, name, value, plain and value in choices, expected or f"{', '.join(words[:-1])} or {words[-1]}")
+
+
+def check_flag(owner, name, value):
+    """Check that the argument is `True` or `False`."""
+    check(owner, name, value, isinstance(value, bool), "True or False")
+
+
 def check_part(owner, name, value, or_none=True):
     """Check that the argument is a part: a share (a float) or a number (an integer); with `or_none`, or `None`."""
     expected = "a share in (0, 1], an integer >= 1, or None" if or_none else "a share in (0, 1] or an integer >= 1"

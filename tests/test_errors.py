@@ -1,5 +1,8 @@
 """What is wrong is said at once, by the name that the user typed, and changes nothing."""
 
+import inspect
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -58,6 +61,13 @@ BAD_ARGUMENTS = {
     "negative_decay": (lambda: kc.SOAP(weight_decay=-0.1), "weight_decay=-0.1"),
     "negative_clip": (lambda: kc.SOAP(clipnorm=-1.0), "clipnorm=-1.0"),
     "clip_by_name": (lambda: kc.SOAP(global_clipnorm="1"), "global_clipnorm='1'"),
+    "sgn_rho": (lambda: kc.HessianFree.sgn(rho=-1.0), "`rho` must be a number in [0, inf). Received: rho=-1.0"),
+    "sgn_steps": (lambda: kc.HessianFree.sgn(cg_steps=0), "cg_steps=0"),
+    "choice_of_a_list": (lambda: kc.BFGS(scaling=["broyden"]), 'must be None, "self_scaled" or "broyden"'),
+    "needs": (lambda: kc.Needs(hessian="yes"), "`Needs`: `hessian` must be True or False. Received: hessian='yes'"),
+    "swap": (lambda: kc.callbacks.SwapNeumannWeights(1), "swap_on_epoch=1"),
+    "on_signal": (lambda: kc.callbacks.Checkpoint("run", on_signal=None), "on_signal=None"),
+    "skip_batches": (lambda: kc.callbacks.Checkpoint("run", skip_batches=0), "skip_batches=0"),
     "unknown": (lambda: kc.CurveBall(momentum=0.9), "momentum"),
     "clips": (lambda: kc.CurveBall(clipnorm=1.0, clipvalue=1.0), "clipnorm"),
 }  # fmt: skip
@@ -69,6 +79,32 @@ def test_a_bad_argument_fails_at_construction_by_its_name(case):
     with pytest.raises((ValueError, TypeError)) as caught:
         make()
     assert expected in str(caught.value)
+
+
+OURS = [name for name in ONE_OF_EACH if OPTIMIZERS[name].cls.__module__.startswith("keras_curvature.")]
+OF_KERAS = ["weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum",
+            "ema_overwrite_frequency", "loss_scale_factor", "gradient_accumulation_steps", "needs"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_no_argument_takes_what_it_cannot_be(name):
+    cls = OPTIMIZERS[name].cls
+    for argument in list(inspect.signature(cls.__init__).parameters)[1:]:
+        for value in (object(), np.ones(2)):
+            data = argument == "metric_data" and isinstance(value, np.ndarray)
+            if not data and argument not in ("name", "kwargs"):
+                with pytest.raises(ValueError, match=f"`{argument}`"):
+                    cls(**{argument: value})
+
+
+@pytest.mark.parametrize("argument", OF_KERAS)
+def test_what_keras_would_take_without_a_word_is_refused(argument):
+    for value in (object(), np.ones(2), "1", -1, float("nan"), float("inf"), [1.0], *([1] * (argument == "use_ema"))):
+        with pytest.raises(ValueError, match=f"`SOAP`: `{argument}` must be.*{re.escape(repr(value))}"):
+            kc.SOAP(**{argument: value})
+    if argument not in ("use_ema", "needs"):
+        with pytest.raises(ValueError, match=f"`SOAP`: `{argument}` must be"):
+            kc.SOAP(**{argument: True})
 
 
 @pytest.mark.parametrize("name", NEEDS_CURVATURE)

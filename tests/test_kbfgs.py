@@ -12,6 +12,7 @@ from test_kfac import cross_entropy, net
 from test_singd import of_all_kinds
 
 import keras_curvature as kc
+from keras_curvature.optimizers import kbfgs
 from keras_curvature.solvers import pairs
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
@@ -53,6 +54,26 @@ def test_inverses_that_fail_in_the_warmup_are_reported():
     x = 3e3 * (1.0 + 1e-3 * random.standard_normal((64, 40)))
     seen = stepper(model, optimizer)(x.astype("float32"), random.standard_normal((64, 3)).astype("float32"))
     assert seen["failed_refreshes"] == 1.0 and seen["skipped_steps"] == 0.0
+
+
+def test_from_targets_of_any_size_it_descends():
+    """In a network of positively homogeneous units, `H_g = I` begins with steps that are a thousand times too long."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal((64, 5)).astype("float32")
+    y = (1e5 * (np.sin(x[:, :1]) + 0.5 * x[:, 1:2])).astype("float32")
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(16, activation="relu") for _ in range(2)]
+    optimizer = kc.KBFGS()
+    model = made(keras.Sequential([keras.Input((5,)), *layers, keras.layers.Dense(1)]), optimizer, "mse")
+    step = stepper(model, optimizer)
+    seen = [step(x, y) for _ in range(60)]
+    assert not any(s["skipped_steps"] for s in seen) and not any(s["failed_refreshes"] for s in seen)
+    assert seen[-1]["loss"] < 0.3 * seen[0]["loss"]
+    # a step that is not taken has length 0 and makes the next ones shorter, and each other one makes them longer
+    for s, after in zip(seen, seen[1:]):
+        factor = kbfgs.LONGER if s["step_norm"] else kbfgs.SHORTER
+        assert after["length"] == pytest.approx(min(1.0, s["length"] * factor), rel=1e-5)
+    assert 0 < sum(s["step_norm"] == 0 for s in seen) < 20
 
 
 @float64

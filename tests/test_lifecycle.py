@@ -85,6 +85,21 @@ def test_reports_are_shown_wherever_keras_shows_numbers(tmp_path, capsys):
     assert model.predict(x, verbose=0).shape == (24, 3)
 
 
+def test_a_metric_of_the_name_of_a_report_is_refused_and_one_after_it_is_shown():
+    x, y = data()
+    metrics = [keras.metrics.SparseCategoricalAccuracy(name="damping")]
+    model = compiled("curveball", network(), metrics=metrics)
+    with pytest.raises(ValueError, match="`CurveBall` reports 'beta', 'damping'.*Received: 'damping' among"):
+        model.fit(x, y, batch_size=8, verbose=0)
+    # another optimizer does not report it: neither then nor in an evaluation the last optimizer's numbers stand there
+    model = compiled("curveball", network())
+    model.fit(x, y, batch_size=8, verbose=0)
+    model.compile(keras.optimizers.SGD(0.0), model.loss, metrics=metrics)
+    share = model.evaluate(x, y, verbose=0, return_dict=True)["damping"]
+    history = model.fit(x, y, batch_size=8, verbose=0).history
+    assert set(history) == {"loss", "damping"} and history["damping"] == [pytest.approx(share)]
+
+
 def test_the_loss_of_an_epoch_is_the_mean_over_its_examples():
     x, y = regression(10)  # the last batch is smaller
     plain, curved = (simple(lambda: keras.optimizers.SGD(0.0), curve=False), simple(lambda: kc.Neumann(0.0)))

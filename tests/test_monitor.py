@@ -384,6 +384,11 @@ def test_errors_of_methods(ggn_of_network):
         "`products` must be an integer >= 2": lambda: c.trace(1),
         "`by_layer` must be True or False": lambda: c.trace(10, by_layer="first"),
         "`labels` must be True or False": lambda: c.trace(10, labels="all"),
+        "`trace`: `pairs` must be `Eigenpairs` of `top`": lambda: c.trace(10, pairs=3),
+        "`density`: `pairs` must be `Eigenpairs` of `top`": lambda: c.density(pairs="top"),
+        "`density`: `vectors` must be an integer >= 1": lambda: c.density(-1, steps=1000),
+        "`density`: `steps` must be an integer >= 1": lambda: c.density(steps=float("inf")),
+        "`stderr` must be True or False": lambda: c.diagonal(stderr=1),
         "`pairs` must be left out where": lambda: c.trace(10, pairs=c.top(1), labels=True),
         "`Curvature.noise` is defined for the gradient of all layers": lambda: c.block("first").noise(),
     }

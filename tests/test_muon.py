@@ -351,7 +351,15 @@ def subclassed():
     return model, {"outer/kernel"}
 
 
-MODELS = {"transformer": transformer, "two_heads": two_heads, "nested": nested, "subclassed": subclassed}
+def siamese():
+    """A model inside the model that is called twice, once behind another layer."""
+    one, other = keras.Input((4,)), keras.Input((4,))
+    encoder = keras.Sequential([layers.Dense(6, name="inside"), layers.Dense(3, name="code")])
+    return keras.Model([one, other], [encoder(one), encoder(layers.Dense(4)(other))]), {"code/kernel"}
+
+
+MODELS = {"transformer": transformer, "two_heads": two_heads, "nested": nested, "subclassed": subclassed,
+          "siamese": siamese}  # fmt: skip
 
 
 def short(variables):
@@ -386,18 +394,54 @@ def test_every_matrix_between_the_ends_is_muons(curve):
     assert optimizer.adam_for is None
 
 
-def test_what_only_the_model_knows_is_kept_in_its_file(tmp_path):
-    (model, _), x = two_heads(), np.ones((4, 4), "float32")
+def two_towers():
+    """Two outputs from models whose layers have the same names, and so their weights the same paths."""
+    given = keras.Input((4,))
+    towers = []
+    for name, units in (("a", 3), ("b", 2)):
+        inner = keras.Input((4,))
+        kernels = layers.Dense(units, name="out")(layers.Dense(6, name="hidden")(inner))
+        towers.append(keras.Model(inner, kernels, name=name)(given))
+    head = layers.Dense(2, name="out")(towers[1])
+    return keras.Model(given, [towers[0], head]), {"out/kernel"}
+
+
+@pytest.mark.parametrize("build", some([two_heads, two_towers], [two_towers]))
+@pytest.mark.parametrize("make", [kc.Muon, kc.Scion, lambda: kc.SOAP(sign=True)], ids=["Muon", "Scion", "SOAP"])
+def test_what_only_the_model_knows_is_kept_in_its_file(make, build, tmp_path):
+    """A loaded file is a plain model, which does not show its layers: it trains on as the curved one."""
+    (model, _), x = build(), np.random.default_rng(0).standard_normal((4, 4)).astype("float32")
     y = [np.ones((4, 3)), np.ones((4, 2))]
     model = kc.curved(model)
-    model.compile(kc.Muon(), "mse")
-    model.fit(x, y, verbose=0)
-    assert by_muon(model.optimizer, model) == {"hidden/kernel"}
+    model.compile(make(), "mse")
+    model.fit(x, y, epochs=2, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")  # a warning here would be an error
-    assert by_muon(loaded.optimizer, loaded) == {"hidden/kernel"}
-    for a, b in zip(loaded.optimizer.variables, model.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(a, b)
+    again = kc.curved(keras.models.load_model(tmp_path / "model.keras"))
+    for each in (model, loaded, again):
+        each.fit(x, y, verbose=0, shuffle=False)
+        assert len(each.optimizer._hidden) == {two_heads: 1, two_towers: 3}[build]
+        assert each.optimizer._hidden == model.optimizer._hidden
+        for a, b in zip(each.get_weights(), model.get_weights(), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-4)  # the signs of Muon amplify rounding
+    assert loaded.optimizer.get_config()["ends"] == model.optimizer.get_config()["ends"]
+
+
+def test_the_ends_of_another_model_are_not_those_of_this_one():
+    model, _ = two_heads()
+    model = kc.curved(model)
+    model.compile(kc.Muon(), "mse")
+    model.optimizer.build(model.trainable_variables)
+    config = model.optimizer.get_config()
+    other = keras.Sequential([keras.Input((4,)), layers.Dense(6), layers.Dense(5), layers.Dense(1)])
+    optimizer = kc.Muon.from_config(config)
+    with pytest.warns(UserWarning, match="notes the embeddings and output layers of a model with other weights"):
+        optimizer.build(other.trainable_variables)
+    assert len(optimizer._hidden) == 2 and "ends" not in optimizer.get_config()
+    # an optimizer that has met a curved model, and trains another one that does not show itself
+    met = kc.Scion()
+    kc.curved(two_heads()[0]).compile(met, "mse")
+    assert met.ends(other.trainable_variables) == [other.trainable_variables[4]]
 
 
 def test_adam_for_names_what_adam_steps():

@@ -13,6 +13,7 @@ from cases import flat
 from selection import some
 
 from keras_curvature import Linearization, curved
+from keras_curvature.operators import low_rank
 from keras_curvature.operators.base import Function, dense
 from keras_curvature.optimizers import psgd
 from keras_curvature.optimizers.psgd import PSGD
@@ -292,6 +293,15 @@ def test_a_fit_that_fails_keeps_the_preconditioner_and_the_step_is_taken(geometr
             assert seen["failed_refreshes"] == 0 and not all(same)
         else:
             assert seen["failed_refreshes"] == len(own) - sum(own) and same == [not renewed for renewed in own]
+
+
+@pytest.mark.parametrize("rows", [2**21, 2**20 + 7])
+def test_inner_products_of_long_columns_are_exact(rows):
+    """In one product each they have an error of 1e-5."""
+    random = np.random.default_rng(0)
+    A, b = random.random((rows, 2), "float32"), random.random((rows, 1), "float32")
+    found = tf.function(low_rank.gram)([tf.constant(A)] * 2, [tf.constant(b)] * 2)
+    np.testing.assert_allclose(found, 2 * A.astype("float64").T @ b.astype("float64"), rtol=1e-6)
 
 
 def test_the_preconditioner_is_fitted_every_so_many_steps():

@@ -226,3 +226,17 @@ def test_what_it_cannot_do_is_told(arguments):
 
 def test_stability_knows_no_limit():
     assert "keeps no preconditioner" in kc.stability(SENG()).reason
+
+
+def test_where_float32_holds_no_damping_it_is_the_rounding():
+    """Targets of size 1e5: without it, the matrix of no batch has a Cholesky decomposition."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal((64, 5)).astype("float32")
+    y = (1e5 * np.sin(x[:, :1])).astype("float32")
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(16, activation="tanh"), keras.layers.Dense(1)]
+    model = curved(keras.Sequential([keras.Input((5,)), *layers]))
+    model.compile(SENG(5.0), "mse", jit_compile=False)
+    history = model.fit(x, y, batch_size=64, epochs=20, verbose=0).history
+    assert not any(history["skipped_steps"]) and min(history["step_norm"]) > 0
+    assert history["loss"][-1] < history["loss"][0]

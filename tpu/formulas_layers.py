@@ -17,7 +17,7 @@ def moments(model, replicas):
 
 def kbfgs(optimizer, step):
     """The means of a layer's inputs and slopes, in the call of the gradient, the second moments of its inputs; the
-    means again after the step. In the first steps the inverses.
+    means again after the step, and the loss. In the first steps the inverses.
     """
 
     def of(model, replicas):
@@ -30,7 +30,7 @@ def kbfgs(optimizer, step):
         of_slopes = sum(math.prod(b[:-2]) * (b[-1] ** 2 + 2 * b[-1]) for b in model.blocks)
         return 2 * sum(map(of_inputs, model.blocks)) + len(model.blocks) + of_slopes
 
-    begin = Work(reductions=1, vectors=1, scalars=1, others=of, forward=2, backward=1, slopes=1)
+    begin = Work(reductions=2, vectors=1, scalars=2, others=of, forward=2, backward=1, slopes=1)
     return Method(
         {"step": begin, "cond": Work(others=inverted)}, 1, 7, 2, {"cond": 0}, kept=kept, matrices=True, traffic=13,
     )  # fmt: skip

@@ -180,15 +180,17 @@ def lissa(optimizer, step):
 
 
 def quasi_newton(optimizer, step):
-    """The loss; the gradient, if it is not that of the last end point; loss and gradient at the length of the search.
-    `BFGS` remembers a matrix of float64, `LBFGS` pairs of vectors and their inner products.
+    """The loss, and the fingerprint of the batch; the gradient, if it is not that of the last end point; loss and
+    gradient at the length of the search. `BFGS` remembers a matrix of float64, `LBFGS` pairs of vectors and their inner
+    products.
     """
     limited = isinstance(optimizer, kc.LBFGS)
     memory = optimizer.memory if limited else 0
     gradient = Work(reductions=1, vectors=1, backward=1)
     along = Work(reductions=1, vectors=1, scalars=1, forward=1, backward=1)
+    loss_and_batch = Work(reductions=2, scalars=2, forward=1)
     return Method(
-        {"step": LOSS, "cond": gradient, "while": along}, 2 + 2 * memory, 6,
+        {"step": loss_and_batch, "cond": gradient, "while": along}, 2 + 2 * memory, 6,
         kept=lambda model: 2 * memory * (memory + 1) if limited else model.weights**2, matrices=True,
         traffic=20 + 4 * memory, dense=0 if limited else 2,
     )  # fmt: skip

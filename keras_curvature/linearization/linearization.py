@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
-from keras_curvature.component import check, check_count
+from keras_curvature.component import check_count, check_flag
 from keras_curvature.linearization import matrices, products
 from keras_curvature.linearization.estimates import diagonals, factors, sampled
 from keras_curvature.linearization.gauss_newton import l2_of
@@ -95,7 +95,7 @@ class Linearization:
     ) -> None:  # fmt: skip
         check_model(Linearization, model)
         check_count(Linearization, "micro_batches", micro_batches)
-        check(Linearization, "training", training, isinstance(training, bool), "True or False")
+        check_flag(Linearization, "training", training)
         build_for(model, x, y, sample_weight)
         self.model, self.variables, self.needs = model, list(model.trainable_variables), needs
         self.loss_scale, self._reached, self.batch = loss_scale, None, (x, y, sample_weight)

@@ -5,7 +5,7 @@ from typing import Literal
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
-from keras_curvature.component import check
+from keras_curvature.component import check_choice
 from keras_curvature.linearization import products
 from keras_curvature.linearization.fisher import convexity
 from keras_curvature.linearization.gauss_newton import GaussNewton
@@ -67,7 +67,7 @@ def fisher(lin, kind: Literal["exact", "empirical"] = "exact") -> LinearOperator
         ValueError: `kind` is invalid; the `needs` of the linearization lack `products`; with `"exact"`, at a product:
             the loss is not the negative logarithm of a known likelihood.
     """
-    check(fisher, "kind", kind, kind in ("exact", "empirical"), '"exact" or "empirical"')
+    check_choice(fisher, "kind", kind, ("exact", "empirical"))
     require(lin, "fisher", "products")
     return Function(_product(lin, lin.passes, lambda recorded, v: recorded.fisher_product(v, kind)), psd=True)
 
@@ -145,7 +145,7 @@ def fisher_rows(
             needed, and the loss is not the negative logarithm of a known likelihood.
     """
     kinds = ("exact", "empirical", "sampled")
-    check(fisher_rows, "kind", kind, kind in kinds, '"exact", "empirical" or "sampled"')
+    check_choice(fisher_rows, "kind", kind, kinds)
     require(lin, "fisher_rows", "products")
     return FisherRows(lin, kind, seed, memory)
 

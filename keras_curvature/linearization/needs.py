@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from keras_curvature.component import check_flag
+
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
@@ -26,7 +28,8 @@ class Needs:
             noise. Defaults to `False`.
 
     Raises:
-        ValueError: `only_gradients` beside `products`, `hessian`, `layers` or `gram`.
+        ValueError: One of them is not `True` or `False`, or `only_gradients` stands beside `products`, `hessian`,
+            `layers` or `gram`.
 
     Example:
 
@@ -47,6 +50,8 @@ class Needs:
     shifted: bool = False
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_flag(self, field.name, getattr(self, field.name))
         more = [name for name in ("products", "hessian", "layers", "gram") if getattr(self, name)]
         if self.only_gradients and more:
             raise ValueError(

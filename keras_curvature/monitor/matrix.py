@@ -9,7 +9,7 @@ from typing import Literal, overload
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_count
+from keras_curvature.component import check, check_count, check_flag
 from keras_curvature.monitor.noise.noise import Noise, noise
 from keras_curvature.monitor.objective.layers import chosen, layers_of
 from keras_curvature.monitor.objective.objective import Objective
@@ -177,8 +177,9 @@ class Curvature(LinearOperator):
                 matrix is for cross-entropies of logits and squared errors), or `pairs` are given.
         """
         check_count(Curvature.trace, "products", products, low=2)
-        check(Curvature.trace, "by_layer", by_layer, isinstance(by_layer, bool), "True or False")
-        check(Curvature.trace, "labels", labels, isinstance(labels, bool), "True or False")
+        check_flag(Curvature.trace, "by_layer", by_layer)
+        check_flag(Curvature.trace, "labels", labels)
+        _check_pairs(Curvature.trace, pairs)
         if labels:
             check(Curvature.trace, "pairs", pairs, pairs is None, "left out where `labels=True`")
             parts = {name: [self._indices[i] for i in places] for name, places in self.layers.items()}
@@ -202,6 +203,7 @@ class Curvature(LinearOperator):
         It is exact where there are no more weights than `products`, and else an estimate.
         """
         check_count(Curvature.diagonal, "products", products, low=2)
+        check_flag(Curvature.diagonal, "stderr", stderr)
         operator = self._shown(min(products, self.size))
         if self.size <= products:
             found = exact.diagonal(operator, self._like)
@@ -215,6 +217,9 @@ class Curvature(LinearOperator):
         It is exact where there are no more weights than `steps`: as many products as weights, and their matrix.
         `pairs`, `Eigenpairs` of `top`, are taken as known; the products are then for the rest of the spectrum.
         """
+        check_count(Curvature.density, "vectors", vectors)
+        check_count(Curvature.density, "steps", steps)
+        _check_pairs(Curvature.density, pairs)
         operator = self._shown(vectors * steps)
         if self.size <= steps:
             return exact.density(operator, self._like)
@@ -270,3 +275,7 @@ class Curvature(LinearOperator):
     def _shown(self, products=None):
         """This operator; with `progress`, one that advances a progress bar with every product."""
         return advancing(self, products) if self._progress else self
+
+
+def _check_pairs(owner, pairs):
+    check(owner, "pairs", pairs, pairs is None or isinstance(pairs, Eigenpairs), "`Eigenpairs` of `top`, or None")

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_curvature.component import check
+from keras_curvature.component import check_flag
 from keras_curvature.monitor.matrix import Curvature as Curvature
 from keras_curvature.monitor.objective.layers import check_layers
 from keras_curvature.monitor.objective.objective import Objective
@@ -68,7 +68,7 @@ def curvature(
     c.block("dense_1").sharpness().values   # of one layer
     ```
     """
-    check(curvature, "progress", progress, isinstance(progress, bool), "True or False")
+    check_flag(curvature, "progress", progress)
     if layers is not None:
         check_layers(curvature, layers)
     objective = Objective(model, data, kind, examples, batch_size, training, seed, asked_by=curvature)

@@ -4,6 +4,7 @@ import dataclasses
 
 import tensorflow as tf
 
+from keras_curvature import trees
 from keras_curvature.operators.base import LinearOperator
 from keras_curvature.typing import Vector
 
@@ -15,7 +16,19 @@ def columns(vector):
 
 def gram(A, B):
     """`A'B`, `(r, k)`, for tall matrices in pieces, one for each weight: `(n_i, r)` and `(n_i, k)`."""
-    return tf.add_n([tf.matmul(a, b, transpose_a=True) for a, b in zip(A, B)])
+    return tf.add_n([_gram(a, b) for a, b in zip(A, B)])
+
+
+def _gram(a, b):
+    """`a'b`; of single columns in sums over pieces, see `trees.PIECE`. For more, the kernel itself adds in blocks."""
+    rows, size = a.shape[0], trees.piece(a.shape[0])
+    if b.shape[1] > 1 or rows <= trees.PIECE:
+        return tf.matmul(a, b, transpose_a=True)
+    if size is None:  # no divisor fits
+        whole = rows - rows % trees.PIECE
+        return _gram(a[:whole], b[:whole]) + tf.matmul(a[whole:], b[whole:], transpose_a=True)
+    a, b = (tf.reshape(x, [-1, size, x.shape[1]]) for x in (a, b))
+    return tf.reduce_sum(tf.matmul(a, b, transpose_a=True), 0)
 
 
 def times(A, B):

@@ -5,7 +5,7 @@ from typing import Any, Self
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_count, check_number, register
+from keras_curvature.component import check_count, check_flag, check_number, register
 from keras_curvature.linearization.estimates import diagonals
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
@@ -73,7 +73,7 @@ class AdaHessian(LimitedDiagonalOptimizer):
         check_number(self, "beta_2", beta_2, 0.0, 1.0, open_high=True)
         check_number(self, "epsilon", epsilon, 0.0)
         check_number(self, "hessian_power", hessian_power, 0.0, 1.0)
-        check(self, "spatial_averaging", spatial_averaging, isinstance(spatial_averaging, bool), "True or False")
+        check_flag(self, "spatial_averaging", spatial_averaging)
         check_count(self, "every", every)
         self.set_step_max(step_max)
 

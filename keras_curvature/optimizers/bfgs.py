@@ -5,7 +5,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, register
+from keras_curvature.component import check_choice, register
 from keras_curvature.optimizers.quasi_newton import Pair, QuasiNewton
 from keras_curvature.steps import HagerZhang
 from keras_curvature.steps.search import Search
@@ -67,7 +67,7 @@ class BFGS(QuasiNewton):
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, search, update, initial_scale, name=name, **kwargs)
         self.scaling = scaling
-        check(self, "scaling", scaling, scaling in (None, "self_scaled", "broyden"), 'None, "self_scaled" or "broyden"')
+        check_choice(self, "scaling", scaling, (None, "self_scaled", "broyden"))
 
     def create_state(self, variables: Variables) -> None:
         """`H`, dense."""

@@ -65,7 +65,8 @@ class DiagonalNewton(CurvatureOptimizer):
         check_number(self, "curvature_max", curvature_max, curvature_min)
         check_number(self, "step_max", step_max, low=0, open_low=True, or_none=True)
         counted = isinstance(probes, int) and not isinstance(probes, bool) and probes >= 1
-        check(self, "probes", probes, counted or probes == "exact", 'an integer >= 1, or "exact"')
+        exact = isinstance(probes, str) and probes == "exact"
+        check(self, "probes", probes, counted or exact, 'an integer >= 1, or "exact"')
 
     @classmethod
     def notes(cls, learning_rate: LearningRate = 0.01, step_max: float | None = 0.5, **kwargs: Any) -> Self:

@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_component, check_number, register
+from keras_curvature.component import check, check_choice, check_component, check_flag, check_number, register
 from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
@@ -98,9 +98,9 @@ class GaussNewton(CurvatureOptimizer):
         self._rule = as_damping(self, damping, numbers=2)
         self._trial = Trial(self._rule, accepts="lower")
         if not isinstance(solver, ConjugateGradient):
-            check(self, "solver", solver, solver in ("auto", *local_models.WAYS), local_models.EXPECTED)
-        check(self, "scaling", scaling, scaling in SCALINGS, " or ".join(map(repr, SCALINGS)))
-        check(self, "geodesic", geodesic, isinstance(geodesic, bool), "True or False")
+            check_choice(self, "solver", solver, ("auto", *local_models.WAYS), local_models.EXPECTED)
+        check_choice(self, "scaling", scaling, SCALINGS)
+        check_flag(self, "geodesic", geodesic)
         check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
         if line_search is not None:
             check_component(self, "line_search", line_search, "search", "GridSearch()")

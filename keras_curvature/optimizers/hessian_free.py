@@ -6,7 +6,16 @@ from typing import Any, Literal, Self
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_component, check_number, check_part, is_number, register
+from keras_curvature.component import (
+    check,
+    check_choice,
+    check_component,
+    check_count,
+    check_number,
+    check_part,
+    is_number,
+    register,
+)
 from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
@@ -82,9 +91,9 @@ class HessianFree(CurvatureOptimizer):
         warm_start: float = 0.95, preconditioner: float | Nystrom = 0.75, structural_damping: float = 0.0,
         name: str = "hessian_free", **kwargs: Any,
     ) -> None:  # fmt: skip
-        check(self, "curvature", curvature, curvature in ("gauss_newton", "hessian"), '"gauss_newton" or "hessian"')
+        check_choice(self, "curvature", curvature, ("gauss_newton", "hessian"))
         hessian = curvature == "hessian"
-        needs = Needs(hessian=hessian, products=not hessian or structural_damping != 0.0)
+        needs = Needs(hessian=hessian, products=not (hessian and structural_damping == 0.0))
         super().__init__(learning_rate, needs=needs, name=name, **kwargs)
         self.damping, self.solver, self.line_search = damping, solver, line_search
         self.curvature, self.curvature_batch = curvature, curvature_batch
@@ -117,6 +126,8 @@ class HessianFree(CurvatureOptimizer):
 
         Example: `HessianFree.sgn(learning_rate=0.5)`
         """
+        check_number(cls, "rho", rho, low=0)
+        check_count(cls, "cg_steps", cg_steps)
         solver = ConjugateGradient(max_steps=cg_steps, progress_tolerance=0.0)
         plain = {"line_search": None, "warm_start": 0.0, "preconditioner": 0.0}
         return cls(**{"damping": rho, "solver": solver, "name": "sgn", **plain, **kwargs})

@@ -1,10 +1,13 @@
 """Shared code of the methods with a matrix sign: which weights are matrices between the ends of the model, their signs.
 
 On a curved model both ends are read from the model. A plain `keras.Model` passes its optimizer variables alone; there
-the last kernel counts as the output layer.
+the last kernel counts as the output layer. Where the two differ, the config of the optimizer notes the ends that it
+has used: a file of a curved model is loaded as a plain one, which trains on with the same ends.
 """
 
+import warnings
 import weakref
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
@@ -15,7 +18,7 @@ from keras_curvature.optimizers.by_axis import ByAxis
 from keras_curvature.solvers.dealing import in_stacks
 from keras_curvature.solvers.matrix_parts import MatrixPart
 from keras_curvature.solvers.matrix_sign import MatrixSign, NewtonSchulz
-from keras_curvature.typing import Variables, Vector
+from keras_curvature.typing import Config, Variables, Vector
 
 # In four steps below this bound, singular values of a hundredth of it end in [0.92, 1.15]; see `NewtonSchulz`.
 SIGN = NewtonSchulz("quintic", steps=4, bound="gram")
@@ -25,15 +28,47 @@ STACKED = 2**20  # larger matrices are not copied into a stack with others
 class HiddenMatrices(ByAxis):
     """Base of the methods that take the sign of matrices between the ends of the model."""
 
+    _ends: tuple | None = None  # `(place, name, shape)` of the variables at the ends, where a plain model shows others
+
     def meet(self, model: keras.Model | None) -> None:
         """Remember the curved model, in which embeddings and output layers are found."""
         if model is not None:
             self._model = weakref.ref(model)
 
     def ends(self, variables: Variables) -> Variables:
-        """The kernels of embeddings and of the output layers, as far as they are known."""
-        model = self.trained_model()
-        return ends.ends_of_variables(variables) if model is None else ends.ends_of_model(model)
+        """The kernels of embeddings and of the output layers, as far as they are known; noted for the config.
+
+        They are read from the curved model. Without one, they are those that were noted last.
+        """
+        model, plain = self.trained_model(), ends.ends_of_variables(variables)
+        if model is not None and _has_all(model, variables):
+            found = _chosen(variables, ends.ends_of_model(model))
+            self._ends = None if found == _chosen(variables, plain) else found
+        elif self._ends is not None and not all(_fits(variables, *end) for end in self._ends):
+            warnings.warn(
+                f"`{type(self).__name__}`: the config notes the embeddings and output layers of a model with other "
+                f"weights, {self._ends}, which are ignored: the last kernel is taken for the output layer. Curve the "
+                "model (`keras_curvature.curved`), which shows its layers.",
+                stacklevel=3,
+            )
+            self._ends = None
+        return plain if self._ends is None else [variables[place] for place, *_ in self._ends]
+
+    def get_config(self) -> Config:
+        """The config, with the ends of the model where a plain model does not show them."""
+        config = super().get_config()
+        if self._ends is not None:
+            config["ends"] = [[i, name, list(shape)] for i, name, shape in self._ends]
+        return config
+
+    @classmethod
+    def from_config(cls, config: Config, custom_objects: dict[str, Any] | None = None) -> Self:
+        """A new optimizer from a config, without the state."""
+        config = dict(config)
+        found = config.pop("ends", None)
+        made = super().from_config(config, custom_objects)
+        made._ends = None if found is None else tuple((i, name, tuple(shape)) for i, name, shape in found)
+        return made
 
     def choose_hidden(self, variables: Variables, left: Variables, per_head: bool = False) -> None:
         """Choose the tiles with a sign: `_hidden`, their numbers, and `_unfoldings`; all kernels but those `left`."""
@@ -89,6 +124,21 @@ class HiddenMatrices(ByAxis):
 
     def _grouped(self):
         return [u.heads is not None for u in self._unfoldings]
+
+
+def _has_all(model, variables):
+    """Whether the model trains these variables."""
+    return {id(v) for v in variables} <= {id(v) for v in model.trainable_variables}
+
+
+def _chosen(variables, found):
+    """`(place, name, shape)` of those variables that were found, in the order of all."""
+    here = {id(v) for v in found}
+    return tuple((i, v.name, tuple(v.shape)) for i, v in enumerate(variables) if id(v) in here)
+
+
+def _fits(variables, i, name, shape):
+    return i < len(variables) and (variables[i].name, tuple(variables[i].shape)) == (name, shape)
 
 
 def _full(variables):

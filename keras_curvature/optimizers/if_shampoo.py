@@ -29,7 +29,10 @@ class IFShampoo(ByAxis):
 
     with `n_i` the lengths of the axes of a weight. `N g g'` stands for the Fisher matrix `F`, as in Shampoo, but the
     step has no root of it. Nothing is inverted or decomposed, so nothing can fail, whatever the rank of the gradients.
-    It is `SINGD` without layers: any model has these axes.
+    It is `SINGD` without layers: any model has these axes. No limit bounds a step, and the `K_i` change by at most
+    `rate` in `every` steps: where gradients grow faster, as in recurrent networks, steps are too long for a while. On
+    an LSTM of 16 units, with batches of 32, the loss rose from 0.44 to 0.59 and was 0.20 after twelve epochs; with
+    `every=1` it was 0.03, and with `damping=1e-2` it fell steadily to 0.11.
 
     Reference: Lin, Dangel, Eschenhagen, Bae, Turner and Makhzani, "Can we remove the square-root in adaptive gradient
     methods? A second-order perspective" (2024), and `myoptim/ifshampoo.py` of

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_count, check_number, check_part, register
+from keras_curvature.component import check, check_choice, check_count, check_number, check_part, register
 from keras_curvature.linearization.estimates.trace_factors import FACTORS, restricted
 from keras_curvature.linearization.fisher.sampling import FISHER
 from keras_curvature.linearization.gauss_newton import l2_of, require_convex
@@ -121,8 +121,8 @@ class KFAC(CurvatureOptimizer):
         check_number(self, "momentum", momentum, low=0, high=1, open_high=True, or_none=True)
         check_count(self, "factors_every", factors_every)
         check_every(self, "inverses_every", inverses_every)
-        check(self, "fisher", fisher, fisher in FISHER, '"sampled", "empirical" or "exact"')
-        check(self, "sharing", sharing, sharing in kronecker.SHARING, '"expand" or "reduce"')
+        check_choice(self, "fisher", fisher, FISHER)
+        check_choice(self, "sharing", sharing, kronecker.SHARING)
         check_number(self, "kl_clip", kl_clip, low=0, open_low=True, or_none=True)
         check_part(self, "curvature_batch", curvature_batch)
         check(self, "factors", factors, isinstance(factors, str) and factors in FACTORS, '"kfac" or "tkfac"')

@@ -15,7 +15,7 @@ from keras_curvature.linearization.gradients import Gradients, needs_a_curved_mo
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers import first_batch
-from keras_curvature.optimizers.arguments import check_keras_arguments
+from keras_curvature.optimizers.arguments import check_accumulation, check_for_keras
 from keras_curvature.optimizers.wrappers import WrappedOptimizer
 from keras_curvature.typing import LearningRate, Shape, Tensors, Variables
 
@@ -24,10 +24,11 @@ class Lifecycle(WrappedOptimizer):
     """The part of `CurvatureOptimizer` that Keras calls."""
 
     def __init__(self, learning_rate: LearningRate, needs: Needs | None = None, **kwargs: Any) -> None:
+        check_for_keras(self, learning_rate, needs, kwargs)
         super().__init__(learning_rate=learning_rate, **kwargs)
         if needs is not None:
             self.needs = needs
-        check_keras_arguments(self, learning_rate, kwargs)
+        check_accumulation(self)
         self.check_wrappers(self._steps_each_weight)
         self._noted, self._reported, self._rejected = [], {}, None
         self._hands_a_step, self._model = False, lambda: None

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_count, check_number, register
+from keras_curvature.component import check_choice, check_count, check_number, register
 from keras_curvature.linearization.estimates.inputs import input_second_moments
 from keras_curvature.linearization.estimates.local_losses import inputs_of_examples, matches, matching_changes
 from keras_curvature.linearization.layers import kronecker
@@ -79,7 +79,7 @@ class LocoProp(CurvatureOptimizer):
         self.momentum, self.beta, self.epsilon = momentum, beta, epsilon
         check_number(self, "gamma", gamma, low=0, open_low=True)
         check_count(self, "steps", steps)
-        check(self, "loss", loss, loss in ("matching", "squared"), '"matching" or "squared"')
+        check_choice(self, "loss", loss, ("matching", "squared"))
         for argument in ("momentum", "beta"):
             check_number(self, argument, getattr(self, argument), low=0, high=1, open_high=True)
         check_number(self, "epsilon", epsilon, low=0, open_low=True)

@@ -9,8 +9,7 @@ from typing import Any, Literal, Self
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_component, check_number, register
-from keras_curvature.linearization.layers import ends
+from keras_curvature.component import check, check_component, check_flag, check_number, register
 from keras_curvature.optimizers.hidden import SIGN, HiddenMatrices
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers.matrix_parts import LowRankPart, MatrixPart, RowPart
@@ -64,8 +63,8 @@ class Muon(HiddenMatrices):
         per_head: Whether kernels of three axes have a matrix for each head. Defaults to `False`.
         adam_for: A list of regular expressions; Adam steps the kernels whose path matches one of them. It replaces the
             search for embeddings and output layers: `[]` gives Muon every matrix. With `None` they are found as
-            described. If a curved model then has other ends than a plain one would, the first step stores their paths
-            in `adam_for`, so that a saved file has them. Defaults to `None`.
+            described. If a curved model has other ends than a plain one would show, a saved file notes them.
+            Defaults to `None`.
         adam_rate: Learning rate of Adam's steps, in units of `learning_rate`. Defaults to `1.0` (Keras' `Muon`).
         part: A `LowRankPart` or a `RowPart`: the step is orthogonal in a part of the momentum only, and the rest waits
             in the momentum; see `dion` and `dion2`. It excludes `nesterov` and `normalization`. `None`: the whole
@@ -99,6 +98,8 @@ class Muon(HiddenMatrices):
         known = isinstance(scale, str) and scale in SCALES
         check(self, "scale", scale, known, '"moonlight", "jordan", "scion" or "nuclear"')
         check_component(self, "sign", sign, "sign", "NewtonSchulz()")
+        check_flag(self, "nesterov", nesterov)
+        check_flag(self, "per_head", per_head)
         if normalization is not None:
             check_component(self, "normalization", normalization, "after", "SecondMoment()")
         if part is not None:
@@ -174,11 +175,7 @@ class Muon(HiddenMatrices):
     def _left_to_adam(self, variables):
         """The kernels at the two ends of the model, or those that `adam_for` names."""
         if self.adam_for is None:
-            found, by_variables = self.ends(variables), ends.ends_of_variables(variables)
-            if {id(v) for v in found} & {id(v) for v in variables} != {id(v) for v in by_variables}:
-                # a file of the model is loaded as a plain one, which could not tell
-                self.adam_for = [f"^{re.escape(v.path)}$" for v in found]
-            return found
+            return self.ends(variables)
         paths = [getattr(v, "path", v.name) for v in variables]
         unknown = [p for p in self.adam_for if not any(re.search(p, path) for path in paths)]
         if unknown:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_number, check_part, register
+from keras_curvature.component import check, check_choice, check_number, check_part, register
 from keras_curvature.linearization.jacobian.rows import FisherRows
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
@@ -93,13 +93,13 @@ class NaturalGradient(CurvatureOptimizer):
         self.fisher, self.damping, self.solver = fisher, damping, solver
         self.curvature_batch, self.decay, self.memory = curvature_batch, decay, memory
         kinds = ("sampled", "exact", "empirical")
-        check(self, "fisher", fisher, fisher in kinds, '"sampled", "exact" or "empirical"')
+        check_choice(self, "fisher", fisher, kinds)
         self._rule = as_damping(self, damping)
         self._trial = Trial(self._rule, accepts="lower", always=bool(self._rule.every))
         valid = self._rule.every is not None or self._rule.initial > 0
         check(self, "damping", damping, valid, "positive: without damping the matrix may be singular")
         if not isinstance(solver, ConjugateGradient):
-            check(self, "solver", solver, solver in ("auto", *local_models.WAYS), local_models.EXPECTED)
+            check_choice(self, "solver", solver, ("auto", *local_models.WAYS), local_models.EXPECTED)
         check_part(self, "curvature_batch", curvature_batch)
         check_number(self, "decay", decay, low=0, high=1, open_high=True)
         check(self, "decay", decay, not decay or solver == "auto", '0.0, but for `solver="auto"`')

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, register
+from keras_curvature.component import check, check_choice, register
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
@@ -70,7 +70,7 @@ class Newton(CurvatureOptimizer):
         super().__init__(learning_rate, name=name, **kwargs)
         self.damping, self.eigenvalues, self.trust_region = damping, eigenvalues, trust_region
         self._rule = as_damping(self, damping)
-        check(self, "eigenvalues", eigenvalues, eigenvalues in ("absolute", "signed"), '"absolute" or "signed"')
+        check_choice(self, "eigenvalues", eigenvalues, ("absolute", "signed"))
         valid = trust_region is None or isinstance(trust_region, TrustRegion)
         check(self, "trust_region", trust_region, valid, "a `TrustRegion()`, or None")
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_count, check_number, register
+from keras_curvature.component import check, check_choice, check_count, check_number, register
 from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
@@ -62,7 +62,7 @@ class NewtonCG(CurvatureOptimizer):
         trust_region: TrustRegion = TrustRegion(), max_steps: int = 250, tolerance: float = 0.5,
         name: str = "newton_cg", **kwargs: Any,
     ) -> None:  # fmt: skip
-        check(self, "curvature", curvature, curvature in ("gauss_newton", "hessian"), '"gauss_newton" or "hessian"')
+        check_choice(self, "curvature", curvature, ("gauss_newton", "hessian"))
         hessian = curvature == "hessian"
         super().__init__(learning_rate, needs=Needs(hessian=hessian, products=not hessian), name=name, **kwargs)
         self.curvature, self.trust_region = curvature, trust_region

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_component, check_count, check_number, register
+from keras_curvature.component import check_choice, check_component, check_count, check_number, register
 from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
@@ -72,7 +72,7 @@ class NysNewtonCG(CurvatureOptimizer):
         line_search: ArmijoLineSearch = ArmijoLineSearch(slope=0.1, shrink=0.5), name: str = "nys_newton_cg",
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        check(self, "curvature", curvature, curvature in ("gauss_newton", "hessian"), '"gauss_newton" or "hessian"')
+        check_choice(self, "curvature", curvature, ("gauss_newton", "hessian"))
         hessian = curvature == "hessian"
         super().__init__(learning_rate, needs=Needs(hessian=hessian, products=not hessian), name=name, **kwargs)
         self.rank, self.damping, self.every, self.curvature = rank, damping, every, curvature

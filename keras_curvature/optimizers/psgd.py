@@ -5,7 +5,15 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_component, check_count, check_number, is_number, register
+from keras_curvature.component import (
+    check,
+    check_choice,
+    check_component,
+    check_count,
+    check_number,
+    is_number,
+    register,
+)
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Function
@@ -76,13 +84,13 @@ class PSGD(CurvatureOptimizer):
         kind: Literal["whitening", "momentum", "newton"] = "whitening", momentum: float = 0.0, every: int = 1,
         clip: tuple[float, float] | list[float] | Literal["auto"] | None = "auto", name: str = "psgd", **kwargs: Any,
     ) -> None:  # fmt: skip
-        check(self, "kind", kind, kind in tuple(KINDS), f"one of {tuple(KINDS)}")
+        check_choice(self, "kind", kind, tuple(KINDS))
         rate, bounds = KINDS[kind]
         needs = Needs(hessian=True) if kind == "newton" else type(self).needs
         super().__init__(rate if learning_rate is None else learning_rate, needs=needs, name=name, **kwargs)
         self.geometry, self.kind, self.momentum, self.every = geometry, kind, momentum, every
         self.clip = list(clip) if isinstance(clip, tuple) else clip  # as a file gives it back
-        self._clip = bounds if clip == "auto" else self._checked(self.clip)
+        self._clip = bounds if isinstance(clip, str) and clip == "auto" else self._checked(self.clip)
         self._geometry = self._as_geometry(geometry)
         check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
         check(self, "momentum", momentum, momentum > 0 or kind != "momentum", 'more than 0 with `kind="momentum"`')
@@ -90,7 +98,7 @@ class PSGD(CurvatureOptimizer):
 
     def _as_geometry(self, geometry):
         if isinstance(geometry, str):
-            check(self, "geometry", geometry, geometry in GEOMETRIES, f"one of {tuple(GEOMETRIES)} or a component")
+            check_choice(self, "geometry", geometry, GEOMETRIES, f"one of {tuple(GEOMETRIES)} or a component")
             return GEOMETRIES[geometry]()
         check_component(self, "geometry", geometry, "fit", "LowRankGeometry(rank=20)")
         return geometry

@@ -5,9 +5,11 @@ The inverse Hessian `H` is learnt from pairs
     s = the step,    y = the difference of the gradients at its two ends, on the same batch
 
 The search has computed the gradient at the far end, so a pair costs nothing more, and batches may change from step to
-step. If the next step begins at the very weights where this one ended, and its loss is the same (so the batch is), the
-gradient is used again there. Training with the whole set as the batch then costs one evaluation of loss and gradient
-for each length that the search looks at, and a forward pass for Keras' logs.
+step. If the next step begins at the very weights where this one ended, on the same batch by its fingerprint
+(`linearization/pure/fingerprint.py`) and with the same loss, the gradient is used again there. Training with the whole
+set as the batch then costs one evaluation of loss and gradient for each length that the search looks at, and a forward
+pass for Keras' logs. The loss alone would not do: before an output layer of zeros has moved, it is `log(classes)` on
+every batch; and the batch alone not either, because of dropout masks.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -15,9 +17,10 @@ from typing import Any, Literal, NamedTuple
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_component, is_number
+from keras_curvature.component import check, check_choice, check_component, is_number
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
+from keras_curvature.linearization.pure.fingerprint import fingerprint
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.steps.search import OneLength, Search, pick, search_along
@@ -87,7 +90,7 @@ class QuasiNewton(CurvatureOptimizer):
         self.search, self.update, self.initial_scale = search, update, initial_scale
         if search is not None:
             check_component(self, "search", search, "advance", "HagerZhang()")
-        check(self, "update", update, update in ("cautious", "damped"), '"cautious" or "damped"')
+        check_choice(self, "update", update, ("cautious", "damped"))
         if initial_scale is not None:
             valid = is_number(initial_scale) and initial_scale > 0
             check(self, "initial_scale", initial_scale, valid, "a number above 0, or None")
@@ -115,11 +118,12 @@ class QuasiNewton(CurvatureOptimizer):
         return count
 
     def create_state(self, variables: Variables) -> None:
-        """The number of pairs; the last end point, with its loss and gradient, and the `products` of that."""
+        """The number of pairs; the last end point, its loss, batch and gradient, and the `products` of that."""
         self._count = self.add_variable((), initializer="zeros", dtype="int32", name="pairs", aggregation="none")
         self._end = self.add_optimizer_variables(variables, "end")
         self._gradient = self.add_optimizer_variables(variables, "gradient")
         self._loss = self.add_scalar(float("nan"), "loss")
+        self._batch = self.add_variable((), dtype="int32", name="batch", aggregation="none")
         self._products = []
 
     # The step.
@@ -147,10 +151,12 @@ class QuasiNewton(CurvatureOptimizer):
         return d if self.search is None else step  # without a search Keras multiplies by the length
 
     def _gradient_of(self, lin):
-        """The gradient and its products; those of the last end point if weights and loss are the same."""
-        loss = lin.loss
+        """The gradient and its products; those of the last end point if weights, batch and loss are the same."""
+        loss, batch = lin.loss, lin.total(lambda pure, weights: fingerprint(pure.batch))
         last = tf.cast(self._loss.value, loss.dtype)
         same = tf.abs(loss - last) <= SAME_LOSS.get(loss.dtype, SAME_LOSS[tf.float32]) * tf.abs(last)
+        same &= tf.equal(batch, self._batch.value)
+        self.remember(self._batch, batch)
         for here, end in zip(lin.weights, trees.values(self._end)):
             same &= tf.reduce_all(tf.equal(here, end))
 

@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_component, check_number, register
+from keras_curvature.component import check_component, check_flag, check_number, register
 from keras_curvature.linearization.layers.ends import EMBEDDINGS
 from keras_curvature.optimizers.hidden import SIGN, HiddenMatrices
 from keras_curvature.optimizers.limits import NotLinear
@@ -64,7 +64,7 @@ class Scion(HiddenMatrices):
         check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
         for argument, value in (("radius", radius), ("radius_of_ends", radius_of_ends)):
             check_number(self, argument, value, low=0, open_low=True)
-        check(self, "constrained", constrained, isinstance(constrained, bool), "True or False")
+        check_flag(self, "constrained", constrained)
         check_component(self, "sign", sign, "sign", "NewtonSchulz()")
         self.momentum, self.radius, self.radius_of_ends = momentum, radius, radius_of_ends
         self.constrained, self.sign = constrained, sign

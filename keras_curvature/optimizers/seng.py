@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_curvature import trees
@@ -15,6 +16,8 @@ from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.by_layer import warn_of
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.typing import LearningRate, Variables, Vector
+
+ROUNDING = 4.0  # roundings of the trace of `U U'` that the damping is at least
 
 
 @register
@@ -46,7 +49,8 @@ class SENG(CurvatureOptimizer):
     their share, so that `W'W` is the identity in the mean: the code multiplies by the inverse; (8) the low rank is
     that of each example's gradient: the code projects on singular vectors of its slopes; (9) the code also samples
     entries of the rows of smaller layers, above `columns^2` weights; (10) weight decay is Keras': before the step,
-    not part of `v`.
+    not part of `v`; (11) the damping is at least four roundings of the trace of `U U'`: with less, as with float32
+    and targets of size 1e5, that matrix has no Cholesky decomposition, and no step was taken.
 
     Args:
         learning_rate: Multiple of `v`. Defaults to `0.05` (the authors' recipe for CIFAR-10).
@@ -97,9 +101,9 @@ class SENG(CurvatureOptimizer):
         ranks = [self.rank if self._is_sketched(block) else None for block in self._blocks]
         layers = sketches.layers_of(lin, self._blocks, ranks)
         gradients = [layer.block.matrix(lin.gradient) for layer in layers]
-        coefficients = [self._coefficients(layer, g) for layer, g in zip(layers, gradients)]
-        for layer, g, part in zip(layers, gradients, sketches.transposed(layers, coefficients)):
-            damping = trees.exactly(float(self.damping), part.dtype)
+        solved = [self._coefficients(layer, g) for layer, g in zip(layers, gradients)]
+        parts = sketches.transposed(layers, [b for b, _ in solved])
+        for layer, g, part, (_, damping) in zip(layers, gradients, parts, solved):
             layer.block.scatter(-((tf.cast(g, part.dtype) - part) / damping), d)
         for i in self._others:
             d[i] = -lin.gradient[i] / (1.0 + self.damping)
@@ -118,7 +122,7 @@ class SENG(CurvatureOptimizer):
         return self.largest is not None and math.prod(block.shape) > self.largest
 
     def _coefficients(self, layer, g):
-        """`b`, `(examples, 1)`, for the gradient as the matrix of the layer."""
+        """`(b, lambda)`, `(examples, 1)` and a scalar, for the gradient as the matrix of the layer."""
         sketched = self._is_sketched(layer.block)
         sample = sketches.Sample.drawn(layer, self.columns, self.iterations) if sketched else None
         seen = sketches.gathered(layer, sample)
@@ -126,5 +130,6 @@ class SENG(CurvatureOptimizer):
         right = by_layers.times(seen, g if sample is None else sample.of_matrix(g))  # (examples, 1)
         gram = by_layers.gram(seen)[:, 0, :, 0]
         damping = trees.exactly(float(self.damping), gram.dtype)
+        damping = tf.maximum(damping, ROUNDING * np.finfo(gram.dtype.as_numpy_dtype).eps * tf.linalg.trace(gram))
         damped = tf.linalg.set_diag(gram, tf.linalg.diag_part(gram) + damping)
-        return tf.linalg.cholesky_solve(tf.linalg.cholesky(damped), right)
+        return tf.linalg.cholesky_solve(tf.linalg.cholesky(damped), right), damping

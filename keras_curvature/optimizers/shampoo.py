@@ -6,7 +6,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_component, check_count, check_number, register
+from keras_curvature.component import check, check_choice, check_component, check_count, check_number, register
 from keras_curvature.operators import axes
 from keras_curvature.optimizers.by_axis import ByAxis
 from keras_curvature.optimizers.limits import LinearStep, NotLinear, averaged
@@ -102,11 +102,11 @@ class Shampoo(ByAxis):
         check_count(self, "block_size", block_size)
         check_count(self, "max_dimension", max_dimension, or_none=True)
         known = ("adam", "rmsprop", "sgd", None)
-        check(self, "grafting", grafting, grafting in known, '"adam", "rmsprop", "sgd" or None')
+        check_choice(self, "grafting", grafting, known)
         method = "updated" if isinstance(root, RunningRoot) else "inverse_root"
         check_component(self, "root", root, method, "EigenRoot()")
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
-        check(self, "sides", sides, sides in ("all", "shortest"), '"all" or "shortest"')
+        check_choice(self, "sides", sides, ("all", "shortest"))
         self.block_size, self.max_dimension, self.grafting, self.root = block_size, max_dimension, grafting, root
         named = isinstance(factors_dtype, str) and factors_dtype in ("float32", "bfloat16")  # `tf.bfloat16` equals it
         check(self, "factors_dtype", factors_dtype, named, '"float32" or "bfloat16"')

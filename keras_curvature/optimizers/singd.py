@@ -5,7 +5,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_count, check_number, register
+from keras_curvature.component import check_choice, check_count, check_flag, check_number, register
 from keras_curvature.linearization.fisher.sampling import FISHER
 from keras_curvature.linearization.layers import kronecker
 from keras_curvature.linearization.linearization import Linearization
@@ -89,10 +89,10 @@ class SINGD(CurvatureOptimizer):
             check_number(self, argument, factor, low=0, high=1, open_high=True)
         check_number(self, "rate", rate, low=0, high=1, open_low=True, open_high=True)
         check_count(self, "every", every)
-        check(self, "traces", traces, isinstance(traces, bool), "True or False")
-        check(self, "structure", structure, structure in ("dense", "diagonal"), '"dense" or "diagonal"')
-        check(self, "fisher", fisher, fisher in FISHER, '"sampled", "empirical" or "exact"')
-        check(self, "sharing", sharing, sharing in kronecker.SHARING, '"expand" or "reduce"')
+        check_flag(self, "traces", traces)
+        check_choice(self, "structure", structure, ("dense", "diagonal"))
+        check_choice(self, "fisher", fisher, FISHER)
+        check_choice(self, "sharing", sharing, kronecker.SHARING)
 
     def create_state(self, variables: Variables) -> None:
         """The last step; `K, C, M_K, M_C` of each block and `k, m` of each other weight, and how often they changed."""

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 import tensorflow as tf
 
-from keras_curvature.component import check, register
+from keras_curvature.component import check, check_choice, register
 from keras_curvature.linearization.estimates.factor_rows import has_rows, kronecker_rows
 from keras_curvature.linearization.layers import kronecker
 from keras_curvature.operators import Function
@@ -57,7 +57,7 @@ class SKFAC(KFAC):
         fisher: Literal["sampled", "empirical"] = "sampled", kl_clip: float | None = 1e-3,
         curvature_batch: float | None = None, name: str = "skfac", **kwargs: Any,
     ) -> None:  # fmt: skip
-        check(self, "fisher", fisher, fisher in ("sampled", "empirical"), '"sampled" or "empirical"')
+        check_choice(self, "fisher", fisher, ("sampled", "empirical"))
         super().__init__(
             learning_rate, damping, momentum, 1, 1, fisher, "reduce", kl_clip, curvature_batch, "kfac", name=name,
             **kwargs,

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_count, check_number, register
+from keras_curvature.component import check, check_choice, check_count, check_flag, check_number, register
 from keras_curvature.operators import axes
 from keras_curvature.optimizers.hidden import SIGN, HiddenMatrices
 from keras_curvature.optimizers.kl_factors import KLFactors
@@ -87,9 +87,9 @@ class SOAP(KLFactors, HiddenMatrices):
         for argument, count in (("max_dimension", max_dimension), ("merge", merge)):
             check_count(self, argument, count)
         check_every(self, "every", every)
-        check(self, "factors", factors, factors in ("shampoo", "kl"), '"shampoo" or "kl"')
-        check(self, "sign", sign, isinstance(sign, bool), "True or False")
-        check(self, "sides", sides, sides in ("all", "shortest"), '"all" or "shortest"')
+        check_choice(self, "factors", factors, ("shampoo", "kl"))
+        check_flag(self, "sign", sign)
+        check_choice(self, "sides", sides, ("all", "shortest"))
         self.beta_1, self.beta_2, self.epsilon, self.every = beta_1, beta_2, epsilon, every
         self.max_dimension, self.merge, self.factors, self.sign = max_dimension, merge, factors, sign
         self.sides, self.block_size = sides, block_size

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_number, register
+from keras_curvature.component import check_choice, check_number, register
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal
@@ -71,7 +71,7 @@ class SquareRootFreeAdam(LimitedDiagonalOptimizer):
         fisher: Literal["empirical", "sampled"] = "empirical", step_max: float | None = 3.0,
         name: str = "square_root_free_adam", **kwargs: Any,
     ) -> None:  # fmt: skip
-        check(self, "fisher", fisher, fisher in ("empirical", "sampled"), '"empirical" or "sampled"')
+        check_choice(self, "fisher", fisher, ("empirical", "sampled"))
         needs = Needs(only_gradients=fisher == "empirical")
         super().__init__(learning_rate, needs=needs, name=name, **kwargs)
         self.beta_1, self.beta_2, self.epsilon, self.fisher = beta_1, beta_2, epsilon, fisher

@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_curvature import keras_internals, trees
-from keras_curvature.component import check, is_number
+from keras_curvature.component import check, check_flag, is_number
 from keras_curvature.optimizers.cautious import agreeing, decaying
 from keras_curvature.optimizers.hyperball import on_spheres
 from keras_curvature.optimizers.state import SavedOptimizer
@@ -63,7 +63,7 @@ class WrappedOptimizer(SavedOptimizer):
         """Refuse values of another kind, and where no step is handed to Keras."""
         for name in SWITCHES:
             value = getattr(self, name)
-            check(self, name, value, isinstance(value, bool), "True or False")
+            check_flag(self, name, value)
         scales = self.scales
         numbers = isinstance(scales, (list, tuple)) and len(scales) > 0 and all(is_number(c) and c >= 0 for c in scales)
         expected = "a list of numbers >= 0 (`float` or `int`), such as `mup_scales(...).rates`, or None"

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_count, check_number, register
+from keras_curvature.component import check_count, check_flag, check_number, register
 from keras_curvature.operators import LinearOperator
 from keras_curvature.solvers.base import Solution, Solver, require_psd
 from keras_curvature.typing import Vector
@@ -60,7 +60,7 @@ class ConjugateGradient(Solver):
         check_count(self, "max_steps", self.max_steps)
         check_number(self, "progress_tolerance", self.progress_tolerance, low=0)
         check_number(self, "residual_tolerance", self.residual_tolerance, low=0)
-        check(self, "truncate", self.truncate, isinstance(self.truncate, bool), "True or False")
+        check_flag(self, "truncate", self.truncate)
 
     def solve(
         self, operator: LinearOperator, rhs: Vector, start: Vector | None = None,

@@ -20,7 +20,7 @@ may find the others later). The only multiple eigenvalue of a network is zero.
 import numpy as np
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_count, check_number
+from keras_curvature.component import check, check_count, check_flag, check_number
 from keras_curvature.operators import LinearOperator
 from keras_curvature.solvers import flat
 from keras_curvature.solvers.krylov import Process, Tridiagonal
@@ -111,7 +111,7 @@ def eigenpairs(
     check_count(eigenpairs, "k", k)
     _check_metric(eigenpairs, metric)
     check_number(eigenpairs, "tolerance", tolerance, low=0, open_low=True)
-    check(eigenpairs, "most_negative", most_negative, isinstance(most_negative, bool), "True or False")
+    check_flag(eigenpairs, "most_negative", most_negative)
     check_number(eigenpairs, "memory_limit", memory_limit, low=0)
     most = max_products if max_products is not None else 300 + 20 * k
     check_count(eigenpairs, "max_products", most)

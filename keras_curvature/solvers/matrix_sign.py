@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, TypeAlias
 import numpy as np
 import tensorflow as tf
 
-from keras_curvature.component import Component, check, check_count, register
+from keras_curvature.component import Component, check, check_choice, check_count, register
 from keras_curvature.trees import rounds_products
 
 Bound: TypeAlias = Literal["frobenius", "gram"]
@@ -82,7 +82,7 @@ class MatrixSign(Component):
 
     def __post_init__(self):
         check_count(self, "steps", self.steps)
-        check(self, "bound", self.bound, self.bound in ("frobenius", "gram"), '"frobenius" or "gram"')
+        check_choice(self, "bound", self.bound, ("frobenius", "gram"))
 
 
 @register

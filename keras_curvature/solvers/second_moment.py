@@ -5,7 +5,7 @@ from typing import Literal
 
 import tensorflow as tf
 
-from keras_curvature.component import Component, check, check_number, register
+from keras_curvature.component import Component, check_choice, check_number, register
 from keras_curvature.typing import Shape
 
 EPSILON = 1e-10  # added to the second moment, for rows that have never moved
@@ -55,7 +55,7 @@ class SecondMoment(Normalization):
     beta: float = 0.95
 
     def __post_init__(self):
-        check(self, "per", self.per, self.per in ("output", "entry"), '"output" or "entry"')
+        check_choice(self, "per", self.per, ("output", "entry"))
         check_number(self, "beta", self.beta, low=0, high=1, open_high=True)
 
     def shape(self, matrix: Shape) -> Shape:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_curvature.component import Component, check, check_count, check_number, register
+from keras_curvature.component import Component, check, check_choice, check_count, check_number, register
 from keras_curvature.steps.search import (
     CONDITIONS_MET,
     INTERVAL,
@@ -95,7 +95,7 @@ class HagerZhang(Component):
         check_number(self, "error", self.error, low=0)
         check_number(self, "expand", self.expand, low=1, open_low=True)
         check_number(self, "shrink", self.shrink, low=0, high=1, open_low=True, open_high=True)
-        check(self, "checks", self.checks, self.checks in ("all", "secant"), '"all" or "secant"')
+        check_choice(self, "checks", self.checks, ("all", "secant"))
         check_count(self, "max_evaluations", self.max_evaluations)
 
     def begin(self, start: Point, first: tf.Tensor) -> State:

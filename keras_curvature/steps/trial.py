@@ -20,7 +20,7 @@ from typing import Literal
 
 import tensorflow as tf
 
-from keras_curvature.component import check
+from keras_curvature.component import check_choice
 from keras_curvature.steps.damping import Damping
 
 ACCEPTS = ("lower", "finite", "any")
@@ -69,8 +69,8 @@ class Trial:
     always: bool = False
 
     def __post_init__(self):
-        check(self, "accepts", self.accepts, self.accepts in ACCEPTS, f"one of {', '.join(map(repr, ACCEPTS))}")
-        check(self, "at", self.at, self.at in ("first", "last"), '"first" or "last"')
+        check_choice(self, "accepts", self.accepts, ACCEPTS)
+        check_choice(self, "at", self.at, ("first", "last"))
 
     @property
     def looks(self) -> bool:

@@ -84,6 +84,7 @@ class Reports:
 
 
 def reported_of(model):
-    """The `Reported` of a model; `None` for a plain model, and before the first step of a curved model."""
-    reports = getattr(model, "_curved_reports", None)
-    return reports.metric if isinstance(reports, Reports) else None
+    """The `Reported` of the optimizer of a model; `None` for a plain model, and before its first step."""
+    reports, optimizer = getattr(model, "_curved_reports", None), getattr(model, "optimizer", None)
+    known = isinstance(reports, Reports) and reports.optimizer is getattr(optimizer, "inner_optimizer", optimizer)
+    return reports.metric if known else None

@@ -57,7 +57,11 @@ class CurvedStep:
         logs = dict(self.compute_metrics(x, y, outputs, sample_weight=sample_weight))
         if "loss" in logs:  # before any batch counts, the mean is undefined, not 0
             logs["loss"] = tf.where(keras_internals.loss_tracker(self).count.value > 0, logs["loss"], float("nan"))
-        return {**logs, **self._curved_reports.update(reported)} if reported else logs
+        if not reported:
+            return logs
+        reports = self._curved_reports.update(reported)
+        _refuse_names_of_reports(self._curved_reports.optimizer, [name for name in reports if name in logs])
+        return {**logs, **reports}
 
     def _steps_by_linearization(self):
         """Whether our step must replace Keras'.
@@ -110,6 +114,17 @@ def _refuse_overwritten(variables):
             "A curved model cannot train weights with `overwrite_with_gradient`, such as the scales of float8 layers. "
             f"Received: {', '.join(names)}. Train in another precision; or without `keras_curvature.curved`, by an "
             "optimizer that needs only gradients, such as `Neumann`, `SOAP` or `Shampoo`."
+        )
+
+
+def _refuse_names_of_reports(optimizer, names):
+    """Raise a `ValueError` for metrics of the model with names of reports: the logs have room for one of the two."""
+    if names:
+        raise ValueError(
+            f"`{type(optimizer).__name__}` reports {', '.join(map(repr, sorted(optimizer.logged)))} in the logs of "
+            f"`fit`, where a metric of the model has the same name. Received: {', '.join(map(repr, names))} among the "
+            "model's metrics. Give the metric another name, such as "
+            f"`keras.metrics.Mean(name='my_{names[0]}')`."
         )
 
 

@@ -27,7 +27,7 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import keras_internals
-from keras_curvature.component import check
+from keras_curvature.component import check_choice
 from keras_curvature.linearization.fisher import likelihoods, of_losses
 from keras_curvature.linearization.pure import batch_axis, randomness, slices
 
@@ -46,7 +46,7 @@ class Weighed:
 
 def cotangents(recorded, fisher, seed):
     """Cotangents of a `Pass`, as `Pass.cotangents` explains."""
-    check(cotangents, "fisher", fisher, fisher in FISHER, '"sampled", "empirical" or "exact"')
+    check_choice(cotangents, "fisher", fisher, FISHER)
     recorded.require_leaves()
     if fisher == "empirical":
         return _empirical(recorded)

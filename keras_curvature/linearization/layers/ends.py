@@ -40,9 +40,9 @@ def ends_of_model(model):
     graph = graph_of(model)
     if graph is None:
         return found + ends_of_variables(model.trainable_variables)
-    seen = set()
+    known = {}
     for output in graph.outputs:
-        found += _last_kernels(output, seen)
+        found += _last_kernels(output, known)
     return found
 
 
@@ -53,20 +53,20 @@ def graph_of(model):
     return model if isinstance(model, Functional) else None
 
 
-def _last_kernels(tensor, seen):
-    """The kernels of the last layers on all ways to a tensor."""
+def _last_kernels(tensor, known):
+    """The kernels of the last layers on all ways to a tensor; `known` are those of the tensors before."""
     layer, inputs = keras_internals.made_by(tensor)
-    if (id(layer), id(tensor)) in seen:
-        return []
-    seen.add((id(layer), id(tensor)))
-    graph = graph_of(layer)
-    found = []
-    if graph is not None:
-        for output in graph.outputs:
-            found += _last_kernels(output, seen)
-    elif isinstance(layer, keras.layers.Layer):
-        found = [v for v in layer.weights if is_kernel(v)][-1:]
-    if not found:
-        for given in inputs:
-            found += _last_kernels(given, seen)
-    return found
+    key = (id(layer), id(tensor))
+    if key not in known:
+        graph = graph_of(layer)
+        found = []
+        if graph is not None:
+            for output in graph.outputs:
+                found += _last_kernels(output, known)
+        elif isinstance(layer, keras.layers.Layer):
+            found = [v for v in layer.weights if is_kernel(v)][-1:]
+        if not found:
+            for given in inputs:
+                found += _last_kernels(given, known)
+        known[key] = found
+    return known[key]

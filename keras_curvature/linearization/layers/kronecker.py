@@ -36,7 +36,7 @@ import dataclasses
 import keras
 
 from keras_curvature import keras_internals, trees
-from keras_curvature.component import check
+from keras_curvature.component import check_choice
 from keras_curvature.linearization.layers.kinds import weights_of
 from keras_curvature.linearization.layers.weights import DIAGONAL, Weights
 
@@ -111,7 +111,7 @@ def blocks(model, sharing="expand"):
         `(blocks, diagonal, unsupported)`: a list of `Block`; the indices of the variables outside all blocks; and their
         paths.
     """
-    check(blocks, "sharing", sharing, sharing in SHARING, '"expand" or "reduce"')
+    check_choice(blocks, "sharing", sharing, SHARING)
     position = {id(v): i for i, v in enumerate(model.trainable_variables)}
     found = [_trainable(w, position) for w in _candidates(model) if w.kernel is None or id(w.kernel) in position]
     owners = _owners(model, found)

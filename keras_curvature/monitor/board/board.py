@@ -7,7 +7,7 @@ from typing import Any, Literal
 import keras
 
 from keras_curvature import replicas
-from keras_curvature.component import check, check_count, check_number
+from keras_curvature.component import check, check_choice, check_count, check_number
 from keras_curvature.monitor.board import about, first_batch, layout, live
 from keras_curvature.monitor.board.budget import Budget, Costs
 from keras_curvature.monitor.board.events import make_folder
@@ -89,8 +89,8 @@ class CurvatureBoard(keras.callbacks.Callback):
         check(self, "log_dir", log_dir, bool(log_dir) and isinstance(log_dir, (str, os.PathLike)), "a path")
         check_number(self, "budget", budget, low=0, high=1, open_high=True)
         check_count(self, "examples", examples)
-        check(self, "kind", kind, kind in kinds.KINDS, kinds.EXPECTED)
-        check(self, "report_at", report_at, report_at in ("end", "epoch", None), '"end", "epoch" or None')
+        check_choice(self, "kind", kind, kinds.KINDS, kinds.EXPECTED)
+        check_choice(self, "report_at", report_at, ("end", "epoch", None))
         layout.check_tensorboard(self)
         self.log_dir, self.data, self.budget, self.examples = os.fspath(log_dir), data, budget, examples
         self.kind, self.report_at = kind, report_at

@@ -19,7 +19,7 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from keras_curvature.component import check, check_count, check_number
+from keras_curvature.component import check_count, check_flag, check_number
 from keras_curvature.monitor.noise.average import from_sums, scale_of
 from keras_curvature.monitor.noise.parts import check_memory, inner_products, sums_of_parts
 
@@ -144,7 +144,7 @@ def noise(objective, micro_batch=8, parts=16, curvature=True):
     """
     check_count(noise, "micro_batch", micro_batch)
     check_count(noise, "parts", parts, low=2)
-    check(noise, "curvature", curvature, isinstance(curvature, bool), "True or False")
+    check_flag(noise, "curvature", curvature)
     check_memory(objective.variables, parts)
     swept = sums_of_parts(objective, micro_batch, parts)
     if len(swept) < 2:

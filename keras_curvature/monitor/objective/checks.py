@@ -5,7 +5,7 @@ import math
 import tensorflow as tf
 
 from keras_curvature import keras_internals, trees
-from keras_curvature.component import check, check_count
+from keras_curvature.component import check_choice, check_count, check_flag
 from keras_curvature.linearization.fisher import of_losses
 from keras_curvature.linearization.pure.functional import check_model
 from keras_curvature.monitor.objective.kinds import EXPECTED, KINDS
@@ -17,10 +17,10 @@ TOLERANCES = {"float32": (5e-5, 1e-6), "float64": (1e-10, 1e-10)}
 def check_arguments(owner, model, kind, examples, batch_size, training, seed):
     """Check the arguments of an `Objective` that can be checked without data."""
     check_model(owner, model)
-    check(owner, "kind", kind, kind in KINDS, EXPECTED)
+    check_choice(owner, "kind", kind, KINDS, EXPECTED)
     for name, value in (("examples", examples), ("batch_size", batch_size)):
         check_count(owner, name, value, or_none=True)
-    check(owner, "training", training, isinstance(training, bool), "True or False")
+    check_flag(owner, "training", training)
     check_count(owner, "seed", seed, low=0)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_curvature import keras_internals, replicas, trees
-from keras_curvature.component import check
+from keras_curvature.component import check_flag
 from keras_curvature.linearization.fisher import convexity
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
@@ -122,7 +122,7 @@ class Objective:
 
     def in_mode(self, training: bool) -> "Objective":
         """An `Objective` on the same examples in the same batches, in training mode or in inference mode."""
-        check(Objective.in_mode, "training", training, isinstance(training, bool), "True or False")
+        check_flag(Objective.in_mode, "training", training)
         if training == self.training:
             return self
         other = copy.copy(self)

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import keras_internals, replicas
-from keras_curvature.component import check, check_count
+from keras_curvature.component import check, check_count, check_flag
 from keras_curvature.training.callbacks.chief import is_chief
 from keras_curvature.training.callbacks.fits import Fit
 from keras_curvature.training.callbacks.shares import Shares
@@ -85,6 +85,8 @@ class Checkpoint(keras.callbacks.Callback):
         check(self, "directory", directory, bool(directory) and isinstance(directory, (str, os.PathLike)), "a path")
         check_count(self, "keep", keep)
         check_count(self, "every", every, or_none=True)
+        check_flag(self, "on_signal", on_signal)
+        check_flag(self, "skip_batches", skip_batches)
         self.directory, self.every, self.keep = os.fspath(directory), every, keep
         self.on_signal, self.skip_batches = on_signal, skip_batches
 

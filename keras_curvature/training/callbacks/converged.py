@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_curvature.component import check, check_count, check_number
+from keras_curvature.component import check_choice, check_count, check_number
 from keras_curvature.steps.search import ENDS
 from keras_curvature.training.first_call import say
 from keras_curvature.typing import Logs
@@ -39,7 +39,7 @@ class Converged(keras.callbacks.Callback):
         for name, value in (("gradient", gradient), ("loss", loss)):
             check_number(self, name, value, low=0, or_none=True)
         check_count(self, "patience", patience)
-        check(self, "verbose", verbose, verbose in (0, 1), "0 or 1")
+        check_choice(self, "verbose", verbose, (0, 1))
         self.gradient, self.loss, self.patience, self.verbose = gradient, loss, patience, verbose
         self.reason: str | None = None
 

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_curvature.component import check_flag
 from keras_curvature.optimizers.neumann import Neumann
 from keras_curvature.training.models import CurvedMixin
 from keras_curvature.training.step import unwrap
@@ -22,7 +23,8 @@ class SwapNeumannWeights(keras.callbacks.Callback):
             otherwise. Defaults to `False`.
 
     Raises:
-        ValueError: At the start of `fit`, if the model's optimizer is not `Neumann`.
+        ValueError: `swap_on_epoch` is not `True` or `False`; at the start of `fit`, if the model's optimizer is not
+            `Neumann`.
 
     Example:
 
@@ -35,6 +37,7 @@ class SwapNeumannWeights(keras.callbacks.Callback):
 
     def __init__(self, swap_on_epoch: bool = False) -> None:
         super().__init__()
+        check_flag(self, "swap_on_epoch", swap_on_epoch)
         self.swap_on_epoch = swap_on_epoch
         self._displaced = None
 
