@@ -178,11 +178,14 @@ def add_up(values):
     return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
-def gather(rows):
-    """The rows (axis 0) of a per-replica tensor, one replica after the other, the same on all of them."""
+def gather(rows, at=None):
+    """The rows (axis 0) of a per-replica tensor, one replica after the other, the same on all of them.
+
+    `at`: what `place` says of the rows; without it, `gather` asks.
+    """
     if count() == 1:
         return rows
-    start, whole = place(lambda a: tf.shape(a)[0] if a.shape[0] is None else a.shape[0], rows)
+    start, whole = place(lambda a: tf.shape(a)[0] if a.shape[0] is None else a.shape[0], rows) if at is None else at
     lengths = _lengths(rows)
 
     def among_all(rows, start):

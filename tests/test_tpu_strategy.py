@@ -90,8 +90,8 @@ def counts_of_examples(optimizer):
         return 2  # at the weights and uphill, or after the step
     if isinstance(optimizer, kc.SKFAC):  # and for the rows of both factors of each layer that has them
         return 1 + 2 * sum(block.sharing == "reduce" for block in optimizer._blocks)
-    if isinstance(optimizer, kc.SENG):  # and for the inputs and slopes of each layer
-        return 1 + 2 * len(optimizer._blocks)
+    if isinstance(optimizer, kc.SENG):  # and for each layer, to gather and to sum, with the lengths of both tensors
+        return 1 + 4 * len(optimizer._blocks)
     return 2 if getattr(optimizer, "curvature_batch", None) else 1
 
 

@@ -72,7 +72,8 @@ def gathered(layer: Layer, sample: "Sample | None" = None) -> Layer:
         return own.a, own.d
 
     a, d = replicas.each(local, layer.a, layer.d)
-    return dataclasses.replace(layer, a=replicas.gather(a), d=replicas.gather(d))
+    at = _place(layer)
+    return dataclasses.replace(layer, a=replicas.gather(a, at), d=replicas.gather(d, at))
 
 
 def transposed(layers: Sequence[Layer], coefficients: Sequence[tf.Tensor]) -> Vector:
@@ -84,7 +85,7 @@ def transposed(layers: Sequence[Layer], coefficients: Sequence[tf.Tensor]) -> Ve
     """
     if not layers:
         return []  # replicas cannot sum nothing
-    starts = [replicas.place(lambda a: sizes(a)[0], layer.a)[0] for layer in layers]
+    starts = [_place(layer)[0] for layer in layers]
 
     def local(starts, pairs):
         own = [dataclasses.replace(layer, a=a, d=d) for layer, (a, d) in zip(layers, pairs, strict=True)]
@@ -92,6 +93,11 @@ def transposed(layers: Sequence[Layer], coefficients: Sequence[tf.Tensor]) -> Ve
         return [by_layers.transposed(layer, u) for layer, u in zip(own, parts)]
 
     return replicas.total(local, starts, [(layer.a, layer.d) for layer in layers])
+
+
+def _place(layer):
+    """`(start, total)`: where the rows of each replica are among those of all."""
+    return replicas.place(lambda a: sizes(a)[0], layer.a)
 
 
 def _of_block(block, seen, slopes, rank):
