@@ -40,7 +40,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_curvature import GaussNewton, LevenbergMarquardt, curved, problems
+from keras_curvature import GaussNewton, LevenbergMarquardt, Nielsen, curved, problems
 from keras_curvature.problems.regression import CURVES
 
 SEEDS = range(5)
@@ -52,6 +52,8 @@ METHODS = {
 PINN = {
     "More, Nielsen, geodesic": lambda: GaussNewton.levenberg_marquardt(),
     "identity, Nielsen, geodesic": lambda: GaussNewton(geodesic=True),
+    # the book's first damping far from a solution
+    "More, tau 1e-3, geodesic": lambda: GaussNewton.levenberg_marquardt(damping=Nielsen(tau=1e-3)),
 }
 
 
