@@ -178,9 +178,14 @@ def dense(layer):
         one_hot = tf.one_hot(a[:, 0, :, 0], block.shape[0], dtype=d.dtype)
         matrices = tf.einsum("bti,bktj->bkij", one_hot, d[:, :, 0])
     else:
-        matrices = tf.einsum("bgti,bkgtj->bkgij", a, d)
+        matrices = matrices_of(a, d)
     matrices = tf.reshape(matrices, [-1, *block.shape])
     return tf.vectorized_map(block.tensors, matrices)
+
+
+def matrices_of(a, d):
+    """The rows as matrices `(examples, rows, groups, d_in, d_out)`, of inputs that are no indices, and slopes."""
+    return tf.einsum("bgti,bkgtj->bkgij", a, d)
 
 
 def _in_pieces(layer):
@@ -189,7 +194,7 @@ def _in_pieces(layer):
     examples, count, groups, _, d_out = d.shape
     size = max(1, AT_A_TIME // ((examples or USUAL) * count * groups * d_out))
     for begin in range(0, a.shape[-1], size):
-        A = tf.einsum("bgti,bkgtj->bkgij", a[..., begin : begin + size], d)
+        A = matrices_of(a[..., begin : begin + size], d)
         yield tf.reshape(A, [-1, math.prod(A.shape[2:])])
 
 

@@ -121,7 +121,7 @@ def _rows_are_smaller(layer):
 
 def _as_rows(layer):
     """A layer with the same rows at a single position: as its inputs, with the slope 1."""
-    rows = tf.einsum("bgti,bgtj->bgij", layer.a, layer.d[:, 0])
+    rows = by_layers.matrices_of(layer.a, layer.d)
     flat = tf.reshape(rows, [sizes(rows)[0], 1, 1, math.prod(rows.shape[1:])])
     return dataclasses.replace(layer, a=flat, d=tf.ones([sizes(rows)[0], 1, 1, 1, 1], rows.dtype))
 
