@@ -304,6 +304,28 @@ def test_foreign_state_is_left_out_with_a_warning_and_the_weights_are_loaded(for
     assert_same([v.numpy() for v in model.optimizer.variables], expected)
 
 
+@pytest.mark.parametrize("cls", [kc.LBFGS, kc.BFGS, kc.KBFGS])
+def test_state_of_an_earlier_version_that_lacks_a_variable_is_loaded(cls):
+    def trained(epochs):
+        keras.utils.set_random_seed(0)
+        model = kc.curved(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]))
+        model.compile(cls(), "mse", jit_compile=False)
+        x = np.linspace(-1, 1, 24, dtype="float32").reshape(8, 3)
+        return model, model.fit(x, np.sin(x[:, :2]), batch_size=8, epochs=epochs, verbose=0).history["loss"]
+
+    (model, _), store = trained(2), {}
+    old = model.optimizer
+    later = [v.name in cls.later for v in old.variables]
+    assert sum(later) == 1
+    old.save_own_variables(store)
+    entries = [store[str(i)] for i, is_later in enumerate(later) if not is_later]
+    again, _ = trained(1)
+    kept = again.optimizer.variables[later.index(True)].numpy()
+    again.optimizer.load_own_variables({"owner": store["owner"], **{str(i): v for i, v in enumerate(entries)}})
+    for new, before, is_later in zip(again.optimizer.variables, old.variables, later):
+        np.testing.assert_array_equal(new, kept if is_later else before)
+
+
 def test_a_run_that_has_not_begun_brings_its_learning_rate_only_to_its_own_class(tmp_path):
     path, weights = saved_by(kc.AdaHessian(0.5), tmp_path, fitted=False)
     model = make("adahessian", "curved")

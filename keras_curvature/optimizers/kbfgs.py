@@ -73,6 +73,7 @@ class KBFGS(ByInputs):
     ```
     """
 
+    later = ("length",)
     reports = {"failed_refreshes": "sum", "length": "mean", "step_norm": "mean", "skipped_steps": "sum"}
 
     def __init__(

@@ -77,6 +77,7 @@ class QuasiNewton(CurvatureOptimizer):
     """
 
     needs = Needs()
+    later = ("batch",)
     reports = {
         "evaluations": "sum", "step_length": "mean", "pairs": "last", "curvature": "last", "gradient_max": "last",
         "search_end": "last", "resets": "sum", "overflows": "sum", "step_norm": "mean", "skipped_steps": "sum",

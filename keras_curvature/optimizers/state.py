@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import keras
 import numpy as np
@@ -78,7 +78,13 @@ def _is_integer(dtype):
 
 
 class SavedOptimizer(AveragedWeights):
-    """The part of `CurvatureOptimizer` that Keras calls to save and load."""
+    """The part of `CurvatureOptimizer` that Keras calls to save and load.
+
+    Attributes:
+        later: Names of variables that files of earlier versions lack, and that keep their values when one is loaded.
+    """
+
+    later: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, learning_rate: LearningRate, **kwargs: Any) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
@@ -110,8 +116,11 @@ class SavedOptimizer(AveragedWeights):
         if not stored.values:
             return
         variables = self.variables
+        earlier = [variable for variable in variables if variable.name not in self.later]
         if stored.owner is not None and len(stored.values) <= self._unbuilt_count:
             variables = variables[: len(stored.values)]  # saved before the first step
+        elif len(stored.values) == len(earlier):
+            variables = earlier
         problem = stored.mismatch(variables)
         if problem is not None:
             self._skip(problem)

@@ -69,7 +69,7 @@ class Trial:
     always: bool = False
 
     def __post_init__(self):
-        check_choice(self, "accepts", self.accepts, ACCEPTS)
+        check_choice(self, "accepts", self.accepts, ACCEPTS, f"one of {', '.join(map(repr, ACCEPTS))}")
         check_choice(self, "at", self.at, ("first", "last"))
 
     @property
