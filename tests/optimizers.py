@@ -159,7 +159,8 @@ OPTIMIZERS = {
     "skfac": Method(kc.SKFAC, {}, {"learning_rate": 0.1}),
     "seng": Method(kc.SENG, {"damping": 0.1}, {"learning_rate": 0.1, "damping": 0.1}, steps=300),
     "seng_sketched": Method(
-        kc.SENG, {"damping": 0.1, "rank": 2, "columns": 3, "largest": 0}, {"learning_rate": 0.1, "columns": 5},
+        kc.SENG, {"damping": 1.0, "rank": 2, "columns": 3, "largest": 0},
+        {"learning_rate": 0.1, "damping": 0.1, "columns": 5},
         steps=300,
     ),
     "tnt": Method(kc.TNT, {"learning_rate": 1e-3, "damping": 0.1, **LAZY},

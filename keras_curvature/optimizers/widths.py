@@ -57,15 +57,15 @@ def mup_scales(model: keras.Model, base: keras.Model, steps: str) -> MupScales:
 
         rate = n_out^p n_in^-q,      initial = (rms of the base's weight) n_in^-a / (rms of the model's weight)
 
-    with `n_in` and `n_out` the growth of a kernel's inputs and outputs from `base` to `model`, and `a` 0 for kernels
-    whose inputs do not grow, 1/2 for those with growing outputs too, else 1. `(p, q)` depends on the method: see
+    with `n_in` and `n_out` the growth of a kernel's inputs and outputs from `base` to `model`. `a` is 0 for kernels
+    whose inputs do not grow, 1/2 for those whose outputs grow too, else 1. `(p, q)` depends on the method: see
     `optimizers/widths.py` for the table, the references and what was measured.
 
     Tune the learning rate on `base`, and train `model` with it. `base` is the same network in other widths, freshly
-    initialized. Limits: where attention heads become wider, their scores should be divided by the width and not by its
-    root, which Keras does; a `damping` or `epsilon` that is large beside what it is added to, or a limit on the step
-    such as `kl_clip`, makes steps of another size. The optimizer takes these factors as `scales`, as every method does
-    that hands a whole step to Keras.
+    initialized. Two limits: (1) where attention heads become wider, their scores should be divided by the width; Keras
+    divides by its root. (2) A `damping` or `epsilon` that is large beside what it is added to makes steps of another
+    size, and so does a limit on the step such as `kl_clip`. The optimizer takes these factors as `scales`, as every
+    method does that hands a whole step to Keras.
 
     Args:
         model: A built `keras.Model`, not trained yet.

@@ -114,7 +114,7 @@ def burgers(points: int = 40, widths: tuple[int, ...] = (20, 20, 20)) -> Problem
         u_t + u u_x = 0.01 / pi u_xx,    u(0, x) = -sin(pi x),    u(t, -1) = u(t, 1) = 0
 
     for `t` in [0, 1] and `x` in [-1, 1]. The data are `points^2` scattered points inside, denser towards `x = 0`, and
-    `points` on each of three sides, so weighted that the loss is the mean square of the equation plus ten times that of
+    `points` on each of three sides. Their weights make the loss the mean square of the equation plus ten times that of
     the data.
 
     Reference: Raissi, Perdikaris and Karniadakis, "Physics-informed neural networks" (2019), appendix A, with another

@@ -127,8 +127,8 @@ def convection(beta: float = 40.0, points: int = 10000, width: int = 200, depth:
 
         u_t + beta u_x = 0,      u(x, 0) = sin(x),      u* = sin(x - beta t),      0 < x < 2 pi,  0 < t < 1
 
-    The data are random points of the paper's grid of 255 x 100, 257 points where it begins and 101 on each end, so
-    weighted that the loss is the sum of the mean squares of each part.
+    The data are random points of the paper's grid of 255 x 100, 257 points where it begins and 101 on each end. Their
+    weights make the loss the sum of the mean squares of each part.
 
     Reference: Rathore, Lei, Frangella, Lu and Udell, "Challenges in training PINNs: a loss landscape perspective"
     (2024), appendix A. Difference: (1) no factor 1/2.

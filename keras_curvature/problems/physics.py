@@ -53,7 +53,7 @@ def poisson(dimension: int = 2, points: int = 30, width: int = 32) -> Problem:
         -laplace(u) = d pi^2 prod_i sin(pi x_i),      u = 0 on the boundary,      u* = prod_i sin(pi x_i)
 
     The data are `points^d` points inside, and `points` on each side of the square (in more dimensions `points^2` random
-    points on the boundary), so weighted that the loss is the mean square of the equation plus that of the boundary. For
+    points on the boundary). Their weights make the loss the mean square of the equation plus that of the boundary. For
     float64: `keras.config.set_floatx("float64")`.
 
     Reference: Mueller and Zeinhofer, "Achieving high accuracy with PINNs via energy natural gradients" (2023), section

@@ -1,7 +1,7 @@
 """The rows of the Jacobian by layers: from the inputs and slopes of each layer, without an array of rows.
 
-With the input `a_bt` of a layer at position `t` of example `b`, and the slope `d_bkt` of row `k` of this example in the
-layer's output, the rows of its weights, and its share of the Gram matrix, are
+Let `a_bt` be the input of a layer at position `t` of example `b`, and `d_bkt` the slope of row `k` of this example in
+the layer's output. The rows of its weights, and its share of the Gram matrix, are
 
     A_bk = sum_t a_bt d_bkt'                                (d_in [+ 1], d_out)
     (A A')_bk,cl = sum_ts (a_bt' a_cs) (d_bkt' d_cls)       at one position: (a a') * (d d'), elementwise

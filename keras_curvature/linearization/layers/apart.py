@@ -1,10 +1,10 @@
 """Whether the examples of a batch stay apart: no layer of a model mixes them, and weights are used by layers alone.
 
-Then the row of the Jacobian for one output of one example is made of the inputs and slopes that its layers have at this
-example, and one backward pass gives the slopes of all examples. Neither can be read off a layer: batch normalization
-mixes by its statistics, code of the user's may do anything, and a physics-informed model differentiates inside its
-`call`, where the weights are used once more, unseen. So this is a list of what is known: sequential and functional
-models of Keras' own layers.
+Then one row of the Jacobian, of one output of one example, is made of the inputs and slopes that the layers have at
+this example, and one backward pass gives the slopes of all examples. A layer does not tell whether that is so. Batch
+normalization mixes by its statistics. Code of the user's may do anything. A physics-informed model differentiates
+inside its `call`, which uses the weights once more, unseen. So this is a list of what is known: sequential and
+functional models of Keras' own layers.
 """
 
 import keras
