@@ -1,5 +1,6 @@
 """What the tests of several methods share."""
 
+import gc
 import os
 
 import pytest
@@ -37,8 +38,19 @@ def _owner(item):
     if module == "test_products":  # everything about a case is computed once
         return f"{module} {item.callspec.params.get('name') if hasattr(item, 'callspec') else ''}"
     fixtures = {"two_replicas", "logistic", "shown"} & set(item.fixturenames)
-    whole = {"test_replicas", "test_scaling", "test_slices", "test_table_1", "test_tpu", "test_tpu_program"}
+    whole = {"test_annotations", "test_replicas", "test_scaling", "test_slices", "test_table_1", "test_tpu", "test_tpu_program"}
     return module if module in whole or fixtures else None
+
+
+def pytest_collection_finish():
+    """Let Python look for garbage seldom, and never again at what stands by now.
+
+    Each test leaves graphs of thousands of objects, and by its own rule Python walks over all of them again and again:
+    a sixth of the time of small files of tests, and stalls of half a minute in the whole suite.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)
