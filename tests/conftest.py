@@ -37,8 +37,8 @@ def _owner(item):
     module = item.module.__name__
     if module == "test_products":  # everything about a case is computed once
         return f"{module} {item.callspec.params.get('name') if hasattr(item, 'callspec') else ''}"
-    fixtures = {"two_replicas", "logistic", "shown"} & set(item.fixturenames)
-    whole = {"test_annotations", "test_replicas", "test_scaling", "test_slices", "test_table_1", "test_tpu", "test_tpu_program"}
+    fixtures = {"two_replicas", "logistic", "shown", "complaints"} & set(item.fixturenames)
+    whole = {"test_replicas", "test_scaling", "test_slices", "test_table_1", "test_tpu", "test_tpu_program"}
     return module if module in whole or fixtures else None
 
 
