@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.ops import gen_stateless_random_ops_v2 as generators
 
-from keras_curvature.linearization.pure import randomness, slices
+from keras_curvature.linearization.pure import functional, randomness, slices
 from keras_curvature.linearization.pure.differentiable import differentiable_keras
 
 BATCH = 7
@@ -137,6 +137,16 @@ def test_a_place_holds_while_it_is_open_and_on_its_thread():
             assert slices.here() is None
         raise ZeroDivisionError
     assert slices.here() is None
+
+
+@pytest.mark.parametrize("regularizer", [None, "l2"])
+def test_a_share_without_examples_is_refused_where_keras_has_no_loss_of_it(regularizer):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, kernel_regularizer=regularizer)])
+    model.compile("sgd", "mse")
+    batch = np.ones([0, 3], "float32"), np.ones([0, 1], "float32"), None
+    pure = functional.PureModel(model, batch, slices.Place(1, 0, 1))
+    with pytest.raises(ValueError, match="A replica has no examples of this batch of 1, .*drop_remainder=True"):
+        pure.evaluate([v.value for v in model.trainable_variables])
 
 
 def test_examples_of_any_kind_of_array_are_counted():

@@ -153,6 +153,8 @@ class PureModel:
 
     def _loss(self, outputs, y):
         own = type(self.model).compute_loss is not keras.Model.compute_loss
+        if not own:
+            _check_has_examples(self.place)
         with slices.at(dataclasses.replace(self.place, weighs_means=not own)):
             loss = keras_internals.compute_loss(self.model, self.x, y, outputs, self.sample_weight, self.training)
         _check_is_a_number(loss)
@@ -200,6 +202,16 @@ def _check_not_assigned(scope, variables, given):
                 "Replace or freeze that layer, or train with an optimizer that needs only gradients, without "
                 "`keras_curvature.curved`."
             )
+
+
+def _check_has_examples(place):
+    """Raise a `ValueError` for a slice that is known to have no examples: Keras' loss of it is no number."""
+    if isinstance(place.examples, int) and place.examples == 0:
+        raise ValueError(
+            f"A replica has no examples of this batch of {int(place.total)}, and eagerly Keras has no loss of no "
+            "examples. Leave out `run_eagerly=True`, or drop the last batch of an epoch where it has fewer examples "
+            "than there are replicas (`dataset.batch(n, drop_remainder=True)`)."
+        )
 
 
 def _check_is_a_number(loss):
