@@ -11,6 +11,7 @@ from optimizers import FAMILIES, NEEDS_CURVATURE, ONE_OF_EACH, OPTIMIZERS
 from selection import some
 
 import keras_curvature as kc
+from keras_curvature.linearization.gradients import Gradients
 
 # factory, what the message must contain
 BAD_ARGUMENTS = {
@@ -123,7 +124,7 @@ def network(outputs=1):
 X, Y = np.ones((4, 3), "float32"), np.ones((4, 1), "float32")
 
 
-@pytest.mark.parametrize("name", some(NEEDS_CURVATURE, [name for name in FAMILIES if name in NEEDS_CURVATURE]))
+@pytest.mark.parametrize("name", NEEDS_CURVATURE)
 def test_a_plain_model_is_told_to_be_curved_and_keeps_its_weights(name):
     model = network()
     model.compile(OPTIMIZERS[name](), "mse")
@@ -133,6 +134,18 @@ def test_a_plain_model_is_told_to_be_curved_and_keeps_its_weights(name):
     assert type(model.optimizer).__name__ in str(caught.value)
     for a, b in zip(model.get_weights(), before):
         np.testing.assert_array_equal(a, b)
+
+
+def test_all_that_a_linearization_has_is_known_of_gradients_or_refused_in_words():
+    model = kc.curved(network())
+    model.compile("sgd", "mse")
+    gradients = Gradients("Mine", [], [])
+    for name in dir(kc.Linearization(model, X, Y)):
+        if name not in ("gradient", "variables", "weights") and not name.startswith("_"):
+            with pytest.raises(ValueError, match=r"^`Mine` needs more .* passes its optimizer gradients only"):
+                getattr(gradients, name)
+    with pytest.raises(AttributeError, match="no attribute 'gradeint'"):
+        _ = gradients.gradeint
 
 
 def test_an_optimizer_serves_one_model():

@@ -6,6 +6,8 @@ from keras_curvature import trees
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.typing import Variables, Vector
 
+KEPT = ("batch", "examples", "loss_scale", "model")  # what every `Linearization` keeps, and its class does not show
+
 
 class Gradients:
     """The gradient that a plain `keras.Model` passes to its optimizer, summed over the replicas.
@@ -30,7 +32,7 @@ class Gradients:
         raise ValueError(needs_a_curved_model(self._asked_by, "needs more than the gradient of the loss"))
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or not hasattr(Linearization, name):
+        if name.startswith("_") or not (hasattr(Linearization, name) or name in KEPT):
             raise AttributeError(f"`Gradients` has no attribute {name!r}")
         raise ValueError(needs_a_curved_model(self._asked_by, f"needs more than gradients (`Linearization.{name}`)"))
 

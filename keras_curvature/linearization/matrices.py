@@ -146,7 +146,6 @@ def fisher_rows(
     """
     kinds = ("exact", "empirical", "sampled")
     check_choice(fisher_rows, "kind", kind, kinds)
-    require(lin, "fisher_rows", "products")
     return FisherRows(lin, kind, seed, memory)
 
 

@@ -6,6 +6,7 @@ from keras_curvature import trees
 from keras_curvature.linearization.jacobian import roots
 from keras_curvature.linearization.jacobian.frames import OfOutputs, of_fisher
 from keras_curvature.linearization.jacobian.matrix import MEMORY, RowMatrix
+from keras_curvature.linearization.needs import require
 from keras_curvature.typing import Vector
 
 
@@ -86,6 +87,7 @@ class FisherRows(RowMatrix):
     """
 
     def __init__(self, lin, kind, seed, memory=MEMORY, gradient=None):
+        require(lin, "fisher_rows", "products")
         super().__init__(lin, of_fisher(kind, seed), memory, type(lin).fisher_rows)
         self._gradient = gradient
 
