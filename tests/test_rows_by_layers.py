@@ -94,6 +94,31 @@ def test_micro_batches_and_batches_of_unknown_size_have_the_same_rows_by_layers(
     np.testing.assert_allclose(g, expected.T @ r, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("wide", ["hidden", "last"])
+def test_layers_of_two_precisions_have_the_same_rows(wide):
+    keras.utils.set_random_seed(1)
+    first = keras.layers.Dense(4, activation="tanh", dtype="float64" if wide == "hidden" else None)
+    last = keras.layers.Dense(2, dtype="float64" if wide == "last" else None)
+    model = keras.Sequential([keras.Input((3,)), first, keras.layers.PReLU(), last])
+    model.compile("sgd", "mse")
+    random = np.random.default_rng(0)
+    batch = random.standard_normal((5, 3)).astype("float32"), random.standard_normal((5, 2)).astype("float32")
+    rows = Linearization(model, *batch, needs=BY_LAYERS).rows()
+    assert rows.is_by_layers and rows._others  # PReLU's weights are left to products
+    by_products = Linearization(model, *batch, needs=BY_PRODUCTS).rows()
+    A, u = by_products.dense().numpy(), random.standard_normal(10)
+    v = [tf.constant(random.standard_normal(w.shape), w.dtype) for w in model.trainable_variables]
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    for found, right in {
+        "gram": (rows.gram(), A @ A.T), "product": (rows @ v, A @ trees.flatten(v, "float64").numpy()),
+        "transposed": (trees.flatten(rows.transposed(tf.constant(u)), "float64"), A.T @ u),
+        "squares": (trees.flatten(rows.squared_columns(), "float64"), (A * A).sum(0)),
+        "residual": (rows.residual, by_products.residual), "dense": (rows.dense(), A),
+    }.values():  # fmt: skip
+        assert found.dtype == tf.float64
+        np.testing.assert_allclose(found, right, **close)
+
+
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_in_half_precision_eagerly_and_by_xla(jit_compile):
     case = MODELS["conv2d"]().compile()

@@ -36,7 +36,7 @@ class RowMatrix:
         check_number(owner, "memory", memory, low=0, open_low=True)
         self._lin, self._frame, self._memory = lin, frame, memory
         self._known: dict[str, Any] = {}
-        self._graph = slices.graph()
+        self._graph, self._dtype = slices.graph(), trees.scalar_dtype(lin.weights)
 
     @property
     def count(self) -> int | None:
@@ -49,7 +49,7 @@ class RowMatrix:
         layers, rest = self._taken()
         tensors = [t for layer in layers for t in (layer.a, layer.d)] + ([] if rest is None else [rest])
         known = sum(t.shape.num_elements() * t.dtype.size for t in tensors if t.shape.is_fully_defined())
-        return known + 2 * (self.count or 0) ** 2 * trees.scalar_dtype(self._lin.weights).size
+        return known + 2 * (self.count or 0) ** 2 * self._dtype.size
 
     @property
     def is_by_layers(self) -> bool:
@@ -104,7 +104,7 @@ class RowMatrix:
         layers, rest = self._taken()
         if scale is not None:
             layers = [by_layers.scaled(layer, scale) for layer in layers]
-        found = self._in_order(tf.add_n([by_layers.gram(layer) for layer in layers]))
+        found = self._in_order(tf.add_n([tf.cast(by_layers.gram(layer), self._dtype) for layer in layers]))
         if rest is None:
             return found
         scaled = rest
@@ -198,11 +198,11 @@ class RowMatrix:
     # The array.
 
     def _dense(self):
-        n, dtype = trees.count(self._lin.weights), trees.scalar_dtype(self._lin.weights)
+        n = trees.count(self._lin.weights)
         if self.count is not None:
             self._ask_for_array(self.count, n)
         if self.is_by_layers:
-            return self._dense_by_layers(n, dtype)
+            return self._dense_by_layers(n)
 
         def question(recorded):
             frame = self._frame(recorded)
@@ -212,22 +212,22 @@ class RowMatrix:
         self._keep("parts", parts)
         return tf.ensure_shape(self._gathered(found, 2), [None, n])
 
-    def _dense_by_layers(self, n, dtype):
+    def _dense_by_layers(self, n):
         layers, rest = self._taken()
         found = [0.0] * len(self._lin.weights)
         for layer in layers:
             examples = _size_of(layer.d, 0)
             for i, rows in zip(layer.block.variables, by_layers.dense(layer)):
                 by_example = tf.reshape(rows, [examples, sum(self._counts), self._lin.weights[i].shape.num_elements()])
-                found[i] += tf.cast(self._by_part(by_example), dtype)
+                found[i] += tf.cast(self._by_part(by_example), self._dtype)
         if rest is not None:
             sizes = [self._lin.weights[i].shape.num_elements() for i in self._others]
-            for i, part in zip(self._others, tf.split(tf.cast(rest, dtype), sizes, 1)):
+            for i, part in zip(self._others, tf.split(rest, sizes, 1)):
                 found[i] = part
         return tf.ensure_shape(tf.concat([a for a in found if tf.is_tensor(a)], 1), [None, n])
 
     def _ask_for_array(self, rows, n):
-        each = n * trees.scalar_dtype(self._lin.weights).size
+        each = n * self._dtype.size
         what = f"The rows of the Jacobian as an array, {rows} rows of {n} weights, need"
         _ask_for_memory(self._memory, rows * each, what, f"{self._memory // each:,} rows would fit: ")
 
@@ -249,10 +249,10 @@ class RowMatrix:
             self._known[name] = value
 
     def _gathered(self, parts, rank):
-        """The rows of all parts and replicas, from a list for each part on each replica."""
+        """The rows of all parts and replicas, from a list for each part on each replica; layers may differ in dtype."""
 
         def flat(parts):
-            return [tf.reshape(a, [-1]) if rank == 1 else a for a in parts]
+            return [tf.cast(tf.reshape(a, [-1]) if rank == 1 else a, self._dtype) for a in parts]
 
         return tf.concat([replicas.gather(part) for part in replicas.each(flat, parts)], 0)
 
@@ -264,7 +264,7 @@ class RowMatrix:
 
             def cut(start, like, before=before):
                 own = tf.slice(rows, [before + start], [_entries(like)])
-                return tf.reshape(own, tf.shape(like) if None in like.shape else like.shape)
+                return tf.cast(tf.reshape(own, tf.shape(like) if None in like.shape else like.shape), like.dtype)
 
             found.append(replicas.each(cut, start, part))
             before += total
