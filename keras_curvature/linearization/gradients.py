@@ -6,7 +6,7 @@ from keras_curvature import trees
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.typing import Variables, Vector
 
-KEPT = ("batch", "examples", "loss_scale", "model")  # what every `Linearization` keeps, and its class does not show
+KEPT = ("batch", "examples")  # what every `Linearization` keeps, and its class does not show
 
 
 class Gradients:
@@ -16,7 +16,12 @@ class Gradients:
         asked_by: Name of the optimizer, for the message.
         gradient: The gradient, a vector.
         variables: The variables that it belongs to.
+
+    Attributes:
+        model, loss_scale: `None`: gradients do not tell whose they are, and Keras has taken its scale off.
     """
+
+    model = loss_scale = None
 
     def __init__(self, asked_by: str, gradient: Vector, variables: Variables) -> None:
         self._asked_by, self.gradient, self.variables = asked_by, gradient, list(variables)

@@ -46,7 +46,7 @@ class Lifecycle(WrappedOptimizer):
         Returns:
             The reported numbers, `{name: scalar}`, with `skipped_steps` 1 if the step was not taken.
         """
-        self.meet(getattr(linearization, "model", None))
+        self.meet(linearization.model)
         self.require(linearization.variables)
         self._noted, self._reported, self._rejected = [], {}, None
         with tf.name_scope(self.name):
@@ -82,7 +82,7 @@ class Lifecycle(WrappedOptimizer):
 
     def _no_refresh_overflowed(self, linearization):
         """Whether all refreshes succeeded, where a dynamic loss scale may be to blame if not: then it is halved."""
-        scale, failed = getattr(linearization, "loss_scale", None), self._reported.get("failed_refreshes")
+        scale, failed = linearization.loss_scale, self._reported.get("failed_refreshes")
         if self.needs.only_gradients or failed is None or not tf.is_tensor(scale):
             return tf.constant(True)
         return tf.equal(failed, 0) | (scale <= 1.0)
