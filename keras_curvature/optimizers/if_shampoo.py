@@ -42,7 +42,8 @@ class IFShampoo(ByAxis):
     for biases and normalization); (4) weight decay is Keras', not part of `v`; (5) the state is in float32 at least.
 
     Args:
-        learning_rate: Multiple of `v` that is taken. Defaults to `1e-3`.
+        learning_rate: Multiple of `v` that is taken. Defaults to `1e-3`, with which it diverged on a perceptron of
+            width 512 with batches of 32 (`examples/benchmarks/results/defaults.txt`): there, take less.
         damping: Positive. Defaults to `1e-4` (the authors).
         momentum: Factor on the last step, in [0, 1). Defaults to `0.9` (as in `SINGD`).
         beta: Factor on the old `M_i`, in [0, 1). Defaults to `0.5` (the authors).
