@@ -208,7 +208,7 @@ def _check_has_examples(place):
     """Raise a `ValueError` for a slice that is known to have no examples: Keras' loss of it is no number."""
     if isinstance(place.examples, int) and place.examples == 0:
         raise ValueError(
-            f"A replica has no examples of this batch of {int(place.total)}, and eagerly Keras has no loss of no "
+            f"A replica has no examples of this batch of {place.total}, and eagerly Keras has no loss of no "
             "examples. Leave out `run_eagerly=True`, or drop the last batch of an epoch where it has fewer examples "
             "than there are replicas (`dataset.batch(n, drop_remainder=True)`)."
         )
