@@ -4,6 +4,7 @@ import math
 
 import tensorflow as tf
 
+from keras_curvature.linearization import windows
 from keras_curvature.linearization.layers.weights import Weights, arranged
 
 
@@ -41,7 +42,7 @@ class ConvolutionWeights(Weights):
         return arranged(unrolled, groups=(-2,), features=(-3, -1))
 
     def slopes(self, tap, slope):
-        slope = _channels_last(self.layer, slope)
+        slope = windows.channels_last(slope, self.layer.data_format)
         if self.groups is None:
             return arranged(slope, features=(-1,))
         return arranged(_split_last(slope, self.groups), groups=(-2,), features=(-1,))
@@ -55,48 +56,10 @@ class DepthwiseWeights(ConvolutionWeights):
 
 
 def patches(layer, images):
-    """The inputs of a convolution under its window at each position, `(rows, *positions, window, channels)`.
-
-    Strided slices, one for each entry of the window, work for any number of dimensions, with dilation, and under XLA.
-    """
-    images = _channels_last(layer, images)
-    cuts = [
-        _axis(size if size is not None else tf.shape(images)[1 + i], *choices, layer.padding)
-        for i, (size, *choices) in enumerate(
-            zip(images.shape[1:-1], layer.kernel_size, layer.strides, layer.dilation_rate)
-        )
-    ]
-    padded = tf.pad(images, [(0, 0), *[(before, after) for before, after, _, _ in cuts], (0, 0)])
-    offsets = [[]]
-    for _, _, _, starts in cuts:
-        offsets = [[*offset, start] for offset in offsets for start in starts]
-    found = []
-    for offset in offsets:
-        window = [
-            slice(start, start + (count - 1) * stride + 1, stride)
-            for start, (_, _, count, _), stride in zip(offset, cuts, layer.strides)
-        ]
-        found.append(padded[(slice(None), *window)])
+    """The inputs of a convolution under its window at each position, `(rows, *positions, window, channels)`."""
+    images = windows.channels_last(images, layer.data_format)
+    found = windows.entries(images, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding)
     return tf.stack(found, axis=-2)
-
-
-def _axis(size, length, stride, dilation, padding):
-    """`(zeros before, zeros after, positions, where each entry of the window begins)`, along one axis."""
-    reach = (length - 1) * dilation + 1
-    before = after = 0
-    if padding == "same":
-        needed = -(-size // stride) * stride - stride + reach - size
-        needed = max(needed, 0) if isinstance(needed, int) else tf.maximum(needed, 0)
-        before, after = needed // 2, needed - needed // 2
-    elif padding == "causal":
-        before = reach - 1
-    return before, after, (size + before + after - reach) // stride + 1, [i * dilation for i in range(length)]
-
-
-def _channels_last(layer, x):
-    if layer.data_format == "channels_last":
-        return x
-    return tf.transpose(x, [0, *range(2, x.shape.rank), 1])
 
 
 def _split_last(x, groups):

@@ -14,12 +14,11 @@ import contextlib
 import contextvars
 import dataclasses
 
-import keras
 import tensorflow as tf
 
 from keras_curvature import keras_internals, replicas
 from keras_curvature.keras_internals import replaced
-from keras_curvature.linearization.pure import randomness, slices
+from keras_curvature.linearization.pure import pooling, randomness, slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,38 +58,8 @@ def _synchronized_moments(original, x, axes, keepdims):
 
 
 def _max_pool(original, inputs, pool_size, strides=None, padding="valid", data_format=None):
-    """Keras' max pooling, with a cheap forward mode for images and windows that do not overlap.
-
-    TensorFlow's forward mode is `MaxPoolGradGrad`, which takes 2-5 times as long as a forward pass. If windows do not
-    overlap, the output tangent is the input tangent at each window's maximum.
-    """
-    if not _mode.get().products:
-        return original(inputs, pool_size, strides, padding, data_format)
-    size = (pool_size,) * 2 if isinstance(pool_size, int) else tuple(pool_size)
-    step = size if strides is None else (strides,) * 2 if isinstance(strides, int) else tuple(strides)
-    last = (data_format or keras.config.image_data_format()) == "channels_last"
-    cut_up = last and inputs.shape.rank == 4 and size == step and padding == "valid"
-    return _pool(inputs, size) if cut_up else original(inputs, pool_size, strides, padding, data_format)
-
-
-def _pool(inputs, size):
-    """Max pooling of images with adjacent windows of this size."""
-    window = {"ksize": [1, *size, 1], "strides": [1, *size, 1], "padding": "VALID"}
-
-    @tf.custom_gradient
-    def pool(x):
-        y = tf.raw_ops.MaxPool(input=x, **window)
-        largest = tf.stop_gradient(
-            tf.raw_ops.MaxPoolGrad(orig_input=x, orig_output=y, grad=tf.ones_like(y), **window)
-        )
-
-        def gradient(dy):
-            mean = tf.raw_ops.AvgPoolGrad(orig_input_shape=tf.shape(x), grad=dy, **window)
-            return largest * (float(size[0] * size[1]) * mean)
-
-        return y, gradient
-
-    return pool(inputs)
+    choices = pool_size, strides, padding, data_format
+    return pooling.max_pool(original, inputs, *choices) if _mode.get().products else original(inputs, *choices)
 
 
 def _ctc_loss(original, target, output, *args, **kwargs):
