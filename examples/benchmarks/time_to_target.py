@@ -3,24 +3,29 @@
     pip install ".[examples]"
     python examples/benchmarks/time_to_target.py autoencoder --data_dir ~/tensorflow_datasets
     python examples/benchmarks/time_to_target.py cifar10 --data_dir ~/tensorflow_datasets
+    python examples/benchmarks/time_to_target.py characters
 
 `autoencoder` is the deep autoencoder of the Hessian-free literature (784-1000-500-250-30 and back, MNIST), `cifar10` a
-small convolutional network with batch normalization; each takes under 45 minutes on two free cores. Every finished run
-is a line of `time_to_target_<problem>.jsonl`. After an interruption the same command goes on with the run that was
-stopped. At the end it writes a table and a figure; `--only_draw` draws them again without training.
+small convolutional network with batch normalization, `characters` a causal transformer (two blocks of width 96) that
+continues Python's own documentation. Every finished run is a line of `time_to_target_<problem>.jsonl`. After an
+interruption the same command goes on with the run that was stopped. At the end it writes a table and a figure;
+`--only_draw` draws them again without training.
 
 How it measures:
 
 * A run trains for a budget of seconds. Only steps count, not tracing and not the evaluation of the loss. The loss is
-  that of a fixed sample of the training data, normalized by the statistics of the sample.
+  that of a fixed sample of the training data, normalized by the statistics of the sample. The loss of as many
+  examples that are not trained on stands beside it, and their accuracy, in inference mode.
+* The learning rate falls linearly to zero over the budget, because rankings change when it does.
 * Every method has the same grid of learning rates (two per decade), the same search rule and the same budget. All other
   settings are defaults, or those of `METHODS` below. The tables in `results/` have some of these methods: run the
   others with `--methods`. The rule: on one seed, run a fifth of the budget, starting from the rate nearest to the
   default, and move while the final loss is lower at a neighbouring rate. The best rate is run for the whole budget on
   three seeds.
-* The target is the final loss of the best of Keras' own optimizers, the median over its seeds. A second target is its
-  loss after a third of the budget. A time to target is the median over the seeds of the first evaluation at which the
-  loss is at the target.
+* The target is the final loss of the best of Keras' own optimizers, the median over its seeds. A time to target is the
+  median over the seeds of the first evaluation at which the loss is at the target. A method that is faster could end
+  its decay sooner: its time is an upper bound.
+* `unconfigured` is the loss at the end of one more run: the default rate, which does not fall.
 * With `--threads 1` all computation is in one thread and the seconds are CPU time, which other work on the machine
   disturbs little. Otherwise they are wall time.
 """
@@ -30,6 +35,7 @@ import dataclasses
 import math
 import os
 import platform
+import pydoc_data.topics
 import statistics
 import time
 from collections.abc import Callable
@@ -43,11 +49,11 @@ from batch_scaling import add_line, batches, lines_of, loss_of_logits  # which s
 from keras import layers
 
 import keras_curvature as kc
+from keras_curvature.problems import networks
 
 tf.get_logger().setLevel("ERROR")  # a graph for every method, which TensorFlow takes for a mistake
 
 RATES = tuple(float(f"{10 ** (k / 2):.2g}") for k in range(-9, 5))  # 0.000032 to 100
-SAMPLE = 2000  # training examples whose loss is looked at
 SEEDS = (0, 1, 2)
 SCREENING = 0.2  # of the budget, for each rate of the grid
 LOOKS = 40  # in a whole budget
@@ -59,10 +65,12 @@ class Setting:
 
     title: str
     model: Callable  # of a seed
-    data: Callable  # of a folder; (x, y)
+    data: Callable  # of a folder; ((x, y), (x, y)) of training and validation
     loss: Callable
     batch: int
     seconds: float
+    sample: int = 2000  # training examples whose loss is looked at, and as many for validation
+    classes: bool = True  # whether the outputs are logits of classes, so that there is an accuracy
 
 
 def small_cnn():
@@ -74,16 +82,48 @@ def small_cnn():
     return keras.Sequential([*stack, layers.Flatten(), layers.Dense(10)])  # (batch, 4, 4, 32) before
 
 
+def causal_transformer(characters=64, length=64, width=96, heads=4, blocks=2):
+    """A decoder with normalization before each part: (batch, length) -> (batch, length, characters) logits."""
+    inputs = keras.Input((length,), dtype="int32")
+    x = networks.TokenAndPosition(characters, length, width)(inputs)  # (batch, length, width)
+    for _ in range(blocks):
+        normal = layers.LayerNormalization()(x)
+        x += layers.MultiHeadAttention(heads, width // heads)(normal, normal, use_causal_mask=True)
+        x += layers.Dense(width)(layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(x)))
+    return keras.Model(inputs, layers.Dense(characters)(layers.LayerNormalization()(x)))
+
+
+def text(length=64, characters=64):
+    """Python's documentation in windows, each with the characters that follow: every tenth is for validation.
+
+    A number is a character's rank by frequency; the rarest share the last number.
+    """
+    topics = pydoc_data.topics.topics
+    letters = np.array(list("".join(topics[name] for name in sorted(topics))))
+    values, places, counts = np.unique(letters, return_inverse=True, return_counts=True)
+    rank = np.empty(len(values), "int32")
+    rank[np.argsort(-counts, kind="stable")] = np.minimum(np.arange(len(values)), characters - 1)
+    numbers = rank[places]
+    count = (len(numbers) - 1) // length
+    x, y = (numbers[shift : shift + count * length].reshape(count, length) for shift in (0, 1))
+    validation = np.arange(count) % 10 == 9
+    return (x[~validation], y[~validation]), (x[validation], y[validation])
+
+
 _autoencoder = kc.problems.get("autoencoder")
 PROBLEMS = {
     "autoencoder": Setting(
-        "MNIST, deep autoencoder 784-1000-500-250-30", _autoencoder.model, lambda folder: _autoencoder.data(folder)[0],
-        _autoencoder.loss, batch=250, seconds=30,
+        "MNIST, deep autoencoder 784-1000-500-250-30", _autoencoder.model, _autoencoder.data,
+        _autoencoder.loss, batch=250, seconds=30, classes=False,
     ),
     "cifar10": Setting(
         "CIFAR-10, small convolutional network with batch normalization", kc.problems.seeded(small_cnn),
-        lambda folder: kc.problems.data("cifar10", folder)[0],
-        loss_of_logits, batch=128, seconds=15,
+        lambda folder: kc.problems.data("cifar10", folder), loss_of_logits, batch=128, seconds=15,
+    ),
+    "characters": Setting(
+        "characters of Python's documentation, causal transformer of two blocks, width 96",
+        kc.problems.seeded(causal_transformer), lambda folder: text(), loss_of_logits, batch=32, seconds=60,
+        sample=256,
     ),
 }  # fmt: skip
 
@@ -102,7 +142,7 @@ class Method:
     make: Callable
     kerass: bool = False
     batch: dict = dataclasses.field(default_factory=dict)
-    problems: tuple = ("autoencoder", "cifar10")
+    problems: tuple = ("autoencoder", "cifar10", "characters")
 
 
 # Keras' cross-entropy is the mean over 784 pixels where the papers sum, and so is its curvature: damping is divided.
@@ -125,7 +165,8 @@ METHODS = {
     "Adam": Method(lambda: keras.optimizers.Adam(0.001), kerass=True),
     "Muon": Method(lambda: keras.optimizers.Muon(0.001), kerass=True),
     "Adam, large batch": Method(
-        lambda: keras.optimizers.Adam(0.001), kerass=True, batch={"autoencoder": 1000, "cifar10": 512}
+        lambda: keras.optimizers.Adam(0.001), kerass=True,
+        batch={"autoencoder": 1000, "cifar10": 512, "characters": 128},
     ),
     "KFAC, adaptive": Method(adaptive_kfac, batch={"autoencoder": 500}, problems=("autoencoder",)),
     "KFAC": Method(kc.KFAC),
@@ -133,14 +174,27 @@ METHODS = {
     "Eva": Method(kc.Eva),
     "FOOF": Method(kc.FOOF),
     "SINGD": Method(kc.SINGD),
+    "SKFAC": Method(kc.SKFAC),
+    "KBFGS": Method(kc.KBFGS),
+    "MKOR": Method(kc.MKOR),
+    "LocoProp": Method(kc.LocoProp),
+    "TNT": Method(kc.TNT),
+    "Muon, all matrices": Method(kc.Muon),
     "NewtonMuon": Method(kc.NewtonMuon),
+    "Scion": Method(kc.Scion),
+    "SPlus": Method(kc.SPlus),
     "SOAP": Method(kc.SOAP),
+    "SOAP, KL": Method(lambda: kc.SOAP(factors="kl")),
+    "SOAP, KL, sign": Method(lambda: kc.SOAP(factors="kl", sign=True)),
+    "SOAP, one-sided": Method(lambda: kc.SOAP(sides="shortest")),
+    "SOAP, tiles of 128": Method(lambda: kc.SOAP(block_size=128)),
     "Shampoo": Method(kc.Shampoo),
     "KLShampoo": Method(kc.KLShampoo),
+    "KLShampoo, tiles": Method(lambda: kc.KLShampoo(block_size=128)),
     "PSGD": Method(kc.PSGD),
     "HessianFree": Method(hessian_free, batch={"autoencoder": 6000}, problems=("autoencoder",)),
     "CurveBall": Method(kc.CurveBall),
-    "Neumann": Method(lambda: kc.Neumann(0.05, warmup_steps=10)),
+    "Neumann": Method(kc.Neumann),
     "AdaHessian": Method(kc.AdaHessian),
     "SASSHA": Method(kc.SASSHA),
     "SophiaG": Method(kc.SophiaG),
@@ -161,12 +215,14 @@ class Runner:
         setting: A `Setting`.
         method: A key of `METHODS`.
         size: The batch size.
-        x, y: The training data.
+        data: `((x, y), (x, y))` of training and validation.
         clock: What time it is, in seconds.
     """
 
-    def __init__(self, setting, method, size, x, y, clock):
-        self.setting, self.size, self.x, self.y, self.clock = setting, size, x, y, clock
+    def __init__(self, setting, method, size, data, clock):
+        self.setting, self.size, self.clock = setting, size, clock
+        x, y = self.x, self.y = [tf.constant(a) for a in data[0]]
+        self.x_new, self.y_new = [tf.constant(a[: setting.sample]) for a in data[1]]
         self.model, self.optimizer = setting.model(0), METHODS[method].make()
         own = isinstance(self.optimizer, kc.CurvatureOptimizer)
         self.model = kc.curved(self.model) if own else self.model
@@ -179,6 +235,7 @@ class Runner:
         self._step = tf.autograph.experimental.do_not_convert(self.model.train_step)  # as in Keras' train function
         self._steps = tf.function(self._several_steps, [tf.TensorSpec((None, size), "int32")])
         self._loss = tf.function(self._loss_of_sample)
+        self._validation = tf.function(self._loss_and_accuracy)
 
     def begin(self, rate, seed):
         """Weights, statistics and state as at the very beginning."""
@@ -188,8 +245,15 @@ class Runner:
             variable.assign(value)
         self.optimizer.learning_rate.assign(rate)
 
-    def run(self, rate, seed, seconds):
-        """One run of so many seconds, a dictionary; looks after equal times."""
+    def run(self, rate, seed, seconds, decays=True):
+        """One run of so many seconds, a dictionary; looks after equal times.
+
+        Args:
+            rate: The learning rate at the beginning.
+            seed: Of weights and batches.
+            seconds: The budget.
+            decays: Whether the rate falls linearly to zero.
+        """
         self.begin(rate, seed)
         self._steps(tf.constant(np.stack([np.arange(self.size, dtype="int32")])))  # traced, and warm
         self.begin(rate, seed)
@@ -199,6 +263,8 @@ class Runner:
             due = max(self.setting.seconds / LOOKS - (spent - last), 0.0)
             count = 1 if each is None else max(1, min(50, int(due / each)))
             rows = tf.constant(np.stack([next(stream) for _ in range(count)]))
+            if decays:
+                self.optimizer.learning_rate.assign(rate * (1 - spent / seconds))
             begin = self.clock()
             self._steps(rows)
             each = (self.clock() - begin) / count
@@ -206,7 +272,10 @@ class Runner:
             if spent - last >= 0.9 * self.setting.seconds / LOOKS or spent >= seconds:
                 looks.append((steps, round(spent, 3), self._look()))
                 last = spent
-        return {"rate": rate, "seed": seed, "batch": self.size, "steps": steps, "seconds": spent, "looks": looks}
+        return {
+            "rate": rate, "seed": seed, "batch": self.size, "steps": steps, "seconds": spent, "looks": looks,
+            "validation": [float(f"{float(number):.5g}") for number in self._validation()],
+        }  # fmt: skip
 
     def _look(self):
         return float(f"{float(self._loss()):.5g}")
@@ -219,7 +288,17 @@ class Runner:
     def _loss_of_sample(self):
         # on a curved model Neumann's weights are its answer; with statistics of the sample, since the moving averages
         # of batch normalization take longer to settle than a step
-        return self.setting.loss()(self.y[:SAMPLE], self.model(self.x[:SAMPLE], training=True))
+        count = self.setting.sample
+        return self.setting.loss()(self.y[:count], self.model(self.x[:count], training=True))
+
+    def _loss_and_accuracy(self):
+        """Of new examples, in inference mode; no accuracy where there are no classes."""
+        outputs = self.model(self.x_new, training=False)
+        found = [self.setting.loss()(self.y_new, outputs)]
+        if self.setting.classes:
+            right = tf.argmax(outputs, -1, self.y_new.dtype) == self.y_new
+            found.append(tf.reduce_mean(tf.cast(right, "float32")))
+        return found
 
 
 # All runs.
@@ -237,7 +316,7 @@ class Runs:
         add_line(self.path, entry)
 
     def of(self, method, kind):
-        """The runs of a method: "rates" or "seeds"."""
+        """The runs of a method: "rates", "seeds" or "unconfigured"."""
         return [run for run in self.runs if run["method"] == method and run["kind"] == kind]
 
     def settings(self):
@@ -277,8 +356,8 @@ def train_method(runs, name, setting, size, data, clock, settings):
 
     def run(rate, seed, seconds, kind):
         nonlocal runner
-        runner = runner or Runner(setting, name, size, *data, clock)
-        found = runner.run(rate, seed, seconds)
+        runner = runner or Runner(setting, name, size, data, clock)
+        found = runner.run(rate, seed, seconds, decays=kind != "unconfigured")
         runs.append({"method": name, "kind": kind, "settings": settings, **found})
         end = f"{found['steps']:>5} steps  {found['looks'][-1][2]:.5g}"
         print(f"{name:<20} {kind} {rate:<8g} seed {seed}  {end}", flush=True)
@@ -293,6 +372,8 @@ def train_method(runs, name, setting, size, data, clock, settings):
     for seed in SEEDS:
         if not any(r["seed"] == seed for r in runs.of(name, "seeds")):
             run(best, seed, setting.seconds, "seeds")
+    if not runs.of(name, "unconfigured"):
+        run(default, SEEDS[0], setting.seconds, "unconfigured")
 
 
 # The table and the figure.
@@ -303,20 +384,14 @@ def reached(run, target):
     return next(((s, t) for s, t, loss in run["looks"] if loss <= target), (math.inf, math.inf))
 
 
-def loss_at(run, share):
-    """The loss after a share of the run's seconds."""
-    return [loss for _, t, loss in run["looks"] if t <= share * run["seconds"] + 1e-6][-1]
-
-
-def targets(runs):
-    """`(the best of Keras' own optimizers, [its loss after a third of the budget, and at the end])`."""
+def target(runs):
+    """`(the best of Keras' own optimizers, its loss at the end)`."""
     ends = {
         name: statistics.median(score(run) for run in runs.of(name, "seeds"))
         for name, method in METHODS.items() if method.kerass and runs.of(name, "seeds")
     }  # fmt: skip
     best = min(ends, key=ends.get)
-    early = statistics.median(loss_at(run, 1 / 3) for run in runs.of(best, "seeds"))
-    return best, [early, ends[best]]
+    return best, ends[best]
 
 
 def number(value, form):
@@ -325,28 +400,32 @@ def number(value, form):
 
 def report(runs, problem):
     """The lines of the table."""
-    best, goals = targets(runs)
-    head = f"{'':<20} {'batch':>6} {'rate':>8} {'ms/step':>8} {'steps':>6} {'loss at the end':>22}"
+    best, goal = target(runs)
+    head = f"{'':<20} {'batch':>6} {'rate':>8} {'ms/step':>8} {'steps':>6} {'training loss':>22} {'validation':>10}"
     lines = [
-        f"== {PROBLEMS[problem].title}", "", runs.settings(),
-        f"targets: {goals[0]:.5g} and {goals[1]:.5g}, of {best} after a third of its budget and at the end", "",
-        head + "".join(f"   | {'steps':>6} {'seconds':>8} {'of ' + best:>9}" for _ in goals),
+        f"== {PROBLEMS[problem].title}", "", runs.settings(), f"target: {goal:.5g}, of {best} at the end", "",
+        f"{head} {'accuracy':>8} {'unconfigured':>12}   | {'steps':>6} {'seconds':>8} {'of ' + best:>9}",
     ]  # fmt: skip
-    base = [statistics.median(reached(run, goal)[1] for run in runs.of(best, "seeds")) for goal in goals]
+    own = statistics.median(reached(run, goal)[1] for run in runs.of(best, "seeds"))
     for name in METHODS:
-        found = runs.of(name, "seeds")
-        if len(found) < len(SEEDS):
+        found, plain = runs.of(name, "seeds"), runs.of(name, "unconfigured")
+        if len(found) < len(SEEDS) or not plain:
             continue
         rate, ends = found[0]["rate"], sorted(score(run) for run in found)
         edge = "*" if rate in (RATES[0], RATES[-1]) else ""
         pace = 1e3 * statistics.median(run["seconds"] / run["steps"] for run in found)
         line = f"{name:<20} {found[0]['batch']:>6} {rate:>7g}{edge or ' '} {pace:>8.1f} {found[0]['steps']:>6}"
         line += f" {'/'.join(number(end, '.4g') for end in ends):>22}"
-        for goal, own in zip(goals, base):
-            steps, seconds = (statistics.median(reached(run, goal)[i] for run in found) for i in (0, 1))
-            line += f"   | {number(steps, '.0f'):>6} {number(seconds, '.1f'):>8} {number(seconds / own, '.2f'):>9}"
+        loss, *accuracy = (statistics.median(values) for values in zip(*(run["validation"] for run in found)))
+        unconfigured = number(score(plain[0]), ".4g")
+        line += f" {loss:>10.4g} {format(accuracy[0], '.1%') if accuracy else '':>8} {unconfigured:>12}"
+        steps, seconds = (statistics.median(reached(run, goal)[i] for run in found) for i in (0, 1))
+        line += f"   | {number(steps, '.0f'):>6} {number(seconds, '.1f'):>8} {number(seconds / own, '.2f'):>9}"
         lines.append(line)
-    return [*lines, "", "loss at the end: of three seeds, sorted; -: not reached within the budget, or diverged"]
+    return [
+        *lines, "", "training loss: of three seeds, sorted; validation: medians; *: at the edge of the grid;",
+        "-: not reached within the budget, or diverged",
+    ]  # fmt: skip
 
 
 def draw(runs, problem, path):
@@ -357,7 +436,7 @@ def draw(runs, problem, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
-    _, goals = targets(runs)
+    _, goal = target(runs)
     names = [name for name in METHODS if len(runs.of(name, "seeds")) == len(SEEDS)]
     ours = [name for name in names if not METHODS[name].kerass]
     colors = dict(zip(ours, plt.get_cmap("tab20").colors))
@@ -372,7 +451,7 @@ def draw(runs, problem, path):
     lowest = min(score(run) for name in names for run in runs.of(name, "seeds"))
     highest = max(run["looks"][0][2] for name in names for run in runs.of(name, "seeds"))
     for axis, label in zip(axes, ("steps", "seconds")):
-        axis.axhline(goals[1], color="black", linewidth=0.7, linestyle=":")
+        axis.axhline(goal, color="black", linewidth=0.7, linestyle=":")
         axis.set(xlabel=label, yscale="log", ylim=(0.95 * lowest, 1.1 * highest))
         axis.grid(alpha=0.3, which="both")
     axes[0].set(ylabel="training loss", xscale="log", title=PROBLEMS[problem].title)
@@ -401,12 +480,13 @@ def main():
     out, seconds = f"{args.out}_{args.problem}", args.seconds or PROBLEMS[args.problem].seconds
     runs = Runs(out + ".jsonl")
     if not args.only_draw:
-        versions = f"TensorFlow {tf.__version__}, Keras {keras.__version__}, keras_curvature {kc.__version__}"
+        versions = f"Python {platform.python_version()}, TensorFlow {tf.__version__}, Keras {keras.__version__}"
+        versions += f", keras_curvature {kc.__version__}"
         settings = f"{versions}; {how} ({platform.machine()}), {seconds:g} seconds each, {SCREENING:g} of that per rate"
         if runs.settings() not in (None, settings):
             raise SystemExit(f"{runs.path} has runs with other settings: {runs.settings()}. Pass another --out.")
         try:
-            data = [tf.constant(a) for a in PROBLEMS[args.problem].data(args.data_dir)]
+            data = PROBLEMS[args.problem].data(args.data_dir)
         except (ValueError, FileNotFoundError, ImportError) as error:
             parser.error(f"--data_dir: {error}")
         train(runs, args.problem, args.methods, data, clock, settings, seconds)
