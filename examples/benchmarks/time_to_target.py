@@ -20,8 +20,8 @@ How it measures:
 * Every method has the same grid of learning rates (two per decade), the same search rule and the same budget. All other
   settings are defaults, or those of `METHODS` below. The tables in `results/` have some of these methods: run the
   others with `--methods`. The rule: on one seed, run a fifth of the budget, starting from the rate nearest to the
-  default, and move while the final loss is lower at a neighbouring rate. The best rate is run for the whole budget on
-  three seeds.
+  default, and move while the final loss is lower at a neighbouring rate. From there do the same with the whole budget,
+  because short runs choose rates that are too low or too high for long ones. The best rate is run on two more seeds.
 * The target is the final loss of the best of Keras' own optimizers, the median over its seeds. A time to target is the
   median over the seeds of the first evaluation at which the loss is at the target. A method that is faster could end
   its decay sooner: its time is an upper bound.
@@ -319,6 +319,12 @@ class Runs:
         """The runs of a method: "rates", "seeds" or "unconfigured"."""
         return [run for run in self.runs if run["method"] == method and run["kind"] == kind]
 
+    def best(self, method):
+        """The runs of a method over the whole budget at the rate that is best on the first seed."""
+        whole = self.of(method, "seeds")
+        first = {run["rate"]: score(run) for run in whole if run["seed"] == SEEDS[0]}
+        return [run for run in whole if run["rate"] == min(first, key=first.get)]
+
     def settings(self):
         """What all runs must share."""
         return self.runs[0]["settings"] if self.runs else None
@@ -362,15 +368,17 @@ def train_method(runs, name, setting, size, data, clock, settings):
         end = f"{found['steps']:>5} steps  {found['looks'][-1][2]:.5g}"
         print(f"{name:<20} {kind} {rate:<8g} seed {seed}  {end}", flush=True)
 
-    while True:
-        tried = {r["rate"]: score(r) for r in runs.of(name, "rates")}
-        rate = next_rate(tried, default)
-        if rate is None:
-            break
-        run(rate, SEEDS[0], SCREENING * setting.seconds, "rates")
-    best = min(tried, key=tried.get)
+    def search(kind, start, seconds):
+        while True:
+            tried = {r["rate"]: score(r) for r in runs.of(name, kind) if r["seed"] == SEEDS[0]}
+            rate = next_rate(tried, start)
+            if rate is None:
+                return min(tried, key=tried.get)
+            run(rate, SEEDS[0], seconds, kind)
+
+    best = search("seeds", search("rates", default, SCREENING * setting.seconds), setting.seconds)
     for seed in SEEDS:
-        if not any(r["seed"] == seed for r in runs.of(name, "seeds")):
+        if not any(r["seed"] == seed for r in runs.best(name)):
             run(best, seed, setting.seconds, "seeds")
     if not runs.of(name, "unconfigured"):
         run(default, SEEDS[0], setting.seconds, "unconfigured")
@@ -387,8 +395,8 @@ def reached(run, target):
 def target(runs):
     """`(the best of Keras' own optimizers, its loss at the end)`."""
     ends = {
-        name: statistics.median(score(run) for run in runs.of(name, "seeds"))
-        for name, method in METHODS.items() if method.kerass and runs.of(name, "seeds")
+        name: statistics.median(score(run) for run in runs.best(name))
+        for name, method in METHODS.items() if method.kerass and runs.best(name)
     }  # fmt: skip
     best = min(ends, key=ends.get)
     return best, ends[best]
@@ -406,9 +414,9 @@ def report(runs, problem):
         f"== {PROBLEMS[problem].title}", "", runs.settings(), f"target: {goal:.5g}, of {best} at the end", "",
         f"{head} {'accuracy':>8} {'unconfigured':>12}   | {'steps':>6} {'seconds':>8} {'of ' + best:>9}",
     ]  # fmt: skip
-    own = statistics.median(reached(run, goal)[1] for run in runs.of(best, "seeds"))
+    own = statistics.median(reached(run, goal)[1] for run in runs.best(best))
     for name in METHODS:
-        found, plain = runs.of(name, "seeds"), runs.of(name, "unconfigured")
+        found, plain = runs.best(name), runs.of(name, "unconfigured")
         if len(found) < len(SEEDS) or not plain:
             continue
         rate, ends = found[0]["rate"], sorted(score(run) for run in found)
@@ -437,19 +445,19 @@ def draw(runs, problem, path):
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
     _, goal = target(runs)
-    names = [name for name in METHODS if len(runs.of(name, "seeds")) == len(SEEDS)]
+    names = [name for name in METHODS if len(runs.best(name)) == len(SEEDS)]
     ours = [name for name in names if not METHODS[name].kerass]
     colors = dict(zip(ours, plt.get_cmap("tab20").colors))
     colors |= dict(zip([name for name in names if name not in ours], ("black", "dimgray", "darkgray", "lightgray")))
     for name in names:
-        run = sorted(runs.of(name, "seeds"), key=score)[len(SEEDS) // 2]
+        run = sorted(runs.best(name), key=score)[len(SEEDS) // 2]
         for axis, column in zip(axes, (0, 1)):
             style = {"color": colors[name], "linewidth": 2.2 if METHODS[name].kerass else 1.4}
             style["linestyle"] = "--" if METHODS[name].kerass else "-"
             points = run["looks"][1:]
             axis.plot([p[column] for p in points], [p[2] for p in points], label=name, **style)
-    lowest = min(score(run) for name in names for run in runs.of(name, "seeds"))
-    highest = max(run["looks"][0][2] for name in names for run in runs.of(name, "seeds"))
+    lowest = min(score(run) for name in names for run in runs.best(name))
+    highest = max(run["looks"][0][2] for name in names for run in runs.best(name))
     for axis, label in zip(axes, ("steps", "seconds")):
         axis.axhline(goal, color="black", linewidth=0.7, linestyle=":")
         axis.set(xlabel=label, yscale="log", ylim=(0.95 * lowest, 1.1 * highest))
@@ -479,6 +487,8 @@ def main():
         clock, how = time.process_time, "one thread, seconds of the processor"
     out, seconds = f"{args.out}_{args.problem}", args.seconds or PROBLEMS[args.problem].seconds
     runs = Runs(out + ".jsonl")
+    if any("validation" not in run for run in runs.runs):
+        raise SystemExit(f"{runs.path} is of an earlier version, whose rates did not fall. Pass another --out.")
     if not args.only_draw:
         versions = f"Python {platform.python_version()}, TensorFlow {tf.__version__}, Keras {keras.__version__}"
         versions += f", keras_curvature {kc.__version__}"
