@@ -25,7 +25,7 @@ How it measures:
 * The target is the final loss of the best of Keras' own optimizers, the median over its seeds. A time to target is the
   median over the seeds of the first evaluation at which the loss is at the target. A method that is faster could end
   its decay sooner: its time is an upper bound.
-* `unconfigured` is the loss at the end of one more run: the default rate, which does not fall.
+* `unconfigured` is the loss at the end of one more run, at a rate that does not fall: the default, for SGD 0.1.
 * With `--threads 1` all computation is in one thread and the seconds are CPU time, which other work on the machine
   disturbs little. Otherwise they are wall time.
 """
@@ -462,7 +462,8 @@ def draw(runs, problem, path):
         axis.axhline(goal, color="black", linewidth=0.7, linestyle=":")
         axis.set(xlabel=label, yscale="log", ylim=(0.95 * lowest, 1.1 * highest))
         axis.grid(alpha=0.3, which="both")
-    axes[0].set(ylabel="training loss", xscale="log", title=PROBLEMS[problem].title)
+    axes[0].set(ylabel="training loss", xscale="log")
+    axes[0].set_title(PROBLEMS[problem].title, fontsize=10)
     axes[1].legend(fontsize=8, ncol=1, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes[1].set_title("dotted: the best of Keras' own at the end (dashed lines)", fontsize=10)
     figure.tight_layout()
