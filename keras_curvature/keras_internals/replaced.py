@@ -4,7 +4,7 @@
 | --- | --- | --- | --- |
 | `nn._compute_moments` | `MOMENTS` | `pure/differentiable.py` | second derivatives |
 | `nn._compute_moments_sync` | `SYNCHRONIZED_MOMENTS` | `pure/differentiable.py` | derivatives over replicas |
-| `nn.max_pool` | `MAX_POOL` | `pure/differentiable.py` | a cheap forward mode |
+| `nn.max_pool` | `MAX_POOL` | `pure/differentiable.py` | a cheap forward mode, also under XLA |
 | `rnn.cudnn_ok` | `CUDNN_OK` | `pure/differentiable.py` | cuDNN has no second derivative |
 | `loss.scale_loss_for_distribution` | `SCALE_LOSS` | `pure/differentiable.py` | uneven slices |
 | `loss.reduce_values` | `REDUCE_LOSS` | `pure/differentiable.py` | losses that return one number |
