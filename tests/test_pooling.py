@@ -26,20 +26,12 @@ def looped(x, v, window, strides, padding):
     """`(y, tangent)`, window by window: the first largest entry in the order of the axes, and `v` there."""
     axes = x.ndim - 2
     window = (window,) * axes if isinstance(window, int) else window
-    strides = (
-        window
-        if strides is None
-        else (strides,) * axes
-        if isinstance(strides, int)
-        else strides
-    )
+    strides = window if strides is None else (strides,) * axes if isinstance(strides, int) else strides
     starts, counts = [], []
     for n, k, s in zip(x.shape[1:-1], window, strides):
         count = -(-n // s) if padding == "same" else (n - k) // s + 1
         counts.append(count)
-        starts.append(
-            -(max((count - 1) * s + k - n, 0) // 2) if padding == "same" else 0
-        )
+        starts.append(-(max((count - 1) * s + k - n, 0) // 2) if padding == "same" else 0)
     y, t = (np.zeros((len(x), *counts, x.shape[-1])) for _ in range(2))
     for position in np.ndindex(*y.shape):
         row, *at, channel = position
@@ -54,34 +46,29 @@ def looped(x, v, window, strides, padding):
     return y, t
 
 
-def compiled(x, v, u, window, strides, padding, data_format):
-    """`(y, tangent along v, gradient against u)` by the package, under XLA."""
+@tf.function(jit_compile=True, autograph=False)
+def compiled(pool, x, v, u):
+    """`(y, tangent along v, gradient against u)` of a function `pool(x)`, under XLA."""
+    with tf.GradientTape() as outer:
+        outer.watch(u)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = pool(x)
+        gradient = tape.gradient(y, x, output_gradients=u)
+    return y, outer.gradient(gradient, u, output_gradients=v), gradient
 
-    @tf.function(jit_compile=True, autograph=False)
-    def everything(x, v, u):
-        own = getattr(*replaced.MAX_POOL)
-        with tf.GradientTape() as outer:
-            outer.watch(u)
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                y = pooling.max_pool(own, x, window, strides, padding, data_format)
-            gradient = tape.gradient(y, x, output_gradients=u)
-        return y, outer.gradient(gradient, u, output_gradients=v), gradient
 
-    return everything(x, v, u)
+def pooled(x, v, u, *choices):
+    """`compiled`, of the package's pooling with Keras' arguments."""
+    return compiled(lambda x: pooling.max_pool(getattr(*replaced.MAX_POOL), x, *choices), x, v, u)
 
 
 @pytest.mark.skipif(not HAS_XLA, reason="no XLA for the host")
-@pytest.mark.parametrize(
-    ("name", "data_format"), [*[(name, "channels_last") for name in SETTINGS], *FIRST]
-)
+@pytest.mark.parametrize(("name", "data_format"), [*[(name, "channels_last") for name in SETTINGS], *FIRST])
 def test_pooling_under_xla_is_that_of_a_loop(name, data_format):
     shape, *setting = SETTINGS[name]
     random = np.random.default_rng(0)
-    x, v = (
-        random.integers(-4, 5, shape) / 4.0,
-        random.integers(-8, 9, shape) / 8.0,
-    )  # with ties; exact in bfloat16
+    x, v = random.integers(-4, 5, shape) / 4.0, random.integers(-8, 9, shape) / 8.0  # with ties; exact in bfloat16
     y, tangent = looped(x, v, *setting)
     u = random.integers(-8, 9, y.shape) / 8.0
 
@@ -91,10 +78,7 @@ def test_pooling_under_xla_is_that_of_a_loop(name, data_format):
         return np.moveaxis(a, 1, -1) if to_last else np.moveaxis(a, -1, 1)
 
     tensors = [tf.constant(placed(a), "bfloat16") for a in (x, v, u)]
-    found = [
-        placed(np.asarray(tf.cast(a, "float64")), True)
-        for a in compiled(*tensors, *setting, data_format)
-    ]
+    found = [placed(np.asarray(tf.cast(a, "float64")), True) for a in pooled(*tensors, *setting, data_format)]
     np.testing.assert_array_equal(found[0], y)
     np.testing.assert_array_equal(found[1], tangent)
     # the gradient is the transposed tangent; its entries are sums of a few eighths
@@ -103,33 +87,19 @@ def test_pooling_under_xla_is_that_of_a_loop(name, data_format):
 
 @pytest.mark.skipif(not HAS_XLA, reason="no XLA for the host")
 def test_not_a_number_is_the_largest_and_so_is_seen():
-    x = tf.constant(
-        [[[np.nan], [1.0], [2.0], [-np.inf], [np.nan], [-np.inf]]], "float32"
-    )
-    y, *_ = compiled(x, x, tf.ones((1, 3, 1)), 2, 2, "valid", "channels_last")
+    x = tf.constant([[[np.nan], [1.0], [2.0], [-np.inf], [np.nan], [-np.inf]]], "float32")
+    y, *_ = pooled(x, x, tf.ones((1, 3, 1)), 2, 2, "valid", "channels_last")
     np.testing.assert_array_equal(np.ravel(y), [np.nan, 2, np.nan])
 
 
 @pytest.mark.skipif(not HAS_XLA, reason="no XLA for the host")
 def test_products_with_overlapping_windows_compile_in_every_precision():
     # TensorFlow's forward mode of max pooling has no kernel for XLA but in float32
-    def tangent(x):
-        with tf.GradientTape() as outer:
-            u = tf.zeros_like(layer(x))
-            outer.watch(u)
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                y = layer(x)
-            gradient = tape.gradient(y, x, output_gradients=u)
-        return outer.gradient(gradient, u, output_gradients=x)
-
     with float64():
-        layer, x = (
-            keras.layers.MaxPooling2D(3, 2, "same"),
-            tf.random.normal((1, 5, 5, 2), dtype="float64"),
-        )
+        layer, x = keras.layers.MaxPooling2D(3, 2, "same"), tf.random.normal((1, 5, 5, 2), dtype="float64")
+        expected = layer(x)
         with pytest.raises(tf.errors.InvalidArgumentError, match="MaxPoolGradGrad"):
-            tf.function(tangent, jit_compile=True, autograph=False)(x)
+            compiled(layer, x, x, tf.zeros_like(expected))
         with differentiable.differentiable_keras():
-            found = tf.function(tangent, jit_compile=True, autograph=False)(x)
-        np.testing.assert_array_equal(found, layer(x))  # along `x` itself
+            _, tangent, _ = compiled(lambda x: layer(x), x, x, tf.zeros_like(expected))  # another function: a new trace
+        np.testing.assert_array_equal(tangent, expected)  # along `x` itself

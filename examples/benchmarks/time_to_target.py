@@ -142,7 +142,7 @@ class Method:
     make: Callable
     kerass: bool = False
     batch: dict = dataclasses.field(default_factory=dict)
-    problems: tuple = ("autoencoder", "cifar10", "characters")
+    problems: tuple = tuple(PROBLEMS)
 
 
 # Keras' cross-entropy is the mean over 784 pixels where the papers sum, and so is its curvature: damping is divided.
@@ -296,8 +296,7 @@ class Runner:
         outputs = self.model(self.x_new, training=False)
         found = [self.setting.loss()(self.y_new, outputs)]
         if self.setting.classes:
-            right = tf.argmax(outputs, -1, self.y_new.dtype) == self.y_new
-            found.append(tf.reduce_mean(tf.cast(right, "float32")))
+            found.append(tf.reduce_mean(keras.metrics.sparse_categorical_accuracy(self.y_new, outputs)))
         return found
 
 

@@ -1,5 +1,7 @@
 """An image under the window of a convolution or of a pooling layer, at each of its positions."""
 
+import itertools
+
 import tensorflow as tf
 
 
@@ -20,12 +22,9 @@ def entries(images, window, strides, dilation, padding, fill=0.0):
         for i, (size, *choices) in enumerate(zip(images.shape[1:-1], window, strides, dilation))
     ]
     around = [(0, 0), *[(before, after) for before, after, _, _ in cuts], (0, 0)]
-    padded = tf.pad(images, around, constant_values=tf.cast(fill, images.dtype))
-    offsets = [[]]
-    for _, _, _, starts in cuts:
-        offsets = [[*offset, start] for offset in offsets for start in starts]
+    padded = tf.pad(images, around, constant_values=fill)
     found = []
-    for offset in offsets:
+    for offset in itertools.product(*(starts for _, _, _, starts in cuts)):
         places = [
             slice(start, start + (count - 1) * stride + 1, stride)
             for start, (_, _, count, _), stride in zip(offset, cuts, strides)
@@ -52,6 +51,6 @@ def channels_last(x, data_format):
     return x if data_format == "channels_last" else tf.transpose(x, [0, *range(2, x.shape.rank), 1])
 
 
-def channels_first(x):
-    """`x`, whose channels are in the last axis, with its channels in the second."""
-    return tf.transpose(x, [0, x.shape.rank - 1, *range(1, x.shape.rank - 1)])
+def laid_out(x, data_format):
+    """The inverse of `channels_last`."""
+    return x if data_format == "channels_last" else tf.transpose(x, [0, x.shape.rank - 1, *range(1, x.shape.rank - 1)])

@@ -26,7 +26,7 @@ def max_pool(original, inputs, pool_size, strides, padding, data_format):
     if not keras_internals.is_compiled():
         return original(inputs, pool_size, strides, padding, data_format)
     outputs = _compared(windows.channels_last(inputs, data_format), size, step, padding)
-    return windows.channels_first(outputs) if data_format == "channels_first" else outputs
+    return windows.laid_out(outputs, data_format)
 
 
 def _adjacent(inputs, size):
