@@ -87,9 +87,7 @@ def causal_transformer(characters=64, length=64, width=96, heads=4, blocks=2):
     inputs = keras.Input((length,), dtype="int32")
     x = networks.TokenAndPosition(characters, length, width)(inputs)  # (batch, length, width)
     for _ in range(blocks):
-        normal = layers.LayerNormalization()(x)
-        x += layers.MultiHeadAttention(heads, width // heads)(normal, normal, use_causal_mask=True)
-        x += layers.Dense(width)(layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(x)))
+        x = networks.causal_block(x, heads)
     return keras.Model(inputs, layers.Dense(characters)(layers.LayerNormalization()(x)))
 
 

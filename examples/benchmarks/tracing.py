@@ -44,6 +44,7 @@ from keras import layers
 
 import keras_curvature as kc
 from keras_curvature import optimizers
+from keras_curvature.problems import networks
 
 BATCH, TOKENS, VOCABULARY, WIDTH, DEPTH = 8, 32, 100, 64, 12
 # name: (optimizer, whether the model must be curved)
@@ -78,10 +79,7 @@ def transformer():
     inputs = keras.Input((TOKENS,), dtype="int32")
     x = layers.Embedding(VOCABULARY, WIDTH)(inputs)
     for _ in range(DEPTH):
-        normal = layers.LayerNormalization()(x)
-        x += layers.MultiHeadAttention(4, WIDTH // 4)(normal, normal, use_causal_mask=True)
-        hidden = layers.Dense(4 * WIDTH, activation="gelu")(layers.LayerNormalization()(x))
-        x += layers.Dense(WIDTH)(hidden)
+        x = networks.causal_block(x, 4)
     outputs = layers.Dense(VOCABULARY)(layers.LayerNormalization()(x))
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, TOKENS + 1))
     return keras.Model(inputs, outputs), tokens[:, :-1].astype("int32"), tokens[:, 1:]

@@ -103,6 +103,15 @@ def transformer(
     return keras.Model(inputs, layers.Dense(classes)(x), name=name)
 
 
+def causal_block(x, heads):
+    """A block of a decoder, with normalization before each part: (batch, length, width) -> the same."""
+    width = x.shape[-1]
+    normal = layers.LayerNormalization()(x)
+    x += layers.MultiHeadAttention(heads, width // heads)(normal, normal, use_causal_mask=True)
+    x += layers.Dense(width)(layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(x)))
+    return x
+
+
 def lstm(length=16, features=2, width=32, classes=2, unroll=False, name="lstm"):
     """An LSTM layer and a dense layer on its last state: (batch, length, features) -> (batch, classes)."""
     return _chain((length, features), [layers.LSTM(width, unroll=unroll), layers.Dense(classes)], name)
