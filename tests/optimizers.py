@@ -169,7 +169,7 @@ OPTIMIZERS = {
         **LONG, "damping": 0.3, "kl_clip": None,
     }),
     "if_shampoo": Method(kc.IFShampoo, {"learning_rate": 0.01, "damping": 0.1, "every": 2},
-        {"learning_rate": 0.3, "damping": 1.0}, steps=300),
+        {"learning_rate": 0.3, "damping": 1.0, "kl_clip": None}, steps=300),
     "kbfgs": Method(kc.KBFGS, {"damping": 0.1, "warmup_steps": 2}, {"damping": 0.01, "momentum": 0.0}),
     "locoprop": Method(kc.LocoProp, {"steps": 3, "loss": "squared"}, LOCAL),
     "locoprop_matching": Method(kc.LocoProp, {"steps": 3}, LOCAL),

@@ -36,11 +36,12 @@ def changed(g, K, M, damping, beta, rate):
 
 
 @float64
-def test_steps_are_those_of_the_equations():
+@pytest.mark.parametrize("kl_clip", [None, 0.02])
+def test_steps_are_those_of_the_equations(kl_clip):
     """Weights of one, two and three axes, two of them of one shape."""
     keras.utils.set_random_seed(0)
     settings, random = {"damping": 0.05, "beta": 0.4, "rate": 0.2}, np.random.default_rng(0)
-    optimizer = kc.IFShampoo(0.3, momentum=0.5, every=2, merge=1, **settings)
+    optimizer = kc.IFShampoo(0.3, momentum=0.5, every=2, merge=1, kl_clip=kl_clip, **settings)
     model = made(keras.Sequential([
         keras.Input((5, 2)), keras.layers.Conv1D(3, 2, activation="tanh"), keras.layers.Flatten(),
         keras.layers.Dense(3), keras.layers.Dense(3), keras.layers.Dense(3),
@@ -57,10 +58,14 @@ def test_steps_are_those_of_the_equations():
             state = [([k * np.eye(n) for n in a.shape], [np.zeros((n, n)) for n in a.shape]) for k, a in zip(scales, g)]
         if t % 2 == 0:
             state = [changed(7**0.5 * a, *own, **settings) for a, own in zip(g, state)]
-        for i, (a, (K, _)) in enumerate(zip(g, state)):
+        d = []
+        for a, (K, _) in zip(g, state):
             for axis, X in enumerate(K):
                 a = along(a, X @ X.T, axis)
-            v[i] = 0.5 * v[i] - a
+            d.append(a)
+        length = 0.3**2 * sum((a * b).sum() for a, b in zip(d, g))
+        assert kl_clip is None or length > kl_clip
+        v = [0.5 * b - a * (1 if kl_clip is None else np.sqrt(kl_clip / length)) for a, b in zip(d, v)]
         step(x, y)
         for w, old, move in zip(model.get_weights(), before, v):
             np.testing.assert_allclose(w, old + 0.3 * move, rtol=1e-9, atol=1e-12)
@@ -98,7 +103,7 @@ def test_long_axes_have_no_factor_and_singular_gradients_and_bfloat16_weights_do
 
 @pytest.mark.parametrize(
     "arguments", [{"damping": 0.0}, {"momentum": 1.0}, {"beta": 1.0}, {"rate": 1.0}, {"every": 0}, {"merge": 0},
-                  {"max_dimension": 0}],
+                  {"max_dimension": 0}, {"kl_clip": 0.0}],
 )  # fmt: skip
 def test_bad_arguments_fail_at_construction(arguments):
     with pytest.raises(ValueError, match=f"`IFShampoo`: `{next(iter(arguments))}`"):

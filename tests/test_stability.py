@@ -286,7 +286,7 @@ BY_MODEL = {
     "foof": (lambda: kc.FOOF(0.1, damping=0.3, factors_every=3, inverses_every=3, output_clip=None), ("_velocity",)),
     "tnt": (lambda: kc.TNT(0.1, damping=0.5, factors_every=3, inverses_every=3, kl_clip=None), ("_m",)),
     "singd": (lambda: kc.SINGD(0.1, damping=0.1, every=3, kl_clip=None), ("_velocity",)),
-    "if_shampoo": (lambda: kc.IFShampoo(0.1, damping=0.1, every=3), ("_velocity",)),
+    "if_shampoo": (lambda: kc.IFShampoo(0.1, damping=0.1, every=3, kl_clip=None), ("_velocity",)),
     "kbfgs": (lambda: kc.KBFGS(0.1, damping=0.1, warmup_steps=2), ("_m",)),
 }  # fmt: skip
 
