@@ -44,7 +44,7 @@ class IFShampoo(ByAxis):
     `examples/benchmarks/defaults.py`).
 
     Args:
-        learning_rate: Multiple of `v` that is taken. Defaults to `3e-3`: 0.97 to 1.33 of Adam's reduction of the loss in
+        learning_rate: Multiple of `v` that is taken. Defaults to `3e-3`: 0.97 to 1.33 of Adam's reduction of loss in
             150 steps on two perceptrons, a convolutional network and a regression with batches of 32 and 512; 0.72 on
             the regression at 1e-3, 0.82 on a perceptron at 1e-2 (`tuning` data of `examples/benchmarks/defaults.py`).
         damping: Positive. Defaults to `1e-4` (the authors).
