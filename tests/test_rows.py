@@ -171,6 +171,21 @@ def test_a_loss_of_one_number_for_all_examples_is_refused_in_words():
         Linearization(case.model, *case.batch).rows().dense()
 
 
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("matrix", ["rows", "gradients_of_examples"])
+def test_a_loss_that_couples_examples_is_refused_in_words(width, matrix):
+    """It returns a number for each example; that of one example reads the mean over all."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(width)])
+    model.compile(loss=lambda y, z: tf.reduce_mean(tf.square(z - tf.reduce_mean(z, 0) - y), -1))
+    x, y = np.arange(10.0).reshape(5, 2), np.ones((5, width))
+    ask = lambda: getattr(Linearization(model, x, y), matrix)().dense()  # noqa: E731
+    for run in (ask, tf.function(ask, autograph=False)):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="outputs of one example change the slopes of others"):
+            run()
+    assert np.isnan(tf.function(ask, autograph=False, jit_compile=True)()).any()  # XLA knows no such errors
+
+
 def test_a_loss_of_the_users_has_blocks_of_its_examples():
     with float64():
         case = MODELS["dense"]()

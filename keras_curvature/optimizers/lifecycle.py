@@ -53,7 +53,8 @@ class Lifecycle(WrappedOptimizer):
             handed, finite = self._handed(linearization)
             length = self._reported.get("step_norm")  # of a method that has the inner products
             length = trees.norm(handed) if length is None else length
-            finite &= tf.math.is_finite(length) & self._no_refresh_overflowed(linearization)
+            moved = length * tf.cast(self.learning_rate, length.dtype)  # a schedule may be infinite somewhere
+            finite &= tf.math.is_finite(moved) & self._no_refresh_overflowed(linearization)
             begins = self._begins(linearization)
             noted, rejected = list(self._noted), self._rejected
 

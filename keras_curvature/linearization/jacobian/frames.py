@@ -87,8 +87,7 @@ class OfCotangents:
 
 def of_slopes(recorded):
     """The frame of the gradients of the examples: one row for each."""
-    roots.require_sum(recorded)
-    return OfCotangents(recorded, [recorded.slope])
+    return OfCotangents(recorded, [roots.slopes_of_examples(recorded)])
 
 
 def of_fisher(kind, seed):

@@ -84,10 +84,11 @@ def wide(recorded, tensor):
     return tensor if recorded.loss_scale is None else tensor / tf.cast(recorded.loss_scale, tensor.dtype)
 
 
-def require_sum(recorded):
-    """Refuse a loss that is not known to be a sum over the examples."""
+def slopes_of_examples(recorded):
+    """The slopes of the loss in the leaves, of a loss that is a sum over the examples; another one is refused."""
     recorded.require_leaves()
-    _structures(recorded)
+    found = zip(_structures(recorded), recorded.slope)
+    return [_uncoupled(recorded, i, slope) if kind == EXAMPLE else slope for i, (kind, slope) in enumerate(found)]
 
 
 def objection(model):
@@ -145,10 +146,18 @@ def _check_has_examples(loss, y, outputs):
     if not tf.convert_to_tensor(loss.call(y, outputs)).shape.rank:
         raise ValueError(
             "The rows of the Jacobian need a loss that is a sum over the examples. Received: "
-            f"loss={name_of(getattr(loss, 'fn', loss))}, which returns one number for all of them. Return one number "
+            f"loss={_name(loss)}, which returns one number for all of them. Return one number "
             "for each example, without the last mean or sum; or solve without rows, by "
             "`GaussNewton(solver=ConjugateGradient())`."
         )
+
+
+def _names(recorded):
+    return ", ".join(_name(loss) for loss in keras_internals.losses_of(recorded.pure.model))
+
+
+def _name(loss):
+    return name_of(getattr(loss, "fn", loss))
 
 
 def _declared(loss):
@@ -173,6 +182,7 @@ def _root(recorded, i, structure):
     entries = leaf.shape[1:] if structure == EXAMPLE else leaf.shape[-1:]
     if structure == ENTRY or (entries.is_fully_defined() and entries.num_elements() == 1):
         curved = wide(recorded, recorded.curve(_only(recorded, i, tf.ones_like(leaf)))[i])
+        curved = _uncoupled(recorded, i, curved) if structure == EXAMPLE else curved
         return Root(tf.sqrt(_no_less_than_zero(curved)), shape, True)
     size = _size_of_block(recorded, leaf, entries)
 
@@ -182,18 +192,38 @@ def _root(recorded, i, structure):
 
     columns = tf.vectorized_map(column, tf.eye(size, dtype=leaf.dtype))  # (entries, *leaf)
     blocks = tf.reshape(wide(recorded, columns), [size, -1, size])
+    if structure == EXAMPLE:
+        blocks = _uncoupled(recorded, i, blocks)
     return Root(_root_of_blocks(tf.transpose(blocks, [1, 0, 2])), shape, False)
+
+
+def _uncoupled(recorded, i, tensor):
+    """`tensor`, unless the slopes of some examples change with the outputs of others: then an error, in XLA NaN."""
+    leaf = recorded.leaves[i]
+    numbers = tf.range(tf.shape(leaf)[0])
+    moved = (tf.random.stateless_uniform(tf.shape(numbers), (0, 1)) < 0.5) & (numbers < tf.shape(leaf)[0] - 1)
+    moved = tf.reshape(moved | (numbers == 0), [-1] + [1] * (leaf.shape.rank - 1))
+    tangent = tf.cast(tf.random.stateless_normal(tf.shape(leaf), (0, 2)), leaf.dtype)
+    change = recorded.curve(_only(recorded, i, tf.where(moved, tangent, tf.zeros_like(leaf))))[i]
+    # exactly 0 in a sum over the examples; a NaN says nothing of the others, and is seen to elsewhere
+    coupled = tf.reduce_any(~moved & tf.math.is_finite(change) & (change != 0))
+    message = (
+        "The rows of the Jacobian need a loss that is a sum over the examples. Received: "
+        f"loss={_names(recorded)}, in which the outputs of one example change the slopes of others. Solve without "
+        "rows, by `GaussNewton(solver=ConjugateGradient())`."
+    )
+    with tf.control_dependencies([tf.debugging.assert_equal(coupled, False, message)]):
+        return tf.where(coupled, tf.constant(float("nan"), tensor.dtype), tensor)
 
 
 def _size_of_block(recorded, leaf, entries):
     size = entries.num_elements() if entries.is_fully_defined() else None
     if size is None or size > LARGEST_BLOCK:
-        names = ", ".join(name_of(loss) for loss in keras_internals.losses_of(recorded.pure.model))
         raise ValueError(
             f"The second derivative of the loss couples the entries of an output of shape {tuple(leaf.shape)}, as far "
             f"as is known, and the rows of the Jacobian need its root, with at most {LARGEST_BLOCK} entries for each "
-            f"example. Received: loss={names}. If it is a sum over entries, say so by its likelihood, such as "
-            "`my_loss.likelihood = keras_curvature.likelihoods.Gaussian`; or solve without rows, by "
+            f"example. Received: loss={_names(recorded)}. If it is a sum over entries, say so by its likelihood, such "
+            "as `my_loss.likelihood = keras_curvature.likelihoods.Gaussian`; or solve without rows, by "
             "`GaussNewton(solver=ConjugateGradient())`."
         )
     return size
