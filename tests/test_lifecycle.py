@@ -124,6 +124,14 @@ def test_a_batch_that_was_skipped_does_not_count_in_the_loss_of_an_epoch():
     assert np.isnan(model.train_on_batch(broken[8:], y[8 : len(broken)], return_dict=True)["loss"])
 
 
+class Reciprocal(keras.optimizers.schedules.LearningRateSchedule):
+    """Infinite before the first step."""
+
+    def __call__(self, step):
+        """`1 / step`."""
+        return 1.0 / tf.cast(step, tf.float32)
+
+
 class Steepest(kc.CurvatureOptimizer):
     """A method with reports of its own."""
 
@@ -152,6 +160,17 @@ def test_the_step_of_a_batch_that_is_passed_over_has_no_length():
     logs = model.train_on_batch(x, y, sample_weight=np.zeros(16), return_dict=True)
     assert logs["step_norm"] == logs["skipped_steps"] == 0.0
     assert_same(model.get_weights(), before)
+
+
+@pytest.mark.parametrize("make", [kc.SOAP, kc.Neumann, Steepest])
+def test_a_rate_that_is_not_finite_moves_nothing(make):
+    """As of a schedule that divides by the number of steps taken."""
+    schedule = Reciprocal()
+    model, (x, y) = simple(lambda: make(schedule)), regression()
+    before = model.get_weights()
+    logs = model.train_on_batch(x, y, return_dict=True)
+    assert logs["skipped_steps"] == 1.0 and model.optimizer.iterations == 0
+    assert_same([w.numpy() for w in model.weights], before)
 
 
 def test_skipped_steps_are_reported_whatever_else_is():

@@ -358,8 +358,41 @@ def siamese():
     return keras.Model([one, other], [encoder(one), encoder(layers.Dense(4)(other))]), {"code/kernel"}
 
 
+class Positions(layers.Layer):
+    """Adds a table of positions, as KerasHub's `PositionEmbedding` does."""
+
+    def build(self, shape):
+        """The table, with the name that embeddings have."""
+        self.table = self.add_weight(shape=shape[1:], name="embeddings")
+
+    def call(self, x):
+        """`x` plus the table."""
+        return x + self.table
+
+
+class Reversible(layers.Layer):
+    """An embedding that also makes the outputs, with a matrix of their own, as `ReversibleEmbedding` does."""
+
+    def build(self, shape):
+        """The two matrices, of eleven tokens and width 8."""
+        self.table = self.add_weight(shape=(11, 8), name="embeddings")
+        self.back = self.add_weight(shape=(8, 11), name="reverse_embeddings")
+
+    def call(self, x, reverse=False):
+        """Vectors of tokens, or scores of tokens."""
+        return keras.ops.matmul(x, self.back) if reverse else keras.ops.take(self.table, x, axis=0)
+
+
+def language():
+    """The output layer is an embedding in reverse."""
+    tokens, ends_of = keras.Input((7,), dtype="int32"), Reversible(name="tokens")
+    x = layers.Dense(8, name="hidden")(Positions(name="positions")(ends_of(tokens)))
+    expected = {"tokens/embeddings", "tokens/reverse_embeddings", "positions/embeddings"}
+    return keras.Model(tokens, ends_of(x, reverse=True)), expected
+
+
 MODELS = {"transformer": transformer, "two_heads": two_heads, "nested": nested, "subclassed": subclassed,
-          "siamese": siamese}  # fmt: skip
+          "siamese": siamese, "language": language}  # fmt: skip
 
 
 def short(variables):

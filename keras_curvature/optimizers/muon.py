@@ -37,8 +37,9 @@ class Muon(HiddenMatrices):
     the model's width by all heads. Adam steps everything else, with `adam_rate` times the learning rate: vectors,
     embeddings and the layers that make the outputs. On a curved model (`keras_curvature.curved`) the embeddings and
     output layers are read from the model. A plain `keras.Model` does not show itself to its optimizer; there the last
-    kernel is taken for the output layer, and weights that Keras' `Embedding` made for embeddings. That is wrong for a
-    model of several outputs: name them in `adam_for`.
+    kernel is taken for the output layer, and weights named "embeddings" for embeddings. That is wrong for a model of
+    several outputs, and for a language model whose output layer is its embedding in reverse: curve the model, or name
+    the layers in `adam_for`.
 
     Reference: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale `"moonlight"`:
     Liu et al., "Muon is scalable for LLM training" (2025); `"scion"`: Pethick et al., "Training deep learning models

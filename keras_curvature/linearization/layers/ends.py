@@ -12,7 +12,8 @@ from keras_curvature.keras_internals import Functional
 # Names that Keras' layers give to weights that multiply or shift single units, whatever the number of their axes: the
 # biases of attention have one for heads and one for units.
 VECTORS = frozenset(("alpha", "beta", "bias", "gamma", "scale"))
-EMBEDDINGS = "embeddings"  # the name that Keras' `Embedding` gives to its weight
+EMBEDDINGS = "embeddings"  # the name that the weights of `Embedding`, `PositionEmbedding` and their kin have
+REVERSED = "reverse_embeddings"  # the output layer of an untied `ReversibleEmbedding`
 
 
 def is_kernel(variable):
@@ -21,9 +22,10 @@ def is_kernel(variable):
 
 
 def ends_of_variables(variables):
-    """The ends as far as variables can tell, a list: those that `Embedding` made, and the last kernel."""
+    """The ends as far as variables can tell, a list: by the names of embeddings, and the last kernel."""
     kernels = [v for v in variables if is_kernel(v)]
-    return [v for v in kernels if v.name == EMBEDDINGS] + [v for v in kernels[-1:] if v.name != EMBEDDINGS]
+    outputs = [v for v in kernels if v.name == REVERSED] or [v for v in kernels[-1:] if v.name != EMBEDDINGS]
+    return [v for v in kernels if v.name == EMBEDDINGS] + outputs
 
 
 def ends_of_model(model):
@@ -35,8 +37,8 @@ def ends_of_model(model):
     """
     found = []
     for layer in keras_internals.layers_of(model):
-        if isinstance(layer, keras.layers.Embedding):
-            found += [v for v in layer.weights if is_kernel(v)]
+        embeds = isinstance(layer, keras.layers.Embedding)
+        found += [v for v in keras_internals.own_weights(layer) if is_kernel(v) and (embeds or v.name == EMBEDDINGS)]
     graph = graph_of(model)
     if graph is None:
         return found + ends_of_variables(model.trainable_variables)
