@@ -37,9 +37,9 @@ def gauss_newton(lin) -> GaussNewton:
     """The generalized Gauss-Newton matrix `J' H_L J`, a `GaussNewton` operator.
 
     `J` is the Jacobian of the model's outputs (of its logits, if the loss reads them) and `H_L` the second derivative
-    of the loss in them. L2 weight regularizers enter exactly; other added losses are treated as linear in the
-    activations and contribute no curvature. Positive semi-definite where the compiled loss is convex in the outputs;
-    see `fisher/convexity.py`.
+    of the loss in them. L2 weight regularizers enter exactly, also if a `compute_loss` of the model's own leaves them
+    out; other added losses are treated as linear in the activations and contribute no curvature. Positive semi-definite
+    where the compiled loss is convex in the outputs, see `fisher/convexity.py`, and no sample weight is negative.
 
     Raises:
         ValueError: The `needs` of the linearization have no `products`.
@@ -77,7 +77,8 @@ def rows(lin, memory: int = MEMORY) -> Rows:
 
     With `J` the Jacobian of the model's outputs and `R` the root of the second derivative of the loss in them, the rows
     are `A = R J`, one for each output of each example. `A'A` is the Gauss-Newton matrix without L2 regularizers, and
-    for a loss of squares `A'r` is the gradient.
+    for a loss of squares `A'r` is the gradient. Where the loss is not convex, or a sample weight is negative, negative
+    eigenvalues of the second derivative count as 0.
 
     Args:
         memory: The most bytes that `dense()` may take. Defaults to `2**31`.
@@ -86,6 +87,8 @@ def rows(lin, memory: int = MEMORY) -> Rows:
         ValueError: `memory` is no positive number; the `needs` of the linearization have no `products`; the loss is not
             convex in the outputs; at a question: the model has a `compute_loss` of its own without a `likelihood`, or a
             loss that returns one number for all examples.
+        tf.errors.InvalidArgumentError: The outputs of one example change the slopes of others, as in a contrastive
+            loss. Under XLA the rows are NaN in place of this error.
 
     Example:
 

@@ -7,9 +7,10 @@
 `squared_gradients`: the mean over the examples of the elementwise square of the per-example gradient. With the true
 labels this is the diagonal of the empirical Fisher matrix, which preconditions Hessian-free optimization. With labels
 drawn from the model it estimates the diagonal of the Fisher matrix. For a `Dense` layer `y = x W` the gradient of
-example `i` is `x_i d_i'` and the sum of squares is `(x^2)' (d^2)`: one backward pass for the whole batch, exact. Other
-weights (convolutions, recurrent cells, embeddings, layers used twice) get an unbiased estimate from one more backward
-pass: with a random sign `s_i` per example, `E[(sum_i s_i g_i)^2] = sum_i g_i^2`, elementwise.
+example `i` is `x_i d_i'` and the sum of squares is `(x^2)' (d^2)`: one backward pass for the whole batch, exact if the
+rows of `x` are the examples, nothing after the layer mixes them, and `W` has no other use. Other weights (convolutions,
+recurrent cells, embeddings, layers used twice) get an unbiased estimate from one more backward pass: with a random sign
+`s_i` per example, `E[(sum_i s_i g_i)^2] = sum_i g_i^2`, elementwise.
 """
 
 import tensorflow as tf
@@ -97,8 +98,9 @@ def _exactly(H, weights):
 def squared_gradients(lin, seed: Integer = 0, fisher: Fisher = "empirical") -> Vector:
     """The mean over the examples of the squared gradient of each, a vector, for a loss that is a mean over examples.
 
-    Exact for `Dense` layers, an unbiased estimate for others; see `estimates/diagonals.py`. Costs one forward and two
-    backward passes.
+    Exact for `Dense` layers that are used once, on a row for each example, an unbiased estimate for others; see
+    `estimates/diagonals.py`. Only an approximation where a kernel is also used outside of its layer, or where examples
+    mix after a layer, as in batch normalization. Costs one forward and two backward passes.
 
     Args:
         seed: Integer tensor or number: it determines the random signs, together with the example's row in the batch.
