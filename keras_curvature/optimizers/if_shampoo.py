@@ -45,7 +45,8 @@ class IFShampoo(ByAxis):
 
     Args:
         learning_rate: Multiple of `v` that is taken. Defaults to `3e-3`: 0.95 to 1.84 of Adam's reduction of loss in
-            150 steps on two perceptrons, a convolutional network, an LSTM and a regression with batches of 32 and 512 (`tuning` data of `examples/benchmarks/defaults.py`).
+            150 steps on two perceptrons, a convolutional network, an LSTM and a regression with batches of 32 and 512
+            (`tuning` data of `examples/benchmarks/defaults.py`).
         damping: Positive. Defaults to `1e-4` (the authors).
         momentum: Factor on the last step, in [0, 1). Defaults to `0.9` (as in `SINGD`).
         beta: Factor on the old `M_i`, in [0, 1). Defaults to `0.5` (the authors).
