@@ -108,13 +108,18 @@ class Curvature(LinearOperator):
     ) -> Eigenpairs:  # fmt: skip
         """The `k` largest eigenvalues with their eigenvectors, `Eigenpairs`; see `solvers/lanczos.py`.
 
+        A multiple eigenvalue is there as often as it has copies; under the squared error every eigenvalue of the last
+        `Dense` layer has as many as the layer has outputs. For `k > 1` further searches among the vectors orthogonal to
+        the pairs found look for copies: 10 products or so where nothing is missing, as many more for each time that
+        they find some. For `k = 1` there are none.
+
         Args:
             k: Number of eigenvalues, an integer. Defaults to `10`.
             tolerance: Largest residual `|B u - l u|`, relative to `|l|`, or to 1 % of the largest eigenvalue where that
                 is larger. Defaults to `1e-3`.
             most_negative: Whether to find the `k` smallest eigenvalues instead. Defaults to `False`.
             max_products: Stop after so many products, an integer; `Eigenpairs.converged` then tells which pairs are
-                within the tolerance. Defaults to `300 + 20 k`.
+                within the tolerance, and copies of a multiple eigenvalue may be missing. Defaults to `300 + 20 k`.
             metric: A positive definite `LinearOperator` `M`, such as
                 `keras_curvature.stability(optimizer).preconditioner`: the eigenvalues are then those of `M^1/2 B
                 M^1/2`. Optional.

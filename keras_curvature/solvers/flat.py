@@ -120,16 +120,21 @@ class Complement:
 
     Args:
         U: The vectors, in rows; they need not be orthogonal to each other.
+        MU: The vectors times the matrix `M` of the inner product `u'Mv`, in rows. Defaults to `U`.
+
+    Attributes:
+        count: Number of vectors.
     """
 
-    def __init__(self, U):
-        self._U = U
-        self._inverse = np.linalg.pinv(np.array([coefficients(U, u) for u in U]), hermitian=True)
+    def __init__(self, U, MU=None):
+        self._U, self._MU, self.count = U, U if MU is None else MU, len(U)
+        self._inverse = np.linalg.pinv(np.array([coefficients(self._MU, u) for u in U]), hermitian=True)
 
     def project(self, w):
-        """`w - U'(U U')^-1 U w`, in place."""
-        w -= combination(self._U, self._inverse @ coefficients(self._U, w))
-        return w
+        """`w - U'c`, in place, with `c = (U M U')^-1 U M w`; gives `c`."""
+        c = self._inverse @ coefficients(self._MU, w)
+        w -= combination(self._U, c)
+        return c
 
 
 def check_memory(vectors, layout, limit, remedy):
