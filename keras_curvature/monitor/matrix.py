@@ -13,6 +13,7 @@ from keras_curvature.component import check, check_count, check_flag
 from keras_curvature.monitor.noise.noise import Noise, noise
 from keras_curvature.monitor.objective.layers import chosen, layers_of
 from keras_curvature.monitor.objective.objective import Objective
+from keras_curvature.monitor.objective.vectors import taken
 from keras_curvature.monitor.progress import advancing
 from keras_curvature.monitor.solving import solve
 from keras_curvature.monitor.spectra import density, exact, traces
@@ -90,8 +91,7 @@ class Curvature(LinearOperator):
 
     def multiply(self, vector: Vector) -> Vector:
         """`B v`, a vector."""
-        trees.check("vector", vector, self.variables)
-        return self._masked @ list(vector)
+        return self._masked @ taken("vector", vector, self.variables)
 
     def extend(self, vector: Vector) -> Vector:
         """The vector over all of the model's weights, with zeros for other layers."""
@@ -147,6 +147,7 @@ class Curvature(LinearOperator):
         self, start: Vector | None = None, steps: int = 10, metric: LinearOperator | None = None
     ) -> tuple[Eigenpairs, Eigenpairs]:  # fmt: skip
         """The largest and the smallest eigenvalue of one run, two `Eigenpairs` of one; see `sharpness` and `top`."""
+        start = None if start is None else taken("start", start, self.variables)
         operator = self._shown(steps)
         return lanczos.extremes(operator, self._like, steps, start=start, seed=self.objective.seed, metric=metric)
 
@@ -257,7 +258,7 @@ class Curvature(LinearOperator):
         Lanczos first finds the smallest eigenvalue of a Hessian, to check that the damping makes it positive definite.
 
         Args:
-            vector: A vector.
+            vector: A vector, of any length; for zero the solution is zero.
             damping: A number, at least 0.
             tolerance: Largest residual `|vector - (B + damping I) x|`, relative to `|vector|`. Defaults to `1e-6`.
             max_products: An integer. `Solution.residual` has the residual reached; a warning says when it is above the
@@ -267,10 +268,9 @@ class Curvature(LinearOperator):
 
         Raises:
             ValueError: The Hessian is not positive definite with this damping; the message has its most negative
-                eigenvalue.
+                eigenvalue. `vector`, a product or the solution is not finite.
         """
-        trees.check("vector", vector, self.variables)
-        operator = self._shown()
+        vector, operator = taken("vector", vector, self.variables), self._shown()
         return solve(self, operator, vector, damping, tolerance, max_products, rank, asked_by=Curvature.solve)
 
     @property

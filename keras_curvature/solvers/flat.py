@@ -18,7 +18,13 @@ STREAMS = ("start", "density", "trace", "sketch")
 
 
 class ProductNotFinite(ValueError):
-    """A product of an operator with a vector is not finite."""
+    """A product of an operator with a vector is not finite, or `what` is not."""
+
+    def __init__(self, what="A product of the curvature with a vector is"):
+        super().__init__(
+            f"{what} not finite: at these weights the loss or one of its derivatives is NaN or overflows. Check that "
+            "the loss on these examples and the weights are finite."
+        )
 
 
 class Layout:
@@ -60,10 +66,7 @@ class Layout:
         """
         found = self.pack(operator @ self.unpack(array))
         if not np.isfinite(found).all():
-            raise ProductNotFinite(
-                "A product of the curvature with a vector is not finite: at these weights the loss or one of its "
-                "derivatives is NaN or overflows. Check that the loss on these examples and the weights are finite."
-            )
+            raise ProductNotFinite
         return found
 
     def dots(self, u, v):
@@ -90,6 +93,20 @@ def dot(u, v):
 def norm(v):
     """`|v|`, a Python float."""
     return float(np.sqrt(dot(v, v)))
+
+
+def scaled(name, v):
+    """`(v / c, c)`, with `c` the largest |entry|, a Python float: so no inner product under- or overflows.
+
+    Raises:
+        ValueError: `v` is zero or not finite; the message has its `name`.
+    """
+    largest = float(np.abs(v).max(initial=0.0))  # NaN if one entry is
+    if not 0 < largest < np.inf:
+        raise ValueError(
+            f"`{name}` must be a finite vector that is not zero. Received: a vector with the largest entry {largest}"
+        )
+    return v / v.dtype.type(largest), largest
 
 
 def coefficients(V, w):

@@ -154,14 +154,11 @@ class Process:
         if start is None:
             return fresh
         trees.check("start", start, self._like)
-        start = self.layout.pack(start)
+        start, _ = flat.scaled("start", self.layout.pack(start))
         return start + fresh * fresh.dtype.type(FRESH * flat.norm(start) / flat.norm(fresh))
 
     def begin(self, vector):
         """Make this the next vector."""
-        length = flat.norm(vector)
-        if not 0 < length < np.inf:
-            raise ValueError(f"`start` must be a finite vector that is not zero. Received: a vector of norm {length}")
         self._set_next(vector, *self._length(vector))
 
     def step(self):

@@ -63,7 +63,7 @@ def tridiagonalize(operator, start, steps, basis=True, metric=None, memory_limit
     rows = min(steps, trees.count(start)) if basis else 0
     flat.check_memory(2 * rows, flat.Layout(start), memory_limit, FEWER)
     process = Process(operator, start, rows, metric)
-    process.begin(process.layout.pack(start))
+    process.begin(flat.scaled("start", process.layout.pack(start))[0])
     if not basis:
         alpha, beta = process.run_without_basis(steps)
         return Tridiagonal(alpha, beta, None, process.products, process.exhausted)

@@ -32,6 +32,7 @@ from keras_curvature.linearization.pure import functional
 from keras_curvature.linearization.pure.precision import without_half_precision
 from keras_curvature.monitor.objective import checks, reading, shapes
 from keras_curvature.monitor.objective.kinds import KINDS
+from keras_curvature.monitor.objective.vectors import taken
 from keras_curvature.typing import Kind, Vector
 
 
@@ -175,13 +176,12 @@ class Objective:
 
     def loss_at(self, step: Vector) -> tf.Tensor:
         """`f(w + step)`, a scalar; the model's weights stay as they are."""
-        trees.check("step", step, self.variables)
-        return self.total("loss_at", lambda lin, step: lin.loss_at(step), list(step))
+        step = taken("step", step, self.variables)
+        return self.total("loss_at", lambda lin, step: lin.loss_at(step), step)
 
     def product(self, vector: Vector) -> Vector:
         """`B v`, a vector, with the matrix `B` of `kind`."""
-        trees.check("vector", vector, self.variables)
-        return self.total(self.kind, KINDS[self.kind].product, list(vector))
+        return self.total(self.kind, KINDS[self.kind].product, taken("vector", vector, self.variables))
 
     def total(self, name: str, fn: Callable[..., Any], *args: Any) -> Any:
         """`sum_b s_b fn(lin_b, *args)`, a nest of tensors, with `lin_b` the `Linearization` of batch `b`.

@@ -1,0 +1,104 @@
+"""Vectors that a user passes to a `Curvature`: of any length, in any number type, or refused in words."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import keras_curvature as kc
+
+X = np.random.default_rng(0).normal(size=(32, 3)).astype("float32")
+Y = np.random.default_rng(1).normal(size=(32, 2)).astype("float32")
+
+
+@pytest.fixture(scope="module")
+def c():
+    """The Gauss-Newton matrix of a perceptron in float32."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)])
+    model.compile("sgd", "mse", jit_compile=False)
+    return kc.curvature(model, (X, Y), kind="ggn")
+
+
+def flat(vector):
+    return np.concatenate([np.ravel(a) for a in vector]).astype(np.float64)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-15, 1.0, 1e20, 1e36])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_solutions_are_as_good_for_right_hand_sides_of_any_length(c, scale, rank):
+    b = [np.asarray(a, np.float64) for a in c.gradient]
+    one, found = c.solve(b, 0.5, rank=rank), c.solve([scale * a for a in b], 0.5, rank=rank)
+    assert float(found.residual) <= 1e-6 and abs(int(found.steps) - int(one.steps)) <= 1
+    np.testing.assert_allclose(flat(found.value) / scale, flat(one.value), rtol=1e-5, atol=1e-7)
+    last = int(found.count) - 1
+    np.testing.assert_allclose(flat(found.iterate(last)), flat(found.value), rtol=1e-6)
+    assert float(found.quadratic(last)) == pytest.approx(scale**2 * float(one.quadratic(last)), rel=1e-4, abs=0)
+
+
+def test_the_solution_for_zero_is_zero(c):
+    found = c.solve([np.zeros(v.shape) for v in c.variables], 0.5, rank=4)
+    assert not flat(found.value).any() and float(found.residual) == 0
+
+
+@pytest.mark.parametrize("entry", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused(c, entry):
+    bad = [np.full(v.shape, entry) for v in c.variables]
+    with pytest.raises(ValueError, match="`vector` must be a finite vector"):
+        c.solve(bad, 0.5)
+    with pytest.raises(ValueError, match="`start` must be a finite vector that is not zero"):
+        c.sharpness(start=bad)
+    with pytest.raises(ValueError, match="the solution overflows"):
+        c.solve([np.full(v.shape, 1e38) for v in c.variables], 1e-6)
+
+
+def test_long_and_short_starts_are_directions(c):
+    largest = c.sharpness(steps=20)
+    for scale in (1e-30, 1e30):
+        again = c.sharpness(start=[scale * a for a in largest.vectors[0]], steps=3)
+        assert again.values[0] == pytest.approx(largest.values[0], rel=1e-4)
+
+
+def test_arrays_of_all_real_numbers_are_taken(c):
+    whole = [np.round(5 * np.random.default_rng(2).normal(size=v.shape)) for v in c.variables]
+    expected = [flat(c @ [tf.constant(a, tf.float32) for a in whole])]
+    expected += [flat(c.solve(whole, 0.5).value), c.sharpness(start=whole).values[0]]
+    for dtype, make in itertools.product(("float64", "float16", "int32"), (np.asarray, tf.constant)):
+        v = [make(a.astype(dtype)) for a in whole]
+        found = [flat(c @ v), flat(c.solve(v, 0.5).value), c.sharpness(start=v).values[0]]
+        for one, other in zip(found, expected):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert float(c.objective.loss_at(whole)) == float(c.objective.loss_at([tf.constant(a, tf.float64) for a in whole]))
+    assert [a.dtype for a in c @ list(c.variables)] == [tf.float32] * 4
+
+
+@pytest.mark.parametrize("place, entry, message", [
+    (1, None, "Received: what is no tensor: NoneType at index 1"),
+    (0, [1.0], "Received: what is no tensor: list at index 0"),
+    (2, "a", "Received: what is no tensor: str at index 2"),
+    (1, np.array(["a"] * 4), "must hold real numbers. Received: a tensor of dtype string at index 1"),
+    (1, tf.zeros(4, tf.complex64), "must hold real numbers. Received: a tensor of dtype complex64 at index 1"),
+    (1, np.zeros(5), "must be a list of 4 tensors"),
+])  # fmt: skip
+def test_entries_that_are_no_tensors_are_named(c, place, entry, message):
+    v = [np.zeros(w.shape) for w in c.variables]
+    v[place] = entry
+    asks = {"vector": (lambda: c @ v, lambda: c.solve(v, 1.0)), "start": (lambda: c.sharpness(start=v),)}
+    for name, calls in asks.items():
+        for call in calls:
+            with pytest.raises(ValueError, match=f"`{name}` .*{message}"):
+                call()
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)])
+    model.compile("sgd", "mse", jit_compile=False)
+    c = kc.curvature(model, (X, Y), kind="ggn")
+    v = c.gradient
+    model.layers[0].kernel.assign(np.nan * model.layers[0].kernel)
+    for ask in (lambda: c.solve(v, 1.0), lambda: c.solve(v, 1.0, rank=3)):
+        with pytest.raises(ValueError, match="not finite: at these weights the loss or one of its derivatives is NaN"):
+            ask()
