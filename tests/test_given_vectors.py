@@ -9,6 +9,8 @@ import tensorflow as tf
 from keras import layers
 
 import keras_curvature as kc
+from keras_curvature.monitor.matrix import Curvature
+from keras_curvature.monitor.objective.objective import Objective
 
 X = np.random.default_rng(0).normal(size=(32, 3)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(32, 2)).astype("float32")
@@ -96,9 +98,13 @@ def test_entries_that_are_no_tensors_are_named(c, place, entry, message):
 def test_weights_that_are_not_finite_are_refused():
     model = keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)])
     model.compile("sgd", "mse", jit_compile=False)
-    c = kc.curvature(model, (X, Y), kind="ggn")
+    c, fisher = kc.curvature(model, (X, Y), kind="ggn"), Objective(model, (X, Y), kind="fisher")
     v = c.gradient
     model.layers[0].kernel.assign(np.nan * model.layers[0].kernel)
-    for ask in (lambda: c.solve(v, 1.0), lambda: c.solve(v, 1.0, rank=3)):
+    asks = (
+        lambda: c.solve(v, 1.0), lambda: c.solve(v, 1.0, rank=3), lambda: c.top(2), c.trace, c.noise,
+        lambda: c.trace(labels=True), lambda: Curvature(fisher).trace(labels=True),
+    )  # fmt: skip
+    for ask in asks:
         with pytest.raises(ValueError, match="not finite: at these weights the loss or one of its derivatives is NaN"):
             ask()

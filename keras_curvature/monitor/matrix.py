@@ -240,8 +240,8 @@ class Curvature(LinearOperator):
                 Defaults to `16`.
 
         Raises:
-            ValueError: This is the curvature of some layers only, there are fewer than two micro-batches, or the
-                gradients need more than 8 GB.
+            ValueError: This is the curvature of some layers only, there are fewer than two micro-batches, the gradients
+                need more than 8 GB, or a gradient or product is not finite.
         """
         if not self.is_whole:
             raise ValueError(
