@@ -1,5 +1,6 @@
 """Vectors that a user passes to a `Curvature`: of any length, in any number type, or refused in words."""
 
+import dataclasses
 import itertools
 
 import keras
@@ -108,3 +109,49 @@ def test_weights_that_are_not_finite_are_refused():
     for ask in asks:
         with pytest.raises(ValueError, match="not finite: at these weights the loss or one of its derivatives is NaN"):
             ask()
+
+
+def test_pairs_of_another_matrix_are_refused(c):
+    other = kc.curvature(c.objective.model, (X, Y))
+    block, metric = c.block("dense"), kc.Identity()
+    mine, theirs = (f"ggn of {', '.join(c.layers)}", f"hessian of {', '.join(c.layers)}")
+    for pairs, of in {
+        theirs: other.top(1), "ggn of dense": block.top(1), f"{mine}, under a metric": c.top(1, metric=metric),
+        f"{mine} and {theirs}": c.top(1).beside(other.top(1)),
+    }.items():  # fmt: skip
+        for name, ask in {"trace": c.trace, "density": c.density}.items():
+            with pytest.raises(ValueError, match=f"`{name}`: `pairs` must be `Eigenpairs` of this matrix, the {mine}. "
+                               f"Received: pairs of the {pairs}$"):  # fmt: skip
+                ask(pairs=of)
+    assert c.trace(pairs=c.top(2).beside(c.extremes()[1])).value == pytest.approx(c.trace().value, rel=1e-5)
+    with pytest.raises(ValueError, match=r"`pairs.vectors\[0\]` must be a list of 4 tensors"):
+        c.trace(pairs=dataclasses.replace(block.top(1), matrix=""))
+
+
+def test_messages_name_the_method_that_was_called(c):
+    model, data = c.objective.model, (X, Y)
+    zero, nan = ([number * np.ones(v.shape) for v in c.variables] for number in (0.0, np.nan))
+    for message, call in {
+        "`top`: `k` must be an integer >= 1": lambda: c.top(0),
+        "`top`: `metric` must be a": lambda: c.top(metric=2.0),
+        "`sharpness`: `steps` must be an integer >= 1": lambda: c.sharpness(steps=0),
+        "`extremes`: `steps` must be an integer >= 1": lambda: c.extremes(steps=0),
+        "`landscape`: `seed` must be an integer >= 0": lambda: kc.landscape(model, data, seed=-1),
+        "`report`: `seed` must be an integer >= 0": lambda: kc.report(model, data, seed=-1),
+        "`curvature`: `seed` must be less than 4294967296": lambda: kc.curvature(model, data, seed=2**70),
+        r"`directions\['a'\]` must be a finite vector": lambda: kc.landscape(model, data, {"a": zero}),
+        r"`directions\['direction 1'\]` must be a finite vector": lambda: kc.landscape(model, data, [nan]),
+        r"'\(' is no layer, and no valid regular expression: missing \)": lambda: kc.curvature(
+            model, data, layers=["("]
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_the_largest_seed(c):
+    c = kc.curvature(c.objective.model, (X, Y), "ggn", seed=2**32 - 1)
+    assert c.top(2).converged.all() and float(c.solve(c.gradient, 1.0, rank=2).residual) < 1e-6
+    for trace in (c.trace(12), c.trace(12, labels=True)):
+        assert trace.value == pytest.approx(c.trace(26).value, abs=5 * trace.stderr)
+    assert kc.landscape(c.objective.model, (X, Y), "random", points=3, seed=2**32 - 1).loss["random"].shape == (3,)

@@ -3,6 +3,7 @@
 This file has no mathematics of its own: an `Objective` makes the products, and the solvers and `spectra` use them.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -13,7 +14,7 @@ from keras_curvature.component import check, check_count, check_flag
 from keras_curvature.monitor.noise.noise import Noise, noise
 from keras_curvature.monitor.objective.layers import chosen, layers_of
 from keras_curvature.monitor.objective.objective import Objective
-from keras_curvature.monitor.objective.vectors import taken
+from keras_curvature.monitor.objective.vectors import check_pairs, taken
 from keras_curvature.monitor.progress import advancing
 from keras_curvature.monitor.solving import solve
 from keras_curvature.monitor.spectra import density, exact, traces
@@ -127,11 +128,11 @@ class Curvature(LinearOperator):
         Raises:
             ValueError: The vectors do not fit into memory; the message has the bytes that they need.
         """
-        operator = self._shown()
-        return lanczos.eigenpairs(
-            operator, self._like, k, tolerance=tolerance, most_negative=most_negative, seed=self.objective.seed,
-            max_products=max_products, metric=metric,
+        found = lanczos.eigenpairs(
+            self._shown(), self._like, k, tolerance=tolerance, most_negative=most_negative, seed=self.objective.seed,
+            max_products=max_products, metric=metric, asked_by=Curvature.top,
         )  # fmt: skip
+        return dataclasses.replace(found, matrix=self._in_words(metric))
 
     def sharpness(self, start: Vector | None = None, steps: int = 10) -> Eigenpairs:
         """The largest eigenvalue with its eigenvector, `Eigenpairs` of one.
@@ -141,15 +142,20 @@ class Curvature(LinearOperator):
                 to a random vector.
             steps: Number of products, an integer. Defaults to `10`.
         """
-        return self.extremes(start, steps)[0]
+        return self._extremes(start, steps, None, Curvature.sharpness)[0]
 
     def extremes(
         self, start: Vector | None = None, steps: int = 10, metric: LinearOperator | None = None
     ) -> tuple[Eigenpairs, Eigenpairs]:  # fmt: skip
         """The largest and the smallest eigenvalue of one run, two `Eigenpairs` of one; see `sharpness` and `top`."""
+        return self._extremes(start, steps, metric, Curvature.extremes)
+
+    def _extremes(self, start, steps, metric, asked_by):
         start = None if start is None else taken("start", start, self.variables)
-        operator = self._shown(steps)
-        return lanczos.extremes(operator, self._like, steps, start=start, seed=self.objective.seed, metric=metric)
+        ends = lanczos.extremes(
+            self._shown(steps), self._like, steps, start, self.objective.seed, metric, asked_by=asked_by
+        )
+        return tuple(dataclasses.replace(end, matrix=self._in_words(metric)) for end in ends)
 
     @overload
     def trace(
@@ -185,7 +191,7 @@ class Curvature(LinearOperator):
         check_count(Curvature.trace, "products", products, low=2)
         check_flag(Curvature.trace, "by_layer", by_layer)
         check_flag(Curvature.trace, "labels", labels)
-        _check_pairs(Curvature.trace, pairs)
+        check_pairs(Curvature.trace, pairs, self._in_words(), self.variables)
         if labels:
             check(Curvature.trace, "pairs", pairs, pairs is None, "left out where `labels=True`")
             parts = {name: [self._indices[i] for i in places] for name, places in self.layers.items()}
@@ -225,7 +231,7 @@ class Curvature(LinearOperator):
         """
         check_count(Curvature.density, "vectors", vectors)
         check_count(Curvature.density, "steps", steps)
-        _check_pairs(Curvature.density, pairs)
+        check_pairs(Curvature.density, pairs, self._in_words(), self.variables)
         operator = self._shown(vectors * steps)
         if self.size <= steps:
             return exact.density(operator, self._like)
@@ -281,6 +287,5 @@ class Curvature(LinearOperator):
         """This operator; with `progress`, one that advances a progress bar with every product."""
         return advancing(self, products) if self._progress else self
 
-
-def _check_pairs(owner, pairs):
-    check(owner, "pairs", pairs, pairs is None or isinstance(pairs, Eigenpairs), "`Eigenpairs` of `top`, or None")
+    def _in_words(self, metric=None):
+        return f"{self.objective.kind} of {', '.join(self.layers)}{'' if metric is None else ', under a metric'}"

@@ -39,6 +39,7 @@ class Eigenpairs:
         products: Number of products that were computed.
         converged: Whether each residual is within the tolerance, or as small as rounding allows; booleans `(k,)`.
         exhausted: Whether every search ended in an invariant subspace. The eigenvalues are then exact, up to rounding.
+        matrix: The matrix in words, such as `"hessian of dense"`; empty where unknown.
     """
 
     values: np.ndarray
@@ -47,13 +48,15 @@ class Eigenpairs:
     products: int
     converged: np.ndarray
     exhausted: bool = False
+    matrix: str = ""
 
     def beside(self, other: "Eigenpairs") -> "Eigenpairs":
         """These pairs followed by other pairs of the same operator, such as those of the other end of the spectrum."""
         arrays = (np.append(getattr(self, name), getattr(other, name)) for name in ("values", "residuals", "converged"))
         values, residuals, converged = arrays
         products, exhausted = self.products + other.products, self.exhausted or other.exhausted
-        return Eigenpairs(values, [*self.vectors, *other.vectors], residuals, products, converged, exhausted)
+        matrix = self.matrix if self.matrix == other.matrix else f"{self.matrix} and {other.matrix}"
+        return Eigenpairs(values, [*self.vectors, *other.vectors], residuals, products, converged, exhausted, matrix)
 
 
 @dataclasses.dataclass(frozen=True)

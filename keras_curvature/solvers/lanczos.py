@@ -75,7 +75,7 @@ def tridiagonalize(operator, start, steps, basis=True, metric=None, memory_limit
 
 def eigenpairs(
     operator, like, k=10, tolerance=1e-3, most_negative=False, start=None, seed=0, max_products=None,
-    memory_limit=MEMORY_LIMIT, metric=None,
+    memory_limit=MEMORY_LIMIT, metric=None, asked_by=None,
 ):  # fmt: skip
     """The `k` algebraically largest (or smallest) eigenvalues and their eigenvectors, by restarted Lanczos.
 
@@ -106,6 +106,7 @@ def eigenpairs(
             are within the tolerance, and copies of a multiple eigenvalue may be missing. Defaults to `300 + 20 k`.
         memory_limit: Largest number of bytes for the vectors. Defaults to `8e9`.
         metric: `M`, a positive definite `LinearOperator`. Defaults to the identity.
+        asked_by: The function to name in messages. Defaults to `eigenpairs`.
 
     Returns:
         `Eigenpairs`.
@@ -116,13 +117,14 @@ def eigenpairs(
 
     Example: `eigenpairs(curvature, curvature.gradient, k=5).values`
     """
-    check_count(eigenpairs, "k", k)
-    _check_metric(eigenpairs, metric)
-    check_number(eigenpairs, "tolerance", tolerance, low=0, open_low=True)
-    check_flag(eigenpairs, "most_negative", most_negative)
-    check_number(eigenpairs, "memory_limit", memory_limit, low=0)
+    owner = asked_by or eigenpairs
+    check_count(owner, "k", k)
+    _check_metric(owner, metric)
+    check_number(owner, "tolerance", tolerance, low=0, open_low=True)
+    check_flag(owner, "most_negative", most_negative)
+    check_number(owner, "memory_limit", memory_limit, low=0)
     most = max_products if max_products is not None else 300 + 20 * k
-    check_count(eigenpairs, "max_products", most)
+    check_count(owner, "max_products", most)
     k = min(k, trees.count(like))  # a matrix has no more eigenvalues
     # beside the basis: the vectors found, and their products with the metric
     sets = 1 if metric is None or k == 1 else 2
@@ -134,7 +136,7 @@ def eigenpairs(
     return found.eigenpairs()
 
 
-def extremes(operator, like, steps=10, start=None, seed=0, metric=None, memory_limit=MEMORY_LIMIT):
+def extremes(operator, like, steps=10, start=None, seed=0, metric=None, memory_limit=MEMORY_LIMIT, asked_by=None):
     """The largest and the smallest eigenvalue, from one Lanczos run of a fixed number of products.
 
     For monitoring during training, with a warm start: from the sum of both eigenvectors of the previous run, 5 steps
@@ -149,6 +151,7 @@ def extremes(operator, like, steps=10, start=None, seed=0, metric=None, memory_l
         seed: Seed of the random vector, an integer. Defaults to `0`.
         metric: See `eigenpairs`.
         memory_limit: Largest number of bytes for the `steps` vectors. Defaults to `8e9`.
+        asked_by: The function to name in messages. Defaults to `extremes`.
 
     Returns:
         `(largest, smallest)`, `Eigenpairs` of one pair each.
@@ -158,8 +161,9 @@ def extremes(operator, like, steps=10, start=None, seed=0, metric=None, memory_l
 
     Example: `largest, smallest = extremes(curvature, gradient, 5, start=trees.add(u, v))`
     """
-    check_count(extremes, "steps", steps)
-    _check_metric(extremes, metric)
+    owner = asked_by or extremes
+    check_count(owner, "steps", steps)
+    _check_metric(owner, metric)
     rows = min(steps, trees.count(like))
     flat.check_memory(rows + 2, flat.Layout(like), memory_limit, FEWER)
     process = Process(operator, like, rows, metric)
