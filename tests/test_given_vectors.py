@@ -155,3 +155,21 @@ def test_the_largest_seed(c):
     for trace in (c.trace(12), c.trace(12, labels=True)):
         assert trace.value == pytest.approx(c.trace(26).value, abs=5 * trace.stderr)
     assert kc.landscape(c.objective.model, (X, Y), "random", points=3, seed=2**32 - 1).loss["random"].shape == (3,)
+
+
+@pytest.mark.parametrize("wrong", [7, -1, 3, np.nan])
+def test_labels_that_are_no_class_are_named(wrong):
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(3)])
+    y = np.arange(32) % 3 + (0.0 if wrong != wrong else 0)
+    y[-1] = wrong
+    for loss in ("sparse_categorical_crossentropy", keras.losses.SparseCategoricalCrossentropy(from_logits=True)):
+        model.compile("sgd", loss, jit_compile=False)
+        with pytest.raises(ValueError, match="`curvature`: `data` must hold labels from 0 to 2, for the 3 outputs.* "
+                           f"Received: 1 others, such as {wrong}"):  # fmt: skip
+            kc.curvature(model, (X, y), batch_size=16)
+
+
+def test_the_class_that_the_loss_ignores_is_no_wrong_label():
+    model, y = keras.Sequential([keras.Input((3,)), layers.Dense(3)]), np.arange(32) % 4 - 1
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True, ignore_class=-1), jit_compile=False)
+    assert np.isfinite(float(kc.curvature(model, (X, y)).loss))

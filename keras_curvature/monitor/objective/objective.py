@@ -76,10 +76,10 @@ class Objective:
 
     Raises:
         ValueError: An argument is invalid; the model is not compiled, has no trainable weights, or was made under a
-            strategy of several workers; `data` are empty, of unequal lengths, infinite without `examples`, or of shapes
-            that the model does not take; the loss is not convex in the outputs and `kind="ggn"`, or has no known
-            likelihood and `kind="fisher"`; the loss on these examples is not finite, or differs when computed again;
-            `data` and the gradient are not finite; `data` need more than 8 GB.
+            strategy of several workers; `data` are empty, of unequal lengths, infinite without `examples`, of shapes
+            that the model does not take, or have labels that are no class of it; the loss is not convex in the outputs
+            and `kind="ggn"`, or has no known likelihood and `kind="fisher"`; the loss on these examples is not finite,
+            or differs when computed again; `data` and the gradient are not finite; `data` need more than 8 GB.
 
     Example:
 
@@ -101,6 +101,7 @@ class Objective:
         read = reading.batches(owner, data, examples, batch_size, self.dtype)
         shapes.check_inputs(owner, model, read[0][0])
         shapes.check_targets(owner, model, read[0][1])
+        shapes.check_labels(owner, model, [y for _, y, _ in read])
         with self._strategy.scope():
             functional.build_for(model, *read[0])
         self.variables = list(model.trainable_variables)
