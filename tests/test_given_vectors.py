@@ -21,7 +21,7 @@ Y = np.random.default_rng(1).normal(size=(32, 2)).astype("float32")
 def c():
     """The Gauss-Newton matrix of a perceptron in float32."""
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)])
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh", name="dense"), layers.Dense(2, name="last")])
     model.compile("sgd", "mse", jit_compile=False)
     return kc.curvature(model, (X, Y), kind="ggn")
 
@@ -50,7 +50,7 @@ def test_the_solution_for_zero_is_zero(c):
 @pytest.mark.parametrize("entry", [np.nan, np.inf])
 def test_what_is_not_finite_is_refused(c, entry):
     bad = [np.full(v.shape, entry) for v in c.variables]
-    with pytest.raises(ValueError, match="`vector` must be a finite vector"):
+    with pytest.raises(ValueError, match="`vector` must be a finite vector. Received"):
         c.solve(bad, 0.5)
     with pytest.raises(ValueError, match="`start` must be a finite vector that is not zero"):
         c.sharpness(start=bad)

@@ -66,7 +66,7 @@ def _unit(vector):
     b = layout.pack(vector)
     if not b.any():
         return vector, 1.0
-    b, largest = flat.scaled("vector", b)
+    b, largest = flat.scaled("vector", b, "a finite vector")
     length = flat.norm(b)
     return layout.unpack(b / b.dtype.type(length)), largest * length
 

@@ -95,17 +95,15 @@ def norm(v):
     return float(np.sqrt(dot(v, v)))
 
 
-def scaled(name, v):
+def scaled(name, v, expected="a finite vector that is not zero"):
     """`(v / c, c)`, with `c` the largest |entry|, a Python float: so no inner product under- or overflows.
 
     Raises:
-        ValueError: `v` is zero or not finite; the message has its `name`.
+        ValueError: `v` is zero or not finite; the message has its `name`, and what is `expected`.
     """
     largest = float(np.abs(v).max(initial=0.0))  # NaN if one entry is
     if not 0 < largest < np.inf:
-        raise ValueError(
-            f"`{name}` must be a finite vector that is not zero. Received: a vector with the largest entry {largest}"
-        )
+        raise ValueError(f"`{name}` must be {expected}. Received: a vector with the largest entry {largest}")
     return v / v.dtype.type(largest), largest
 
 
