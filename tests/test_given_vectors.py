@@ -30,8 +30,7 @@ def flat(vector):
     return np.concatenate([np.ravel(a) for a in vector]).astype(np.float64)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-15, 1.0, 1e20, 1e36])
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("scale, rank", [(1e-30, 0), (1e-20, 4), (1e-15, 0), (1e20, 0), (1e36, 4)])
 def test_solutions_are_as_good_for_right_hand_sides_of_any_length(c, scale, rank):
     b = [np.asarray(a, np.float64) for a in c.gradient]
     one, found = c.solve(b, 0.5, rank=rank), c.solve([scale * a for a in b], 0.5, rank=rank)
@@ -54,8 +53,11 @@ def test_what_is_not_finite_is_refused(c, entry):
         c.solve(bad, 0.5)
     with pytest.raises(ValueError, match="`start` must be a finite vector that is not zero"):
         c.sharpness(start=bad)
+
+
+def test_a_solution_that_overflows_is_refused(c):
     with pytest.raises(ValueError, match="the solution overflows"):
-        c.solve([np.full(v.shape, 1e38) for v in c.variables], 1e-6)
+        c.solve([np.full(v.shape, 1e38) for v in c.variables], 0.05)
 
 
 def test_long_and_short_starts_are_directions(c):
@@ -152,8 +154,8 @@ def test_messages_name_the_method_that_was_called(c):
 def test_the_largest_seed(c):
     c = kc.curvature(c.objective.model, (X, Y), "ggn", seed=2**32 - 1)
     assert c.top(2).converged.all() and float(c.solve(c.gradient, 1.0, rank=2).residual) < 1e-6
-    for trace in (c.trace(12), c.trace(12, labels=True)):
-        assert trace.value == pytest.approx(c.trace(26).value, abs=5 * trace.stderr)
+    trace = c.trace(4, labels=True)
+    assert trace.value == pytest.approx(c.trace(26).value, abs=5 * trace.stderr)
     assert kc.landscape(c.objective.model, (X, Y), "random", points=3, seed=2**32 - 1).loss["random"].shape == (3,)
 
 
