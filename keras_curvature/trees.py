@@ -176,9 +176,13 @@ def shaped(tensor, shape):
 def check(name, vector, variables):
     """Raise a `ValueError` unless `vector` is a list of tensors with the shapes of `variables`."""
     shapes = [tuple(v.shape) for v in variables]
-    given = [tuple(a.shape) for a in vector] if isinstance(vector, (list, tuple)) else None
+    listed = isinstance(vector, (list, tuple))
+    entries = enumerate(vector if listed else ())
+    bare = [f"{type(a).__name__} at index {i}" for i, a in entries if not hasattr(a, "shape")]
+    given = [tuple(a.shape) for a in vector] if listed and not bare else None
     if given != shapes:
         what = f"{len(given)} tensors of shapes {given[:4]}" if given is not None else f"{type(vector).__name__}"
+        what = f"what is no tensor: {bare[0]}" if bare else what
         raise ValueError(
             f"`{name}` must be a list of {len(shapes)} tensors with the shapes of `model.trainable_variables`, or "
             f"those of the chosen `layers`: {shapes[:4]}{' ...' if len(shapes) > 4 else ''}. Received: {what}"

@@ -3,6 +3,7 @@
 This file has no mathematics of its own: an `Objective` makes the products, and the solvers and `spectra` use them.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -13,6 +14,7 @@ from keras_curvature.component import check, check_count, check_flag
 from keras_curvature.monitor.noise.noise import Noise, noise
 from keras_curvature.monitor.objective.layers import chosen, layers_of
 from keras_curvature.monitor.objective.objective import Objective
+from keras_curvature.monitor.objective.vectors import check_pairs, taken
 from keras_curvature.monitor.progress import advancing
 from keras_curvature.monitor.solving import solve
 from keras_curvature.monitor.spectra import density, exact, traces
@@ -90,8 +92,7 @@ class Curvature(LinearOperator):
 
     def multiply(self, vector: Vector) -> Vector:
         """`B v`, a vector."""
-        trees.check("vector", vector, self.variables)
-        return self._masked @ list(vector)
+        return self._masked @ taken("vector", vector, self.variables)
 
     def extend(self, vector: Vector) -> Vector:
         """The vector over all of the model's weights, with zeros for other layers."""
@@ -108,13 +109,18 @@ class Curvature(LinearOperator):
     ) -> Eigenpairs:  # fmt: skip
         """The `k` largest eigenvalues with their eigenvectors, `Eigenpairs`; see `solvers/lanczos.py`.
 
+        A multiple eigenvalue is there as often as it has copies; under the squared error every eigenvalue of the last
+        `Dense` layer has as many as the layer has outputs. For `k > 1` further searches among the vectors orthogonal to
+        the pairs found look for copies: 10 products or so where nothing is missing, as many more for each time that
+        they find some. For `k = 1` there are none.
+
         Args:
             k: Number of eigenvalues, an integer. Defaults to `10`.
             tolerance: Largest residual `|B u - l u|`, relative to `|l|`, or to 1 % of the largest eigenvalue where that
                 is larger. Defaults to `1e-3`.
             most_negative: Whether to find the `k` smallest eigenvalues instead. Defaults to `False`.
             max_products: Stop after so many products, an integer; `Eigenpairs.converged` then tells which pairs are
-                within the tolerance. Defaults to `300 + 20 k`.
+                within the tolerance, and copies of a multiple eigenvalue may be missing. Defaults to `300 + 20 k`.
             metric: A positive definite `LinearOperator` `M`, such as
                 `keras_curvature.stability(optimizer).preconditioner`: the eigenvalues are then those of `M^1/2 B
                 M^1/2`. Optional.
@@ -122,11 +128,11 @@ class Curvature(LinearOperator):
         Raises:
             ValueError: The vectors do not fit into memory; the message has the bytes that they need.
         """
-        operator = self._shown()
-        return lanczos.eigenpairs(
-            operator, self._like, k, tolerance=tolerance, most_negative=most_negative, seed=self.objective.seed,
-            max_products=max_products, metric=metric,
+        found = lanczos.eigenpairs(
+            self._shown(), self._like, k, tolerance=tolerance, most_negative=most_negative, seed=self.objective.seed,
+            max_products=max_products, metric=metric, asked_by=Curvature.top,
         )  # fmt: skip
+        return dataclasses.replace(found, matrix=self._in_words(metric))
 
     def sharpness(self, start: Vector | None = None, steps: int = 10) -> Eigenpairs:
         """The largest eigenvalue with its eigenvector, `Eigenpairs` of one.
@@ -136,14 +142,20 @@ class Curvature(LinearOperator):
                 to a random vector.
             steps: Number of products, an integer. Defaults to `10`.
         """
-        return self.extremes(start, steps)[0]
+        return self._extremes(start, steps, None, Curvature.sharpness)[0]
 
     def extremes(
         self, start: Vector | None = None, steps: int = 10, metric: LinearOperator | None = None
     ) -> tuple[Eigenpairs, Eigenpairs]:  # fmt: skip
         """The largest and the smallest eigenvalue of one run, two `Eigenpairs` of one; see `sharpness` and `top`."""
-        operator = self._shown(steps)
-        return lanczos.extremes(operator, self._like, steps, start=start, seed=self.objective.seed, metric=metric)
+        return self._extremes(start, steps, metric, Curvature.extremes)
+
+    def _extremes(self, start, steps, metric, asked_by):
+        start = None if start is None else taken("start", start, self.variables)
+        ends = lanczos.extremes(
+            self._shown(steps), self._like, steps, start, self.objective.seed, metric, asked_by=asked_by
+        )
+        return tuple(dataclasses.replace(end, matrix=self._in_words(metric)) for end in ends)
 
     @overload
     def trace(
@@ -179,7 +191,7 @@ class Curvature(LinearOperator):
         check_count(Curvature.trace, "products", products, low=2)
         check_flag(Curvature.trace, "by_layer", by_layer)
         check_flag(Curvature.trace, "labels", labels)
-        _check_pairs(Curvature.trace, pairs)
+        check_pairs(Curvature.trace, pairs, self._in_words(), self.variables)
         if labels:
             check(Curvature.trace, "pairs", pairs, pairs is None, "left out where `labels=True`")
             parts = {name: [self._indices[i] for i in places] for name, places in self.layers.items()}
@@ -219,7 +231,7 @@ class Curvature(LinearOperator):
         """
         check_count(Curvature.density, "vectors", vectors)
         check_count(Curvature.density, "steps", steps)
-        _check_pairs(Curvature.density, pairs)
+        check_pairs(Curvature.density, pairs, self._in_words(), self.variables)
         operator = self._shown(vectors * steps)
         if self.size <= steps:
             return exact.density(operator, self._like)
@@ -234,8 +246,8 @@ class Curvature(LinearOperator):
                 Defaults to `16`.
 
         Raises:
-            ValueError: This is the curvature of some layers only, there are fewer than two micro-batches, or the
-                gradients need more than 8 GB.
+            ValueError: This is the curvature of some layers only, there are fewer than two micro-batches, the gradients
+                need more than 8 GB, or a gradient or product is not finite.
         """
         if not self.is_whole:
             raise ValueError(
@@ -252,7 +264,7 @@ class Curvature(LinearOperator):
         Lanczos first finds the smallest eigenvalue of a Hessian, to check that the damping makes it positive definite.
 
         Args:
-            vector: A vector.
+            vector: A vector, of any length; for zero the solution is zero.
             damping: A number, at least 0.
             tolerance: Largest residual `|vector - (B + damping I) x|`, relative to `|vector|`. Defaults to `1e-6`.
             max_products: An integer. `Solution.residual` has the residual reached; a warning says when it is above the
@@ -262,10 +274,9 @@ class Curvature(LinearOperator):
 
         Raises:
             ValueError: The Hessian is not positive definite with this damping; the message has its most negative
-                eigenvalue.
+                eigenvalue. `vector`, a product or the solution is not finite.
         """
-        trees.check("vector", vector, self.variables)
-        operator = self._shown()
+        vector, operator = taken("vector", vector, self.variables), self._shown()
         return solve(self, operator, vector, damping, tolerance, max_products, rank, asked_by=Curvature.solve)
 
     @property
@@ -276,6 +287,5 @@ class Curvature(LinearOperator):
         """This operator; with `progress`, one that advances a progress bar with every product."""
         return advancing(self, products) if self._progress else self
 
-
-def _check_pairs(owner, pairs):
-    check(owner, "pairs", pairs, pairs is None or isinstance(pairs, Eigenpairs), "`Eigenpairs` of `top`, or None")
+    def _in_words(self, metric=None):
+        return f"{self.objective.kind} of {', '.join(self.layers)}{'' if metric is None else ', under a metric'}"

@@ -1,5 +1,7 @@
 """Solve linear systems with a curvature matrix."""
 
+import dataclasses
+import math
 import warnings
 
 import tensorflow as tf
@@ -7,7 +9,7 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check_count, check_number
 from keras_curvature.operators import Function, Identity
-from keras_curvature.solvers import ConjugateGradient
+from keras_curvature.solvers import ConjugateGradient, flat
 from keras_curvature.solvers.nystrom import NystromPreconditioner, sketch
 
 
@@ -28,6 +30,7 @@ def solve(curvature, operator, vector, damping, tolerance, max_products, rank, a
         raise ValueError(
             f"`Curvature.solve`: `rank` must be less than `max_products` ({max_products}). Received: rank={rank}"
         )
+    vector, length = _unit(vector)
     if not curvature.psd:
         _check_positive(curvature, damping)
     rank = min(rank, trees.count(vector))
@@ -37,8 +40,10 @@ def solve(curvature, operator, vector, damping, tolerance, max_products, rank, a
     if rank:
         found = sketch(operator, vector, rank, tf.constant(curvature.objective.seed))
         preconditioner = NystromPreconditioner(found.vectors, found.values, damping)
-    solution = solver.solve(damped, list(vector), preconditioner=preconditioner)
+    solution = solver.solve(damped, vector, preconditioner=preconditioner)
     residual, products = float(solution.residual), int(solution.steps) + rank
+    if not solution.finite or not math.isfinite(residual):
+        raise flat.ProductNotFinite
     if residual > tolerance and products < max_products and not curvature.psd:
         raise ValueError(
             f"`Curvature.solve`: the Hessian with damping={damping!r} is not positive definite: conjugate gradients "
@@ -49,7 +54,34 @@ def solve(curvature, operator, vector, damping, tolerance, max_products, rank, a
             f"`Curvature.solve`: the residual is {residual:.2g} after {products} products, more than "
             f"tolerance={tolerance:g}. Pass a larger `damping` or `max_products`.", stacklevel=3,
         )  # fmt: skip
-    return solution
+    return _times(length, solution)
+
+
+def _unit(vector):
+    """The vector in units of its length, and the length; a zero vector as it is.
+
+    The norms of conjugate gradients are squares in the vector's dtype: in float32 they vanish at a length of 1e-23.
+    """
+    layout = flat.Layout(vector)
+    b = layout.pack(vector)
+    if not b.any():
+        return vector, 1.0
+    b, largest = flat.scaled("vector", b, "a finite vector")
+    length = flat.norm(b)
+    return layout.unpack(b / b.dtype.type(length)), largest * length
+
+
+def _times(length, solution):
+    """The `Solution` for a right-hand side so many times as long."""
+    value = trees.scale(length, solution.value)
+    if not all(bool(tf.reduce_all(tf.math.is_finite(a))) for a in value):
+        raise ValueError(
+            f"`Curvature.solve`: the solution overflows. Received: `vector` of length {length:.3g}. Pass a shorter one."
+        )
+    return dataclasses.replace(
+        solution, value=value, iterate=lambda j: trees.scale(length, solution.iterate(j)),
+        quadratic=lambda j: length**2 * tf.cast(solution.quadratic(j), tf.float64),
+    )  # fmt: skip
 
 
 def _check_positive(curvature, damping):

@@ -18,7 +18,13 @@ STREAMS = ("start", "density", "trace", "sketch")
 
 
 class ProductNotFinite(ValueError):
-    """A product of an operator with a vector is not finite."""
+    """A product of an operator with a vector is not finite, or `what` is not."""
+
+    def __init__(self, what="A product of the curvature with a vector is"):
+        super().__init__(
+            f"{what} not finite: at these weights the loss or one of its derivatives is NaN or overflows. Check that "
+            "the loss on these examples and the weights are finite."
+        )
 
 
 class Layout:
@@ -60,10 +66,7 @@ class Layout:
         """
         found = self.pack(operator @ self.unpack(array))
         if not np.isfinite(found).all():
-            raise ProductNotFinite(
-                "A product of the curvature with a vector is not finite: at these weights the loss or one of its "
-                "derivatives is NaN or overflows. Check that the loss on these examples and the weights are finite."
-            )
+            raise ProductNotFinite
         return found
 
     def dots(self, u, v):
@@ -90,6 +93,18 @@ def dot(u, v):
 def norm(v):
     """`|v|`, a Python float."""
     return float(np.sqrt(dot(v, v)))
+
+
+def scaled(name, v, expected="a finite vector that is not zero"):
+    """`(v / c, c)`, with `c` the largest |entry|, a Python float: so no inner product under- or overflows.
+
+    Raises:
+        ValueError: `v` is zero or not finite; the message has its `name`, and what is `expected`.
+    """
+    largest = float(np.abs(v).max(initial=0.0))  # NaN if one entry is
+    if not 0 < largest < np.inf:
+        raise ValueError(f"`{name}` must be {expected}. Received: a vector with the largest entry {largest}")
+    return v / v.dtype.type(largest), largest
 
 
 def coefficients(V, w):
@@ -120,16 +135,21 @@ class Complement:
 
     Args:
         U: The vectors, in rows; they need not be orthogonal to each other.
+        MU: The vectors times the matrix `M` of the inner product `u'Mv`, in rows. Defaults to `U`.
+
+    Attributes:
+        count: Number of vectors.
     """
 
-    def __init__(self, U):
-        self._U = U
-        self._inverse = np.linalg.pinv(np.array([coefficients(U, u) for u in U]), hermitian=True)
+    def __init__(self, U, MU=None):
+        self._U, self._MU, self.count = U, U if MU is None else MU, len(U)
+        self._inverse = np.linalg.pinv(np.array([coefficients(self._MU, u) for u in U]), hermitian=True)
 
     def project(self, w):
-        """`w - U'(U U')^-1 U w`, in place."""
-        w -= combination(self._U, self._inverse @ coefficients(self._U, w))
-        return w
+        """`w - U'c`, in place, with `c = (U M U')^-1 U M w`; gives `c`."""
+        c = self._inverse @ coefficients(self._MU, w)
+        w -= combination(self._U, c)
+        return c
 
 
 def check_memory(vectors, layout, limit, remedy):

@@ -18,6 +18,13 @@ ROUNDINGS = 10
 FRESH = 1e-3
 # Tolerances are relative to |eigenvalue|, or to this share of the largest |eigenvalue| if that is larger.
 SMALL = 1e-2
+# A restart keeps so many vectors more than are wanted.
+KEPT = 5
+
+
+def goal(values, size, tolerance):
+    """The largest residual that is within the tolerance, for each eigenvalue."""
+    return tolerance * np.maximum(np.abs(values), SMALL * size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +38,8 @@ class Eigenpairs:
             `A` is within this distance of `theta`.
         products: Number of products that were computed.
         converged: Whether each residual is within the tolerance, or as small as rounding allows; booleans `(k,)`.
-        exhausted: Whether the basis spans an invariant subspace. The eigenvalues are then exact; if there are fewer
-            than `k`, this start cannot find more.
+        exhausted: Whether every search ended in an invariant subspace. The eigenvalues are then exact, up to rounding.
+        matrix: The matrix in words, such as `"hessian of dense"`; empty where unknown.
     """
 
     values: np.ndarray
@@ -41,13 +48,15 @@ class Eigenpairs:
     products: int
     converged: np.ndarray
     exhausted: bool = False
+    matrix: str = ""
 
     def beside(self, other: "Eigenpairs") -> "Eigenpairs":
         """These pairs followed by other pairs of the same operator, such as those of the other end of the spectrum."""
         arrays = (np.append(getattr(self, name), getattr(other, name)) for name in ("values", "residuals", "converged"))
         values, residuals, converged = arrays
         products, exhausted = self.products + other.products, self.exhausted or other.exhausted
-        return Eigenpairs(values, [*self.vectors, *other.vectors], residuals, products, converged, exhausted)
+        matrix = self.matrix if self.matrix == other.matrix else f"{self.matrix} and {other.matrix}"
+        return Eigenpairs(values, [*self.vectors, *other.vectors], residuals, products, converged, exhausted, matrix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +101,19 @@ class Ritz:
         coefficients: The Ritz vectors in terms of the basis, columns `(count, k)`.
         residuals: As in `Eigenpairs`, `(k,)`.
         converged: As in `Eigenpairs`, `(k,)`.
+        size: The largest |eigenvalue| known, which determines the rounding errors.
     """
 
     values: np.ndarray
     coefficients: np.ndarray
     residuals: np.ndarray
     converged: np.ndarray
+    size: float
+
+    def first(self, count: int) -> "Ritz":
+        """The first `count` of them."""
+        kept = self.values[:count], self.coefficients[:, :count], self.residuals[:count], self.converged[:count]
+        return Ritz(*kept, self.size)
 
 
 class Process:
@@ -127,10 +143,13 @@ class Process:
         self.T, self._V = np.zeros((rows, rows)), np.zeros((rows, self.layout.size), self.layout.dtype)
         self.beta, self.exhausted = 0.0, False
         self._errors = np.zeros(rows)  # length of each product's spurious component along the basis
+        self._lost = np.zeros((rows, 0 if rest is None else rest.count))  # each product's part outside the complement
 
     def project(self, w):
         """Project `w` onto the complement, in place."""
-        return w if self._rest is None else self._rest.project(w)
+        if self._rest is not None:
+            self._rest.project(w)
+        return w
 
     def first(self, start, seed):
         """The first vector: random, or `start` plus a small random part."""
@@ -138,20 +157,17 @@ class Process:
         if start is None:
             return fresh
         trees.check("start", start, self._like)
-        start = self.layout.pack(start)
+        start, _ = flat.scaled("start", self.layout.pack(start))
         return start + fresh * fresh.dtype.type(FRESH * flat.norm(start) / flat.norm(fresh))
 
     def begin(self, vector):
         """Make this the next vector."""
-        length = flat.norm(vector)
-        if not 0 < length < np.inf:
-            raise ValueError(f"`start` must be a finite vector that is not zero. Received: a vector of norm {length}")
         self._set_next(vector, *self._length(vector))
 
     def step(self):
         """Compute one product: add a vector to the basis and a row and a column to `T`, and find the next vector."""
         j = self.count
-        w = self._image()
+        w = self._image(j)
         self._V[j] = self._v
         if j:
             self._subtract_known(w, j)
@@ -159,7 +175,7 @@ class Process:
         w -= w.dtype.type(alpha) * self._v
         V = self._V[: j + 1]
         errors = flat.coefficients(V, self._dual(w))
-        w -= flat.combination(V, errors)
+        w = self.project(w - flat.combination(V, errors))  # again: rounding errors may be all that is left
         self.T[j, j], self._errors[j], self.count = alpha, np.linalg.norm(errors), j + 1
         self._advance(w)
 
@@ -167,6 +183,16 @@ class Process:
         """Step until the basis is full or spans an invariant subspace."""
         while self.count < self.rows and not self.exhausted:
             self.step()
+
+    def search(self, wanted, most, tolerance, most_negative, done):
+        """Step, with thick restarts, until `done(ritz)`, to an invariant subspace, or to `most` products; a `Ritz`."""
+        while True:
+            self.step()
+            ritz = self.ritz(wanted, tolerance, most_negative)
+            if self.exhausted or self.products >= most or done(ritz):
+                return ritz
+            if self.count == self.rows:
+                self.restart(self.ritz(min(wanted + KEPT, self.rows - 1), tolerance, most_negative))
 
     def run_without_basis(self, steps):
         """`(alpha, beta)` of at most `steps` steps. Only the last two vectors are kept."""
@@ -189,16 +215,17 @@ class Process:
         order = np.arange(len(theta)) if most_negative else np.arange(len(theta))[::-1]
         order = order[:k]
         values, S = theta[order], S[:, order]
-        left, size = self.beta * np.abs(S[-1]), np.abs(theta).max()
+        size = max(np.abs(theta).max(), self._outside)
+        left = np.hypot(self.beta * np.abs(S[-1]), np.linalg.norm(self._lost[: self.count].T @ S, axis=0))
         rounded = self._seen(S) + self._rounding(size)
-        goal = tolerance * np.maximum(np.abs(values), SMALL * size)
-        return Ritz(values, S, left + rounded, left <= np.maximum(goal, rounded))
+        return Ritz(values, S, left + rounded, left <= np.maximum(goal(values, size, tolerance), rounded), size)
 
     def restart(self, ritz):
         """Thick restart: keep only these Ritz vectors, and the next vector, which is orthogonal to them."""
         k = len(ritz.values)
         flat.rotate(self._V[: self.count], ritz.coefficients)
         self._errors[:k] = self._seen(ritz.coefficients)
+        self._lost[:k] = ritz.coefficients.T @ self._lost[: self.count]
         self.T[:] = 0
         self.T[:k, :k] = np.diag(ritz.values)
         self.T[:k, k] = self.T[k, :k] = self.beta * ritz.coefficients[-1]
@@ -206,17 +233,25 @@ class Process:
 
     def eigenpairs(self, ritz):
         """The Ritz pairs with their vectors, `Eigenpairs`."""
-        V = self._V[: self.count]
-        vectors = [self.layout.unpack(flat.combination(V, s)) for s in ritz.coefficients.T]
+        vectors = [self.layout.unpack(v) for v in self.vectors(ritz)]
         return Eigenpairs(ritz.values, vectors, ritz.residuals, self.products, ritz.converged, self.exhausted)
+
+    def vectors(self, ritz):
+        """The Ritz vectors, flat arrays, one at a time."""
+        return (flat.combination(self._V[: self.count], s) for s in ritz.coefficients.T)
 
     def basis(self):
         """The vectors of the basis, as lists of tensors."""
         return [self.layout.unpack(v) for v in self._V[: self.count]]
 
-    def _image(self):
+    def _image(self, row=None):
+        """The product with the last vector, in the complement; `row` is the place of the part outside of it."""
         self.products += 1
-        return self.project(self.layout.product(self._operator, self._u))
+        w = self.layout.product(self._operator, self._u)
+        lost = np.zeros(0) if self._rest is None else self._rest.project(w)
+        if row is not None:
+            self._lost[row] = lost
+        return w
 
     def _seen(self, S):
         """The observed rounding error of the products with the vectors `V S`."""
@@ -238,7 +273,7 @@ class Process:
         """Make the rest of a product the next vector, unless it is rounding error."""
         size = np.abs(self.T[: self.count, : self.count]).sum(0).max() if size is None else size
         self.beta, u = self._length(w)
-        full = self.count == self.layout.size
+        full = self.count + self._lost.shape[1] >= self.layout.size
         self.exhausted = bool(full or self.beta <= self._rounding(size))
         if self.exhausted:
             return

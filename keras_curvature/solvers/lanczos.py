@@ -13,8 +13,10 @@ The loop runs on the host in NumPy, with one product per step. `T` and everythin
 Reference: Parlett, "The symmetric eigenvalue problem" (1998), chapter 13; Wu and Simon, "Thick-restart Lanczos method"
 (2000); Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature" (2017).
 
-Multiplicity: a Krylov space has one vector of each eigenspace, so a multiple eigenvalue is found once (rounding errors
-may find the others later). The only multiple eigenvalue of a network is zero.
+Multiplicity: a Krylov space has one vector of each eigenspace, so one run finds one copy of a multiple eigenvalue
+(rounding errors may find others later). Multiple eigenvalues are common: the Hessian of a last `Dense` layer under the
+squared error is `A (x) I`, so each of its eigenvalues has as many copies as the layer has outputs. `solvers/copies.py`
+finds the others for `eigenpairs`. Quadratures need no copies: the weight of a node is that of the whole eigenspace.
 """
 
 import numpy as np
@@ -23,10 +25,11 @@ from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_flag, check_number
 from keras_curvature.operators import LinearOperator
 from keras_curvature.solvers import flat
+from keras_curvature.solvers.copies import Found
 from keras_curvature.solvers.krylov import Process, Tridiagonal
 
-# A restart keeps `k + KEPT` vectors; the basis has room for `k + ROOM`.
-KEPT, ROOM = 5, 20
+# The basis has room for `k + ROOM` vectors.
+ROOM = 20
 MEMORY_LIMIT = 8e9
 FEWER = "pass fewer steps, or choose fewer weights with layers=[...]"
 
@@ -60,7 +63,7 @@ def tridiagonalize(operator, start, steps, basis=True, metric=None, memory_limit
     rows = min(steps, trees.count(start)) if basis else 0
     flat.check_memory(2 * rows, flat.Layout(start), memory_limit, FEWER)
     process = Process(operator, start, rows, metric)
-    process.begin(process.layout.pack(start))
+    process.begin(flat.scaled("start", process.layout.pack(start))[0])
     if not basis:
         alpha, beta = process.run_without_basis(steps)
         return Tridiagonal(alpha, beta, None, process.products, process.exhausted)
@@ -72,12 +75,17 @@ def tridiagonalize(operator, start, steps, basis=True, metric=None, memory_limit
 
 def eigenpairs(
     operator, like, k=10, tolerance=1e-3, most_negative=False, start=None, seed=0, max_products=None,
-    memory_limit=MEMORY_LIMIT, metric=None,
+    memory_limit=MEMORY_LIMIT, metric=None, asked_by=None,
 ):  # fmt: skip
     """The `k` algebraically largest (or smallest) eigenvalues and their eigenvectors, by restarted Lanczos.
 
     When the basis of `k + 20` vectors is full, a thick restart keeps the `k + 5` Ritz vectors at the wanted end of the
-    spectrum. Convergence is checked after every product. A multiple eigenvalue is found once.
+    spectrum. Convergence is checked after every product.
+
+    For `k > 1` a second run from a random start searches the orthogonal complement of the pairs found, for copies of
+    multiple eigenvalues and whatever else is larger than the `k`-th pair. What it finds is taken in, and the next run
+    searches again, until one finds nothing. So the last run only shows that nothing is missing. It takes at least 10
+    products; fewer where the complement has fewer different eigenvalues. For `k = 1` there is no second run.
 
     With a `metric` `M` the eigenvalues are those of `M^1/2 A M^1/2`, which are also those of `M A`. No root is
     computed: `A M` is symmetric in the inner product `u'M v`, and Lanczos runs in it. With `M = P^-1`, an optimizer's
@@ -94,10 +102,11 @@ def eigenpairs(
         start: The first vector. The sum of the eigenvectors that were found some training steps ago saves products.
             Defaults to a random vector.
         seed: Seed of the random vectors, an integer. Defaults to `0`.
-        max_products: Largest number of products. If it is reached, `converged` says which pairs are within the
-            tolerance. Defaults to `300 + 20 k`.
+        max_products: Largest number of products, of all runs together. If it is reached, `converged` says which pairs
+            are within the tolerance, and copies of a multiple eigenvalue may be missing. Defaults to `300 + 20 k`.
         memory_limit: Largest number of bytes for the vectors. Defaults to `8e9`.
         metric: `M`, a positive definite `LinearOperator`. Defaults to the identity.
+        asked_by: The function to name in messages. Defaults to `eigenpairs`.
 
     Returns:
         `Eigenpairs`.
@@ -108,29 +117,26 @@ def eigenpairs(
 
     Example: `eigenpairs(curvature, curvature.gradient, k=5).values`
     """
-    check_count(eigenpairs, "k", k)
-    _check_metric(eigenpairs, metric)
-    check_number(eigenpairs, "tolerance", tolerance, low=0, open_low=True)
-    check_flag(eigenpairs, "most_negative", most_negative)
-    check_number(eigenpairs, "memory_limit", memory_limit, low=0)
+    owner = asked_by or eigenpairs
+    check_count(owner, "k", k)
+    _check_metric(owner, metric)
+    check_number(owner, "tolerance", tolerance, low=0, open_low=True)
+    check_flag(owner, "most_negative", most_negative)
+    check_number(owner, "memory_limit", memory_limit, low=0)
     most = max_products if max_products is not None else 300 + 20 * k
-    check_count(eigenpairs, "max_products", most)
+    check_count(owner, "max_products", most)
     k = min(k, trees.count(like))  # a matrix has no more eigenvalues
-    rows = min(k + ROOM, trees.count(like))
-    _check_memory(rows, k, flat.Layout(like), memory_limit)
-    process = Process(operator, like, rows, metric)
-    process.begin(process.first(start, seed))
-    while True:
-        process.step()
-        ritz = process.ritz(k, tolerance, most_negative)
-        done = process.count >= k and ritz.converged.all()
-        if process.exhausted or done or process.products >= most:
-            return process.eigenpairs(ritz)
-        if process.count == process.rows:
-            process.restart(process.ritz(min(k + KEPT, rows - 1), tolerance, most_negative))
+    # beside the basis: the vectors found, and their products with the metric
+    sets = 1 if metric is None or k == 1 else 2
+    _check_memory(min(k + ROOM, trees.count(like)), k, sets, flat.Layout(like), memory_limit)
+    found = Found(operator, like, k, ROOM, metric, tolerance, most_negative)
+    found.run(seed, start, most)
+    while k > 1 and found.products < most and found.run_in_complement(seed, most):
+        pass
+    return found.eigenpairs()
 
 
-def extremes(operator, like, steps=10, start=None, seed=0, metric=None, memory_limit=MEMORY_LIMIT):
+def extremes(operator, like, steps=10, start=None, seed=0, metric=None, memory_limit=MEMORY_LIMIT, asked_by=None):
     """The largest and the smallest eigenvalue, from one Lanczos run of a fixed number of products.
 
     For monitoring during training, with a warm start: from the sum of both eigenvectors of the previous run, 5 steps
@@ -145,6 +151,7 @@ def extremes(operator, like, steps=10, start=None, seed=0, metric=None, memory_l
         seed: Seed of the random vector, an integer. Defaults to `0`.
         metric: See `eigenpairs`.
         memory_limit: Largest number of bytes for the `steps` vectors. Defaults to `8e9`.
+        asked_by: The function to name in messages. Defaults to `extremes`.
 
     Returns:
         `(largest, smallest)`, `Eigenpairs` of one pair each.
@@ -154,8 +161,9 @@ def extremes(operator, like, steps=10, start=None, seed=0, metric=None, memory_l
 
     Example: `largest, smallest = extremes(curvature, gradient, 5, start=trees.add(u, v))`
     """
-    check_count(extremes, "steps", steps)
-    _check_metric(extremes, metric)
+    owner = asked_by or extremes
+    check_count(owner, "steps", steps)
+    _check_metric(owner, metric)
     rows = min(steps, trees.count(like))
     flat.check_memory(rows + 2, flat.Layout(like), memory_limit, FEWER)
     process = Process(operator, like, rows, metric)
@@ -169,8 +177,8 @@ def _check_metric(owner, metric):
     check(owner, "metric", metric, metric is None or isinstance(metric, LinearOperator), "a `LinearOperator`, or None")
 
 
-def _check_memory(rows, k, layout, limit):
-    """Raise a `ValueError` if basis and eigenvectors do not fit into memory; the message says which `k` fits."""
-    fits = (int(limit // layout.bytes) - ROOM) // 2
+def _check_memory(rows, k, sets, layout, limit):
+    """Raise a `ValueError` if the basis and `sets` of `k` vectors need too much memory; it says which `k` fits."""
+    fits = (int(limit // layout.bytes) - ROOM) // (1 + sets)
     fewer = f"pass k={fits}, or " if 1 <= fits < k else ""
-    flat.check_memory(rows + k, layout, limit, f"{fewer}choose fewer weights with layers=[...]")
+    flat.check_memory(rows + sets * k, layout, limit, f"{fewer}choose fewer weights with layers=[...]")

@@ -22,6 +22,7 @@ import tensorflow as tf
 from keras_curvature.component import check_count, check_flag, check_number
 from keras_curvature.monitor.noise.average import from_sums, scale_of
 from keras_curvature.monitor.noise.parts import check_memory, inner_products, sums_of_parts
+from keras_curvature.solvers.flat import ProductNotFinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +133,8 @@ def noise(objective, micro_batch=8, parts=16, curvature=True):
         A `Noise`.
 
     Raises:
-        ValueError: There are fewer than two micro-batches; the gradients of the parts need more than 8 GB; an argument
-            is invalid.
+        ValueError: There are fewer than two micro-batches; the gradients of the parts need more than 8 GB; gradients or
+            products are not finite; an argument is invalid.
 
     Example:
 
@@ -159,6 +160,8 @@ def noise(objective, micro_batch=8, parts=16, curvature=True):
 def _parts(objective, swept, curvature):
     gradients = [part["gradient"] for part in swept]
     numbers = [np.array([float(part[name]) for part in swept]) for name in ("examples", "batches", "squares")]
+    if not np.isfinite(numbers).all():
+        raise ProductNotFinite("The squared norms of the gradients of the examples are")
     curved = None
     if curvature:
         like = objective.weights
@@ -166,6 +169,8 @@ def _parts(objective, swept, curvature):
         products = (objective.product([tf.cast(a, w.dtype) for a, w in zip(g, like)]) for g in gradients)
         columns = [inner_products(gradients, [product]) for product in products]
         curved = np.concatenate(columns, 1)
+        if not np.isfinite(curved).all():
+            raise ProductNotFinite
     return _Parts(*numbers, inner_products(gradients, gradients), curved)
 
 

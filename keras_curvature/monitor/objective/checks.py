@@ -5,11 +5,12 @@ import math
 import tensorflow as tf
 
 from keras_curvature import keras_internals, trees
-from keras_curvature.component import check_choice, check_count, check_flag
+from keras_curvature.component import check, check_choice, check_count, check_flag
 from keras_curvature.linearization.fisher import of_losses
 from keras_curvature.linearization.pure.functional import check_model
 from keras_curvature.monitor.objective.kinds import EXPECTED, KINDS
 
+MOST_SEEDS = 2**32  # as NumPy's and Keras'
 # Largest difference of two evaluations of one loss, relative and absolute: devices differ in the order of their sums.
 TOLERANCES = {"float32": (5e-5, 1e-6), "float64": (1e-10, 1e-10)}
 
@@ -22,6 +23,7 @@ def check_arguments(owner, model, kind, examples, batch_size, training, seed):
         check_count(owner, name, value, or_none=True)
     check_flag(owner, "training", training)
     check_count(owner, "seed", seed, low=0)
+    check(owner, "seed", seed, seed < MOST_SEEDS, f"less than {MOST_SEEDS}")
 
 
 def check_trainable(owner, model):

@@ -47,18 +47,24 @@ def chosen(layers, known, argument="layers"):
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
         if not any(_matches(pattern, name) for name in known):
-            raise ValueError(
-                f"`{argument}`: {pattern!r} matches no layer with trainable weights. The layers are: "
-                f"{', '.join(map(repr, known))}"
-            )
+            fault = _fault(pattern)
+            no_layer = f"{pattern!r} matches no layer with trainable weights"
+            what = f"{pattern!r} is no layer, and no valid regular expression: {fault}" if fault else no_layer
+            raise ValueError(f"`{argument}`: {what}. The layers are: {', '.join(map(repr, known))}")
     return {name: own for name, own in known.items() if any(_matches(pattern, name) for pattern in patterns)}
 
 
 def _matches(pattern, name):
+    return pattern == name or (not _fault(pattern) and re.fullmatch(pattern, name) is not None)
+
+
+def _fault(pattern):
+    """What is wrong with a regular expression, in words; empty for a valid one."""
     try:
-        return pattern == name or re.fullmatch(pattern, name) is not None
-    except re.error:
-        return False  # no regular expression, so a name that does not exist
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return ""
 
 
 def _numbered(names):

@@ -32,6 +32,7 @@ from keras_curvature.linearization.pure import functional
 from keras_curvature.linearization.pure.precision import without_half_precision
 from keras_curvature.monitor.objective import checks, reading, shapes
 from keras_curvature.monitor.objective.kinds import KINDS
+from keras_curvature.monitor.objective.vectors import taken
 from keras_curvature.typing import Kind, Vector
 
 
@@ -75,10 +76,10 @@ class Objective:
 
     Raises:
         ValueError: An argument is invalid; the model is not compiled, has no trainable weights, or was made under a
-            strategy of several workers; `data` are empty, of unequal lengths, infinite without `examples`, or of shapes
-            that the model does not take; the loss is not convex in the outputs and `kind="ggn"`, or has no known
-            likelihood and `kind="fisher"`; the loss on these examples is not finite, or differs when computed again;
-            `data` and the gradient are not finite; `data` need more than 8 GB.
+            strategy of several workers; `data` are empty, of unequal lengths, infinite without `examples`, of shapes
+            that the model does not take, or have labels that are no class of it; the loss is not convex in the outputs
+            and `kind="ggn"`, or has no known likelihood and `kind="fisher"`; the loss on these examples is not finite,
+            or differs when computed again; `data` and the gradient are not finite; `data` need more than 8 GB.
 
     Example:
 
@@ -100,6 +101,7 @@ class Objective:
         read = reading.batches(owner, data, examples, batch_size, self.dtype)
         shapes.check_inputs(owner, model, read[0][0])
         shapes.check_targets(owner, model, read[0][1])
+        shapes.check_labels(owner, model, [y for _, y, _ in read])
         with self._strategy.scope():
             functional.build_for(model, *read[0])
         self.variables = list(model.trainable_variables)
@@ -175,13 +177,12 @@ class Objective:
 
     def loss_at(self, step: Vector) -> tf.Tensor:
         """`f(w + step)`, a scalar; the model's weights stay as they are."""
-        trees.check("step", step, self.variables)
-        return self.total("loss_at", lambda lin, step: lin.loss_at(step), list(step))
+        step = taken("step", step, self.variables)
+        return self.total("loss_at", lambda lin, step: lin.loss_at(step), step)
 
     def product(self, vector: Vector) -> Vector:
         """`B v`, a vector, with the matrix `B` of `kind`."""
-        trees.check("vector", vector, self.variables)
-        return self.total(self.kind, KINDS[self.kind].product, list(vector))
+        return self.total(self.kind, KINDS[self.kind].product, taken("vector", vector, self.variables))
 
     def total(self, name: str, fn: Callable[..., Any], *args: Any) -> Any:
         """`sum_b s_b fn(lin_b, *args)`, a nest of tensors, with `lin_b` the `Linearization` of batch `b`.

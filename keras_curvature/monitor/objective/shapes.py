@@ -1,6 +1,7 @@
-"""Check that examples have the shapes that a model and its loss take."""
+"""Check that examples have the shapes, and the labels, that a model and its loss take."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_curvature.linearization.fisher.convexity import name_of
@@ -28,16 +29,52 @@ def check_targets(owner, model, y):
             f"`{owner.__name__}`: `data` must hold targets for the loss of the model {model.name!r}, as `(x, y)`. "
             "Received: inputs alone"
         )
-    outputs = getattr(model, "outputs", None) or []
-    if len(outputs) != 1 or not tf.is_tensor(y) or not _is_of_keras(model.loss):
+    says = _compared(model)
+    if says is None or not tf.is_tensor(y):
         return
-    says, got = tuple(outputs[0].shape), tuple(y.shape)
-    takes = says[:-1] if "sparse" in name_of(model.loss).lower() else says
+    got = tuple(y.shape)
+    takes = says[:-1] if _is_sparse(model.loss) else says
     if not (_takes(takes, got) or (len(got) == len(takes) + 1 and got[-1] == 1 and _takes(takes, got[:-1]))):
         raise ValueError(
             f"`{owner.__name__}`: `data` must hold targets of shape {takes}, for the loss {name_of(model.loss)} of the "
             f"model {model.name!r}, whose outputs have the shape {says}. Received: targets of shape {got}"
         )
+
+
+def check_labels(owner, model, labels):
+    """Refuse labels of a sparse cross-entropy that are no class of a model with one known output.
+
+    TensorFlow fails on them within the graph on CPUs, and takes their loss as NaN on GPUs.
+
+    Args:
+        labels: The targets of each batch, a list.
+    """
+    says = _compared(model)
+    if says is None or not _is_sparse(model.loss) or getattr(model.loss, "axis", -1) not in (-1, len(says) - 1):
+        return
+    classes, ignored = says[-1], getattr(model.loss, "ignore_class", None)
+    for y in labels:
+        if classes is None or not isinstance(y, tf.Tensor):
+            return
+        known = np.asarray(y)
+        known = known if ignored is None else known[known != ignored]
+        wrong = known[~((known >= 0) & (known < classes))]  # NaN is neither
+        if wrong.size:
+            raise ValueError(
+                f"`{owner.__name__}`: `data` must hold labels from 0 to {classes - 1}, for the {classes} outputs of "
+                f"the model {model.name!r}. Received: {wrong.size} others, such as {wrong[0]}"
+            )
+
+
+def _compared(model):
+    """The shape of the one known output of a model with a Keras loss that is compared with targets; else `None`."""
+    outputs = getattr(model, "outputs", None) or []
+    own = type(model).compute_loss is not keras.Model.compute_loss or model.loss is None
+    return tuple(outputs[0].shape) if len(outputs) == 1 and not own and _is_of_keras(model.loss) else None
+
+
+def _is_sparse(loss):
+    return "sparse" in name_of(loss).lower()
 
 
 def _is_of_keras(loss):

@@ -19,8 +19,11 @@ import tensorflow as tf
 
 from keras_curvature import keras_internals, trees
 from keras_curvature.component import check, check_count, check_number
-from keras_curvature.monitor.operator import curvature
+from keras_curvature.monitor.matrix import Curvature
+from keras_curvature.monitor.objective.objective import Objective
+from keras_curvature.monitor.objective.vectors import taken
 from keras_curvature.monitor.report.drawing import RED, blank, draw_lines, png
+from keras_curvature.solvers import flat
 from keras_curvature.typing import Vector
 
 if TYPE_CHECKING:
@@ -103,7 +106,8 @@ def landscape(
         A `Landscape`, with the losses as arrays and a `figure()`.
 
     Raises:
-        ValueError: A direction is unknown, is zero, or has other shapes than the weights; see also `curvature`.
+        ValueError: A direction is unknown, is zero, is not finite, or has other shapes than the weights; see also
+            `curvature`.
 
     Example: `kc.landscape(model, (x, y), directions="random x random", points=21).figure().savefig("plane.png")`
     """
@@ -112,7 +116,8 @@ def landscape(
     if isinstance(directions, (list, tuple)):
         directions = {f"direction {i}": vector for i, vector in enumerate(directions, start=1)}
     lines = _parse(directions)
-    measured = curvature(model, data, examples=examples, batch_size=batch_size, training=training, seed=seed)
+    objective = Objective(model, data, "hessian", examples, batch_size, training, seed, asked_by=landscape)
+    measured = Curvature(objective)
     named = {}
     for name in dict.fromkeys(itertools.chain(*lines)):
         named[name] = _direction(name, directions, measured, seed)
@@ -184,8 +189,10 @@ def _parse(directions):
 
 def _direction(name, directions, measured, seed):
     if isinstance(directions, dict):
-        trees.check(f"directions[{name!r}]", directions[name], measured.variables)
-        return [tf.cast(tf.convert_to_tensor(a), v.dtype) for a, v in zip(directions[name], measured.variables)]
+        argument = f"directions[{name!r}]"
+        vector = taken(argument, directions[name], measured.variables)
+        flat.scaled(argument, flat.Layout(vector).pack(vector))  # refuses zero, and what is not finite
+        return vector
     if name == "sharpest":
         return downhill(measured.top(1).vectors[0], measured.gradient)
     if name == "gradient":

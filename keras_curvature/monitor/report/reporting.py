@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from keras_curvature.component import check
-from keras_curvature.monitor.operator import curvature
+from keras_curvature.monitor.matrix import Curvature
+from keras_curvature.monitor.objective.objective import Objective
 from keras_curvature.monitor.report.drawing import MISSING, png
 from keras_curvature.monitor.report.figures import figure
 from keras_curvature.monitor.report.measure import measure
@@ -100,8 +101,8 @@ def report(
     """
     if path is not None:
         path = _checked(path)
-    measured = curvature(model, data, kind, examples=examples, batch_size=batch_size, training=training, seed=seed)
-    result = Report(measure(measured, progress=sys.stdout.isatty()))
+    objective = Objective(model, data, kind, examples, batch_size, training, seed, asked_by=report)
+    result = Report(measure(Curvature(objective), progress=sys.stdout.isatty()))
     if path is not None:
         result.save(path)
     print(result)

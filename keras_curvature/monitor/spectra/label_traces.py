@@ -11,6 +11,7 @@ from keras_curvature.component import check, check_count
 from keras_curvature.linearization.estimates.diagonals import draw
 from keras_curvature.linearization.gauss_newton import l2_of
 from keras_curvature.monitor.spectra.estimate import Estimate
+from keras_curvature.solvers.flat import ProductNotFinite
 
 SAME = 1e-2  # largest relative difference of two products with one matrix, also on devices that round to TF32
 
@@ -76,7 +77,8 @@ def layer_traces(objective, seed=0, draws=10):
         `LayerTraces`.
 
     Raises:
-        ValueError: The loss is not minus the logarithm of a known likelihood, or an argument is invalid.
+        ValueError: The loss is not minus the logarithm of a known likelihood, gradients are not finite, or an argument
+            is invalid.
 
     Example: `layer_traces(Objective(model, (x, y))).of(indices_of_a_layer)`
     """
@@ -86,6 +88,8 @@ def layer_traces(objective, seed=0, draws=10):
     check(layer_traces, "kind", objective.kind, objective.kind != "empirical_fisher", expected)
     # draws of neighbouring seeds use different numbers
     samples = np.stack([_one_draw(objective, draws * seed + i) for i in range(draws)])
+    if not np.isfinite(samples).all():
+        raise ProductNotFinite("The squared gradients of the examples are")
     return LayerTraces(samples if objective.kind == "fisher" else samples + _l2_traces(objective))
 
 
@@ -120,6 +124,8 @@ def is_gauss_newton(objective):
     """
     vector = draw(objective.weights, objective.seed)
     apart, length = objective.on_batch(0, "Fisher and Gauss-Newton", _apart, vector).numpy()
+    if not np.isfinite([apart, length]).all():
+        raise ProductNotFinite
     return bool(apart <= SAME * length)
 
 
