@@ -216,12 +216,12 @@ class Linearization:
 
         Args:
             size: A share of the batch in (0, 1], or a number of examples in the whole batch.
-            index: Integer number or tensor; the batch is cut into as many whole pieces as it has.
+            index: Integer number or tensor >= 0; the batch is cut into as many whole pieces as it has.
 
         A piece is every second, third, ... example of the slice, so replicas with equal slices together take the piece
         that one replica would take. A mean over examples becomes one over the piece. A smaller batch is used whole.
         """
-        return self.again(part=(size, index))
+        return self.again(part=slices.check_piece(Linearization.chunk, size, index))
 
     def again(self, **changes: Any) -> "Linearization":
         """The same with other arguments, or on another `batch=(x, y, sample_weight)`: `lin.again(shift=step)`."""

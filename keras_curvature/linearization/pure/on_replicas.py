@@ -21,7 +21,8 @@ class OnReplicas:
     """
 
     def __init__(self, model, batch, shift=None, part=None, micro_batches=1, training=True, seeds=None):
-        self._model, self._shift, self._part, self._micro_batches = model, shift, part, micro_batches
+        self._model, self._shift, self._micro_batches = model, shift, micro_batches
+        self._part = slices.check_part("Linearization", part)
         self._how, self._shares, self._pure = {"training": training, "seeds": seeds}, {}, {}
         start, self.examples = replicas.place(self._take, *batch)
         replicas.each(self._open, start)
