@@ -5,9 +5,12 @@ numbers and other components, never a tensor, a variable or a model, so its fiel
 """
 
 import dataclasses
+import numbers
 from typing import Self, TypeVar
 
 import keras
+import numpy as np
+import tensorflow as tf
 
 from keras_curvature.typing import Config
 
@@ -52,9 +55,12 @@ def deserialize(value):
 
 
 def check(owner, name, value, valid, expected):
-    """Raise a `ValueError` in Keras' form unless `valid`; `owner` is the object, class or function it belongs to."""
+    """Raise a `ValueError` in Keras' form unless `valid`.
+
+    `owner` is the object, class or function that the argument belongs to, or the name of one on a floor above.
+    """
     if not valid:
-        owner = getattr(owner, "__name__", type(owner).__name__)
+        owner = owner if isinstance(owner, str) else getattr(owner, "__name__", type(owner).__name__)
         raise ValueError(f"`{owner}`: `{name}` must be {expected}. Received: {name}={value!r}")
 
 
@@ -101,6 +107,37 @@ def check_part(owner, name, value, or_none=True):
     expected = "a share in (0, 1], an integer >= 1, or None" if or_none else "a share in (0, 1] or an integer >= 1"
     valid = is_number(value) and (0 < value <= 1 if isinstance(value, float) else value >= 1)
     check(owner, name, value, valid or (or_none and value is None), expected)
+
+
+def check_scalar(owner, name, value, low=None, open_low=False, integer=False):
+    """Check that the argument is a finite number of at least `low`, or a scalar tensor; a value not known passes.
+
+    `open_low`: larger than `low`; `integer`: an integer.
+    """
+    kind, bound = "an integer" if integer else "a finite number", ">" if open_low else ">="
+    limit = "" if low is None else f" {bound} {low}"
+    known = known_scalar(value, integer)
+    valid = known is not None and (known is ... or (abs(known) < float("inf") and _is_above(known, low, open_low)))
+    check(owner, name, value, valid, f"{kind}{limit}, or a scalar {'integer ' if integer else ''}tensor{limit}")
+
+
+def _is_above(value, low, open_low):
+    return low is None or (value > low if open_low else value >= low)
+
+
+def known_scalar(value, integer=False):
+    """The value of a real number or scalar tensor; `...` for a tensor of unknown value, `None` for anything else."""
+    if isinstance(value, numbers.Integral if integer else numbers.Real):
+        return None if isinstance(value, bool) else value
+    if not hasattr(value, "dtype"):
+        return None
+    dtype = tf.as_dtype(value.dtype)
+    is_real = dtype.is_integer or (dtype.is_floating and not integer)
+    if not is_real or tf.TensorShape(value.shape).rank not in (0, None):
+        return None
+    # of a variable nothing is read: in a graph that would be an operation
+    found = tf.get_static_value(value) if isinstance(value, (tf.Tensor, np.ndarray)) else None
+    return ... if found is None else found
 
 
 def check_component(owner, name, value, method, examples):

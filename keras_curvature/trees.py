@@ -173,6 +173,20 @@ def shaped(tensor, shape):
     return tensor if tensor.shape.is_fully_defined() else tf.ensure_shape(tensor, shape)
 
 
+def vector(name, given, variables):
+    """`given` as tensors in the dtypes of arithmetic with `variables`; refused unless it is a vector of numbers."""
+    for i, a in enumerate(given if isinstance(given, (list, tuple)) else ()):
+        dtype = tf.as_dtype(a.dtype) if hasattr(a, "dtype") else None
+        if dtype is None or not (dtype.is_floating or dtype.is_integer):
+            raise ValueError(
+                f"`{name}` must be a list of tensors or arrays of real numbers, one for each of "
+                f"`model.trainable_variables`. Received: {name}[{i}] of type {type(a).__name__}"
+                f"{'' if dtype is None else f' and dtype {dtype.name}'}"
+            )
+    check(name, given, variables)
+    return [tf.cast(tf.convert_to_tensor(a), wide(v.dtype)) for a, v in zip(given, variables)]
+
+
 def check(name, vector, variables):
     """Raise a `ValueError` unless `vector` is a list of tensors with the shapes of `variables`."""
     shapes = [tuple(v.shape) for v in variables]

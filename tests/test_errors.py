@@ -66,6 +66,9 @@ BAD_ARGUMENTS = {
     "sgn_steps": (lambda: kc.HessianFree.sgn(cg_steps=0), "cg_steps=0"),
     "choice_of_a_list": (lambda: kc.BFGS(scaling=["broyden"]), 'must be None, "self_scaled" or "broyden"'),
     "needs": (lambda: kc.Needs(hessian="yes"), "`Needs`: `hessian` must be True or False. Received: hessian='yes'"),
+    **{f"needs_of_{name}": (lambda name=name: OPTIMIZERS[name](needs=3),
+                            f"`{OPTIMIZERS[name].cls.__name__}`: `needs` must be a `Needs`, or None. Received: needs=3")
+       for name in ONE_OF_EACH if OPTIMIZERS[name].cls.__module__.startswith("keras_curvature.")},
     "swap": (lambda: kc.callbacks.SwapNeumannWeights(1), "swap_on_epoch=1"),
     "on_signal": (lambda: kc.callbacks.Checkpoint("run", on_signal=None), "on_signal=None"),
     "skip_batches": (lambda: kc.callbacks.Checkpoint("run", skip_batches=0), "skip_batches=0"),

@@ -42,14 +42,14 @@ class GaussNewton(LinearOperator):
 
     def multiply(self, vector: Vector) -> Vector:
         """`G v`: one forward-mode and one backward pass."""
-        trees.check("vector", vector, self.variables)
-        product = self.passes.total(lambda recorded, v: recorded.gauss_newton_product(v), [list(vector)])
+        vector = trees.vector("vector", vector, self.variables)
+        product = self.passes.total(lambda recorded, v: recorded.gauss_newton_product(v), [vector])
         return self._add_l2(product, vector)
 
     def push(self, vector: Vector) -> Tangent:
         """The `Tangent` of `vector`: one forward-mode pass."""
-        trees.check("vector", vector, self.variables)
-        pushed, curved = self.passes.rows(lambda recorded, v: recorded.push(v), [list(vector)])
+        vector = trees.vector("vector", vector, self.variables)
+        pushed, curved = self.passes.rows(lambda recorded, v: recorded.push(v), [vector])
         return Tangent(vector, pushed, curved)
 
     def pull(self, tangent: Tangent) -> Vector:

@@ -17,8 +17,7 @@ import keras
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
-from keras_curvature.component import check_count, check_flag
-from keras_curvature.linearization import matrices, products
+from keras_curvature.linearization import arguments, matrices, products
 from keras_curvature.linearization.estimates import diagonals, factors, sampled
 from keras_curvature.linearization.gauss_newton import l2_of
 from keras_curvature.linearization.layers import apart, taps
@@ -37,9 +36,9 @@ class Linearization:
         f(w + d)  ~  f(w) + g'd + 1/2 d'B d,        B = H (Hessian) or G (Gauss-Newton)
 
     The forward pass is a pure function of the weights: batch statistics and dropout masks are the same in every
-    evaluation and product, and reach the model once, by `commit()`. Vectors (`gradient`, steps, products) are
-    lists of tensors in the order and with the shapes of `model.trainable_variables`; losses are scalars, the
-    compiled loss with everything that belongs to it (sample weights, masks, regularizers, added losses).
+    evaluation and product, and reach the model once, by `commit()`. Vectors (`gradient`, steps, products) are lists of
+    tensors in the order and with the shapes of `model.trainable_variables`; other dtypes are cast. Losses are scalars,
+    the compiled loss with everything that belongs to it (sample weights, masks, regularizers, added losses).
 
     Results do not depend on how the batch is cut (replicas, `micro_batches`), except with batch normalization, and that
     masked losses and `reduction="mean_with_sample_weight"` become means of per-slice means; see `pure/slices.py`.
@@ -54,7 +53,7 @@ class Linearization:
         sample_weight: Weights of the examples. Optional.
         needs: The `Needs`: what may be asked. Defaults to everything.
         shift: A vector: linearize at `w + shift` and not at `w`. Optional.
-        loss_scale: Scalar that multiplies the loss inside derivatives, which are divided by it again, for
+        loss_scale: Scalar > 0 that multiplies the loss inside derivatives, which are divided by it again, for
             `mixed_float16`. Optional.
         part: `(size, index)` of a piece of the batch to use. Optional; see `chunk`.
         micro_batches: Number of slices that each replica's batch is cut into: passes go over one slice at a time, with
@@ -70,7 +69,7 @@ class Linearization:
         passes: The recorded forward pass of each slice, `Passes`.
 
     Raises:
-        ValueError: The model is not compiled; `micro_batches` is not an integer of at least 1, or larger than 1 with
+        ValueError: An argument is invalid; the model is not compiled; `micro_batches` is larger than 1 with
             synchronized normalization on several replicas, or, under XLA, not a divisor of a known batch size; what is
             asked is not in `needs`.
 
@@ -94,13 +93,12 @@ class Linearization:
         micro_batches: int = 1, training: bool = True, seeds: tf.Tensor | None = None,
     ) -> None:  # fmt: skip
         check_model(Linearization, model)
-        check_count(Linearization, "micro_batches", micro_batches)
-        check_flag(Linearization, "training", training)
+        arguments.check_plain(Linearization, x, needs, loss_scale, micro_batches, training)
         build_for(model, x, y, sample_weight)
         self.model, self.variables, self.needs = model, list(model.trainable_variables), needs
         self.loss_scale, self._reached, self.batch = loss_scale, None, (x, y, sample_weight)
-        self._how = {"shift": shift, "micro_batches": micro_batches, "training": training, "seeds": seeds}
-        self._on_replicas = OnReplicas(model, self.batch, part=part, **self._how)
+        self._how = {"shift": shift, "part": part, "micro_batches": micro_batches, "training": training, "seeds": seeds}
+        self._on_replicas = OnReplicas(model, self.batch, **self._how)
         # `cached_property` holds a lock while it computes: the threads of replicas would wait for each other
         self.examples, self._known, self._graph = self._on_replicas.examples, {}, slices.graph()
 
@@ -140,7 +138,8 @@ class Linearization:
 
     def take_gradient(self, gradient: Vector) -> None:
         """Use a gradient that was computed before, at the same weights on the same batch."""
-        self._once("gradient", lambda: gradient)
+        checked = trees.vector("gradient", gradient, self.variables)
+        self._once("gradient", lambda: checked)
 
     def is_known(self, name: str) -> bool:
         """Whether `"loss"` or `"gradient"` has been computed already."""
@@ -150,7 +149,7 @@ class Linearization:
 
     def loss_at(self, step: Vector) -> tf.Tensor:
         """`f(w + step)`, a scalar; one forward pass with the same masks and seeds, and no weight is assigned."""
-        trees.check("step", step, self.variables)
+        step = trees.vector("step", step, self.variables)
         return self.total(lambda pure, weights, step: pure.evaluate(trees.add(weights, step)).loss, step)
 
     def gradient_at(self, step: Vector) -> Vector:
@@ -159,7 +158,7 @@ class Linearization:
 
     def loss_and_gradient_at(self, step: Vector) -> tuple[tf.Tensor, Vector]:
         """`(f, df/dw)` at `w + step`."""
-        trees.check("step", step, self.variables)
+        step = trees.vector("step", step, self.variables)
 
         def both(pure, weights, step):
             evaluation, gradient = products.gradient(pure, trees.add(weights, step), self.loss_scale)
@@ -216,17 +215,18 @@ class Linearization:
 
         Args:
             size: A share of the batch in (0, 1], or a number of examples in the whole batch.
-            index: Integer number or tensor; the batch is cut into as many whole pieces as it has.
+            index: Integer number or tensor >= 0; the batch is cut into as many whole pieces as it has.
 
         A piece is every second, third, ... example of the slice, so replicas with equal slices together take the piece
         that one replica would take. A mean over examples becomes one over the piece. A smaller batch is used whole.
         """
-        return self.again(part=(size, index))
+        return self.again(part=slices.check_piece(Linearization.chunk, size, index))
 
     def again(self, **changes: Any) -> "Linearization":
         """The same with other arguments, or on another `batch=(x, y, sample_weight)`: `lin.again(shift=step)`."""
-        how: dict[str, Any] = {"needs": self.needs, "loss_scale": self.loss_scale, **self._how, **changes}
-        return Linearization(self.model, *how.pop("batch", self.batch), **how)
+        now = {"batch": self.batch, "needs": self.needs, "loss_scale": self.loss_scale, **self._how}
+        how = arguments.changed(Linearization.again, now, changes)
+        return Linearization(self.model, *how.pop("batch"), **how)
 
     def commit(self) -> None:
         """Write the batch statistics, random seeds and loss counters of this batch into the model, once."""

@@ -5,7 +5,7 @@ from typing import Literal
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
-from keras_curvature.component import check_choice
+from keras_curvature.component import check_choice, check_scalar
 from keras_curvature.linearization import products
 from keras_curvature.linearization.fisher import convexity
 from keras_curvature.linearization.gauss_newton import GaussNewton
@@ -149,6 +149,7 @@ def fisher_rows(
     """
     kinds = ("exact", "empirical", "sampled")
     check_choice(fisher_rows, "kind", kind, kinds)
+    check_scalar(fisher_rows, "seed", seed, integer=True)
     return FisherRows(lin, kind, seed, memory)
 
 
@@ -180,8 +181,7 @@ def hidden_gauss_newton(lin) -> LinearOperator:
 
 def _product(lin, passes, question):
     def product(v):
-        trees.check("vector", v, lin.variables)
-        return passes.total(question, [list(v)])
+        return passes.total(question, [trees.vector("vector", v, lin.variables)])
 
     return product
 

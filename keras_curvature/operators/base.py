@@ -68,7 +68,9 @@ class LinearOperator:
 
     def quadratic_form(self, u: Vector, v: Vector) -> tf.Tensor:
         """`u' A v`, a scalar."""
-        return trees.dot(u, self @ v)
+        product = self @ v
+        trees.check("u", u, v)
+        return trees.dot(u, product)
 
 
 @dataclasses.dataclass(frozen=True)

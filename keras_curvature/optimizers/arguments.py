@@ -34,6 +34,12 @@ def check_for_keras(owner, learning_rate, needs, arguments):
     check(owner, "use_ema", use_ema, use_ema is None or isinstance(use_ema, bool), "True or False")
 
 
+def with_needs(arguments, needs):
+    """The `arguments` with the `needs` of a method that finds them from its options, unless the user gave others."""
+    given = arguments.get("needs")
+    return {**arguments, "needs": needs if given is None else given}
+
+
 def check_accumulation(owner):
     """Refuse gradients of several batches for a method that looks at each batch."""
     if owner.gradient_accumulation_steps and not owner.needs.only_gradients:

@@ -21,6 +21,7 @@ from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal, Identity, Scaled
 from keras_curvature.optimizers import sketched
+from keras_curvature.optimizers.arguments import with_needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers import ConjugateGradient, Nystrom
@@ -94,7 +95,7 @@ class HessianFree(CurvatureOptimizer):
         check_choice(self, "curvature", curvature, ("gauss_newton", "hessian"))
         hessian = curvature == "hessian"
         needs = Needs(hessian=hessian, products=not (hessian and structural_damping == 0.0))
-        super().__init__(learning_rate, needs=needs, name=name, **kwargs)
+        super().__init__(learning_rate, name=name, **with_needs(kwargs, needs))
         self.damping, self.solver, self.line_search = damping, solver, line_search
         self.curvature, self.curvature_batch = curvature, curvature_batch
         self.warm_start, self.preconditioner, self.structural_damping = warm_start, preconditioner, structural_damping

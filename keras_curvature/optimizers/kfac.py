@@ -14,6 +14,7 @@ from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators.kronecker import BlockDiagonal, KroneckerProduct
 from keras_curvature.optimizers import adaptive, by_layer
+from keras_curvature.optimizers.arguments import with_needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.clipping import clip_note, clipped
 from keras_curvature.optimizers.limits import LinearStep, NotLinear, heavy_ball
@@ -112,7 +113,7 @@ class KFAC(CurvatureOptimizer):
         there = {"kl_clip": not free and kl_clip is not None, "alpha": free, "mu": free, "reduction_ratio": trial.looks}
         there |= {"rejected_steps": free and trial.looks, "refreshes": isinstance(inverses_every, Refresh)}
         needs = Needs(layers=True, products=free or bool(rule.every))
-        super().__init__(learning_rate, needs=needs, name=name, **kwargs)
+        super().__init__(learning_rate, name=name, **with_needs(kwargs, needs))
         self.reports = {n: how for n, how in type(self).reports.items() if there.get(n, True)}
         self.damping, self.momentum, self.fisher, self.sharing = damping, momentum, fisher, sharing
         self.factors_every, self.inverses_every = factors_every, inverses_every

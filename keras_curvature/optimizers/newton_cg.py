@@ -9,6 +9,7 @@ from keras_curvature.component import check, check_choice, check_count, check_nu
 from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
+from keras_curvature.optimizers.arguments import with_needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers.steihaug import steihaug
@@ -64,7 +65,8 @@ class NewtonCG(CurvatureOptimizer):
     ) -> None:  # fmt: skip
         check_choice(self, "curvature", curvature, ("gauss_newton", "hessian"))
         hessian = curvature == "hessian"
-        super().__init__(learning_rate, needs=Needs(hessian=hessian, products=not hessian), name=name, **kwargs)
+        needs = Needs(hessian=hessian, products=not hessian)
+        super().__init__(learning_rate, name=name, **with_needs(kwargs, needs))
         self.curvature, self.trust_region = curvature, trust_region
         self.max_steps, self.tolerance = max_steps, tolerance
         check(self, "trust_region", trust_region, isinstance(trust_region, TrustRegion), "a `TrustRegion()`")

@@ -12,6 +12,7 @@ from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Identity, Scaled
 from keras_curvature.optimizers import sketched
+from keras_curvature.optimizers.arguments import with_needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers import ConjugateGradient
@@ -74,7 +75,8 @@ class NysNewtonCG(CurvatureOptimizer):
     ) -> None:  # fmt: skip
         check_choice(self, "curvature", curvature, ("gauss_newton", "hessian"))
         hessian = curvature == "hessian"
-        super().__init__(learning_rate, needs=Needs(hessian=hessian, products=not hessian), name=name, **kwargs)
+        needs = Needs(hessian=hessian, products=not hessian)
+        super().__init__(learning_rate, name=name, **with_needs(kwargs, needs))
         self.rank, self.damping, self.every, self.curvature = rank, damping, every, curvature
         self.solver, self.line_search = solver, line_search
         check_count(self, "rank", rank)

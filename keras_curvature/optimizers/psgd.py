@@ -17,6 +17,7 @@ from keras_curvature.component import (
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Function
+from keras_curvature.optimizers.arguments import with_needs
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import LinearStep, averaged, steps_taken
 from keras_curvature.solvers.kronecker_geometry import KroneckerGeometry
@@ -87,7 +88,7 @@ class PSGD(CurvatureOptimizer):
         check_choice(self, "kind", kind, tuple(KINDS))
         rate, bounds = KINDS[kind]
         needs = Needs(hessian=True) if kind == "newton" else type(self).needs
-        super().__init__(rate if learning_rate is None else learning_rate, needs=needs, name=name, **kwargs)
+        super().__init__(rate if learning_rate is None else learning_rate, name=name, **with_needs(kwargs, needs))
         self.geometry, self.kind, self.momentum, self.every = geometry, kind, momentum, every
         self.clip = list(clip) if isinstance(clip, tuple) else clip  # as a file gives it back
         self._clip = bounds if isinstance(clip, str) and clip == "auto" else self._checked(self.clip)

@@ -9,6 +9,7 @@ from keras_curvature.component import check_choice, check_number, register
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.operators import Diagonal
+from keras_curvature.optimizers.arguments import with_needs
 from keras_curvature.optimizers.by_weight import LimitedDiagonalOptimizer
 from keras_curvature.optimizers.limits import LinearStep, averaged, steps_taken
 from keras_curvature.typing import LearningRate, Vector
@@ -73,7 +74,7 @@ class SquareRootFreeAdam(LimitedDiagonalOptimizer):
     ) -> None:  # fmt: skip
         check_choice(self, "fisher", fisher, ("empirical", "sampled"))
         needs = Needs(only_gradients=fisher == "empirical")
-        super().__init__(learning_rate, needs=needs, name=name, **kwargs)
+        super().__init__(learning_rate, name=name, **with_needs(kwargs, needs))
         self.beta_1, self.beta_2, self.epsilon, self.fisher = beta_1, beta_2, epsilon, fisher
         check_number(self, "beta_1", beta_1, 0.0, 1.0, open_high=True)
         check_number(self, "beta_2", beta_2, 0.0, 1.0, open_high=True)

@@ -16,7 +16,7 @@ recurrent cells, embeddings, layers used twice) get an unbiased estimate from on
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check_choice, check_count
+from keras_curvature.component import check_choice, check_count, check_scalar
 from keras_curvature.linearization.fisher import sampling
 from keras_curvature.linearization.layers import taps
 from keras_curvature.linearization.products import Pass
@@ -39,6 +39,7 @@ def hessian_diagonal(lin, seed: Integer = 0, probe: Probe = "rademacher", probes
     Raises:
         ValueError: An argument is invalid; the `needs` of the linearization lack `hessian`.
     """
+    check_scalar(hessian_diagonal, "seed", seed, integer=True)
     expected = ", ".join(f'"{choice}"' for choice in PROBES)
     check_choice(hessian_diagonal, "probe", probe, PROBES, f"one of {expected}")
     check_count(hessian_diagonal, "probes", probes)
@@ -110,6 +111,7 @@ def squared_gradients(lin, seed: Integer = 0, fisher: Fisher = "empirical") -> V
     Raises:
         ValueError: `fisher` is invalid; with `"sampled"`, the loss is not the negative logarithm of a known likelihood.
     """
+    check_scalar(squared_gradients, "seed", seed, integer=True)
     check_choice(squared_gradients, "fisher", fisher, ("empirical", "sampled"))
     exact = set()
     with taps.dense() as noted:

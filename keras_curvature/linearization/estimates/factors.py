@@ -18,6 +18,7 @@ from typing import TypeAlias
 
 import tensorflow as tf
 
+from keras_curvature.component import check_scalar
 from keras_curvature.linearization.estimates import diagonals
 from keras_curvature.linearization.estimates.seen import (
     Seen,
@@ -64,6 +65,7 @@ def kronecker_factors(
             the model; labels are drawn, and the loss is not the negative logarithm of a known likelihood.
     """
     require(lin, "kronecker_factors", "layers")
+    check_scalar(kronecker_factors, "seed", seed, integer=True)
     return summed(lin, blocks, diagonal, fisher, seed, factors_of)
 
 
@@ -89,6 +91,7 @@ def kronecker_second_moments(
         ValueError: As `kronecker_factors`.
     """
     require(lin, "kronecker_second_moments", "layers")
+    check_scalar(kronecker_second_moments, "seed", seed, integer=True)
     basis = {id(block): pair for block, pair in zip(blocks, bases, strict=True)}
 
     def of_block(block, seen, by_label):

@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from keras_curvature.component import check_scalar
 from keras_curvature.typing import Integer, Vector
 
 
@@ -14,6 +15,7 @@ def sampled_gradient(lin, seed: Integer = 0) -> Vector:
     Raises:
         ValueError: The loss is not minus the logarithm of a known likelihood.
     """
+    check_scalar(sampled_gradient, "seed", seed, integer=True)
     return lin.passes.total(lambda recorded: recorded.pull(recorded.sampled_slope(seed)))
 
 
@@ -30,5 +32,6 @@ def fisher_diagonal(lin, seed: Integer = 0) -> Vector:
     Raises:
         ValueError: The loss is not minus the logarithm of a known likelihood.
     """
+    check_scalar(fisher_diagonal, "seed", seed, integer=True)
     sums = lin.passes.total(lambda recorded: recorded.pull(recorded.cotangents("sampled", seed)))
     return [tf.square(s) for s in sums]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from keras_curvature.component import check_scalar
 from keras_curvature.linearization.estimates.factors import Pair, factors_of, kronecker_factors, shared, summed
 from keras_curvature.linearization.estimates.seen import sum_square
 from keras_curvature.linearization.layers.kronecker import Block
@@ -29,6 +30,7 @@ def trace_factors(
     So both can be averaged, and `tr A = tr G` is the trace of the block; see `restricted`.
     """
     require(lin, "trace_factors", "layers")
+    check_scalar(trace_factors, "seed", seed, integer=True)
     return summed(lin, blocks, diagonal, fisher, seed, _weighted)
 
 

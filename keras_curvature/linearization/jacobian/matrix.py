@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
-from keras_curvature.component import check_number
+from keras_curvature.component import check, check_number
 from keras_curvature.linearization.jacobian import by_layers, columns, frames
 from keras_curvature.linearization.jacobian.by_layers import Layer
 from keras_curvature.linearization.pure import slices
@@ -58,17 +58,20 @@ class RowMatrix:
 
     def __matmul__(self, vector: Vector) -> tf.Tensor:
         """`A v`, `(N,)`; one forward-mode pass, or none if the dense array is there."""
-        trees.check("vector", vector, self._lin.variables)
+        vector = trees.vector("vector", vector, self._lin.variables)
         if "dense" in self._known:
             return tf.linalg.matvec(self.dense(), tf.cast(trees.flatten(vector), self.dense().dtype))
 
         def product(recorded, v):
             return self._frame(recorded).times(recorded.jvp(v))
 
-        return self._gathered(self._lin.passes.rows(product, [list(vector)]), 1)
+        return self._gathered(self._lin.passes.rows(product, [vector]), 1)
 
     def transposed(self, rows: tf.Tensor) -> Vector:
         """`A' u`, a vector; one backward pass, or none if the dense array or the layers are there."""
+        rows = tf.convert_to_tensor(rows)
+        fits = rows.shape.is_compatible_with([self.count])
+        check(RowMatrix.transposed, "rows", rows, fits, f"a number for each row, a tensor ({self.count},)")
         if "dense" in self._known:
             pulled = tf.linalg.matvec(self.dense(), tf.cast(rows, self.dense().dtype), transpose_a=True)
             return trees.unflatten(pulled, self._lin.weights)
@@ -95,6 +98,9 @@ class RowMatrix:
             scale: `s`: flat, `(n,)`, which needs the dense array; or a list of one number for each variable. Defaults
                 to ones.
         """
+        if isinstance(scale, (list, tuple)):
+            count = len(self._lin.variables)
+            check(RowMatrix.gram, "scale", scale, len(scale) == count, f"a list of {count} numbers, one per variable")
         if tf.is_tensor(scale) or "dense" in self._known or not self.is_by_layers:
             if isinstance(scale, (list, tuple)):
                 scale = trees.flatten([tf.fill(w.shape, tf.cast(s, w.dtype)) for s, w in zip(scale, self._lin.weights)])

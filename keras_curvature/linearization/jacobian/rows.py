@@ -65,7 +65,7 @@ class Rows(RowMatrix):
 
     def _on_both_sides(self, vector, h):
         """All leaves at `w + h v` and at `w - h v`, on every replica."""
-        trees.check("vector", vector, self._lin.variables)
+        vector = trees.vector("vector", vector, self._lin.variables)
         shifted = self._lin.record(lambda pure, weights: _Shifted(pure, weights, vector, h))
         return list(shifted.rows(lambda shifted: (shifted.after, shifted.before)))
 

@@ -16,7 +16,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from keras_curvature import keras_internals, replicas
+from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.component import check
 from keras_curvature.linearization.pure import slices
 
@@ -186,9 +186,21 @@ class PureModel:
                 variable.assign(value)
 
 
+def checked_seeds(owner, model, given):
+    """`given` in the integer type of the seeds of the model's layers; refused unless it has a row for each of them."""
+    if given is None:
+        return None
+    states = seeds(model.non_trainable_variables)
+    expected = f"an integer tensor of shape ({len(states)}, 2), a row for each seed of the model's layers, or None"
+    fits = tf.as_dtype(given.dtype).is_integer if hasattr(given, "dtype") else False
+    check(owner, "seeds", given, fits and tf.TensorShape(given.shape).is_compatible_with([len(states), 2]), expected)
+    given = tf.cast(given, states[0].dtype if states else tf.int64)
+    return trees.shaped(given, [len(states), 2])
+
+
 def _now(stateful, given):
     """The values of the variables; for seeds, the given values in order."""
-    own = {} if given is None else {id(v): value for v, value in zip(seeds(stateful), tf.unstack(given))}
+    own = {} if given is None else {id(v): value for v, value in zip(seeds(stateful), tf.unstack(given), strict=True)}
     return [own[id(v)] if id(v) in own else tf.identity(v.value) for v in stateful]
 
 

@@ -2,7 +2,7 @@
 
 from keras_curvature import replicas, trees
 from keras_curvature.linearization.pure import slices
-from keras_curvature.linearization.pure.functional import PureModel
+from keras_curvature.linearization.pure.functional import PureModel, checked_seeds
 from keras_curvature.linearization.pure.micro_batches import MicroBatches
 
 
@@ -21,7 +21,10 @@ class OnReplicas:
     """
 
     def __init__(self, model, batch, shift=None, part=None, micro_batches=1, training=True, seeds=None):
-        self._model, self._shift, self._part, self._micro_batches = model, shift, part, micro_batches
+        self._model, self._micro_batches = model, micro_batches
+        self._shift = None if shift is None else trees.vector("shift", shift, model.trainable_variables)
+        self._part = slices.check_part("Linearization", part)
+        seeds = checked_seeds("Linearization", model, seeds)
         self._how, self._shares, self._pure = {"training": training, "seeds": seeds}, {}, {}
         start, self.examples = replicas.place(self._take, *batch)
         replicas.each(self._open, start)

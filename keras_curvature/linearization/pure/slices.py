@@ -17,12 +17,14 @@ with two effects:
 import contextlib
 import contextvars
 import dataclasses
+import numbers
 import warnings
 
 import keras
 import tensorflow as tf
 
 from keras_curvature import keras_internals, replicas
+from keras_curvature.component import check, check_scalar
 
 # per thread, and so per replica: replicas of a `MirroredStrategy` take turns within an evaluation
 _place = contextvars.ContextVar("place", default=None)
@@ -148,6 +150,24 @@ def rows(batch, start, length):
         return _known(tf.slice(a, [start] + [0] * (a.shape.rank - 1), sizes), length, a.shape)
 
     return keras.tree.map_structure(lambda a: None if a is None else cut(a), batch)
+
+
+def check_piece(owner, size, index, names=("size", "index")):
+    """`(size, index)` as `piece` takes them; refused unless they are a share or number of examples, and a number."""
+    whole = isinstance(size, numbers.Integral)
+    valid = isinstance(size, numbers.Real) and not isinstance(size, bool) and (size >= 1 if whole else 0 < size <= 1)
+    expected = "a share of the batch in (0, 1] (a float) or a number of examples >= 1 (an integer)"
+    check(owner, names[0], size, valid, expected)
+    check_scalar(owner, names[1], index, low=0, integer=True)
+    return int(size) if whole else float(size), index
+
+
+def check_part(owner, part):
+    """The same of `part=(size, index)`, or `None`."""
+    if part is None:
+        return None
+    check(owner, "part", part, isinstance(part, (tuple, list)) and len(part) == 2, "`(size, index)`, or None")
+    return check_piece(owner, *part, names=("part[0]", "part[1]"))
 
 
 def piece(batch, size, index):
