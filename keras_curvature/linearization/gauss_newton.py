@@ -104,10 +104,10 @@ def require_convex(operator, asked_by, remedy):
 
 
 def l2_of(variables):
-    """Second derivative of the L2 weight regularizer of each variable, `tuple` of floats; 0 for other regularizers."""
+    """Second derivative of the L2 weight regularizer of each variable, `tuple` of floats; a subclass counts as `L2`."""
 
     def coefficient(regularizer):
-        known = type(regularizer) in (keras.regularizers.L2, keras.regularizers.L1L2)  # others compute what they like
+        known = isinstance(regularizer, (keras.regularizers.L2, keras.regularizers.L1L2))
         return 2.0 * float(regularizer.l2) if known else 0.0
 
     return tuple(coefficient(getattr(v, "regularizer", None)) for v in variables)

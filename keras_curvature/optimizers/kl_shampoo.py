@@ -43,7 +43,9 @@ class KLShampoo(KLFactors):
         every: Steps from one basis to the next, or a `Refresh`. Defaults to `10` (the authors).
         initial: Initial eigenvalues; larger ones make the first steps shorter. Defaults to `0.01` (the authors: 0.1,
             with which an LSTM had 0.44 of Adam's reduction of the loss in 150 steps of 512 examples, against 1.09;
-            0.001 was worse on a transformer; `tuning` data of `examples/benchmarks/defaults.py`).
+            0.001 was worse on a transformer; `tuning` data of `examples/benchmarks/defaults.py`). Where squared
+            gradients are near 1 or above, as of a loss that is a sum, first factors far too large last for some
+            hundred steps, with short steps and old bases: take 0.1 there.
         max_dimension: Longest axis with a factor. Defaults to `1000`; see `SOAP`.
         merge: Longest axis after merging. Defaults to `1000`.
         block_size: Longest axis of a tile, which has factors of its own; see `SOAP`. Defaults to `None`.
