@@ -116,7 +116,7 @@ def check_scalar(owner, name, value, low=None, open_low=False, integer=False):
     """
     kind, bound = "an integer" if integer else "a finite number", ">" if open_low else ">="
     limit = "" if low is None else f" {bound} {low}"
-    known = known_scalar(value, integer)
+    known = _known_scalar(value, integer)
     valid = known is not None and (known is ... or (abs(known) < float("inf") and _is_above(known, low, open_low)))
     check(owner, name, value, valid, f"{kind}{limit}, or a scalar {'integer ' if integer else ''}tensor{limit}")
 
@@ -125,7 +125,7 @@ def _is_above(value, low, open_low):
     return low is None or (value > low if open_low else value >= low)
 
 
-def known_scalar(value, integer=False):
+def _known_scalar(value, integer=False):
     """The value of a real number or scalar tensor; `...` for a tensor of unknown value, `None` for anything else."""
     if isinstance(value, numbers.Integral if integer else numbers.Real):
         return None if isinstance(value, bool) else value

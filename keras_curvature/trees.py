@@ -175,15 +175,14 @@ def shaped(tensor, shape):
 
 def vector(name, given, variables):
     """`given` as tensors in the dtypes of arithmetic with `variables`; refused unless it is a vector of numbers."""
-    for i, a in enumerate(given if isinstance(given, (list, tuple)) else ()):
-        dtype = tf.as_dtype(a.dtype) if hasattr(a, "dtype") else None
-        if dtype is None or not (dtype.is_floating or dtype.is_integer):
-            raise ValueError(
-                f"`{name}` must be a list of tensors or arrays of real numbers, one for each of "
-                f"`model.trainable_variables`. Received: {name}[{i}] of type {type(a).__name__}"
-                f"{'' if dtype is None else f' and dtype {dtype.name}'}"
-            )
     check(name, given, variables)
+    for i, a in enumerate(given):
+        dtype = tf.as_dtype(a.dtype)
+        if not (dtype.is_floating or dtype.is_integer):
+            raise ValueError(
+                f"`{name}` must be a list of tensors, which must hold real numbers. Received: a tensor of dtype "
+                f"{dtype.name} at index {i}"
+            )
     return [tf.cast(tf.convert_to_tensor(a), wide(v.dtype)) for a, v in zip(given, variables)]
 
 
@@ -192,7 +191,7 @@ def check(name, vector, variables):
     shapes = [tuple(v.shape) for v in variables]
     listed = isinstance(vector, (list, tuple))
     entries = enumerate(vector if listed else ())
-    bare = [f"{type(a).__name__} at index {i}" for i, a in entries if not hasattr(a, "shape")]
+    bare = [f"{type(a).__name__} at index {i}" for i, a in entries if not (hasattr(a, "shape") and hasattr(a, "dtype"))]
     given = [tuple(a.shape) for a in vector] if listed and not bare else None
     if given != shapes:
         what = f"{len(given)} tensors of shapes {given[:4]}" if given is not None else f"{type(vector).__name__}"

@@ -12,9 +12,9 @@ import tensorflow as tf
 from keras_curvature import trees
 from keras_curvature.component import check, check_count, check_flag
 from keras_curvature.monitor.noise.noise import Noise, noise
+from keras_curvature.monitor.objective.checks import check_pairs
 from keras_curvature.monitor.objective.layers import chosen, layers_of
 from keras_curvature.monitor.objective.objective import Objective
-from keras_curvature.monitor.objective.vectors import check_pairs, taken
 from keras_curvature.monitor.progress import advancing
 from keras_curvature.monitor.solving import solve
 from keras_curvature.monitor.spectra import density, exact, traces
@@ -92,7 +92,7 @@ class Curvature(LinearOperator):
 
     def multiply(self, vector: Vector) -> Vector:
         """`B v`, a vector."""
-        return self._masked @ taken("vector", vector, self.variables)
+        return self._masked @ trees.vector("vector", vector, self.variables)
 
     def extend(self, vector: Vector) -> Vector:
         """The vector over all of the model's weights, with zeros for other layers."""
@@ -151,7 +151,7 @@ class Curvature(LinearOperator):
         return self._extremes(start, steps, metric, Curvature.extremes)
 
     def _extremes(self, start, steps, metric, asked_by):
-        start = None if start is None else taken("start", start, self.variables)
+        start = None if start is None else trees.vector("start", start, self.variables)
         ends = lanczos.extremes(
             self._shown(steps), self._like, steps, start, self.objective.seed, metric, asked_by=asked_by
         )
@@ -276,7 +276,7 @@ class Curvature(LinearOperator):
             ValueError: The Hessian is not positive definite with this damping; the message has its most negative
                 eigenvalue. `vector`, a product or the solution is not finite.
         """
-        vector, operator = taken("vector", vector, self.variables), self._shown()
+        vector, operator = trees.vector("vector", vector, self.variables), self._shown()
         return solve(self, operator, vector, damping, tolerance, max_products, rank, asked_by=Curvature.solve)
 
     @property

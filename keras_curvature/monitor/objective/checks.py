@@ -9,6 +9,7 @@ from keras_curvature.component import check, check_choice, check_count, check_fl
 from keras_curvature.linearization.fisher import of_losses
 from keras_curvature.linearization.pure.functional import check_model
 from keras_curvature.monitor.objective.kinds import EXPECTED, KINDS
+from keras_curvature.solvers.krylov import Eigenpairs
 
 MOST_SEEDS = 2**32  # as NumPy's and Keras'
 # Largest difference of two evaluations of one loss, relative and absolute: devices differ in the order of their sums.
@@ -99,3 +100,24 @@ def shares(owner, model, read, counts):
 def reductions(model):
     """The reductions of the compiled losses, a set of names."""
     return {loss.reduction for loss in keras_internals.losses_of(model)}
+
+
+def check_pairs(owner, pairs, matrix, variables):
+    """Refuse what is no `Eigenpairs` of a matrix.
+
+    Args:
+        owner: The function to name in messages.
+        pairs: `Eigenpairs`, or `None`.
+        matrix: The matrix in words, as `Eigenpairs.matrix`.
+        variables: Those that vectors must be shaped like.
+    """
+    check(owner, "pairs", pairs, pairs is None or isinstance(pairs, Eigenpairs), "`Eigenpairs` of `top`, or None")
+    if pairs is None:
+        return
+    if pairs.matrix not in ("", matrix):
+        raise ValueError(
+            f"`{owner.__name__}`: `pairs` must be `Eigenpairs` of this matrix, the {matrix}. Received: pairs of the "
+            f"{pairs.matrix}"
+        )
+    for i, vector in enumerate(pairs.vectors):
+        trees.check(f"pairs.vectors[{i}]", vector, variables)

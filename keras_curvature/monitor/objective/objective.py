@@ -32,7 +32,6 @@ from keras_curvature.linearization.pure import functional
 from keras_curvature.linearization.pure.precision import without_half_precision
 from keras_curvature.monitor.objective import checks, reading, shapes
 from keras_curvature.monitor.objective.kinds import KINDS
-from keras_curvature.monitor.objective.vectors import taken
 from keras_curvature.typing import Kind, Vector
 
 
@@ -177,12 +176,12 @@ class Objective:
 
     def loss_at(self, step: Vector) -> tf.Tensor:
         """`f(w + step)`, a scalar; the model's weights stay as they are."""
-        step = taken("step", step, self.variables)
+        step = trees.vector("step", step, self.variables)
         return self.total("loss_at", lambda lin, step: lin.loss_at(step), step)
 
     def product(self, vector: Vector) -> Vector:
         """`B v`, a vector, with the matrix `B` of `kind`."""
-        return self.total(self.kind, KINDS[self.kind].product, taken("vector", vector, self.variables))
+        return self.total(self.kind, KINDS[self.kind].product, trees.vector("vector", vector, self.variables))
 
     def total(self, name: str, fn: Callable[..., Any], *args: Any) -> Any:
         """`sum_b s_b fn(lin_b, *args)`, a nest of tensors, with `lin_b` the `Linearization` of batch `b`.

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_curvature.linearization.fisher import of_losses
 from keras_curvature.linearization.fisher.convexity import name_of
 
 
@@ -69,7 +70,7 @@ def check_labels(owner, model, labels):
 def _compared(model):
     """The shape of the one known output of a model with a Keras loss that is compared with targets; else `None`."""
     outputs = getattr(model, "outputs", None) or []
-    own = type(model).compute_loss is not keras.Model.compute_loss or model.loss is None
+    own = of_losses.is_of_compute_loss(model) or model.loss is None
     return tuple(outputs[0].shape) if len(outputs) == 1 and not own and _is_of_keras(model.loss) else None
 
 

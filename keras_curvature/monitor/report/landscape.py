@@ -21,7 +21,6 @@ from keras_curvature import keras_internals, trees
 from keras_curvature.component import check, check_count, check_number
 from keras_curvature.monitor.matrix import Curvature
 from keras_curvature.monitor.objective.objective import Objective
-from keras_curvature.monitor.objective.vectors import taken
 from keras_curvature.monitor.report.drawing import RED, blank, draw_lines, png
 from keras_curvature.solvers import flat
 from keras_curvature.typing import Vector
@@ -190,7 +189,7 @@ def _parse(directions):
 def _direction(name, directions, measured, seed):
     if isinstance(directions, dict):
         argument = f"directions[{name!r}]"
-        vector = taken(argument, directions[name], measured.variables)
+        vector = trees.vector(argument, directions[name], measured.variables)
         flat.scaled(argument, flat.Layout(vector).pack(vector))  # refuses zero, and what is not finite
         return vector
     if name == "sharpest":
