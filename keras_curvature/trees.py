@@ -86,6 +86,15 @@ def scale(c, v):
     return [exactly(c, a.dtype) * a for a in v]
 
 
+def along(path, t):
+    """`t v_1 + t^2/2 v_2 + t^3/6 v_3 + ...`, for the list of vectors `path`."""
+    point, share = scale(t, path[0]), t
+    for power, v in enumerate(path[1:], 2):
+        share = share * t / power
+        point = add(point, v, share)
+    return point
+
+
 def negative(v):
     """`-v`."""
     return [-a for a in v]

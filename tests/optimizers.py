@@ -93,7 +93,9 @@ OPTIMIZERS = {
     "hessian_free_chunk": Method(kc.HessianFree, {**CG, "curvature_batch": 0.5}, amplifies=True),
     "gauss_newton": Method(kc.GaussNewton, {"damping": kc.LevenbergMarquardt.martens(initial=10.0)}, steps=40),
     "gauss_newton_cg": Method(kc.GaussNewton, {**CG, "damping": kc.LevenbergMarquardt.martens()}, amplifies=True),
-    "levenberg_marquardt": Method(kc.GaussNewton.levenberg_marquardt, {"damping": kc.Nielsen(tau=30.0)}, steps=40),
+    "levenberg_marquardt": Method(
+        kc.GaussNewton.levenberg_marquardt, {"damping": kc.Nielsen(tau=30.0), "geodesic": 4}, steps=40
+    ),
     "spring": Method(kc.GaussNewton.spring, {"learning_rate": 0.1, "momentum": 0.5, "damping": 1.0},
         {"learning_rate": 1.0, "momentum": 0.5, "damping": 0.1}),
     "energy_natural_gradient": Method(

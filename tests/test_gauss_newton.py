@@ -1,5 +1,7 @@
 """Gauss-Newton and Levenberg-Marquardt steps against dense linear algebra in float64."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -184,6 +186,60 @@ def test_geodesic_acceleration_is_that_of_a_dense_computation():
             again = CASES["dense"]()
             _, found, _ = step(again, GaussNewton(damping=1.0, geodesic=True, solver=way))
             np.testing.assert_allclose(found, v + 0.5 * a, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", ["rows", "qr", "svd", CG], ids=str)
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_a_path_of_higher_order_is_that_of_a_dense_computation(order, search, way):
+    """Each vector solves the same system; the search takes the best of its points on the curve."""
+    with float64():
+        case = CASES["dense"]()
+        G, g, A, _ = dense(case)
+        H = G + np.eye(len(g))
+        path, variables = [-np.linalg.solve(H, g)], case.model.trainable_variables
+        w = flat(variables)
+
+        def at(t):
+            return w + sum(v * t**k / math.factorial(k) for k, v in enumerate(path, 1))
+
+        def of(point, function):
+            put(variables, point)
+            found = function()
+            put(variables, w)
+            return found
+
+        stencils = {2: (0.1, [1, -2, 1]), 3: (0.2, [-0.5, 1, 0, -1, 0.5]), 4: (0.2, [1, -4, 6, -4, 1])}
+        for k in range(2, order + 1):
+            h, weights = stencils[k]
+            offsets = np.arange(len(weights)) - len(weights) // 2
+            outputs = [of(at(h * t), lambda: np.ravel(case.model(case.x))) for t in offsets]
+            bent = np.sqrt(2.0 / 18) * np.tensordot(weights, outputs, 1) / h**k
+            path.append(-np.linalg.solve(H, A.T @ bent))
+        lengths = [1.0, 0.7, 0.49] if search else [1.0]
+        losses = [of(at(s), lambda: np.mean((case.model(case.x) - case.y) ** 2)) for s in lengths]
+        expected = at(lengths[int(np.argmin(losses))]) - w
+        line_search = GridSearch(0.7, 3) if search else None
+        optimizer = GaussNewton(damping=1.0, geodesic=order, line_search=line_search, solver=way)
+        _, found, _ = step(CASES["dense"](), optimizer)
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+def test_in_a_bent_valley_the_curve_goes_on_where_the_straight_step_is_cut_short():
+    """Along Rosenbrock's valley, a parabola, the acceleration is all that the straight step lacks."""
+    logs, damping, after = {}, {}, {}
+    with float64():
+        for geodesic in (False, True, 4):
+            model, batch = rising(damping=Nielsen(tau=1e-9), geodesic=geodesic, line_search=GridSearch(count=6))
+            logs[geodesic] = model.train_on_batch(*batch, return_dict=True)
+            after[geodesic] = model.test_on_batch(*batch, return_dict=True)["loss"]
+            damping[geodesic] = model.optimizer._damping.numpy()[0]
+    assert 0 < logs[False]["step_length"] < 1 and 0 < after[False] < logs[False]["loss"]
+    # the gain was small beside what the whole step promised
+    assert damping[False] > logs[False]["damping"]
+    for geodesic in (True, 4):
+        assert logs[geodesic]["step_length"] == 1 and after[geodesic] < 1e-6 * after[False]
+        assert damping[geodesic] < logs[geodesic]["damping"]
 
 
 def test_an_acceleration_that_is_too_large_takes_the_step_back_or_is_left_out():
@@ -376,6 +432,8 @@ def test_a_loss_of_the_models_own_is_solved_without_rows():
     (lambda: GaussNewton(scaling="none"), "scaling='none'"),
     (lambda: GaussNewton(scaling="more", solver=CG), "scaling='more'"),
     (lambda: GaussNewton(geodesic=1), "geodesic=1"),
+    (lambda: GaussNewton(geodesic=5), "True, False, or the order of the path: 2, 3 or 4. Received: geodesic=5"),
+    (lambda: GaussNewton(geodesic=2.0), "geodesic=2.0"),
     (lambda: GaussNewton(momentum=1.0), "momentum=1.0"),
     (lambda: GaussNewton(line_search="grid"), "line_search='grid'"),
     (lambda: GaussNewton(memory=0), "memory=0"),

@@ -96,6 +96,46 @@ def test_rows_and_residuals_of_a_mean_square_by_hand(reduction, weighted):
     assert found["is_exact"]
 
 
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_derivatives_along_a_path_are_those_of_nested_tapes(order):
+    with float64():
+        case = MODELS["dense"]().compile()
+        lin, variables = Linearization(case.model, *case.batch), case.model.trainable_variables
+        path = [[c * wave(w.shape, w.dtype) ** k for w in lin.weights] for k, c in ((1, 0.3), (2, -0.5), (3, 0.2))]
+        path = path[: order - 1]
+        bent = lin.rows().bent(*path, h=0.01).numpy()
+        t = tf.constant(0.0, tf.float64)
+        start, rest = [tf.identity(v.value) for v in variables], [v.value for v in case.model.non_trainable_variables]
+
+        def outputs(t):
+            shares = [t, t * t / 2, t * t * t / 6]  # a power has no derivative at 0
+            at = [w + sum(s * v[i] for s, v in zip(shares, path)) for i, w in enumerate(start)]
+            return tf.reshape(case.model.stateless_call(at, rest, case.x)[0], [-1])
+
+        def derivative(function):
+            def of(t):
+                with tf.GradientTape() as tape:
+                    tape.watch(t)
+                    z = function(t)
+                return tape.jacobian(z, t)
+
+            return of
+
+        for _ in range(order):
+            outputs = derivative(outputs)
+        expected = np.sqrt(2.0 / 18) * outputs(t).numpy()
+    np.testing.assert_allclose(bent, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+    assert np.abs(expected).max() > 1e-2
+
+
+def test_a_path_has_one_to_three_vectors():
+    with float64():
+        case = MODELS["dense"]().compile()
+        rows = Linearization(case.model, *case.batch).rows()
+        with pytest.raises(ValueError, match="one to three vectors. Received: 4 vectors"):
+            rows.bent(*[rows._lin.weights] * 4)
+
+
 def test_the_second_difference_along_a_vector_by_hand():
     with float64():
         case = MODELS["dense"]().compile()

@@ -86,7 +86,7 @@ def counts_of_examples(optimizer):
     """
     by_rows = isinstance(optimizer, (kc.GaussNewton, kc.NaturalGradient))
     if by_rows and not isinstance(optimizer.solver, kc.ConjugateGradient):
-        return 4 + getattr(optimizer, "geodesic", False)
+        return 3 + getattr(optimizer, "order", 1)  # the vectors of a path
     if isinstance(optimizer, kc.LiSSA):
         return 3  # the traces of two loops
     if isinstance(optimizer, (kc.SASSHA, kc.KBFGS)):

@@ -85,9 +85,9 @@ def newton(optimizer, step):
 
 def gauss_newton(optimizer, step):
     """With rows, as `"auto"` solves a small model: residuals, inputs and slopes of all layers and replicas, and of a
-    loss that is no square the gradient; with the geodesic acceleration another residual. A scaling makes an array of
-    the rows. With conjugate gradients a quadratic form for the predicted change, one for a damping that begins with the
-    curvature, and the loop.
+    loss that is no square the gradient; with the geodesic acceleration another residual for each order. A scaling makes
+    an array of the rows. With conjugate gradients a quadratic form for the predicted change, one for a damping that
+    begins with the curvature, and the loop.
     """
     products, searches = isinstance(optimizer.solver, kc.ConjugateGradient), optimizer.line_search is not None
     losses = int(searches or optimizer._trial.looks)
@@ -105,9 +105,9 @@ def gauss_newton(optimizer, step):
 
     def rows(model, replicas):
         count = replicas * model.rows
-        gathered = [[count], *of_layers(model, replicas, model.outputs)] + optimizer.geodesic * [[count]]
+        gathered = [[count], *of_layers(model, replicas, model.outputs)] + (optimizer.order - 1) * [[count]]
         if not model.apart:
-            gathered = [[count], [count * model.weights]] + optimizer.geodesic * [[count]]
+            gathered = [[count], [count * model.weights]] + (optimizer.order - 1) * [[count]]
         return gathered if model.squares else [*gathered, list(map(math.prod, model.shapes))]
 
     begin = Work(reductions=1 + losses, scalars=1 + losses, others=rows, forward=1 + losses)

@@ -40,7 +40,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_curvature import GaussNewton, LevenbergMarquardt, Nielsen, curved, problems
+from keras_curvature import GaussNewton, GridSearch, LevenbergMarquardt, Nielsen, curved, problems
 from keras_curvature.problems.regression import CURVES
 
 SEEDS = range(5)
@@ -54,6 +54,10 @@ PINN = {
     "identity, Nielsen, geodesic": lambda: GaussNewton(geodesic=True),
     # the book's first damping far from a solution
     "More, tau 1e-3, geodesic": lambda: GaussNewton.levenberg_marquardt(damping=Nielsen(tau=1e-3)),
+    # the fourth order, searched along the curve
+    "More, Nielsen, order 4, search": lambda: GaussNewton.levenberg_marquardt(
+        geodesic=4, line_search=GridSearch(count=5)
+    ),
 }
 
 

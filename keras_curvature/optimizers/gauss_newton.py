@@ -1,12 +1,14 @@
 """Gauss-Newton and Levenberg-Marquardt: regression, small networks and physics-informed networks to round-off."""
 
+import functools
+import math
 from typing import Any, Literal, Self, TypeAlias
 
 import keras
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_choice, check_component, check_flag, check_number, register
+from keras_curvature.component import check, check_choice, check_component, check_number, register
 from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
@@ -20,6 +22,7 @@ from keras_curvature.typing import LearningRate, Variables, Vector
 SCALINGS = ("identity", "marquardt", "more")
 # Largest share of the length of a step that its correction by the geodesic acceleration may have (Transtrum, Sethna).
 LARGEST_BEND = 0.75
+ORDERS = (2, 3, 4)
 
 By: TypeAlias = Literal["auto", "rows", "weights", "qr", "svd"] | ConjugateGradient
 
@@ -29,7 +32,7 @@ class GaussNewton(CurvatureOptimizer):
     """Damped Gauss-Newton steps, solved to the end: Levenberg-Marquardt, natural gradients of PINNs, SPRING.
 
         d = argmin_d  f + g'd + 1/2 d'Gd + 1/2 lambda |D (d - momentum * d_last)|^2,        G = J' H_L J
-        w <- w + learning_rate * s * (d + 1/2 a)       s from the line search, a the geodesic acceleration
+        w <- w + learning_rate * (s d + s^2/2 a + ...)       s from the line search, a the geodesic acceleration
 
     With a damping that adapts, a step that raises the loss is taken back: the weights stay bit-identical and `lambda`
     grows. With a number for `damping` and no line search every finite step is taken, and the loss may rise. Made for
@@ -49,9 +52,11 @@ class GaussNewton(CurvatureOptimizer):
     network wavefunctions" (2024), Algorithm 1, SPRING; Cai et al., "Gram-Gauss-Newton method" (2019), Algorithm 1.
     Differences: (1) the scale is that of the compiled loss: for a mean of N squares `lambda` is 2/N times the one of
     the sum of 1/2 r^2; (2) the acceleration uses central second differences of the outputs along `d`, and for losses
-    other than squares the metric `H_L` at the weights; (3) a step with `2 |D a| > 0.75 |D d|` is taken back where the
-    damping adapts in that step, and else taken without `a`; (4) SPRING's rows are not centred, and its momentum begins
-    again at zero after a rejected step.
+    other than squares the metric `H_L` at the weights; (3) without a line search, a step with `2 |D a| > 0.75 |D d|` is
+    taken back where the damping adapts in that step, and else taken without `a`; a line search tries points of the
+    curve, and the damping is that of the whole step, also where the search took a part of it; (4) orders above 2
+    are ours: each vector solves the same system for the next derivative of the outputs along the path so far; (5)
+    SPRING's rows are not centred, and its momentum begins again at zero after a rejected step.
 
     Args:
         learning_rate: Multiple of the step. Defaults to `1.0`.
@@ -61,7 +66,9 @@ class GaussNewton(CurvatureOptimizer):
             model has its own `compute_loss` without a `likelihood`. Defaults to `"auto"`.
         scaling: `D`: `"identity"`; `"marquardt"`, the norms of the columns of the rows; or `"more"`, the largest norm
             of each column so far. The last two need the rows. Defaults to `"identity"`.
-        geodesic: Whether to add the geodesic acceleration; costs two forward passes. Defaults to `False`.
+        geodesic: Whether to add the geodesic acceleration, which costs two forward passes; or the order of the path: 2
+            (the same as `True`), 3 or 4, which cost four more each. Physics-informed networks need the fewest steps
+            with `4`, `scaling="more"` and `line_search=GridSearch(count=5)`. Defaults to `False`.
         momentum: Share of the last step that the damping pulls to, in [0, 1). Defaults to `0.0`.
         line_search: `GridSearch()`, `ArmijoLineSearch()`, or `None` for full steps. Defaults to `None`.
         memory: The most bytes that the array of rows may take. Defaults to `2**31`.
@@ -88,9 +95,9 @@ class GaussNewton(CurvatureOptimizer):
 
     def __init__(
         self, learning_rate: LearningRate = 1.0, damping: float | Damping | Nielsen = Nielsen(), solver: By = "auto",
-        scaling: Literal["identity", "marquardt", "more"] = "identity", geodesic: bool = False, momentum: float = 0.0,
-        line_search: GridSearch | ArmijoLineSearch | None = None, memory: int = 2**31, name: str = "gauss_newton",
-        **kwargs: Any,
+        scaling: Literal["identity", "marquardt", "more"] = "identity", geodesic: bool | Literal[2, 3, 4] = False,
+        momentum: float = 0.0, line_search: GridSearch | ArmijoLineSearch | None = None, memory: int = 2**31,
+        name: str = "gauss_newton", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.damping, self.solver, self.scaling, self.geodesic = damping, solver, scaling, geodesic
@@ -100,7 +107,8 @@ class GaussNewton(CurvatureOptimizer):
         if not isinstance(solver, ConjugateGradient):
             check_choice(self, "solver", solver, ("auto", *local_models.WAYS), local_models.EXPECTED)
         check_choice(self, "scaling", scaling, SCALINGS)
-        check_flag(self, "geodesic", geodesic)
+        valid = isinstance(geodesic, bool) or (isinstance(geodesic, int) and geodesic in ORDERS)
+        check(self, "geodesic", geodesic, valid, "True, False, or the order of the path: 2, 3 or 4")
         check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
         if line_search is not None:
             check_component(self, "line_search", line_search, "search", "GridSearch()")
@@ -176,15 +184,18 @@ class GaussNewton(CurvatureOptimizer):
         model.decompose(damping, scale)
 
         d = model.solve(trees.scale(self.momentum, trees.values(self._last)) if self.momentum else None)
-        step, straight = self._bent(model, scale, d) if self.geodesic else (d, tf.constant(True))
-        finite, solved = model.is_finite() & tf.math.is_finite(lin.loss), trees.is_finite(step)
-        step = trees.where(solved, step, trees.zeros_like(step))  # with more damping it may be
-        step, length, loss = self._searched(lin, model, step)
+        path = [d]
+        while len(path) < self.order:
+            path.append(model.acceleration(path))
+        finite, solved = model.is_finite() & tf.math.is_finite(lin.loss), trees.is_finite(d)
+        path[0] = trees.where(solved, d, trees.zeros_like(d))  # with more damping it may be
+        step, length, loss, straight = self._searched(lin, model, path, scale)
 
         rate = tf.cast(self.learning_rate, trees.scalar_dtype(step))
         checked = self._trial.check(
             self.iterations, state, before=lin.loss, after=lambda: _unless(straight, loss(rate)),
-            predicted=lambda: model.change(rate * length),  # the model knows nothing of the bend
+            # of the straight step in full, so that where a search had to shorten it the damping grows
+            predicted=lambda: model.change(rate),
         )  # fmt: skip
         taken = checked.accepted & solved & (length > 0)
         self.remember(self._damping, checked.value)
@@ -208,6 +219,11 @@ class GaussNewton(CurvatureOptimizer):
         )
 
     @property
+    def order(self) -> int:
+        """The order of the path of a step: 1 for a straight one, 2 with the geodesic acceleration."""
+        return int(self.geodesic) + 1 if isinstance(self.geodesic, bool) else self.geodesic
+
+    @property
     def _undamped(self):
         return self._rule.every is None and self._rule.initial == 0.0
 
@@ -220,23 +236,29 @@ class GaussNewton(CurvatureOptimizer):
             norms = [tf.maximum(a, b) for a, b in zip(norms, trees.values(self._norms))]
         return [tf.where(a > 0, a, tf.ones_like(a)) for a in norms]
 
-    def _bent(self, model, scale, d):
-        """`(d + 1/2 a, True)`, or `(d, False)` where the acceleration is too large."""
-        a = model.acceleration(d)
-        length = lambda v: trees.norm(v if scale is None else [s * b for s, b in zip(scale, v)])  # noqa: E731
-        small = 2.0 * length(a) <= LARGEST_BEND * length(d)  # false for NaN
-        return trees.where(small, trees.add(d, a, 0.5), d), small
-
-    def _searched(self, lin, model, step):
-        """`(step, length, loss)`: the step times its length, the length, and the loss at a multiple of the step."""
-        one = tf.ones([], trees.scalar_dtype(step))
+    def _searched(self, lin, model, path, scale):
+        """`(step, length, loss, straight)`: the step, how far along the path, a function from a multiple of the step to
+        the loss, and whether the path is straight enough."""
+        one = tf.ones([], trees.scalar_dtype(path[0]))
         if self.line_search is None:
-            return step, one, lambda rate: lin.loss_at(trees.scale(rate, step))
+            step, straight = self._bent(path, scale)
+            return step, one, lambda rate: lin.loss_at(trees.scale(rate, step)), straight
+        known = trees.is_finite([a for v in path[1:] for a in v]) if path[1:] else True
+        path = [path[0], *(trees.where(known, v, trees.zeros_like(v)) for v in path[1:])]
         rate = tf.cast(self.learning_rate, one.dtype)
-        along = lambda s: lin.loss_at(trees.scale(tf.cast(s, one.dtype) * rate, step))  # noqa: E731
-        length, loss = self.line_search.search(along, lin.loss, rate * model.slope(step), along(one))
+        along = lambda s: lin.loss_at(trees.scale(rate, trees.along(path, tf.cast(s, one.dtype))))  # noqa: E731
+        length, loss = self.line_search.search(along, lin.loss, rate * model.slope(path[0]), along(one))
         length = tf.cast(length, one.dtype)
-        return trees.scale(length, step), length, lambda rate: loss
+        return trees.along(path, length), length, lambda rate: loss, tf.constant(True)
+
+    def _bent(self, path, scale):
+        """The end of the path and true, or `d` and false where the path bends too much."""
+        d, bends = path[0], [trees.scale(1.0 / math.factorial(k), v) for k, v in enumerate(path[1:], 2)]
+        length = lambda v: trees.norm(v if scale is None else [s * b for s, b in zip(scale, v)])  # noqa: E731
+        if not bends:
+            return d, tf.constant(True)
+        small = tf.reduce_all([4.0 * length(v) <= LARGEST_BEND * length(d) for v in bends])  # false for NaN
+        return trees.where(small, functools.reduce(trees.add, bends, d), d), small
 
 
 def _unless(accepted, loss):

@@ -129,9 +129,9 @@ class WithRows:
         self._found = trees.unflatten(self._solve(self._r, b, c), self._like)
         return self._found
 
-    def acceleration(self, d):
-        """The geodesic acceleration along `d`, a vector."""
-        bent = tf.cast(self._rows.bent(d), self._A.dtype)
+    def acceleration(self, path):
+        """The next vector of the geodesic that begins with the list `path`: after `[d]` the acceleration."""
+        bent = tf.cast(self._rows.bent(*path), self._A.dtype)
         return trees.unflatten(self._solve(bent), self._like)
 
     def slope(self, d):
@@ -211,9 +211,9 @@ class WithGram:
     def _divided(self, v):
         return [a / tf.cast(e, a.dtype) for a, e in zip(v, self._E)]
 
-    def acceleration(self, d):
-        """The geodesic acceleration along `d`, a vector."""
-        bent = tf.cast(self._rows.bent(d), self._K.dtype)
+    def acceleration(self, path):
+        """The next vector of the geodesic that begins with the list `path`: after `[d]` the acceleration."""
+        bent = tf.cast(self._rows.bent(*path), self._K.dtype)
         u = tf.linalg.cholesky_solve(self._lower, bent[:, tf.newaxis])[:, 0]
         return trees.negative(self._divided(self._rows.transposed(u)))
 
@@ -264,9 +264,9 @@ class WithProducts:
         self._found = self._solver.solve(self._A, right, center)
         return self._found.value
 
-    def acceleration(self, d):
-        """The geodesic acceleration along `d`, a vector."""
-        return self._solver.solve(self._A, trees.negative(self._lin.rows().pulled_bent(d))).value
+    def acceleration(self, path):
+        """The next vector of the geodesic that begins with the list `path`: after `[d]` the acceleration."""
+        return self._solver.solve(self._A, trees.negative(self._lin.rows().pulled_bent(*path))).value
 
     def slope(self, d):
         """`g'd`."""

@@ -9,6 +9,13 @@ from keras_curvature.linearization.jacobian.matrix import MEMORY, RowMatrix
 from keras_curvature.linearization.needs import require
 from keras_curvature.typing import Vector
 
+# Central differences of second order: for each derivative the weight of the center, and those of the points beside it.
+STENCILS = {
+    2: (-2.0, {1: 1.0, -1: 1.0}),
+    3: (0.0, {2: 0.5, 1: -1.0, -1: 1.0, -2: -0.5}),
+    4: (6.0, {2: 1.0, 1: -4.0, -1: -4.0, -2: 1.0}),
+}
+
 
 class Rows(RowMatrix):
     """`A = R J`, with a row for each output of each example, and the residuals `r`; made by `Linearization.rows`.
@@ -41,33 +48,54 @@ class Rows(RowMatrix):
             return None
         return trees.subtract(self._lin.gradient, self.transposed(self.residual))
 
-    def bent(self, vector: Vector, h: float = 0.1) -> tf.Tensor:
-        """`R` times the second derivative of the outputs along `v`, `(N,)`; two forward passes.
+    def bent(self, vector: Vector, *more: Vector, h: float | None = None) -> tf.Tensor:
+        """`R` times a derivative of the outputs along a path, `(N,)`, by central differences.
 
-            R (z(w + h v) - 2 z(w) + z(w - h v)) / h^2
+            R d^k/dt^k z(w + t v + t^2/2 v_2 + ... )  at t = 0,      k = 2 with v alone, 3 with v and v_2, or 4
+
+        Costs two forward passes for k = 2, and four for the others.
 
         Args:
             vector: `v`, a vector.
-            h: Share of `v` to go to either side. Defaults to `0.1`.
+            *more: `v_2` and `v_3`, vectors. Defaults to none, a straight path.
+            h: Distance in `t` of neighbouring points. Defaults to `0.1` for k = 2 and to `0.2` for the others.
         """
-        def question(recorded, *sides):
-            return [root.times(t) for root, t in zip(roots.roots(recorded), _second_difference(recorded, *sides, h))]
-
-        return self._gathered(self._lin.passes.rows(question, tangents=self._on_both_sides(vector, h)), 1)
-
-    def pulled_bent(self, vector: Vector, h: float = 0.1) -> Vector:
-        """`A' bent(v)`, a vector, for which no root is needed: two forward passes and one backward pass."""
 
         def question(recorded, *sides):
-            return recorded.pull(recorded.curve(_second_difference(recorded, *sides, h)))
+            return [root.times(t) for root, t in zip(roots.roots(recorded), differences(recorded, sides))]
 
-        return self._lin.passes.total(question, tangents=self._on_both_sides(vector, h))
+        points, differences = self._along([vector, *more], h)
+        return self._gathered(self._lin.passes.rows(question, tangents=points), 1)
 
-    def _on_both_sides(self, vector, h):
-        """All leaves at `w + h v` and at `w - h v`, on every replica."""
-        vector = trees.vector("vector", vector, self._lin.variables)
-        shifted = self._lin.record(lambda pure, weights: _Shifted(pure, weights, vector, h))
-        return list(shifted.rows(lambda shifted: (shifted.after, shifted.before)))
+    def pulled_bent(self, vector: Vector, *more: Vector, h: float | None = None) -> Vector:
+        """`A' bent(v, ...)`, a vector, for which no root is needed: the passes of `bent` and one backward pass."""
+
+        def question(recorded, *sides):
+            return recorded.pull(recorded.curve(differences(recorded, sides)))
+
+        points, differences = self._along([vector, *more], h)
+        return self._lin.passes.total(question, tangents=points)
+
+    def _along(self, path, h):
+        """The leaves at the points of the stencil, on every replica, and the function that takes their difference."""
+        path = [trees.vector("vector", v, self._lin.variables) for v in path]
+        order = len(path) + 1
+        if order not in STENCILS:
+            raise ValueError(f"`bent` takes one to three vectors. Received: {len(path)} vectors")
+        h = (0.1 if order == 2 else 0.2) if h is None else h
+        center, sides = STENCILS[order]
+
+        def differences(recorded, leaves):
+            def difference(i, leaf):
+                terms = [weight * at[i] for weight, at in zip(sides.values(), leaves)]
+                return tf.add_n([*terms, center * leaf] if center else terms) / h**order
+
+            return [difference(i, leaf) for i, leaf in zip(recorded.used, recorded.leaves)]
+
+        shifted = self._lin.record(
+            lambda pure, weights: _Shifted(pure, [trees.add(weights, trees.along(path, t * h)) for t in sides])
+        )
+        return list(shifted.rows(lambda shifted: shifted.leaves)), differences
 
     def _noting(self, recorded):
         """The frame of a `Pass`; notes whether the rows make up the gradient."""
@@ -102,13 +130,8 @@ class FisherRows(RowMatrix):
 
 
 class _Shifted:
-    """The leaves of the model at `w + h v` and at `w - h v`, as a record of a forward pass."""
+    """The leaves of the model at several weights, as a record of a forward pass."""
 
-    def __init__(self, pure, weights, vector, h):
-        self.before = pure.evaluate(trees.add(weights, vector, -h)).leaves
-        self.evaluation = pure.evaluate(trees.add(weights, vector, h))
-        self.after = self.evaluation.leaves
-
-
-def _second_difference(recorded, after, before, h):
-    return [(after[i] - 2.0 * leaf + before[i]) / h**2 for i, leaf in zip(recorded.used, recorded.leaves)]
+    def __init__(self, pure, points):
+        evaluations = [pure.evaluate(weights) for weights in points]
+        self.evaluation, self.leaves = evaluations[0], tuple(e.leaves for e in evaluations)
