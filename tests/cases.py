@@ -80,6 +80,19 @@ def put(variables, vector):
         variable.assign(part.reshape(variable.shape))
 
 
+def by_central_differences(outputs, variables, h=1e-6):
+    """The Jacobian of a function of no arguments in the variables."""
+    w, rows = flat(variables), []
+    for unit in np.eye(len(w)):
+        sides = []
+        for sign in (1, -1):
+            put(variables, w + sign * h * unit)
+            sides.append(np.ravel(outputs()))
+        rows.append((sides[0] - sides[1]) / (2 * h))
+    put(variables, w)
+    return np.stack(rows, 1)
+
+
 def model_case(builder):
     """Register `builder(random) -> Case` under its name, seeded."""
     MODELS[builder.__name__] = _seeded(builder)

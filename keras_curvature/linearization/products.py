@@ -175,6 +175,10 @@ class Pass(Jacobian):
         """`J' c` for cotangents that carry the loss scale, such as `curve` returns."""
         return _unscaled(self.vjp(cotangents), self.loss_scale)
 
+    def alone(self, example, which):
+        """The `Alone` of one example, by its number in this slice, in some of the weights."""
+        return Alone(self.pure, self.weights, example, which, self.used, self.loss_scale)
+
     # Second derivatives.
 
     def hessian_product(self, vector):
@@ -224,6 +228,23 @@ class Pass(Jacobian):
     def sampled_slope(self, seed=0):
         """`dL/dz`, as `slope`, with labels drawn from the model instead of the true ones."""
         return sampling.slopes(self, seed)
+
+
+class Alone(Jacobian):
+    """A forward pass through one example of a slice, at the same weights."""
+
+    def __init__(self, pure, weights, example, which, used, loss_scale):
+        weights = list(weights)
+        tape, chosen = tf.GradientTape(), [weights[i] for i in which]
+        with tape:
+            tape.watch(chosen)
+            leaves = pure.leaves_of(weights, example)
+        super().__init__(tape, chosen, [leaves[i] for i in used], None)
+        self.loss_scale = loss_scale
+
+    def pull(self, cotangents):
+        """`J' c` for cotangents that carry the loss scale."""
+        return _unscaled(self.vjp(cotangents), self.loss_scale)
 
 
 def gradient(pure, weights, loss_scale=None):

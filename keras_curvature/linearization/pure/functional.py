@@ -111,9 +111,7 @@ class PureModel:
             An `Evaluation`.
         """
         model = self.model
-        given_state = zip([*self.stateful, *self.counting], self.state)
-        mapping = [*zip(model.trainable_variables, weights), *given_state]
-        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+        with keras.StatelessScope(state_mapping=self._mapping(weights), collect_losses=True) as scope:
             given = [scope.get_current_value(v) for v in model.trainable_variables]
             before = [scope.get_current_value(v) for v in [*self.stateful, *self.counting]]
             with slices.at(self.place):
@@ -129,6 +127,16 @@ class PureModel:
         own = len(self.stateful)
         self.evaluation = Evaluation(outputs, leaves, loss, moved[:own], moved[own:], bool(scope.losses))
         return self.evaluation
+
+    def leaves_of(self, weights, example):
+        """The leaves of one example of this slice, by its number, alone; the loss is not computed."""
+        x = keras.tree.map_structure(lambda a: tf.gather(a, [example]), self.x)  # loops over slices are no products
+        with keras.StatelessScope(state_mapping=self._mapping(weights)), slices.at(self.place.part(example, 1)):
+            return _cut(self.model(x, **self._arguments))[1]
+
+    def _mapping(self, weights):
+        given_state = zip([*self.stateful, *self.counting], self.state)
+        return [*zip(self.model.trainable_variables, weights), *given_state]
 
     def part(self, start, length, state=None):
         """This model on the rows `start .. start + length` of this slice, from the same or another state."""
