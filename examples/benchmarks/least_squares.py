@@ -3,8 +3,9 @@
     python examples/benchmarks/least_squares.py | tee examples/benchmarks/results/least_squares.txt
 
 takes about half an hour on two cores, in float64. `--parts nist`, `--parts sinc` or `--parts poisson` runs one part
-alone. In two more parts, seconds are processor time of all threads:
+alone. In three more parts, seconds are processor time of all threads:
 
+    python examples/benchmarks/least_squares.py --parts waves --marks 50 100 150 200
     python examples/benchmarks/least_squares.py --parts mnist --data_dir DIR --peers PYTHON
     python examples/benchmarks/least_squares.py --parts peers --seconds 15 --peers PYTHON
 
@@ -19,6 +20,9 @@ alone. In two more parts, seconds are processor time of all threads:
 * Poisson: the network and grid of the energy natural gradients (129 weights, 1020 points), the error in L2 over another
   grid relative to the solution. Their authors' code gave 0.46 (a stall), 7.7e-6 and 4.6e-8 for three seeds after 200
   iterations.
+* waves: convection, reaction and waves in one dimension, on which PINNs fail (Rathore et al., 2024: errors of 1.9e-3,
+  9.9e-3 and 1.3e-2 after 11000 steps of Adam, 30000 of L-BFGS and 2000 of NysNewton-CG, with 10000 points and layers of
+  200).
 * MNIST: tf-levenberg-marquardt's convolutional network of 1026 weights, its residuals, and its 10 epochs of batches of
   6000, in float32. Its README reports a test accuracy of 97.78% and a loss of 0.0724. Its 100 steps take most of an
   hour of two cores, so only `--peer_steps` of them are run, and the seconds of 100 are computed from these.
@@ -146,6 +150,27 @@ def print_poisson(marks, methods):
         print(row("  worst", [f"{max(c):.1e}" for c in columns]) + "\n", flush=True)
 
 
+# Convection, reaction and waves.
+
+
+def print_waves(points, width, marks):
+    """Errors of the problems of Rathore et al. (2024) after each of `marks` iterations."""
+    print(row(f"{points} points, 3 layers of {width}", [f"{mark} its" for mark in marks] + ["CPU seconds"]), flush=True)
+    for name in ("convection", "reaction", "wave"):
+        problem = getattr(problems, name)(points=points, width=width)
+        # the array has some thousand rows and columns: the normal equations are the cheapest
+        optimizer = GaussNewton.levenberg_marquardt(geodesic=4, line_search=GridSearch(count=5), solver="weights")
+        model = curved(problem.compiled(optimizer, seed=0, jit_compile=False))
+        data = tf.data.Dataset.from_tensors(problem.data()).cache().repeat()
+        errors, done, begin = [], 0, time.process_time()
+        for mark in marks:
+            model.fit(data, steps_per_epoch=mark - done, shuffle=False, verbose=0)
+            errors.append(f"{problems.relative_error(model):.1e}")
+            done = mark
+        print(row(f"  {name}", [*errors, f"{time.process_time() - begin:.0f}"]), flush=True)
+    print()
+
+
 # MNIST.
 
 
@@ -245,7 +270,9 @@ def main():
     parser.add_argument("--seeds", type=int, default=1, help="of MNIST")
     parser.add_argument("--peer_steps", type=int, default=5, help="of tf-levenberg-marquardt on MNIST; 100 are all")
     parser.add_argument("--peers", help="a Python with the packages of least_squares_peers.py")
-    parser.add_argument("--marks", nargs="*", type=int, default=[200, 1000], help="iterations of Poisson's equation")
+    parser.add_argument("--marks", nargs="*", type=int, default=[200, 1000], help="iterations of poisson and waves")
+    parser.add_argument("--points", type=int, default=2000, help="points inside, of waves; the paper: 10000")
+    parser.add_argument("--width", type=int, default=30, help="of the layers of waves; the paper: 200")
     methods = f"for Poisson's equation, among {', '.join(PINN)}"
     parser.add_argument("--pinn", nargs="*", default=["More, Nielsen, order 4, search"], help=methods)
     args = parser.parse_args()
@@ -256,6 +283,8 @@ def main():
         print_sinc(args.seconds)
     if "poisson" in args.parts:
         print_poisson(args.marks, args.pinn)
+    if "waves" in args.parts:
+        print_waves(args.points, args.width, args.marks)
     if "peers" in args.parts:
         print_peers(args.seconds, args.peers)
     if "mnist" in args.parts:
