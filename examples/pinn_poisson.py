@@ -51,7 +51,7 @@ def solved(optimizer):
     return model, errors, np.arange(len(errors)) * part
 
 
-# A path of fourth order, with a search along it: two digits more than a path of second order, in as many steps.
+# A path of fourth order, with a search along it: a digit or two more than by a path of second order.
 search = kc.GridSearch(count=5)
 model, errors, steps = solved(kc.GaussNewton.levenberg_marquardt(geodesic=4, line_search=search))
 _, of_adam, _ = solved(keras.optimizers.Adam(1e-2))

@@ -38,7 +38,10 @@ def dense(frame, which):
     """
     n, parts = trees.count([frame.recorded.weights[i] for i in which]), frame.parts()
     if _may_stand_alone(frame, n, parts):
-        found = _by_examples(frame, which, n)
+        try:
+            found = _by_examples(frame, which, n)
+        except (ValueError, TypeError, tf.errors.InvalidArgumentError):  # the model does not take one example, as where
+            return _by_products(frame, which, n, parts)  # it compares pairs; another error comes again here
         return tf.cond(_agree(frame, which, found), lambda: found, lambda: _by_products(frame, which, n, parts))
     return _by_products(frame, which, n, parts)
 
@@ -56,7 +59,9 @@ def _may_stand_alone(frame, n, parts):
     if not isinstance(examples, int) or examples < 2 or any(count is None for count in frame.counts()):
         return False
     arrays = [*keras.tree.flatten(pure.x), *recorded.leaves]
-    if any(isinstance(a, (tf.RaggedTensor, tf.SparseTensor)) or tuple(a.shape)[:1] != (examples,) for a in arrays):
+    if any(a is None or isinstance(a, (tf.RaggedTensor, tf.SparseTensor)) for a in arrays):
+        return False
+    if any(tuple(a.shape)[:1] != (examples,) for a in arrays):
         return False
     if any(spec.shape[0] is not None for spec in keras.tree.flatten(getattr(pure.model, "inputs", None) or [])):
         return False
