@@ -1,4 +1,4 @@
-"""Poisson's equation by a physics-informed network and Levenberg-Marquardt, to six digits in a minute or two:
+"""Poisson's equation by a physics-informed network and Levenberg-Marquardt, to eight digits in a minute or two:
 
     pip install ".[examples]" && python examples/pinn_poisson.py
 

@@ -19,8 +19,8 @@ class RowMatrix:
     """`A`, with one or several rows `J' c` for each example; made by methods of `Linearization`.
 
     In models of Keras' own layers, without batch normalization in training mode, rows are read off the layers, as
-    `jacobian/by_layers.py` explains: of all weights but a few, and without an array of rows. In others they come from
-    products.
+    `jacobian/by_layers.py` explains: of all weights but a few, and without an array of rows. In others they come from a
+    pass through each example alone, or from products where examples may mix; see `jacobian/columns.py`.
 
     Rows are in the order of parts (the outputs of the model), replicas, examples, entries. Vectors of rows are flat
     tensors `(N,)`, vectors of weights are lists of tensors.
