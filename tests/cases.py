@@ -17,6 +17,9 @@ BATCH = 6
 # `tensorflow-tpu` has no XLA compiler for the host: Keras' default of `jit_compile` does not train there
 HAS_XLA = not any(d.metadata["Name"].replace("_", "-") == "tensorflow-tpu" for d in importlib.metadata.distributions())
 MODELS, LOSSES = {}, {}
+# Those whose rows are refused, as tests name them that take models and losses together.
+WITHOUT_ROWS = {"loss_cosine_similarity", "loss_squared_logarithmic", "loss_focal", "loss_own_compute_loss",
+                "loss_own_compute_loss_without_training"}  # fmt: skip
 # Tests that are dear for every kind run these with `-m slow` alone: another kind does the same, or nearly the same.
 ALIKE = {
     "dense_selu", "conv1d", "conv3d", "separable_conv", "max_pooling_odd", "max_pooling_overlapping", "max_pooling_1d",

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import LOSSES, MODELS, by_central_differences, float64
+from cases import LOSSES, MODELS, WITHOUT_ROWS, by_central_differences, float64
 from selection import some
 
 import keras_curvature as kc
@@ -13,11 +13,8 @@ from keras_curvature.linearization.jacobian import columns
 
 CASES = {**MODELS, **{f"loss_{name}": build for name, build in LOSSES.items()}}
 USUAL = ["conv2d", "lstm", "shared_layer", "several_outputs", "loss_sample_weights", "loss_categorical_from_softmax"]
-REFUSED = {"loss_cosine_similarity", "loss_squared_logarithmic", "loss_focal", "loss_own_compute_loss",
-           "loss_own_compute_loss_without_training"}  # fmt: skip
 
 
-@keras.saving.register_keras_serializable("test_rows_by_examples")
 class Coupled(keras.layers.Layer):
     """Subtracts a share of the mean over the batch."""
 
@@ -60,7 +57,7 @@ def coupled(share, units=40):
     return model, random.standard_normal((30, 3)), random.standard_normal((30, 2))
 
 
-@pytest.mark.parametrize("name", some(sorted(set(CASES) - REFUSED), USUAL))
+@pytest.mark.parametrize("name", some(sorted(set(CASES) - WITHOUT_ROWS), USUAL))
 def test_rows_by_examples_are_the_rows(name, ways):
     with float64():
         case = CASES[name]().compile()

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import LOSSES, MODELS, flat, float64
+from cases import LOSSES, MODELS, WITHOUT_ROWS, flat, float64
 from selection import some
 
 import keras_curvature as kc
@@ -15,8 +15,6 @@ from keras_curvature.linearization.jacobian import by_layers
 from keras_curvature.linearization.layers import apart
 
 CASES = {**MODELS, **{f"loss_{name}": build for name, build in LOSSES.items()}}
-REFUSED = {"loss_cosine_similarity", "loss_squared_logarithmic", "loss_focal", "loss_own_compute_loss",
-           "loss_own_compute_loss_without_training"}  # fmt: skip
 MIX = {"batch_normalization", "batch_normalization_2d", "nested", "subclassed", "subclassed_passing_training",
        "subclassed_without_training", "loss_added_loss"}  # fmt: skip
 # Weights in no block: they are left to products.
@@ -57,7 +55,7 @@ def check(found):
     np.testing.assert_allclose(found["dense"], A, **close)
 
 
-@pytest.mark.parametrize("kind", some([k for k in CASES if k not in REFUSED | MIX], USUAL[::2]))
+@pytest.mark.parametrize("kind", some([k for k in CASES if k not in WITHOUT_ROWS | MIX], USUAL[::2]))
 def test_rows_by_layers_are_those_by_products(kind):
     with float64():
         found = answers(CASES[kind]().compile())

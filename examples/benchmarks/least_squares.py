@@ -48,6 +48,13 @@ from keras_curvature import GaussNewton, GridSearch, LevenbergMarquardt, Nielsen
 from keras_curvature.problems.regression import CURVES
 
 SEEDS = range(5)
+
+
+def fourth_order(**kwargs):
+    """Levenberg-Marquardt with a path of fourth order, searched along the curve."""
+    return GaussNewton.levenberg_marquardt(geodesic=4, line_search=GridSearch(count=5), **kwargs)
+
+
 METHODS = {
     "More, Nielsen, geodesic": GaussNewton.levenberg_marquardt,
     "identity, Nielsen": GaussNewton,
@@ -58,10 +65,7 @@ PINN = {
     "identity, Nielsen, geodesic": lambda: GaussNewton(geodesic=True),
     # the book's first damping far from a solution
     "More, tau 1e-3, geodesic": lambda: GaussNewton.levenberg_marquardt(damping=Nielsen(tau=1e-3)),
-    # the fourth order, searched along the curve
-    "More, Nielsen, order 4, search": lambda: GaussNewton.levenberg_marquardt(
-        geodesic=4, line_search=GridSearch(count=5)
-    ),
+    "More, Nielsen, order 4, search": fourth_order,
 }
 
 
@@ -121,17 +125,16 @@ def print_sinc(seconds):
     print(row("  mean squared error", cells) + "\n", flush=True)
 
 
-def poisson(seed, method, marks):
-    """The relative error after each of `marks` iterations, and the seconds of an iteration."""
-    problem = problems.poisson()
-    model = curved(problem.compiled(PINN[method](), seed=seed, jit_compile=True))
+def after(marks, problem, optimizer, seed=0, clock=time.perf_counter, **how):
+    """The relative error after each of `marks` iterations, and the seconds of an iteration, without the first."""
+    model = curved(problem.compiled(optimizer, seed=seed, **how))
     data = tf.data.Dataset.from_tensors(problem.data()).cache().repeat()
     errors, done, seconds = [], 1, 0.0
     model.fit(data, steps_per_epoch=1, shuffle=False, verbose=0)  # traces
     for mark in marks:
-        begin = time.perf_counter()
+        begin = clock()
         model.fit(data, steps_per_epoch=mark - done, shuffle=False, verbose=0)
-        seconds, done = seconds + time.perf_counter() - begin, mark
+        seconds, done = seconds + clock() - begin, mark
         errors.append(problems.relative_error(model))
     return errors, seconds / (done - 1)
 
@@ -142,7 +145,7 @@ def print_poisson(marks, methods):
         print(row(f"Poisson, {method}", [f"{mark} its" for mark in marks] + ["ms an iteration"]))
         found = []
         for seed in SEEDS:
-            errors, seconds = poisson(seed, method, marks)
+            errors, seconds = after(marks, problems.poisson(), PINN[method](), seed, jit_compile=True)
             found.append(errors)
             print(row(f"  seed {seed}", [f"{e:.1e}" for e in errors] + [f"{1000 * seconds:.0f}"]), flush=True)
         columns = list(zip(*found))
@@ -155,19 +158,14 @@ def print_poisson(marks, methods):
 
 def print_waves(points, width, marks):
     """Errors of the problems of Rathore et al. (2024) after each of `marks` iterations."""
-    print(row(f"{points} points, 3 layers of {width}", [f"{mark} its" for mark in marks] + ["CPU seconds"]), flush=True)
+    columns = [f"{mark} its" for mark in marks]
+    print(row(f"{points} points, 3 layers of {width}", [*columns, "CPU s each"]), flush=True)
     for name in ("convection", "reaction", "wave"):
         problem = getattr(problems, name)(points=points, width=width)
         # the array has some thousand rows and columns: the normal equations are the cheapest
-        optimizer = GaussNewton.levenberg_marquardt(geodesic=4, line_search=GridSearch(count=5), solver="weights")
-        model = curved(problem.compiled(optimizer, seed=0, jit_compile=False))
-        data = tf.data.Dataset.from_tensors(problem.data()).cache().repeat()
-        errors, done, begin = [], 0, time.process_time()
-        for mark in marks:
-            model.fit(data, steps_per_epoch=mark - done, shuffle=False, verbose=0)
-            errors.append(f"{problems.relative_error(model):.1e}")
-            done = mark
-        print(row(f"  {name}", [*errors, f"{time.process_time() - begin:.0f}"]), flush=True)
+        optimizer = fourth_order(solver="weights")
+        errors, seconds = after(marks, problem, optimizer, clock=time.process_time, jit_compile=False)
+        print(row(f"  {name}", [*(f"{e:.1e}" for e in errors), f"{seconds:.2f}"]), flush=True)
     print()
 
 

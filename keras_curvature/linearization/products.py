@@ -45,12 +45,18 @@ class Jacobian:
         evaluation: The `Evaluation` that they come from.
     """
 
+    loss_scale = None
+
     def __init__(self, tape, weights, leaves, evaluation):
         self._tape, self.weights, self.leaves, self.evaluation = tape, weights, leaves, evaluation
 
     def vjp(self, cotangents):
         """`J' c`: cotangents shaped as the leaves to a vector in weight space."""
         return densely(self._tape.gradient(self.leaves, self.weights, output_gradients=cotangents), self.weights)
+
+    def pull(self, cotangents):
+        """`J' c` for cotangents that carry the loss scale, such as `Pass.curve` returns."""
+        return _unscaled(self.vjp(cotangents), self.loss_scale)
 
     def jvp(self, vector):
         """`J v`: a vector in weight space to tangents shaped as the leaves."""
@@ -171,10 +177,6 @@ class Pass(Jacobian):
         wide = [None if s is None else trees.full_precision(s) for s in slopes]
         return [None if s is None else _unscaled([s], self.loss_scale)[0] for s in wide]
 
-    def pull(self, cotangents):
-        """`J' c` for cotangents that carry the loss scale, such as `curve` returns."""
-        return _unscaled(self.vjp(cotangents), self.loss_scale)
-
     def alone(self, example, which):
         """The `Alone` of one example, by its number in this slice, in some of the weights."""
         return Alone(self.pure, self.weights, example, which, self.used, self.loss_scale)
@@ -241,10 +243,6 @@ class Alone(Jacobian):
             leaves = pure.leaves_of(weights, example)
         super().__init__(tape, chosen, [leaves[i] for i in used], None)
         self.loss_scale = loss_scale
-
-    def pull(self, cotangents):
-        """`J' c` for cotangents that carry the loss scale."""
-        return _unscaled(self.vjp(cotangents), self.loss_scale)
 
 
 def gradient(pure, weights, loss_scale=None):

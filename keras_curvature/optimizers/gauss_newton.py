@@ -1,6 +1,5 @@
 """Gauss-Newton and Levenberg-Marquardt: regression, small networks and physics-informed networks to round-off."""
 
-import functools
 import math
 from typing import Any, Literal, Self, TypeAlias
 
@@ -253,12 +252,13 @@ class GaussNewton(CurvatureOptimizer):
 
     def _bent(self, path, scale):
         """The end of the path and true, or `d` and false where the path bends too much."""
-        d, bends = path[0], [trees.scale(1.0 / math.factorial(k), v) for k, v in enumerate(path[1:], 2)]
-        length = lambda v: trees.norm(v if scale is None else [s * b for s, b in zip(scale, v)])  # noqa: E731
+        d, bends = path[0], list(enumerate(path[1:], 2))
         if not bends:
             return d, tf.constant(True)
-        small = tf.reduce_all([4.0 * length(v) <= LARGEST_BEND * length(d) for v in bends])  # false for NaN
-        return trees.where(small, functools.reduce(trees.add, bends, d), d), small
+        length = lambda v: trees.norm(v if scale is None else [s * b for s, b in zip(scale, v)])  # noqa: E731
+        terms = [4.0 / math.factorial(k) * length(v) for k, v in bends]
+        small = tf.reduce_all([term <= LARGEST_BEND * length(d) for term in terms])  # false for NaN
+        return trees.where(small, trees.along(path, 1.0), d), small
 
 
 def _unless(accepted, loss):

@@ -97,12 +97,8 @@ def _by_examples(frame, which, n):
 def _agree(frame, which, found):
     """Whether the product of these rows with some vector is that of the whole batch."""
     recorded = frame.recorded
-    n, dtype = found[0].shape[1], found[0].dtype
-    flat = tf.random.stateless_normal([n], (7, 11), dtype=dtype)
-    vector, chosen = trees.zeros_like(recorded.weights), [recorded.weights[i] for i in which]
-    for i, part in zip(which, trees.unflatten(flat, chosen)):
-        vector[i] = part
-    whole = tf.concat([tf.cast(tf.reshape(a, [-1]), dtype) for a in frame.times(recorded.jvp(vector))], 0)
+    flat = tf.random.stateless_normal([found[0].shape[1]], (7, 11), dtype=found[0].dtype)
+    whole = tf.concat(_product(frame, which, flat), 0)
     apart = tf.concat([tf.linalg.matvec(a, flat) for a in found], 0)
     dtypes = (recorded.pure.model.compute_dtype, *(leaf.dtype for leaf in recorded.leaves))
     least = min(tf.as_dtype(kind).size for kind in dtypes)
@@ -111,17 +107,22 @@ def _agree(frame, which, found):
 
 def _by_columns(frame, which, n, parts):
     recorded = frame.recorded
-    dtype, chosen = trees.scalar_dtype(recorded.weights), [recorded.weights[i] for i in which]
+    dtype = trees.scalar_dtype(recorded.weights)
 
     def column(i):
-        vector = trees.zeros_like(recorded.weights)
-        for k, part in zip(which, trees.unflatten(tf.one_hot(i, n, dtype=dtype), chosen)):
-            vector[k] = part
-        found = frame.times(recorded.jvp(vector))
-        return [tf.cast(tf.reshape(rows, [-1]), dtype) for rows in found]
+        return _product(frame, which, tf.one_hot(i, n, dtype=dtype))
 
     columns = batched(column, n, at_a_time(recorded), [dtype] * len(parts))
     return [tf.transpose(c) for c in columns]
+
+
+def _product(frame, which, flat):
+    """The product of the rows with a flat vector of some weights: for each part `(rows,)`."""
+    recorded = frame.recorded
+    vector = trees.zeros_like(recorded.weights)
+    for k, part in zip(which, trees.unflatten(flat, [recorded.weights[i] for i in which])):
+        vector[k] = part
+    return [tf.cast(tf.reshape(rows, [-1]), flat.dtype) for rows in frame.times(recorded.jvp(vector))]
 
 
 def _by_rows(frame, which, n, parts):
