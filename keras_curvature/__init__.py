@@ -4,6 +4,7 @@
 from keras_curvature import backend, callbacks, operators, optimizers, problems  # noqa: F401
 from keras_curvature.linearization import Linearization, Needs
 from keras_curvature.linearization.fisher import likelihoods
+from keras_curvature.monitor.choosing.race import auto
 from keras_curvature.monitor.operator import curvature
 from keras_curvature.monitor.report.landscape import landscape
 from keras_curvature.monitor.report.reporting import report
@@ -74,6 +75,7 @@ __all__ = [
     "SketchedRoot",
     "StrongWolfe",
     "TrustRegion",
+    "auto",
     "callbacks",
     "curvature",
     "curved",

@@ -52,6 +52,20 @@ def test_singular_values_without_damping_give_the_shortest_solution(shape):
     np.testing.assert_allclose(found, -np.linalg.lstsq(A / root, r, rcond=1e-12)[0] / root, rtol=1e-9)
 
 
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+def test_the_normal_equations_are_as_exact_as_qr_while_they_are_regular(condition):
+    random = np.random.default_rng(0)
+    (U, _), (V, _) = (np.linalg.qr(random.standard_normal((rows, 20))) for rows in (60, 20))
+    A, r = U * np.logspace(0, -np.log10(condition), 20) @ V.T, random.standard_normal(60)
+    E = np.full(20, 1e-6 / condition**2)
+    exact = -np.linalg.lstsq(np.vstack([A, np.diag(np.sqrt(E))]), np.append(r, np.zeros(20)), rcond=None)[0]
+    errors = [
+        np.linalg.norm(solve(tf.constant(A), tf.constant(E))(tf.constant(r)) - exact) / np.linalg.norm(exact)
+        for solve in (least_squares.in_weights, least_squares.by_qr)
+    ]
+    assert errors[0] <= 100 * max(errors[1], 1e-16 * condition)  # without the refinement 1e-16 condition^2
+
+
 def test_a_failed_decomposition_is_nan_and_raises_nothing():
     A, r, *_ = random_problem()
     for solver, entry in ((least_squares.in_rows, -0.01), (least_squares.in_weights, -1e3)):
@@ -413,6 +427,20 @@ def test_too_large_an_array_is_solved_by_conjugate_gradients_and_said():
         case.compile(GaussNewton(memory=1000, **options))
         with pytest.raises(ValueError, match="GaussNewton\\(memory=...\\)"):
             model.train_on_batch(case.x, case.y)
+
+
+def test_more_rows_than_weights_are_decomposed_by_qr_only_while_that_is_quick(monkeypatch):
+    found = {}
+    for quick in (local_models.QUICK, 100):
+        monkeypatch.setattr(local_models, "QUICK", quick)
+        problem = kc.problems.get("sinc")
+        model = kc.curved(problem.compiled(GaussNewton.levenberg_marquardt(), seed=0))
+        x, y = problem.data()
+        model.train_on_batch(x[:200], y[:200])
+        found[model.optimizer.solved_by] = model.get_weights()
+    assert list(found) == ["qr", "weights"]
+    for qr, weights in zip(*found.values()):
+        np.testing.assert_allclose(weights, qr, rtol=1e-4, atol=1e-4)
 
 
 def test_a_loss_of_the_models_own_is_solved_without_rows():

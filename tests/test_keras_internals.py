@@ -157,6 +157,14 @@ def test_layers_of_lists_every_depth_and_own_weights_one_layer_alone():
     assert [v is w for v, w in zip(keras_internals.own_weights(frozen), (frozen.kernel, frozen.bias))] == [True, True]
 
 
+def test_compiled_with_is_what_was_given(model):
+    loss, optimizer = (lambda y, z: (y - z) ** 2), keras.optimizers.SGD(0.1)
+    model.compile(optimizer, loss, loss_weights=0.5)
+    found = keras_internals.compiled_with(model)
+    assert found["loss"] is loss and found["optimizer"] is optimizer and found["loss_weights"] == 0.5
+    model.compile(**{**found, "optimizer": "adam"})  # all of it is taken by `compile`
+
+
 def test_is_under_strategy(model):
     assert not keras_internals.is_under_strategy(model)
     with tf.distribute.OneDeviceStrategy("CPU:0").scope():

@@ -114,12 +114,13 @@ def tf_levenberg_marquardt(problem, seconds):
     return {"error": error, "steps": epochs * len(pieces), "seconds": spent}
 
 
-def mnist(problem, steps, network):
+def mnist(problem, steps, network, seed):
     """tf-levenberg-marquardt's own protocol for so many steps after the first."""
     import keras
     import tensorflow as tf
     import tf_levenberg_marquardt as lm
 
+    keras.utils.set_random_seed(seed)
     model = keras.models.model_from_json(network)
     wrapper = lm.model.ModelWrapper(model)
     wrapper.compile(
@@ -127,7 +128,7 @@ def mnist(problem, steps, network):
         solve_method="solve", metrics=["accuracy"],
     )  # fmt: skip
     data = tf.data.Dataset.from_tensor_slices((problem["x"], problem["y"].astype("float32")))
-    data = data.shuffle(len(problem["x"]), seed=0).batch(6000).cache().repeat()
+    data = data.shuffle(len(problem["x"]), seed=seed).batch(6000).cache().repeat()
     wrapper.fit(data, steps_per_epoch=1, verbose=0)
     begin = time.process_time()
     wrapper.fit(data, steps_per_epoch=steps, verbose=0)

@@ -16,6 +16,7 @@ them, and `tests/test_private_names.py` fails if another file uses a private nam
 | `Trainer._compute_loss` | `compute_loss` | `compute_loss` may lack the argument `training` |
 | `Trainer._compile_loss`, `_compile_metrics` | `is_built` | no public name |
 | `Trainer._symbolic_build` | `build` | builds the optimizer, metrics and losses at once |
+| `Trainer._compile_config` | `compiled_with` | `get_compile_config` has no functions and objects |
 | `Trainer._distribute_strategy` | `is_under_strategy` | without a strategy, `distribute_strategy` is the default |
 | `Trainer._initial_epoch` | `begin_at_epoch` | `BackupAndRestore` uses it too |
 | `KerasSaveable._unpickle_model` | `unpickled` | `load_model` does not take an open file |
@@ -92,6 +93,7 @@ from keras_curvature.keras_internals.models import (
     Functional,
     begin_at_epoch,
     build,
+    compiled_with,
     compute_loss,
     functional_of,
     is_built,
@@ -116,9 +118,9 @@ from keras_curvature.keras_internals.versions import ACTIVITY_IS_A_MEAN, HAS_LAS
 __all__ = [
     "ACTIVITY_IS_A_MEAN", "FIT", "HAS_LAST_STEPS", "KERAS", "LOGITS", "MULTI_OPTIMIZER", "NEW_ITERATOR",
     "STEPS_OF_EPOCH", "Functional", "batch_moments", "batch_spec", "begin_at_epoch", "build", "carried", "carry",
-    "changed_losses", "changed_steps", "compute_loss", "decays", "folder_of", "function_of", "functional_of", "guard",
-    "guard_attribute", "has_several_workers", "holding", "is_built", "is_compiled", "is_continuous",
-    "is_under_strategy", "keys_of", "last_step", "layers_of", "logits_of", "loss_tracker", "losses_of", "made_by",
-    "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of", "takes_training", "trained_by",
-    "twin", "unpickled", "uses_merge_calls",
+    "changed_losses", "changed_steps", "compiled_with", "compute_loss", "decays", "folder_of", "function_of",
+    "functional_of", "guard", "guard_attribute", "has_several_workers", "holding", "is_built", "is_compiled",
+    "is_continuous", "is_under_strategy", "keys_of", "last_step", "layers_of", "logits_of", "loss_tracker", "losses_of",
+    "made_by", "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of", "takes_training",
+    "trained_by", "twin", "unpickled", "uses_merge_calls",
 ]  # fmt: skip

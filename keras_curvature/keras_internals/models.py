@@ -48,6 +48,11 @@ def build(model, batch):
     model._symbolic_build(data_batch=batch)
 
 
+def compiled_with(model):
+    """The arguments that a model was compiled with, as they were given; a dict."""
+    return dict(model._compile_config.config)
+
+
 def is_under_strategy(model):
     """Whether the model was created in the scope of a distribution strategy."""
     return model._distribute_strategy is not None

@@ -61,8 +61,9 @@ class GaussNewton(CurvatureOptimizer):
         learning_rate: Multiple of the step. Defaults to `1.0`.
         damping: A number, or a component. `0.0` needs `solver="svd"` (or `"auto"`). Defaults to `Nielsen()`.
         solver: `"rows"`, `"weights"`, `"qr"`, `"svd"`, a `ConjugateGradient`, or `"auto"`: `"rows"` if there are fewer
-            rows than weights, else `"qr"`; conjugate gradients if the array needs more than `memory`, or if the
-            model has its own `compute_loss` without a `likelihood`. Defaults to `"auto"`.
+            rows than weights, else `"qr"` where it is quick (about 750 weights), else `"weights"`; conjugate gradients
+            if the array needs more than `memory`, or if the model has its own `compute_loss` without a `likelihood`.
+            Defaults to `"auto"`.
         scaling: `D`: `"identity"`; `"marquardt"`, the norms of the columns of the rows; or `"more"`, the largest norm
             of each column so far. The last two need the rows. Defaults to `"identity"`.
         geodesic: Whether to add the geodesic acceleration, which costs two forward passes; or the order of the path: 2

@@ -17,6 +17,9 @@ WAYS = ("rows", "weights", "qr", "svd")
 EXPECTED = '"auto", "rows", "weights", "qr", "svd", or a component such as `ConjugateGradient(max_steps=50)`'
 # Up to so many weights, a batch of unknown size is solved in the weights.
 FEW = 2048
+# Most multiplications of a QR decomposition, a quarter of a second of one core: it takes about ten times as long as
+# Cholesky's of the normal equations.
+QUICK = 5e8
 
 
 def made(lin, solver, memory, undamped, scaling, rows=None, operator=None):
@@ -56,7 +59,9 @@ def _chosen(lin, rows, memory, undamped):
         return None
     if undamped:
         return "svd"
-    return "rows" if count is not None and count <= n else "qr"
+    if count is not None and count <= n:
+        return "rows"
+    return "qr" if n * n * (n + (count or n)) <= QUICK else "weights"
 
 
 def _is_solved_by_layers(lin, rows, solver, memory):

@@ -5,7 +5,7 @@
 with `N` rows and `n` weights. All ways to solve it give the same `d`:
 
     "rows"      d = p - E^-1 A' (A E^-1 A' + I)^-1 (r + A p)        p = c - E^-1 b;  Cholesky of N x N (Woodbury)
-    "weights"   d = p - (A'A + E)^-1 A' (r + A p)                   Cholesky of n x n
+    "weights"   d = p - (A'A + E)^-1 A' (r + A p)                   Cholesky of n x n, and one refinement
     "qr"        the same from a QR decomposition of [A; E^(1/2)]    squares no condition number
     "svd"       from the singular values of A E^-(1/2)              also without damping: the shortest solution
 
@@ -37,11 +37,17 @@ def in_rows(A: tf.Tensor, E: tf.Tensor) -> Solve:
 
 
 def in_weights(A: tf.Tensor, E: tf.Tensor) -> Solve:
-    """By Cholesky of `A'A + E`, `(n, n)`: `N n^2 + n^3 / 3`."""
+    """By Cholesky of `A'A + E`, `(n, n)`: `N n^2 + n^3 / 3`.
+
+    `A'A` squares the condition number of `A`. One step of refinement, whose gradient comes from `A` itself, takes that
+    back where `A'A + E` is regular in its precision (Bjorck's corrected seminormal equations, 1987, with this factor).
+    """
     lower = tf.linalg.cholesky(tf.matmul(A, A, transpose_a=True) + tf.linalg.diag(E))
 
     def correct(r):
-        return -_by_cholesky(lower, tf.linalg.matvec(A, r, transpose_a=True))
+        d = -_by_cholesky(lower, tf.linalg.matvec(A, r, transpose_a=True))
+        gradient = tf.linalg.matvec(A, r + tf.linalg.matvec(A, d), transpose_a=True) + E * d
+        return d - _by_cholesky(lower, gradient)
 
     return _from(correct, A, E)
 
