@@ -88,6 +88,12 @@ def test_one_batch_of_all_data_is_known_as_such(candidates, capsys):
     assert capsys.readouterr().out.count("batches of 64 of 64 examples") == 2
 
 
+def test_all_examples_of_large_arrays_take_part(candidates, capsys):
+    candidates(good=lambda: SGD(0.1))
+    auto(linear(), data(5000), batch_size=100, seconds=0.5)
+    assert "batches of 100 of 5000 examples" in capsys.readouterr().out
+
+
 def test_least_squares_in_one_batch_are_solved_by_their_rows(monkeypatch, capsys):
     chosen = ("kc.GaussNewton.levenberg_marquardt()", "keras.optimizers.Adam()")
     monkeypatch.setattr(race, "CANDIDATES", tuple(c for c in CANDIDATES if c.name in chosen))

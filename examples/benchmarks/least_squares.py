@@ -5,7 +5,7 @@
 takes about half an hour on two cores, in float64. `--parts nist`, `--parts sinc` or `--parts poisson` runs one part
 alone. In three more parts, seconds are processor time of all threads:
 
-    python examples/benchmarks/least_squares.py --parts waves --marks 50 100 150 200
+    python examples/benchmarks/least_squares.py --parts waves --marks 50 100 150 200   # --floatx float32
     python examples/benchmarks/least_squares.py --parts mnist --data_dir DIR --peers PYTHON
     python examples/benchmarks/least_squares.py --parts peers --seconds 15 --peers PYTHON
 
@@ -275,8 +275,9 @@ def main():
     parser.add_argument("--width", type=int, default=30, help="of the layers of waves; the paper: 200")
     methods = f"for Poisson's equation, among {', '.join(PINN)}"
     parser.add_argument("--pinn", nargs="*", default=["More, Nielsen, order 4, search"], help=methods)
+    parser.add_argument("--floatx", choices=["float32", "float64"], default="float64", help="of poisson and waves")
     args = parser.parse_args()
-    keras.config.set_floatx("float64")
+    keras.config.set_floatx(args.floatx)
     if "nist" in args.parts:
         print_nist(args.methods)
     if "sinc" in args.parts:

@@ -149,8 +149,7 @@ def hessian_free():
     return kc.HessianFree(damping=kc.LevenbergMarquardt.martens(initial=45 / 784), curvature_batch=0.25)
 
 
-# Begins where it would soon be. Without the floor it falls for ever: on the batch of the step the model always foretells
-# well.
+# Begins where it would soon be. Without the floor it falls for ever: on its own batch the model always foretells well.
 FALLING = kc.LevenbergMarquardt(initial=1e-5, decay=0.95, low=0.25, high=0.75, every=5, minimum=1e-7)
 
 

@@ -7,6 +7,7 @@ measured at once. What the package knows beforehand decides who runs: `candidate
 import dataclasses
 import math
 import re
+import sys
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_curvature import keras_internals, replicas
-from keras_curvature.component import check, check_count, check_flag
+from keras_curvature.component import check, check_count, check_flag, check_number
 from keras_curvature.linearization.pure.functional import build_for, check_model
 from keras_curvature.monitor.choosing.candidates import CANDIDATES, Candidate, facts_of
 from keras_curvature.monitor.choosing.twins import twin_of
@@ -108,7 +109,7 @@ def auto(
     begin = time.perf_counter()
     check_model(auto, model)
     check_count(auto, "batch_size", batch_size)
-    check(auto, "seconds", seconds, _is_positive(seconds), "a positive number of seconds")
+    check_number(auto, "seconds", seconds, low=0, open_low=True)
     check_flag(auto, "verbose", verbose)
     replicas_of_model = replicas.strategy_of(model).num_replicas_in_sync
     if replicas_of_model > 1:
@@ -136,10 +137,6 @@ def auto(
     return best.candidate.make()
 
 
-def _is_positive(seconds):
-    return isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < math.inf
-
-
 def _stream(data, batch_size, dtype):
     """`(what fit takes, its first batch (x, y, sample_weight), number of examples or None)`."""
     if isinstance(data, keras.utils.PyDataset):
@@ -147,7 +144,7 @@ def _stream(data, batch_size, dtype):
         count = reading.count(batch)
         return data, batch, None if data.num_batches is None else count if data.num_batches == 1 else None
     if not isinstance(data, tf.data.Dataset):
-        (read,) = reading.batches(auto, data, None, None, dtype)
+        (read,) = reading.batches(auto, data, None, sys.maxsize, dtype)  # all in one
         count = reading.count(read)
         parts = tf.data.Dataset.from_tensor_slices(tuple(part for part in read if part is not None))
         if batch_size < count:

@@ -38,6 +38,7 @@ def _same_layers(model):
     """
     graph = keras_internals.functional_of(model) if isinstance(model, keras.Sequential) else model
     own = type(model).call not in (keras.Sequential.call, Functional.call) or of_losses.is_of_compute_loss(model)
+    own = own or type(model).train_step not in (keras.Model.train_step, CurvedMixin.train_step)
     if own or not isinstance(graph, Functional):
         return type(model).from_config(model.get_config())
     return keras.models.clone_model(keras.Model(graph.input, graph.output))
