@@ -15,6 +15,7 @@ over the last twentieth of the time and at least five batches. Tuned Adam is the
 """
 
 import argparse
+import functools
 import inspect
 import math
 import os
@@ -50,6 +51,8 @@ WHOLE = ("GaussNewton, Levenberg-Marquardt", "LBFGS")  # run where a batch is al
 
 
 # The problems: a model, its data, the batch size, and the loss.
+
+loaded = functools.cache(kc.problems.data)
 
 
 def docstrings(module):
@@ -97,7 +100,7 @@ def bag_of_words(data_dir):
 
 def mnist(data_dir):
     """A small LeNet."""
-    (x, y), _ = kc.problems.data("mnist", data_dir)
+    (x, y), _ = loaded("mnist", data_dir)
     model = keras.Sequential([
         keras.Input((28, 28, 1)), layers.Conv2D(8, 5, activation="relu"), layers.MaxPooling2D(),
         layers.Conv2D(16, 5, activation="relu"), layers.MaxPooling2D(), layers.Flatten(), layers.Dense(64, "relu"),
@@ -108,7 +111,7 @@ def mnist(data_dir):
 
 def cifar10_patches(data_dir):
     """A transformer of 8 by 8 patches."""
-    (x, y), _ = kc.problems.data("cifar10", data_dir)
+    (x, y), _ = loaded("cifar10", data_dir)
     inputs = keras.Input((32, 32, 3))
     z = layers.Reshape((16, 48))(layers.Conv2D(48, 8, 8)(inputs))
     for _ in range(2):

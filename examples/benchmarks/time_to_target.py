@@ -168,7 +168,7 @@ METHODS = {
     ),
     "KFAC, adaptive": Method(adaptive_kfac, batch={"autoencoder": 500}, problems=("autoencoder",)),
     "SKFAC, adaptive": Method(
-        lambda: kc.SKFAC.adaptive(damping=FALLING), batch={"autoencoder": 500}, problems=("autoencoder",)
+        lambda: kc.SKFAC.adaptive(damping=FALLING, curvature_batch=0.5), problems=("autoencoder",)
     ),
     "KFAC": Method(kc.KFAC),
     "EKFAC": Method(kc.EKFAC),
