@@ -54,8 +54,8 @@ def solved(optimizer, steps):
     return model, errors, seconds
 
 
-# The network has 921 weights, and a step solves with the 1720 residuals' Jacobian: as long as some thirty steps of Adam.
-# For networks too large for that there is `kc.BFGS(scaling="broyden")`: three digits here, in 1500 steps.
+# The network has 921 weights, and a step solves with the Jacobian of 1720 residuals: as long as some thirty steps of
+# Adam. For networks too large for that there is `kc.BFGS(scaling="broyden")`: three digits here, in 1500 steps.
 search = kc.GridSearch(count=5)
 model, errors, seconds = solved(kc.GaussNewton.levenberg_marquardt(geodesic=4, line_search=search), args.steps)
 _, of_adam, seconds_of_adam = solved(keras.optimizers.Adam(1e-3), 30 * args.steps)

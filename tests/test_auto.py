@@ -1,5 +1,7 @@
 """`kc.auto`: who runs and why not, who is chosen, and that the model is left as it was."""
 
+import random
+
 import keras
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import keras_curvature as kc
 from keras_curvature.monitor.choosing import race
 from keras_curvature.monitor.choosing.candidates import CANDIDATES, Candidate, Facts, facts_of
 from keras_curvature.monitor.choosing.race import auto
+from keras_curvature.monitor.choosing.twins import twin_of
 
 SGD, ADAM = keras.optimizers.SGD, keras.optimizers.Adam
 
@@ -124,7 +127,8 @@ def test_methods_run_where_they_belong():
     assert objections(curved=False)["KFAC()"] == "the model is not curved: pass `kc.curved(model)`"
     assert objections(matrices=0)["SOAP()"] == "no weight is a matrix"
     assert objections()["KFAC()"] is objections()["SOAP()"] is objections()["Adam()"] is None
-    assert "not all of the data" in objections()["LBFGS()"] and "pass a larger" in objections()["levenberg_marquardt()"]
+    assert "not all of the data" in objections()["LBFGS()"] and "less than 512" in objections()["levenberg_marquardt()"]
+    assert "not curved" in objections(curved=False)["LBFGS()"]
     whole = objections(batch=320)
     assert whole["LBFGS()"] is whole["levenberg_marquardt()"] is None
     assert whole["GaussNewton()"] == "the loss is a mean squared error"
@@ -181,18 +185,136 @@ def test_frozen_weights_stay_frozen_and_all_start_alike(candidates, monkeypatch)
             np.testing.assert_array_equal(own, copied)
 
 
-def test_classes_and_losses_of_a_notebook_need_no_registration(candidates):
-    class Doubling(keras.layers.Layer):
-        def call(self, x):
-            return 2 * x
+def twin(model, x, y):
+    """The copy that the race would train."""
+    model.compute_loss(x, y, model(x))
+    return twin_of(auto, model, (tf.constant(x), tf.constant(y), None))
 
-    candidates(good=lambda: SGD(0.01))
-    model = keras.Sequential([keras.Input((4,)), Doubling(), keras.layers.Dense(1)])
+
+def test_a_single_frozen_weight_stays_frozen():
+    model, (x, y) = linear(), data()
+    model.layers[0].kernel.trainable = False
+    assert [w.path.split("/")[-1] for w in twin(model, x, y).trainable_variables] == ["bias"]
+
+
+class Doubling(keras.layers.Layer):
+    """Not registered."""
+
+    def call(self, x):
+        return 2 * x
+
+
+class Late(keras.Model):
+    """Makes its layer when it is built."""
+
+    def build(self, shape):
+        self.inner = keras.layers.Dense(1)
+        self.inner.build(shape)
+        self.built = True
+
+    def call(self, x):
+        return self.inner(x)
+
+
+class Besides(keras.Model):
+    """A graph, and a layer outside of it."""
+
+    def __init__(self, **kwargs):
+        inputs = keras.Input((4,))
+        super().__init__(inputs, keras.layers.Dense(1)(inputs), **kwargs)
+        self.extra = keras.layers.Dense(2)
+        self.extra.build((None, 4))
+
+
+def sequential(*layers):
+    """Layers between four inputs and one output."""
+    return keras.Sequential([keras.Input((4,)), *layers, keras.layers.Dense(1)])
+
+
+@pytest.mark.parametrize("make", [
+    lambda: sequential(Doubling()), lambda: sequential(keras.Sequential([keras.layers.Dense(3), Doubling()])),
+    lambda: sequential(keras.layers.Lambda(lambda x: 2 * x)), Late, Besides,
+], ids=["own layer", "own layer inside", "lambda", "late", "outside of the graph"])  # fmt: skip
+def test_copies_of_every_kind_compute_the_same(make):
+    model, (x, y) = make(), data()
     model.compile("sgd", lambda y, z: keras.ops.mean((y - z) ** 2, -1))
-    assert type(auto(model, data(), seconds=0.5)) is SGD
+    copy = twin(model, x, y)
+    np.testing.assert_array_equal(copy(x), model(x))
+    assert copy.evaluate(x, y, verbose=0) == model.evaluate(x, y, verbose=0)
+
+
+@pytest.mark.parametrize("kind", ["list", "no targets", "sparse"])
+def test_inputs_of_every_kind_train(kind, candidates):
+    candidates(good=lambda: SGD(0.01))
+    (x, y), inputs = data(), keras.Input((4,), sparse=kind == "sparse")
+    if kind == "list":
+        other = keras.Input((4,))
+        model = keras.Model([inputs, other], [keras.layers.Dense(1)(inputs), keras.layers.Dense(1)(other)])
+        model.compile("sgd", ["mse", "mae"])
+        given = ([x, x], [y, y])
+    elif kind == "no targets":
+        class Own(keras.Model):
+            def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+                assert y is None
+                return keras.ops.mean(y_pred**2 * sample_weight[:, None])
+
+        model = Own(inputs, keras.layers.Dense(1)(inputs))
+        model.compile("sgd")
+        given = (x, None, np.ones(64))
+    else:
+        model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+        given = (tf.sparse.from_dense(x), y)
+    assert type(auto(model, given, seconds=0.5, verbose=False)) is SGD
+
+
+def test_seeds_do_not_move(candidates):
+    candidates(good=lambda: SGD(0.01))
+    model = sequential(keras.layers.Dropout(0.5), keras.layers.GaussianNoise(0.1))
+    model.compile("sgd", "mse")
+    model(data()[0])
+    before = [np.array(v) for v in model.variables]
+    state = random.getstate()
+    auto(model, data(), seconds=0.3, verbose=False)
+    assert random.getstate() == state
+    for old, new in zip(before, model.variables):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_a_model_of_a_strategy_with_one_replica_is_raced_in_its_scope(candidates):
+    candidates(good=lambda: SGD(0.01))
+    with tf.distribute.OneDeviceStrategy("/cpu:0").scope():
+        model = linear()
+    assert type(auto(model, data(), seconds=0.3, verbose=False)) is SGD
 
 
 # Mistakes.
+
+
+def test_arguments_of_an_own_compile_are_not_guessed():
+    class Scaled(keras.Model):
+        def compile(self, optimizer, loss="mse", alpha=1.0, **kwargs):
+            self.alpha = alpha
+            super().compile(optimizer=optimizer, loss=loss, **kwargs)
+
+    inputs = keras.Input((4,))
+    model = Scaled(inputs, keras.layers.Dense(1)(inputs))
+    model.compile("sgd", alpha=7.0)
+    with pytest.raises(ValueError, match="`Scaled.compile` takes `alpha`.*Make it an argument of the constructor"):
+        auto(model, data(), seconds=0.3)
+
+
+def test_if_nothing_can_be_tried_the_reason_is_given(candidates):
+    class Silent(keras.Model):
+        def train_step(self, data):
+            return {"accuracy": tf.constant(1.0)}
+
+    candidates(good=lambda: SGD(0.01))
+    inputs = keras.Input((4,))
+    model = Silent(inputs, keras.layers.Dense(1)(inputs))
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match='no optimizer could train the model.*returns no "loss"'):
+        auto(model, data(), seconds=0.3, verbose=False)
 
 
 def test_a_model_that_cannot_be_copied_is_refused():
@@ -209,7 +331,7 @@ def test_a_model_that_cannot_be_copied_is_refused():
 
     model = Odd(keras.layers.Dense(1))
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="trains a copy of the model, and `Odd` cannot be copied"):
+    with pytest.raises(ValueError, match="trains a copy of the model, and `Odd` cannot be made again"):
         auto(model, data(), seconds=1)
 
 

@@ -165,6 +165,14 @@ def test_compiled_with_is_what_was_given(model):
     model.compile(**{**found, "optimizer": "adam"})  # all of it is taken by `compile`
 
 
+def test_trusting_makes_lambda_layers_and_ends():
+    layer = keras.layers.Lambda(lambda x: 2 * x)
+    with keras_internals.trusting():
+        assert float(keras.layers.Lambda.from_config(layer.get_config())(tf.constant(3.0))) == 6.0
+    with pytest.raises(ValueError, match="unsafe|safe_mode|disallowed"):
+        keras.layers.Lambda.from_config(layer.get_config())
+
+
 def test_is_under_strategy(model):
     assert not keras_internals.is_under_strategy(model)
     with tf.distribute.OneDeviceStrategy("CPU:0").scope():

@@ -231,7 +231,7 @@ def train(build, data_dir, make, seconds):
     first = np.minimum(np.searchsorted(at, at - seconds / 20), np.maximum(np.arange(len(at)) - 4, 0))
     sums = np.append(0.0, np.cumsum(values))
     smoothed = (sums[1:] - sums[first]) / (np.arange(len(at)) + 1 - first)
-    kept = sorted({*np.linspace(0, len(at) - 1, 400).astype(int)})
+    kept = sorted({*np.linspace(0, len(at) - 1, 200).astype(int)})
     return [(round(float(at[i]), 3), float(f"{smoothed[i]:.5g}")) for i in kept]
 
 

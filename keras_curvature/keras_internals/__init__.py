@@ -20,6 +20,7 @@ them, and `tests/test_private_names.py` fails if another file uses a private nam
 | `Trainer._distribute_strategy` | `is_under_strategy` | without a strategy, `distribute_strategy` is the default |
 | `Trainer._initial_epoch` | `begin_at_epoch` | `BackupAndRestore` uses it too |
 | `KerasSaveable._unpickle_model` | `unpickled` | `load_model` does not take an open file |
+| `SafeModeScope` | `trusting` | the public switch has no way back |
 | `Functional` | `Functional` | the class behind `keras.Model(inputs, outputs)` |
 | (public: `keras.Model.metrics`) | `loss_tracker` |  |
 | **losses.py** |  |  |
@@ -103,6 +104,7 @@ from keras_curvature.keras_internals.models import (
     made_by,
     own_weights,
     takes_training,
+    trusting,
     unpickled,
 )  # fmt: skip
 from keras_curvature.keras_internals.optimizers import decays, keys_of, places_of, state, strategy_of, trained_by
@@ -122,5 +124,5 @@ __all__ = [
     "functional_of", "guard", "guard_attribute", "has_several_workers", "holding", "is_built", "is_compiled",
     "is_continuous", "is_under_strategy", "keys_of", "last_step", "layers_of", "logits_of", "loss_tracker", "losses_of",
     "made_by", "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of", "takes_training",
-    "trained_by", "twin", "unpickled", "uses_merge_calls",
+    "trained_by", "trusting", "twin", "unpickled", "uses_merge_calls",
 ]  # fmt: skip

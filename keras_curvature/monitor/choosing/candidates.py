@@ -77,7 +77,7 @@ def _not_rows(facts):
     if facts.work > WORK:
         return f"{facts.rows} rows of {facts.weights} weights take seconds to solve with"
     large = facts.is_whole or facts.batch >= LARGE
-    return _not_curved(facts) if large else f"batches of less than {LARGE} examples: pass a larger `batch_size`"
+    return _not_curved(facts) or (None if large else f"batches of less than {LARGE} examples")
 
 
 def _not_squares(facts):
@@ -89,10 +89,7 @@ def _squares(facts):
 
 
 def _not_whole(facts):
-    if facts.is_whole:
-        return _not_curved(facts)
-    remedy = "" if facts.examples is None else f": pass `batch_size={facts.examples}`"
-    return f"a batch is not all of the data{remedy}"
+    return _not_curved(facts) or (None if facts.is_whole else "a batch is not all of the data")
 
 
 def _not_layers(facts):
@@ -117,12 +114,13 @@ def facts_of(model, batch, examples):
     """The `Facts` of a built model, a batch `(x, y, sample_weight)`, and the number of all examples or `None`."""
     losses = [keras_internals.function_of(loss) for loss in keras_internals.losses_of(model)]
     own = of_losses.is_of_compute_loss(model)
-    outputs = keras.tree.flatten(model(batch[0], training=False))
+    with keras.StatelessScope():  # a layer may draw, or count its calls
+        outputs = keras.tree.flatten(model(batch[0], training=False))
     return Facts(
         weights=trees.count(model.trainable_variables),
         matrices=trees.count([w for w in model.trainable_variables if len(w.shape) > 1]),
         rows=sum(int(tf.size(output)) for output in outputs),
         batch=reading.count(batch), examples=examples, curved=isinstance(model, CurvedMixin),
-        squares=not own and all(function is keras.losses.mean_squared_error for function in losses),
+        squares=not own and bool(losses) and all(function is keras.losses.mean_squared_error for function in losses),
         convex=not own and not convexity.not_convex(model),
     )  # fmt: skip

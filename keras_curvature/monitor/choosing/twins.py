@@ -1,5 +1,7 @@
 """A second model of the same layers, weights and loss, so that the first stays as it is."""
 
+import inspect
+
 import keras
 
 from keras_curvature import keras_internals
@@ -10,24 +12,44 @@ from keras_curvature.training.models import CurvedMixin, curved
 
 
 def twin_of(owner, model, batch):
-    """A model of the same layers, weights and loss, without metrics; curved as the model is."""
+    """A model of the same layers, weights and loss, without metrics; curved as the model is.
+
+    Raises:
+        ValueError: The model cannot be made again, or its `compile` takes arguments of its own, which are not known.
+    """
+    given = {**keras_internals.compiled_with(model), "optimizer": "sgd", "metrics": None, "weighted_metrics": None}
+    named = inspect.signature(type(model).compile).parameters.values()
+    unknown = [p.name for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in known(given)]
+    if unknown:
+        raise ValueError(
+            f"`{owner.__name__}` trains a copy of the model, and `{type(model).__name__}.compile` takes "
+            f"`{unknown[0]}`, of which the copy knows nothing. Make it an argument of the constructor."
+        )
     try:
-        copy = _same_layers(model)
-        if isinstance(model, CurvedMixin):
-            copy = curved(copy, model.micro_batches)
+        # layers of this process are trusted, and found by their name also where nobody registered them
+        classes = {type(layer).__name__: type(layer) for layer in keras_internals.layers_of(model)}
+        with keras.saving.custom_object_scope(classes), keras_internals.trusting():
+            copy = _same_layers(model)
+        copy = curved(copy, model.micro_batches) if isinstance(model, CurvedMixin) else copy
+        copy.compile(**given)
+        build_for(copy, *batch)
         for layer, twin in zip(keras_internals.layers_of(model), keras_internals.layers_of(copy), strict=True):
             twin.trainable = layer.trainable
-        given = keras_internals.compiled_with(model)
-        copy.compile(**{**given, "optimizer": "sgd", "metrics": None, "weighted_metrics": None})
-        build_for(copy, *batch)
+        for weight, twin in zip(model.weights, copy.weights, strict=True):
+            twin.trainable = weight.trainable
         copy.set_weights(model.get_weights())
     except Exception as error:
         raise ValueError(
-            f"`{owner.__name__}` trains a copy of the model, and `{type(model).__name__}` cannot be copied from its "
-            f"`get_config()`: {error}. Give the model, or the layer, a `get_config` with the arguments of its "
+            f"`{owner.__name__}` trains a copy of the model, and `{type(model).__name__}` cannot be made again from "
+            f"its `get_config()`: {error}. Give the model, or the layer, a `get_config` with the arguments of its "
             "constructor."
         ) from error
     return copy
+
+
+def known(given):
+    """The arguments of `compile` that a copy is given, and `self` and `auto_scale_loss`, which decides nothing here."""
+    return {*given, "self", "auto_scale_loss"}
 
 
 def _same_layers(model):
@@ -39,6 +61,8 @@ def _same_layers(model):
     graph = keras_internals.functional_of(model) if isinstance(model, keras.Sequential) else model
     own = type(model).call not in (keras.Sequential.call, Functional.call) or of_losses.is_of_compute_loss(model)
     own = own or type(model).train_step not in (keras.Model.train_step, CurvedMixin.train_step)
-    if own or not isinstance(graph, Functional):
-        return type(model).from_config(model.get_config())
-    return keras.models.clone_model(keras.Model(graph.input, graph.output))
+    if not own and isinstance(graph, Functional):
+        copy = keras.models.clone_model(keras.Model(graph.input, graph.output))
+        if len(copy.weights) == len(model.weights):  # else a subclass has layers outside of the graph
+            return copy
+    return type(model).from_config(model.get_config())
