@@ -303,7 +303,7 @@ def report(runs):
 def main():
     parser = argparse.ArgumentParser(description="How well kc.auto chooses.")
     parser.add_argument("--data_dir", help="of TensorFlow Datasets, with MNIST and CIFAR-10")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of a run")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a run")
     parser.add_argument("--only_print", action="store_true")
     parser.add_argument("--out", default="auto", help="the files' beginning")
     args = parser.parse_args()

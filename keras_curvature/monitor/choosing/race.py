@@ -82,9 +82,9 @@ def auto(
     `fit`: the curved model, and the `batch_size`.
 
     What it cannot know: what happens later. An optimizer that leads after a second may be overtaken in an hour, the
-    training loss is not the validation loss, and learning rates are not searched. The choice depends on times, so it may
+    training loss is not the validation loss, and learning rates are not searched. The choice depends on times, and may
     differ between two calls. On twelve problems that it was not built with, the choice reached the loss of ten seconds
-    of `Adam()` in 0.06 to 1.05 of its time, the median 0.26, and ten times within 1.5 of the best candidate's
+    of `Adam()` in 0.06 to 1.06 of its time, the median 0.26, and ten times within 1.5 of the best candidate's
     (`examples/benchmarks/auto.py`).
 
     Args:
