@@ -167,10 +167,17 @@ def test_compiled_with_is_what_was_given(model):
 
 def test_trusting_makes_lambda_layers_and_ends():
     layer = keras.layers.Lambda(lambda x: 2 * x)
+
+    def is_made():
+        try:
+            return float(keras.layers.Lambda.from_config(layer.get_config())(tf.constant(3.0))) == 6.0
+        except ValueError:  # Keras 3.10 does not mind
+            return False
+
+    before = is_made()
     with keras_internals.trusting():
-        assert float(keras.layers.Lambda.from_config(layer.get_config())(tf.constant(3.0))) == 6.0
-    with pytest.raises(ValueError, match="unsafe|safe_mode|disallowed"):
-        keras.layers.Lambda.from_config(layer.get_config())
+        assert is_made()
+    assert is_made() == before == (keras_internals.KERAS < (3, 11))
 
 
 def test_is_under_strategy(model):
