@@ -35,6 +35,7 @@ from batch_scaling import add_line, lines_of  # which stands beside this file
 from keras import layers
 
 import keras_curvature as kc
+from keras_curvature.monitor.choosing.race import Losses
 from keras_curvature.problems import networks
 
 RATES = (1e-4, 3e-4, 3e-3, 1e-2, 3e-2)
@@ -201,22 +202,6 @@ def made(build, data_dir):
 
 
 # Runs.
-
-
-class Losses(keras.callbacks.Callback):
-    """The loss of each batch and the seconds until then; stops after so many seconds."""
-
-    def __init__(self, seconds):
-        super().__init__()
-        self.most, self.found = seconds, []
-
-    def on_train_begin(self, logs=None):
-        self.begin = time.perf_counter()
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.found.append((time.perf_counter() - self.begin, float(logs["loss"])))
-        self.model.reset_metrics()
-        self.model.stop_training = self.found[-1][0] > self.most
 
 
 def train(build, data_dir, make, seconds):

@@ -24,7 +24,7 @@ from keras_curvature.monitor.choosing.twins import twin_of
 from keras_curvature.monitor.objective import reading, shapes
 
 
-class _Losses(keras.callbacks.Callback):
+class Losses(keras.callbacks.Callback):
     """The loss of every batch, and the seconds until then; ends `fit` when its time is over.
 
     Attributes:
@@ -83,9 +83,9 @@ def auto(
 
     What it cannot know: what happens later. An optimizer that leads after a second may be overtaken in an hour, the
     training loss is not the validation loss, and learning rates are not searched. The choice depends on times, and may
-    differ between two calls. On twelve problems that it was not built with, the choice reached the loss of ten seconds
-    of `Adam()` in 0.06 to 1.06 of its time, the median 0.26, and ten times within 1.5 of the best candidate's
-    (`examples/benchmarks/auto.py`).
+    differ between two calls. `examples/benchmarks/auto.py` judges it on twelve problems that it was not built with. The
+    choice reached the loss of ten seconds of `Adam()` in 0.06 to 1.06 of its time, the median 0.26. Ten times it took
+    at most 1.5 times as long as the best candidate.
 
     Args:
         model: A compiled `keras.Model` with one replica; which optimizer it has does not matter.
@@ -146,8 +146,7 @@ def auto(
 
 def _measured(model, data, batch_size, begin, seconds):
     """`(facts, results)`."""
-    dtype = "float64" if any(v.dtype == "float64" for v in model.variables) else keras.config.floatx()
-    stream, batch, labels, examples = _stream(data, batch_size, dtype)
+    stream, batch, labels, examples = _stream(data, batch_size, reading.dtype_of(model))
     shapes.check_inputs(auto, model, batch[0])
     shapes.check_targets(auto, model, batch[1])
     shapes.check_labels(auto, model, [labels])
@@ -213,7 +212,7 @@ def _tried(copy, candidate, stream, seconds):
     copy.compile(**{**keras_internals.compiled_with(copy), "optimizer": candidate.make()})
     try:
         copy.fit(stream, epochs=1, steps_per_epoch=2, shuffle=False, verbose=0)  # traces
-        losses = _Losses(seconds)
+        losses = Losses(seconds)
         endless = {} if isinstance(stream, keras.utils.PyDataset) else {"steps_per_epoch": 2**31}
         copy.fit(stream, epochs=2**31, shuffle=False, verbose=0, callbacks=[losses], **endless)
     except ValueError as error:  # what this method refuses, in words

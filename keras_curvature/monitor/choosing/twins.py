@@ -19,7 +19,8 @@ def twin_of(owner, model, batch):
     """
     given = {**keras_internals.compiled_with(model), "optimizer": "sgd", "metrics": None, "weighted_metrics": None}
     named = inspect.signature(type(model).compile).parameters.values()
-    unknown = [p.name for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in known(given)]
+    known = {*given, "self", "auto_scale_loss"}  # the last decides nothing for the copy's loss
+    unknown = [p.name for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in known]
     if unknown:
         raise ValueError(
             f"`{owner.__name__}` trains a copy of the model, and `{type(model).__name__}.compile` takes "
@@ -45,11 +46,6 @@ def twin_of(owner, model, batch):
             "constructor."
         ) from error
     return copy
-
-
-def known(given):
-    """The arguments of `compile` that a copy is given, and `self` and `auto_scale_loss`, which decides nothing here."""
-    return {*given, "self", "auto_scale_loss"}
 
 
 def _same_layers(model):

@@ -96,7 +96,7 @@ class Objective:
         checks.check_arguments(owner, model, kind, examples, batch_size, training, seed)
         self.model, self.kind, self.training, self.seed = model, kind, training, seed
         self._strategy = replicas.strategy_of(model)
-        self.dtype = "float64" if any(v.dtype == "float64" for v in model.variables) else keras.config.floatx()
+        self.dtype = reading.dtype_of(model)
         read = reading.batches(owner, data, examples, batch_size, self.dtype)
         shapes.check_inputs(owner, model, read[0][0])
         shapes.check_targets(owner, model, read[0][1])

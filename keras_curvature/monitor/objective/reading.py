@@ -51,6 +51,11 @@ def batches(owner, data, examples, batch_size, dtype):
         return [_tensors(batch, dtype) for batch in read]
 
 
+def dtype_of(model):
+    """The dtype of floating data for a model: "float64" where a weight is, else Keras' `floatx`."""
+    return "float64" if any(v.dtype == "float64" for v in model.variables) else keras.config.floatx()
+
+
 def is_finite(read):
     """Whether all floating numbers in the batches are finite."""
     parts = [getattr(a, "flat_values", getattr(a, "values", a)) for a in keras.tree.flatten(read) if a is not None]
