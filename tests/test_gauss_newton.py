@@ -1,5 +1,6 @@
 """Gauss-Newton and Levenberg-Marquardt steps against dense linear algebra in float64."""
 
+import itertools
 import math
 
 import keras
@@ -202,9 +203,14 @@ def test_geodesic_acceleration_is_that_of_a_dense_computation():
             np.testing.assert_allclose(found, v + 0.5 * a, atol=1e-9)
 
 
-@pytest.mark.parametrize("way", ["rows", "qr", "svd", CG], ids=str)
-@pytest.mark.parametrize("search", [False, True])
-@pytest.mark.parametrize("order", [2, 3, 4])
+@pytest.mark.parametrize(
+    "order, search, way",
+    some(
+        list(itertools.product([2, 3, 4], [False, True], ["rows", "qr", "svd", CG])),
+        [(2, False, "qr"), (3, True, "rows"), (3, False, CG), (4, True, "qr"), (4, False, "svd"), (4, True, CG)],
+    ),
+    ids=str,
+)
 def test_a_path_of_higher_order_is_that_of_a_dense_computation(order, search, way):
     """Each vector solves the same system; the search takes the best of its points on the curve."""
     with float64():

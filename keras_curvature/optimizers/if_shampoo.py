@@ -22,6 +22,9 @@ from keras_curvature.typing import LearningRate, Variables, Vector
 class IFShampoo(ByAxis):
     """Inverse-free Shampoo: factors `K_i` for the axes of each weight, `K_1 K_1' x K_2 K_2' x ... ~ F^-1`, by products.
 
+    The length of a step is inversely proportional to the scale of the loss: scale regression targets to a variance
+    near 1.
+
         Z = sqrt(N) g x_1 K_1' x_2 K_2' ...                                g: gradient of the mean over N examples
         H_i = unfold_i(Z) unfold_i(Z)' / prod_(j != i) n_j
         M_i <- beta M_i + (1 - beta)/2 (H_i + damping prod_(j != i) (tr(K_j'K_j)/n_j) K_i'K_i - I)

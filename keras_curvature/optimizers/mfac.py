@@ -15,6 +15,9 @@ from keras_curvature.typing import LearningRate, Vector
 class MFAC(GradientWindow):
     """Matrix-free natural gradients: the inverse of a Fisher matrix of the last mini-batch gradients.
 
+    The length of a step is inversely proportional to the scale of the loss: scale regression targets to a variance
+    near 1.
+
         F = lambda I + 1/m sum_i g_i g_i'         over the last m gradients, all weights together
         w <- w - learning_rate nu F^-1 g          nu = min(1, sqrt(kl_clip / (learning_rate^2 g'F^-1 g)))
 

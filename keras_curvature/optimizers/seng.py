@@ -24,6 +24,9 @@ ROUNDING = 4.0  # roundings of the trace of `U U'` that the damping is at least
 class SENG(CurvatureOptimizer):
     """SENG: each layer's gradient divided by the empirical Fisher matrix of the batch, solved by its rows.
 
+    The length of a step is inversely proportional to the scale of the loss: scale regression targets to a variance
+    near 1.
+
         d = -(U'U + lambda I)^-1 g = -(g - U' b) / lambda       U: a row for each example, F = U'U the block of a layer
         b = argmin_b |W (U' b - g)|^2 + lambda |b|^2            W a sketch, or the identity
         v <- momentum v + d,    w <- w + learning_rate v

@@ -25,6 +25,9 @@ from keras_curvature.typing import Fisher, LearningRate, Sharing, Variables, Vec
 class SINGD(CurvatureOptimizer):
     """SINGD: factors `K` and `C` with `K K' ~ A^-1`, `C C' ~ G^-1`, moved towards them by products alone.
 
+    The length of a step is inversely proportional to the scale of the loss: scale regression targets to a variance
+    near 1.
+
         H_K = K'A K,  H_C = C'G C                                A, G: as in `KFAC`, of this batch, every so many steps
         M_K <- alpha M_K + 1/2 (tr(H_C)/d_C H_K + damping tr(C'C)/d_C K'K - I),    likewise M_C
         K <- K - rate K M_K / max(1, |M_K|)                                        likewise C
