@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -245,6 +246,24 @@ def test_a_program_takes_the_optimizers_steps(curved):
     np.testing.assert_allclose(program.block(1)[:10], expected, rtol=1e-4)
     found = play.play(TASKS["quadratic_varying_target"], "easy", contestant, play.Budget(trials=2, steps=1000))
     assert found["won"] and found["trial"] == 1
+
+
+def test_what_was_lost_with_less_is_played_again(tmp_path):
+    run, budget = loaded("run"), {"trials": 30, "steps": 20_000, "seconds": 20.0}
+    row = {"optimizer": "adam", "level": "trivial", "budget": budget}
+    rows = [{**row, "task": "beale", "won": True}, {**row, "task": "rastrigin", "won": False}]
+    out = tmp_path / "rows.jsonl"
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def left(**more):
+        wanted = {"out": out, "optimizers": ["adam"], "tasks": "quick", "levels": 1, **budget, **more}
+        chosen = run.chosen(types.SimpleNamespace(**wanted))
+        assert {name for name, *_ in chosen} == {"adam"}
+        return {task for _, task, _ in chosen}
+
+    quick = {t.name for t in TASKS.values() if t.can_be_won and not t.name.startswith(("xor", "noisy_matmul"))}
+    assert left() == left(trials=10) == quick - {"beale", "rastrigin"}
+    assert left(trials=31) == left(steps=10**6) == left(seconds=60.0) == quick - {"beale"}
 
 
 @pytest.mark.slow

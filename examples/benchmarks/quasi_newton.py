@@ -218,6 +218,7 @@ def pinn(arguments):
         print(f"{name:20}{row}{np.median([one['evaluations'] for one in found]):14.0f}", flush=True)
 
 
+EQUATIONS = ("convection", "reaction", "wave")
 # name: (optimizer, the argument with its steps)
 STAGES = {
     "Adam": (lambda: keras.optimizers.Adam(1e-3), "adam"),
@@ -235,7 +236,7 @@ def stages(arguments):
     """Errors after each of three methods, one after the other on the same network."""
     log = Log(arguments.log)
     print(f"{'error in L2, relative':24}" + "".join(f"{stage:>14}" for stage in STAGES))
-    for name in ("convection", "reaction", "wave"):
+    for name in arguments.equations:
         problem = getattr(problems, name)(points=arguments.points, width=arguments.width)
 
         def run(problem=problem):
@@ -261,6 +262,7 @@ def main():
     parser.add_argument("--newton", type=int, default=200, help="steps of NysNewton-CG after")
     parser.add_argument("--points", type=int, default=1000, help="points inside, of `stages`; the paper: 10000")
     parser.add_argument("--width", type=int, default=50, help="width of the network of `stages`; the paper: 200")
+    parser.add_argument("--equations", nargs="*", default=EQUATIONS, choices=EQUATIONS, help="of `stages`")
     parser.add_argument("--runs", type=int, default=4, help="copies of each set of `logistic`")
     parser.add_argument("--seeds", type=int, default=5, help="runs of `pinn`")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="of `pinn`; default: all")
