@@ -44,7 +44,7 @@ def candidates(monkeypatch):
 def objections(**changes):
     """`{name: objection}` of the real candidates."""
     usual = {"weights": 1000, "matrices": 900, "rows": 320, "batch": 32, "examples": 320, "curved": True}
-    facts = Facts(**{**usual, "squares": True, "convex": True, **changes})
+    facts = Facts(**{**usual, "own_step": False, "squares": True, "convex": True, **changes})
     return {candidate.name.split(".")[-1]: candidate.objection(facts) for candidate in CANDIDATES}
 
 
@@ -125,6 +125,7 @@ def test_a_refusal_in_words_is_shown(candidates, capsys):
 
 def test_methods_run_where_they_belong():
     assert objections(curved=False)["KFAC()"] == "the model is not curved: pass `kc.curved(model)`"
+    assert "own `train_step`: compute the loss in" in objections(curved=False, own_step=True)["KFAC()"]
     assert objections(matrices=0)["SOAP()"] == "no weight is a matrix"
     assert objections()["KFAC()"] is objections()["SOAP()"] is objections()["Adam()"] is None
     assert "not all of the data" in objections()["LBFGS()"] and "less than 512" in objections()["levenberg_marquardt()"]

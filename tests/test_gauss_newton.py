@@ -267,7 +267,7 @@ def test_an_acceleration_that_is_too_large_takes_the_step_back_or_is_left_out():
     with float64():
         ends, logs = [], []
         for damping, geodesic in ((1e-9, False), (1e-9, True), (Nielsen(tau=1e-12), True)):
-            model = kc.curved(problem.compiled(GaussNewton(damping=damping, geodesic=geodesic)))
+            model = kc.curved(problem.compiled(GaussNewton(damping=damping, geodesic=geodesic, attempts=1)))
             model.set_weights([np.array([-1.2, 1.0])])
             logs.append(model.train_on_batch(*problem.data(1), return_dict=True))
             ends.append(model.get_weights()[0])
@@ -290,7 +290,7 @@ def rising(damping=Nielsen(), **kwargs):
 @pytest.mark.parametrize("way", ["qr", CG])
 def test_a_step_that_raises_the_loss_is_taken_back_bit_for_bit(way):
     with float64():
-        model, data = rising(Nielsen(tau=1e-9), solver=way, momentum=0.5)
+        model, data = rising(Nielsen(tau=1e-9), solver=way, momentum=0.5, attempts=1)
         before, seen = model.get_weights()[0], []
         for _ in range(12):
             logs = model.train_on_batch(*data, return_dict=True)
@@ -302,6 +302,38 @@ def test_a_step_that_raises_the_loss_is_taken_back_bit_for_bit(way):
     assert len(seen) > 3
     np.testing.assert_allclose(np.array(seen[1:4]) / seen[:3], [2, 4, 8], rtol=1e-6)
     assert np.any(model.get_weights()[0] != before)
+
+
+@pytest.mark.parametrize(
+    "options", [{"geodesic": 4}, {"solver": CG}, {"momentum": 0.5}, {"line_search": GridSearch(0.9, 2)}], ids=str
+)
+def test_the_attempts_of_a_step_are_the_steps_of_one_attempt_each(options):
+    with float64():
+        model, data = rising(Nielsen(tau=1e-9), attempts=1, **options)
+        count, length = 0, 0.0
+        while not length:
+            count, length = count + 1, model.train_on_batch(*data, return_dict=True)["step_length"]
+        assert count > 2
+        expected = [model.get_weights()[0], model.optimizer._damping.numpy()]
+        for attempts, same in ((count, True), (count - 1, False)):
+            model, _ = rising(Nielsen(tau=1e-9), attempts=attempts, **options)
+            logs = model.train_on_batch(*data, return_dict=True)
+            assert (logs["step_length"] == length) == same
+            found = [model.get_weights()[0], model.optimizer._damping.numpy()]
+            if not same:
+                np.testing.assert_array_equal(found[0], [-1.2, 1.0])
+                logs = model.train_on_batch(*data, return_dict=True)  # goes on with the next damping
+                found = [model.get_weights()[0], model.optimizer._damping.numpy()]
+            for a, b in zip(found, expected):
+                np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_no_attempt_follows_rows_that_are_not_finite():
+    model, (x, y) = rising(attempts=10)
+    before = model.get_weights()[0]
+    logs = model.train_on_batch(x, np.full_like(y, np.nan), return_dict=True)
+    assert logs["skipped_steps"] == 1 and not model.optimizer._damping.numpy()[0]
+    np.testing.assert_array_equal(model.get_weights()[0], before)
 
 
 def test_nielsen_by_hand():

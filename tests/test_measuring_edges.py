@@ -6,6 +6,7 @@ import io
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from cases import float64
 from keras import layers
 from selection import some
@@ -172,3 +173,55 @@ def test_noise_of_half_precision_weights_is_summed_in_float32(policy):
     for name in ("signal", "noise", "simple"):
         assert getattr(found["half"], name) == pytest.approx(getattr(found["full"], name), rel=0.1), name
         assert np.isfinite(found["half"].stderr[name]) == np.isfinite(found["full"].stderr[name])
+
+
+# A `train_step` of the model's own.
+
+
+class Distilled(keras.Model):
+    """Trains something else than its compiled loss."""
+
+    def train_step(self, data):
+        x, _ = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x, training=True)))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return {"loss": loss}
+
+
+class Complete(Distilled):
+    """Has a loss that can be measured, without a compiled one."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return tf.reduce_mean(tf.square(y_pred))
+
+
+def of_own_step(cls, **compiled):
+    inputs = keras.Input((3,))
+    model = cls(inputs, keras.layers.Dense(2)(inputs))
+    model.compile("sgd", **compiled)
+    return model
+
+
+TWELVE = np.random.default_rng(0).standard_normal((12, 3)).astype("float32"), np.zeros((12, 2), "float32")
+
+
+@pytest.mark.parametrize("measure", [kc.curvature, kc.report, kc.landscape], ids=lambda f: f.__name__)
+def test_a_loss_that_only_the_train_step_knows_is_refused(measure):
+    with pytest.raises(ValueError, match=f"`{measure.__name__}`: `Distilled` computes its loss in its own `train_step"):
+        measure(of_own_step(Distilled), TWELVE)
+
+
+def test_where_the_train_step_may_train_another_loss_there_is_a_warning():
+    with pytest.warns(UserWarning, match="`curvature`: `Distilled` has its own `train_step`. What is measured is"):
+        kc.curvature(of_own_step(Distilled, loss="mse"), TWELVE)
+    with pytest.warns(UserWarning, match="`Complete` has its own"):
+        assert kc.curvature(of_own_step(Complete), TWELVE).sharpness().values[0] > 0
+
+
+def test_the_board_warns_of_a_train_step_once(tmp_path):
+    model = of_own_step(Distilled, loss="mse")
+    with pytest.warns(UserWarning) as caught:
+        model.fit(*TWELVE, epochs=3, verbose=0, callbacks=[kc.callbacks.CurvatureBoard(tmp_path)])
+    assert len([w for w in caught if "own `train_step`" in str(w.message)]) == 1

@@ -31,7 +31,7 @@ The table `results/defaults.txt` is about `judged`. A dash stands for a network 
 search in each step have the small dense networks alone, `NaturalGradient`, whose 150 steps took minutes there, has no
 larger ones either, and some others have no `mlp_512`.
 
-* Methods for full batches (`GaussNewton`, `LiSSA`, `Newton`, `NysNewtonCG`) diverge on some batches of 32.
+* Methods for full batches (`LiSSA`, `Newton`, `NysNewtonCG`) diverge on some batches of 32.
 * With targets of 1000, methods whose bounds are absolute hardly move (`IFShampoo`, `MFAC`, `SENG`, `SINGD`,
   `SquareRootFreeAdam`): scale the targets.
 * On `mlp_512` with batches of 512, `CurveBall`, `DiagonalNewton`, `Eva`, `KLShampoo` and `Neumann` reduce the training

@@ -51,5 +51,6 @@ def needs_a_curved_model(optimizer, wants):
         "In a training loop of your own, take the step on the batch and not on gradients:\n\n"
         "    linearization = keras_curvature.Linearization(model, x, y)\n"
         "    optimizer.step(linearization)\n"
-        "    linearization.commit()\n"
+        "    linearization.commit()\n\n"
+        "A model with its own `train_step` cannot be curved: compute its loss in `compute_loss` instead."
     )

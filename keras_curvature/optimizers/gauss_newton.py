@@ -1,13 +1,13 @@
 """Gauss-Newton and Levenberg-Marquardt: regression, small networks and physics-informed networks to round-off."""
 
 import math
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import keras
 import tensorflow as tf
 
 from keras_curvature import trees
-from keras_curvature.component import check, check_choice, check_component, check_number, register
+from keras_curvature.component import check, check_choice, check_component, check_count, check_number, register
 from keras_curvature.linearization.gauss_newton import require_convex
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
@@ -24,6 +24,19 @@ LARGEST_BEND = 0.75
 ORDERS = (2, 3, 4)
 
 By: TypeAlias = Literal["auto", "rows", "weights", "qr", "svd"] | ConjugateGradient
+
+
+class _Tried(NamedTuple):
+    """A step with one damping, whether it is taken, and whether all that it was made of is finite."""
+
+    step: Vector
+    length: tf.Tensor
+    taken: tf.Tensor
+    finite: tf.Tensor
+    next: tf.Tensor
+    damping: tf.Tensor
+    ratio: tf.Tensor
+    iterations: tf.Tensor
 
 
 @register
@@ -72,6 +85,8 @@ class GaussNewton(CurvatureOptimizer):
         momentum: Share of the last step that the damping pulls to, in [0, 1). Defaults to `0.0`.
         line_search: `GridSearch()`, `ArmijoLineSearch()`, or `None` for full steps. Defaults to `None`.
         memory: The most bytes that the array of rows may take. Defaults to `2**31`.
+        attempts: Most dampings that a step tries: where one raises the loss, the same rows are solved with the next. An
+            attempt costs a solution and the loss of the batch. Defaults to `10`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `reduction_ratio`, `cg_iterations` (0 without conjugate gradients), `step_length` (of the line
@@ -97,11 +112,11 @@ class GaussNewton(CurvatureOptimizer):
         self, learning_rate: LearningRate = 1.0, damping: float | Damping | Nielsen = Nielsen(), solver: By = "auto",
         scaling: Literal["identity", "marquardt", "more"] = "identity", geodesic: bool | Literal[2, 3, 4] = False,
         momentum: float = 0.0, line_search: GridSearch | ArmijoLineSearch | None = None, memory: int = 2**31,
-        name: str = "gauss_newton", **kwargs: Any,
+        attempts: int = 10, name: str = "gauss_newton", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate, name=name, **kwargs)
         self.damping, self.solver, self.scaling, self.geodesic = damping, solver, scaling, geodesic
-        self.momentum, self.line_search, self.memory = momentum, line_search, memory
+        self.momentum, self.line_search, self.memory, self.attempts = momentum, line_search, memory, attempts
         self._rule = as_damping(self, damping, numbers=2)
         self._trial = Trial(self._rule, accepts="lower")
         if not isinstance(solver, ConjugateGradient):
@@ -112,6 +127,7 @@ class GaussNewton(CurvatureOptimizer):
         check_number(self, "momentum", momentum, low=0, high=1, open_high=True)
         if line_search is not None:
             check_component(self, "line_search", line_search, "search", "GridSearch()")
+        check_count(self, "attempts", attempts)
         check_number(self, "memory", memory, low=0, open_low=True)
         undamped = self._rule.every is None and self._rule.initial == 0.0
         valid = not undamped or (solver in ("auto", "svd") and not momentum)
@@ -180,9 +196,35 @@ class GaussNewton(CurvatureOptimizer):
         scale, state = self._scale(model, lin), tf.identity(self._damping.value)
         if hasattr(self._rule, "begun"):
             state = self._rule.begun(state, model.largest(scale, known=state[0] > 0))
-        damping = state[0] if state.shape.rank else state
-        model.decompose(damping, scale)
+        tried = self._first_taken(lambda state: self._tried(lin, model, scale, state), state, lin.weights)
+        self.remember(self._damping, tried.next)
+        if self.momentum:
+            self.remember(self._last, trees.where(tried.taken, tried.step, trees.zeros_like(tried.step)))
+        if self._norms:
+            self.remember(self._norms, scale)
+        self.reject(tf.logical_not(tried.taken))
+        self.report(
+            damping=tried.damping, reduction_ratio=tried.ratio, cg_iterations=tried.iterations,
+            step_length=tf.where(tried.taken, tried.length, tf.zeros_like(tried.length)),
+        )  # fmt: skip
+        # products that are not finite skip the step: no damping helps
+        return trees.nan_unless(tried.finite, tried.step)
 
+    def _first_taken(self, attempt, state, like):
+        """The first of `attempts` that is taken, or the last; `attempt` is a function from the state of the damping."""
+        if self.attempts == 1 or not self._trial.looks:
+            return attempt(state)
+        one, nan = tf.ones([], trees.scalar_dtype(like)), tf.constant(float("nan"), tf.float64)
+        no, yes = tf.constant(False), tf.constant(True)
+        begin = _Tried(trees.zeros_like(like), one, no, yes, state, _first(state), nan, tf.constant(0.0))
+        again = lambda count, last: (count < self.attempts) & last.finite & tf.logical_not(last.taken)  # noqa: E731
+        body = lambda count, last: (count + 1, attempt(last.next))  # noqa: E731
+        return tf.while_loop(again, body, (tf.constant(0), begin), parallel_iterations=1)[1]
+
+    def _tried(self, lin, model, scale, state):
+        """A step with one damping, and whether to take it."""
+        damping = _first(state)
+        model.decompose(damping, scale)
         d = model.solve(trees.scale(self.momentum, trees.values(self._last)) if self.momentum else None)
         path = [d]
         while len(path) < self.order:
@@ -193,23 +235,13 @@ class GaussNewton(CurvatureOptimizer):
 
         rate = tf.cast(self.learning_rate, trees.scalar_dtype(step))
         checked = self._trial.check(
-            self.iterations, state, before=lin.loss, after=lambda: _unless(straight, loss(rate)),
+            self.iterations, state, before=lin.loss, after=lambda: tf.where(straight, loss(rate), float("inf")),
             # of the straight step in full, so that where a search had to shorten it the damping grows
             predicted=lambda: model.change(rate),
         )  # fmt: skip
         taken = checked.accepted & solved & (length > 0)
-        self.remember(self._damping, checked.value)
-        if self.momentum:
-            self.remember(self._last, trees.where(taken, step, trees.zeros_like(step)))
-        if self._norms:
-            self.remember(self._norms, scale)
-        self.reject(tf.logical_not(taken))
-        length = tf.where(taken, length, tf.zeros_like(length))
-        self.report(
-            damping=damping, reduction_ratio=checked.ratio, cg_iterations=model.iterations(), step_length=length
-        )  # fmt: skip
-        # products that are not finite skip the step: no damping helps
-        return trees.nan_unless(finite, step)
+        iterations = tf.cast(model.iterations(), tf.float32)
+        return _Tried(step, length, taken, finite, checked.value, damping, checked.ratio, iterations)
 
     def linear_step(self) -> NotLinear:
         """None: each step solves anew."""
@@ -262,6 +294,6 @@ class GaussNewton(CurvatureOptimizer):
         return trees.where(small, trees.along(path, 1.0), d), small
 
 
-def _unless(accepted, loss):
-    """The loss; infinite if the step is not to be accepted whatever its loss."""
-    return tf.where(accepted, loss, tf.constant(float("inf"), loss.dtype))
+def _first(state):
+    """The damping in the state of a rule, which may be a pair."""
+    return state[0] if state.shape.rank else state

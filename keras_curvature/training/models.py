@@ -144,7 +144,7 @@ def curved(model: Model, micro_batches: int | None = None) -> Model:
     if isinstance(model, CurvedMixin):
         model.micro_batches = model.micro_batches if micro_batches is None else micro_batches
         return model
-    if type(model).train_step is not keras.Model.train_step:
+    if has_own_train_step(model):
         raise ValueError(
             f"`curved`: `{type(model).__name__}` has its own `train_step`, which a curved model replaces. Compute "
             "the loss in `compute_loss(self, x, y, y_pred, sample_weight, training)` instead of `train_step`."
@@ -155,6 +155,11 @@ def curved(model: Model, micro_batches: int | None = None) -> Model:
     model._compiled_by_class = _is_compiled_by_class(model)
     model._introduce()
     return model
+
+
+def has_own_train_step(model: keras.Model) -> bool:
+    """Whether a model, curved or not, trains by a `train_step` of its class, not by Keras' or this package's."""
+    return type(model).train_step not in (keras.Model.train_step, CurvedMixin.train_step)
 
 
 def _is_compiled_by_class(model):

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_curvature import keras_internals, optimizers, trees
 from keras_curvature.linearization.fisher import convexity, of_losses
 from keras_curvature.monitor.objective import reading
-from keras_curvature.training.models import CurvedMixin
+from keras_curvature.training.models import CurvedMixin, has_own_train_step
 
 WORK = 5e9  # most multiplications of a step that solves with the rows of all examples: about a second
 LARGE = 512  # examples of a batch whose gradient differs little from that of all examples
@@ -26,6 +26,7 @@ class Facts:
         batch: Examples of a batch.
         examples: Examples of all data; `None` if not known.
         curved: Whether the model is curved.
+        own_step: Whether it has its own `train_step`, so that it cannot be curved.
         squares: Whether every compiled loss is a mean squared error.
         convex: Whether every compiled loss is convex in the outputs.
     """
@@ -36,6 +37,7 @@ class Facts:
     batch: int
     examples: int | None
     curved: bool
+    own_step: bool
     squares: bool
     convex: bool
 
@@ -64,7 +66,10 @@ class Candidate:
 
 
 def _not_curved(facts):
-    return None if facts.curved else "the model is not curved: pass `kc.curved(model)`"
+    if facts.curved:
+        return None
+    own = "the model has its own `train_step`: compute the loss in `compute_loss` instead, and pass `kc.curved(model)`"
+    return own if facts.own_step else "the model is not curved: pass `kc.curved(model)`"
 
 
 def _no_matrices(facts):
@@ -121,6 +126,7 @@ def facts_of(model, batch, examples):
         matrices=trees.count([w for w in model.trainable_variables if len(w.shape) > 1]),
         rows=sum(int(tf.size(output)) for output in outputs),
         batch=reading.count(batch), examples=examples, curved=isinstance(model, CurvedMixin),
+        own_step=has_own_train_step(model),
         squares=not own and bool(losses) and all(function is keras.losses.mean_squared_error for function in losses),
         convex=not own and not convexity.not_convex(model),
     )  # fmt: skip

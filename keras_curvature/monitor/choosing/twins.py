@@ -8,7 +8,7 @@ from keras_curvature import keras_internals
 from keras_curvature.keras_internals import Functional
 from keras_curvature.linearization.fisher import of_losses
 from keras_curvature.linearization.pure.functional import build_for
-from keras_curvature.training.models import CurvedMixin, curved
+from keras_curvature.training.models import CurvedMixin, curved, has_own_train_step
 
 
 def twin_of(owner, model, batch):
@@ -56,7 +56,7 @@ def _same_layers(model):
     """
     graph = keras_internals.functional_of(model) if isinstance(model, keras.Sequential) else model
     own = type(model).call not in (keras.Sequential.call, Functional.call) or of_losses.is_of_compute_loss(model)
-    own = own or type(model).train_step not in (keras.Model.train_step, CurvedMixin.train_step)
+    own = own or has_own_train_step(model)
     if not own and isinstance(graph, Functional):
         copy = keras.models.clone_model(keras.Model(graph.input, graph.output))
         if len(copy.weights) == len(model.weights):  # else a subclass has layers outside of the graph

@@ -1,6 +1,7 @@
 """Checks of an `Objective`, and the weights of its batches."""
 
 import math
+import warnings
 
 import tensorflow as tf
 
@@ -10,6 +11,7 @@ from keras_curvature.linearization.fisher import of_losses
 from keras_curvature.linearization.pure.functional import check_model
 from keras_curvature.monitor.objective.kinds import EXPECTED, KINDS
 from keras_curvature.solvers.krylov import Eigenpairs
+from keras_curvature.training.models import has_own_train_step
 
 MOST_SEEDS = 2**32  # as NumPy's and Keras'
 # Largest difference of two evaluations of one loss, relative and absolute: devices differ in the order of their sums.
@@ -25,6 +27,24 @@ def check_arguments(owner, model, kind, examples, batch_size, training, seed):
     check_flag(owner, "training", training)
     check_count(owner, "seed", seed, low=0)
     check(owner, "seed", seed, seed < MOST_SEEDS, f"less than {MOST_SEEDS}")
+
+
+def check_train_step(owner, model):
+    """Refuse a loss that only the model's own `train_step` knows, and warn where that step may train another one."""
+    if not has_own_train_step(model):
+        return
+    name, loss = type(model).__name__, "`compute_loss(self, x, y, y_pred, sample_weight, training)`"
+    if model.loss is None and not of_losses.is_of_compute_loss(model):
+        raise ValueError(
+            f"`{owner.__name__}`: `{name}` computes its loss in its own `train_step`, where it cannot be measured. "
+            f"Compute it in {loss}."
+        )
+    warnings.warn(
+        f"`{owner.__name__}`: `{name}` has its own `train_step`. What is measured is the model's `compute_loss`, which "
+        f"is the loss that is trained only if that step trains it and nothing else. Compute the loss in {loss} instead "
+        "of `train_step`.",
+        stacklevel=4,
+    )
 
 
 def check_trainable(owner, model):

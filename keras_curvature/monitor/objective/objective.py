@@ -74,11 +74,12 @@ class Objective:
         not_convex: Names of the compiled losses that are not known to be convex in the outputs.
 
     Raises:
-        ValueError: An argument is invalid; the model is not compiled, has no trainable weights, or was made under a
-            strategy of several workers; `data` are empty, of unequal lengths, infinite without `examples`, of shapes
-            that the model does not take, or have labels that are no class of it; the loss is not convex in the outputs
-            and `kind="ggn"`, or has no known likelihood and `kind="fisher"`; the loss on these examples is not finite,
-            or differs when computed again; `data` and the gradient are not finite; `data` need more than 8 GB.
+        ValueError: An argument is invalid; the model is not compiled, has no loss outside of its own `train_step`, has
+            no trainable weights, or was made under a strategy of several workers; `data` are empty, of unequal lengths,
+            infinite without `examples`, of shapes that the model does not take, or have labels that are no class of it;
+            the loss is not convex in the outputs and `kind="ggn"`, or has no known likelihood and `kind="fisher"`; the
+            loss on these examples is not finite, or differs when computed again; `data` and the gradient are not
+            finite; `data` need more than 8 GB.
 
     Example:
 
@@ -94,6 +95,7 @@ class Objective:
     ) -> None:  # fmt: skip
         owner = asked_by or Objective
         checks.check_arguments(owner, model, kind, examples, batch_size, training, seed)
+        checks.check_train_step(owner, model)
         self.model, self.kind, self.training, self.seed = model, kind, training, seed
         self._strategy = replicas.strategy_of(model)
         self.dtype = reading.dtype_of(model)
