@@ -87,14 +87,14 @@ def gauss_newton(optimizer, step):
     """With rows, as `"auto"` solves a small model: residuals, inputs and slopes of all layers and replicas, and of a
     loss that is no square the gradient; with the geodesic acceleration another residual for each order. A scaling makes
     an array of the rows. With conjugate gradients a quadratic form for the predicted change, one for a damping that
-    begins with the curvature, and the loop.
+    begins with the curvature, and the loop. This is a step of one attempt, as of `attempts=1`.
     """
     products, searches = isinstance(optimizer.solver, kc.ConjugateGradient), optimizer.line_search is not None
     losses = int(searches or optimizer._trial.looks)
     pair = 2 * hasattr(optimizer._rule, "numbers")
     sections = {"while_1" if products and searches else "while": LOSS} if searches else {}
     turns = dict.fromkeys(sections, getattr(optimizer.line_search, "count", 1) - 1)  # of a grid all but the first
-    state = (optimizer.momentum > 0) + (optimizer.scaling == "more")
+    state, scaled = (optimizer.momentum > 0) + (optimizer.scaling == "more"), optimizer.scaling != "identity"
     if products:
         forms = optimizer._trial.looks + hasattr(optimizer._rule, "begun")
         begin = tested(losses, reductions=2 + losses + forms, scalars=1 + losses + forms, backward=1 + forms)
@@ -114,8 +114,8 @@ def gauss_newton(optimizer, step):
     if pair and optimizer.scaling == "identity":
         sections, turns = {**sections, "cond": Work()}, {**turns, "cond": 1}
     return Method(
-        {"step": begin, **sections}, state, 3, turns=turns, kept=lambda model: pair, matrices=True, traffic=10,
-        rows=0 if optimizer.scaling == "identity" else 2,
+        {"step": begin, **sections}, state, 3 + scaled, turns=turns, kept=lambda model: pair, matrices=True, traffic=10,
+        rows=2 * scaled,
     )  # fmt: skip
 
 

@@ -33,9 +33,10 @@ OPTIMIZERS = {
     "nys_newton_cg": (kc.NysNewtonCG, True),
     "saddle_free_newton": (kc.SaddleFreeNewton, True),
     "newton": (kc.Newton, True),
-    "gauss_newton": (kc.GaussNewton, True),
-    "gauss_newton_cg": (lambda: kc.GaussNewton(solver=kc.ConjugateGradient()), True),
-    "gauss_newton_array": (kc.GaussNewton.levenberg_marquardt, True),
+    # with one attempt, the work of a step that is taken
+    "gauss_newton": (lambda: kc.GaussNewton(attempts=1), True),
+    "gauss_newton_cg": (lambda: kc.GaussNewton(solver=kc.ConjugateGradient(), attempts=1), True),
+    "gauss_newton_array": (lambda: kc.GaussNewton.levenberg_marquardt(attempts=1), True),
     "natural_gradient": (kc.NaturalGradient, True),
     "lissa": (kc.LiSSA, True),
     "lbfgs": (kc.LBFGS, True),
