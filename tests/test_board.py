@@ -762,7 +762,8 @@ def test_a_model_without_an_optimizer_is_measured(tmp_path):
 
     model = Own([keras.Input((4,)), keras.layers.Dense(3)])
     model.compile(None, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
-    found = fitted(tmp_path, model=model)
+    with pytest.warns(UserWarning, match="`Own` has its own `train_step`"):  # which may train another loss
+        found = fitted(tmp_path, model=model)
     assert len(found["1_stability/sharpness"]) > 2 and "1_stability/gauge" not in found
     assert max(step for step, _ in found["3_step/loss"]) == 8
     assert "without an optimizer" in texts(tmp_path / "curvature")["about"][-1][1]

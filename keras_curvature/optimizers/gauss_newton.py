@@ -46,10 +46,11 @@ class GaussNewton(CurvatureOptimizer):
         d = argmin_d  f + g'd + 1/2 d'Gd + 1/2 lambda |D (d - momentum * d_last)|^2,        G = J' H_L J
         w <- w + learning_rate * (s d + s^2/2 a + ...)       s from the line search, a the geodesic acceleration
 
-    With a damping that adapts, a step that raises the loss is taken back: the weights stay bit-identical and `lambda`
-    grows. With a number for `damping` and no line search every finite step is taken, and the loss may rise. Made for
-    problems where the batch is the whole set, in float64: least squares to round-off. Pass `batch_size=len(x)` to
-    `fit`. On mini-batches it is the Gram-Gauss-Newton method. Any loss works that is convex in the model's outputs.
+    With a damping that adapts, a step that raises the loss is tried again with a larger `lambda`. If none of `attempts`
+    lowers the loss, the weights stay bit-identical, and the next step goes on from the last `lambda`. With a number for
+    `damping` and no line search every finite step is taken, and the loss may rise. Made for problems where the batch is
+    the whole set, in float64: least squares to round-off. Pass `batch_size=len(x)` to `fit`. On mini-batches it is the
+    Gram-Gauss-Newton method. Any loss works that is convex in the model's outputs.
 
     `solver` chooses how the system is solved, and after a step the attribute `solved_by` tells how it was; the result
     is the same. The rows of the Jacobian are an array `(N, n)` for `N` outputs and `n` weights. From it, `"rows"` forms
@@ -85,8 +86,8 @@ class GaussNewton(CurvatureOptimizer):
         momentum: Share of the last step that the damping pulls to, in [0, 1). Defaults to `0.0`.
         line_search: `GridSearch()`, `ArmijoLineSearch()`, or `None` for full steps. Defaults to `None`.
         memory: The most bytes that the array of rows may take. Defaults to `2**31`.
-        attempts: Most dampings that a step tries: where one raises the loss, the same rows are solved with the next. An
-            attempt costs a solution and the loss of the batch. Defaults to `10`.
+        attempts: Most dampings that a step tries, all with the same rows, for a damping that adapts. An attempt costs a
+            solution and the loss of the batch. Defaults to `10`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `damping`, `reduction_ratio`, `cg_iterations` (0 without conjugate gradients), `step_length` (of the line
