@@ -215,8 +215,38 @@ def test_a_saddle_is_left(make):
     assert abs(a) < 1e-3 and abs(abs(b) - 1.0) < 1e-3
 
 
+@pytest.mark.parametrize(
+    "make, key",
+    [
+        (lambda **k: kc.NewtonCG(trust_region=kc.TrustRegion(initial=100.0), **k), "radius"),
+        (lambda **k: kc.Newton(trust_region=kc.TrustRegion(initial=100.0), **k), "radius"),
+        (lambda **k: kc.Newton(eigenvalues="signed", **k), "damping"),
+    ],
+    ids=["cg", "region", "damping"],
+)
+def test_the_attempts_of_a_step_are_the_steps_of_one_attempt_each(make, key):
+    def steps(attempts, count):
+        model, seen = function_model("himmelblau", START, make(attempts=attempts)), []
+        before = weights(model)
+        for _ in range(count):
+            model.reset_metrics()
+            seen.append(model.train_on_batch(ONE, NOTHING, return_dict=True)[key])
+        return before, weights(model), seen
+
+    count = 1
+    while np.array_equal(*steps(1, count)[:2]):
+        count += 1
+    assert count > 2
+    _, expected, seen = steps(1, count)
+    before, found, last = steps(count, 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert last == [pytest.approx(seen[-1])]
+    _, found, _ = steps(count - 1, 1)
+    np.testing.assert_array_equal(found, before)
+
+
 def test_a_rejected_step_leaves_the_weights_and_shrinks_the_ball():
-    model = function_model("himmelblau", START, kc.NewtonCG(trust_region=kc.TrustRegion(initial=100.0)))
+    model = function_model("himmelblau", START, kc.NewtonCG(trust_region=kc.TrustRegion(initial=100.0), attempts=1))
     before, rejected, radius = weights(model), 0, 100.0
     for _ in range(8):
         model.reset_metrics()

@@ -29,11 +29,11 @@ OPTIMIZERS = {
     "curveball": (kc.CurveBall, True),
     "two_loop_neumann": (kc.TwoLoopNeumann, True),
     "hessian_free": (kc.HessianFree, True),
-    "newton_cg": (kc.NewtonCG, True),
+    # with `attempts=1`: the work of a step whose first attempt is taken
+    "newton_cg": (lambda: kc.NewtonCG(attempts=1), True),
     "nys_newton_cg": (kc.NysNewtonCG, True),
     "saddle_free_newton": (kc.SaddleFreeNewton, True),
-    "newton": (kc.Newton, True),
-    # with one attempt, the work of a step that is taken
+    "newton": (lambda: kc.Newton(attempts=1), True),
     "gauss_newton": (lambda: kc.GaussNewton(attempts=1), True),
     "gauss_newton_cg": (lambda: kc.GaussNewton(solver=kc.ConjugateGradient(), attempts=1), True),
     "gauss_newton_array": (lambda: kc.GaussNewton.levenberg_marquardt(attempts=1), True),

@@ -1,7 +1,7 @@
 """Gauss-Newton and Levenberg-Marquardt: regression, small networks and physics-informed networks to round-off."""
 
 import math
-from typing import Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -16,6 +16,7 @@ from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers import ConjugateGradient
 from keras_curvature.steps import ArmijoLineSearch, Damping, GridSearch, Nielsen, Trial, as_damping
+from keras_curvature.steps.trial import Attempt, first_taken
 from keras_curvature.typing import LearningRate, Variables, Vector
 
 SCALINGS = ("identity", "marquardt", "more")
@@ -24,19 +25,6 @@ LARGEST_BEND = 0.75
 ORDERS = (2, 3, 4)
 
 By: TypeAlias = Literal["auto", "rows", "weights", "qr", "svd"] | ConjugateGradient
-
-
-class _Tried(NamedTuple):
-    """A step with one damping, whether it is taken, and whether all that it was made of is finite."""
-
-    step: Vector
-    length: tf.Tensor
-    taken: tf.Tensor
-    finite: tf.Tensor
-    next: tf.Tensor
-    damping: tf.Tensor
-    ratio: tf.Tensor
-    iterations: tf.Tensor
 
 
 @register
@@ -197,30 +185,21 @@ class GaussNewton(CurvatureOptimizer):
         scale, state = self._scale(model, lin), tf.identity(self._damping.value)
         if hasattr(self._rule, "begun"):
             state = self._rule.begun(state, model.largest(scale, known=state[0] > 0))
-        tried = self._first_taken(lambda state: self._tried(lin, model, scale, state), state, lin.weights)
+        one, nan = tf.ones([], trees.scalar_dtype(lin.weights)), tf.constant(float("nan"), tf.float64)
+        tried = first_taken(
+            lambda state: self._tried(lin, model, scale, state), state, lin.weights,
+            self.attempts if self._trial.looks else 1,
+            damping=_first(state), reduction_ratio=nan, cg_iterations=tf.constant(0.0), step_length=one,
+        )  # fmt: skip
         self.remember(self._damping, tried.next)
         if self.momentum:
             self.remember(self._last, trees.where(tried.taken, tried.step, trees.zeros_like(tried.step)))
         if self._norms:
             self.remember(self._norms, scale)
         self.reject(tf.logical_not(tried.taken))
-        self.report(
-            damping=tried.damping, reduction_ratio=tried.ratio, cg_iterations=tried.iterations,
-            step_length=tf.where(tried.taken, tried.length, tf.zeros_like(tried.length)),
-        )  # fmt: skip
+        self.report(**tried.reports)
         # products that are not finite skip the step: no damping helps
         return trees.nan_unless(tried.finite, tried.step)
-
-    def _first_taken(self, attempt, state, like):
-        """The first of `attempts` that is taken, or the last; `attempt` is a function from the state of the damping."""
-        if self.attempts == 1 or not self._trial.looks:
-            return attempt(state)
-        one, nan = tf.ones([], trees.scalar_dtype(like)), tf.constant(float("nan"), tf.float64)
-        no, yes = tf.constant(False), tf.constant(True)
-        begin = _Tried(trees.zeros_like(like), one, no, yes, state, _first(state), nan, tf.constant(0.0))
-        again = lambda count, last: (count < self.attempts) & last.finite & tf.logical_not(last.taken)  # noqa: E731
-        body = lambda count, last: (count + 1, attempt(last.next))  # noqa: E731
-        return tf.while_loop(again, body, (tf.constant(0), begin), parallel_iterations=1)[1]
 
     def _tried(self, lin, model, scale, state):
         """A step with one damping, and whether to take it."""
@@ -241,8 +220,12 @@ class GaussNewton(CurvatureOptimizer):
             predicted=lambda: model.change(rate),
         )  # fmt: skip
         taken = checked.accepted & solved & (length > 0)
-        iterations = tf.cast(model.iterations(), tf.float32)
-        return _Tried(step, length, taken, finite, checked.value, damping, checked.ratio, iterations)
+        reports = {
+            "damping": damping, "reduction_ratio": checked.ratio,
+            "cg_iterations": tf.cast(model.iterations(), tf.float32),
+            "step_length": tf.where(taken, length, tf.zeros_like(length)),
+        }  # fmt: skip
+        return Attempt(step, taken, finite, checked.value, reports)
 
     def linear_step(self) -> NotLinear:
         """None: each step solves anew."""

@@ -14,6 +14,7 @@ from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers.steihaug import steihaug
 from keras_curvature.steps import Trial, TrustRegion
+from keras_curvature.steps.trial import Attempt, first_taken
 from keras_curvature.typing import LearningRate, Variables, Vector
 
 
@@ -27,10 +28,11 @@ class NewtonCG(CurvatureOptimizer):
 
     and the radius grows or shrinks with `(f(w + p) - f(w)) / (g'p + 1/2 p'Bp)`. For full or large batches: with a small
     one the step overfits the batch. Costs a product (about two gradients) per iteration of conjugate gradients and one
-    evaluation of the loss. A rejected step leaves the weights bit-identical, and the next one is shorter.
+    evaluation of the loss. If the loss rises, the next attempt is shorter, up to `attempts` times; then the weights
+    stay bit-identical.
 
     Reference: Steihaug (1983); Nocedal and Wright, "Numerical Optimization" (2006), Algorithms 4.1 and 7.2.
-    Differences: (1) each batch of `fit` gives one trial, whether it is accepted or not; (2) a product that is not
+    Differences: (1) each batch of `fit` gives one step; (2) a product that is not
     finite skips the step, which `skipped_steps` counts.
 
     Args:
@@ -39,6 +41,7 @@ class NewtonCG(CurvatureOptimizer):
         trust_region: A `TrustRegion`. Defaults to `TrustRegion()`: a radius of 1 at first.
         max_steps: Largest number of iterations of conjugate gradients. Defaults to `250`.
         tolerance: Largest relative residual to end at, in (0, 1). Defaults to `0.5` (Nocedal and Wright).
+        attempts: Most radii that a step tries; each costs what a step costs. Defaults to `10`.
         **kwargs: See `CurvatureOptimizer`.
 
     Reports: `radius`, `reduction_ratio`, `cg_iterations`, `gradient_max` (largest entry, before the step), `step_norm`,
@@ -61,16 +64,17 @@ class NewtonCG(CurvatureOptimizer):
     def __init__(
         self, learning_rate: LearningRate = 1.0, curvature: Literal["hessian", "gauss_newton"] = "hessian",
         trust_region: TrustRegion = TrustRegion(), max_steps: int = 250, tolerance: float = 0.5,
-        name: str = "newton_cg", **kwargs: Any,
+        attempts: int = 10, name: str = "newton_cg", **kwargs: Any,
     ) -> None:  # fmt: skip
         check_choice(self, "curvature", curvature, ("gauss_newton", "hessian"))
         hessian = curvature == "hessian"
         needs = Needs(hessian=hessian, products=not hessian)
         super().__init__(learning_rate, name=name, **with_needs(kwargs, needs))
         self.curvature, self.trust_region = curvature, trust_region
-        self.max_steps, self.tolerance = max_steps, tolerance
+        self.max_steps, self.tolerance, self.attempts = max_steps, tolerance, attempts
         check(self, "trust_region", trust_region, isinstance(trust_region, TrustRegion), "a `TrustRegion()`")
         check_count(self, "max_steps", max_steps)
+        check_count(self, "attempts", attempts)
         check_number(self, "tolerance", tolerance, low=0, high=1, open_low=True, open_high=True)
 
     def create_state(self, variables: Variables) -> None:
@@ -86,18 +90,26 @@ class NewtonCG(CurvatureOptimizer):
             B = lin.gauss_newton()
             require_convex(B, "NewtonCG", 'Choose another loss, or `NewtonCG(curvature="hessian")`.')
         norm = trees.norm(g)
-        found = steihaug(B, g, radius, self.max_steps, tf.minimum(tf.cast(self.tolerance, norm.dtype), tf.sqrt(norm)))
-        checked = Trial(self.trust_region.at(found.at_boundary)).check(
-            self.iterations, radius, before=lin.loss, after=lambda: lin.loss_at(found.value),
-            predicted=lambda: found.change,
+        tolerance, loss = tf.minimum(tf.cast(self.tolerance, norm.dtype), tf.sqrt(norm)), lin.loss
+
+        def attempt(radius):
+            found = steihaug(B, g, radius, self.max_steps, tolerance)
+            checked = Trial(self.trust_region.at(found.at_boundary)).check(
+                self.iterations, radius, before=loss, after=lambda: lin.loss_at(found.value),
+                predicted=lambda: found.change,
+            )  # fmt: skip
+            reports = {"radius": radius, "reduction_ratio": checked.ratio, "cg_iterations": found.steps}
+            return Attempt(found.value, checked.accepted, found.finite, checked.value, reports)
+
+        tried = first_taken(
+            attempt, radius, g, self.attempts, radius=radius, reduction_ratio=tf.constant(float("nan"), tf.float64),
+            cg_iterations=tf.constant(0),
         )  # fmt: skip
-        self.remember(self._radius, checked.value)
-        self.reject(tf.logical_not(checked.accepted))
-        self.report(
-            radius=radius, reduction_ratio=checked.ratio, cg_iterations=found.steps, gradient_max=trees.largest(g)
-        )  # fmt: skip
+        self.remember(self._radius, tried.next)
+        self.reject(tf.logical_not(tried.taken))
+        self.report(gradient_max=trees.largest(g), **tried.reports)
         # an overflowed product ends the iteration: the step is skipped
-        return trees.nan_unless(found.finite, found.value)
+        return trees.nan_unless(tried.finite, tried.step)
 
     def linear_step(self) -> NotLinear:
         """None: each step is tested on the loss."""

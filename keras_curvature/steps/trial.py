@@ -16,12 +16,13 @@ Optimization" (2006), Algorithm 4.1.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import tensorflow as tf
 
 from keras_curvature.component import check_choice
 from keras_curvature.steps.damping import Damping
+from keras_curvature.typing import Vector
 
 ACCEPTS = ("lower", "finite", "any")
 
@@ -121,6 +122,45 @@ class Trial:
         if self.accepts == "any":
             return tf.constant(True)
         return new <= old if self.accepts == "lower" else tf.math.is_finite(new)
+
+
+class Attempt(NamedTuple):
+    """A step with one damping or radius.
+
+    Attributes:
+        step: The step, a vector.
+        taken: Whether it is taken.
+        finite: Whether all that it was made of is finite: else no other damping helps.
+        next: The next state of the damping or radius.
+        reports: What the optimizer reports of it, scalars by name.
+    """
+
+    step: Vector
+    taken: tf.Tensor
+    finite: tf.Tensor
+    next: tf.Tensor
+    reports: dict[str, tf.Tensor]
+
+
+def first_taken(
+    attempt: Callable[[tf.Tensor], Attempt], state: tf.Tensor, like: Vector, most: int, **reports: tf.Tensor
+) -> Attempt:  # fmt: skip
+    """The first of so many attempts that is taken, or the last one.
+
+    Args:
+        attempt: Function from the state of a damping or radius to an `Attempt`.
+        state: The first state.
+        like: A vector like the steps.
+        most: The most attempts, an integer.
+        **reports: Tensors like the reports of an attempt.
+    """
+    if most == 1:
+        return attempt(state)
+    zeros = [tf.zeros_like(a) for a in like]
+    begin = Attempt(zeros, tf.constant(False), tf.constant(True), state, reports)
+    again = lambda count, last: (count < most) & last.finite & tf.logical_not(last.taken)  # noqa: E731
+    body = lambda count, last: (count + 1, attempt(last.next))  # noqa: E731
+    return tf.while_loop(again, body, (tf.constant(0), begin), parallel_iterations=1)[1]
 
 
 def reduction_ratio(change, predicted):
