@@ -9,6 +9,7 @@ differs from the published contest, so that the numbers are only comparable with
 
 * 30 trials of at most 20 000 steps, not 1000 of a million. The first trial has the optimizer's defaults. Then rates and
   decays are log-uniform in the published ranges, from a Halton sequence, new decays in every fifth trial.
+* Rows that are lost with one budget can be played again with a larger one: run the same file with it.
 * Every level is run. The published contest counts all levels after the first failure as lost; the column `gated` does.
 * A trial ends at a loss that is not finite, without a new minimum in half of its steps, or after its seconds.
 * Twelve of the 148 rows cannot be won and are not run. The share in the table is of 148.
