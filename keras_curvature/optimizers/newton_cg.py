@@ -32,8 +32,8 @@ class NewtonCG(CurvatureOptimizer):
     stay bit-identical.
 
     Reference: Steihaug (1983); Nocedal and Wright, "Numerical Optimization" (2006), Algorithms 4.1 and 7.2.
-    Differences: (1) each batch of `fit` gives one step; (2) a product that is not
-    finite skips the step, which `skipped_steps` counts.
+    Differences: (1) each batch of `fit` gives one step; (2) a product that is not finite skips the step, which
+    `skipped_steps` counts.
 
     Args:
         learning_rate: Multiple of the accepted step. Defaults to `1.0`.

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 
 import tensorflow as tf
 
+from keras_curvature import trees
 from keras_curvature.component import check_choice
 from keras_curvature.steps.damping import Damping
 from keras_curvature.typing import Vector
@@ -156,8 +157,7 @@ def first_taken(
     """
     if most == 1:
         return attempt(state)
-    zeros = [tf.zeros_like(a) for a in like]
-    begin = Attempt(zeros, tf.constant(False), tf.constant(True), state, reports)
+    begin = Attempt(trees.zeros_like(like), tf.constant(False), tf.constant(True), state, reports)
     again = lambda count, last: (count < most) & last.finite & tf.logical_not(last.taken)  # noqa: E731
     body = lambda count, last: (count + 1, attempt(last.next))  # noqa: E731
     return tf.while_loop(again, body, (tf.constant(0), begin), parallel_iterations=1)[1]
