@@ -215,14 +215,22 @@ def test_a_saddle_is_left(make):
     assert abs(a) < 1e-3 and abs(abs(b) - 1.0) < 1e-3
 
 
-def test_the_attempts_of_a_step_are_the_steps_of_one_attempt_each():
+@pytest.mark.parametrize(
+    "make, key",
+    [
+        (lambda **k: kc.NewtonCG(trust_region=kc.TrustRegion(initial=100.0), **k), "radius"),
+        (lambda **k: kc.Newton(trust_region=kc.TrustRegion(initial=100.0), **k), "radius"),
+        (lambda **k: kc.Newton(eigenvalues="signed", **k), "damping"),
+    ],
+    ids=["cg", "region", "damping"],
+)
+def test_the_attempts_of_a_step_are_the_steps_of_one_attempt_each(make, key):
     def steps(attempts, count):
-        optimizer = kc.NewtonCG(trust_region=kc.TrustRegion(initial=100.0), attempts=attempts)
-        model, seen = function_model("himmelblau", START, optimizer), []
+        model, seen = function_model("himmelblau", START, make(attempts=attempts)), []
         before = weights(model)
         for _ in range(count):
             model.reset_metrics()
-            seen.append(model.train_on_batch(ONE, NOTHING, return_dict=True)["radius"])
+            seen.append(model.train_on_batch(ONE, NOTHING, return_dict=True)[key])
         return before, weights(model), seen
 
     count = 1

@@ -36,7 +36,7 @@ OWN = {
     DampedGaussNewton: lambda optimizer, step: Method({"step": step, "while": Work(1, vectors=1)}, 0, 1),
 }
 BATCH = 4  # of a replica
-DIGITS = {methods.OPTIMIZERS[name][0] for name in methods.IN_DOUBLE}  # classes with small matrices of float64
+DIGITS = {type(methods.OPTIMIZERS[name][0]()) for name in methods.IN_DOUBLE}  # classes with small matrices of float64
 
 
 def compiled(name, replicas, micro_batches=1, **kwargs):

@@ -33,7 +33,7 @@ OPTIMIZERS = {
     "newton_cg": (lambda: kc.NewtonCG(attempts=1), True),
     "nys_newton_cg": (kc.NysNewtonCG, True),
     "saddle_free_newton": (kc.SaddleFreeNewton, True),
-    "newton": (kc.Newton, True),
+    "newton": (lambda: kc.Newton(attempts=1), True),
     "gauss_newton": (lambda: kc.GaussNewton(attempts=1), True),
     "gauss_newton_cg": (lambda: kc.GaussNewton(solver=kc.ConjugateGradient(), attempts=1), True),
     "gauss_newton_array": (lambda: kc.GaussNewton.levenberg_marquardt(attempts=1), True),
