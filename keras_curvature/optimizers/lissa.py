@@ -17,13 +17,16 @@ from keras_curvature.typing import LearningRate, Vector
 class LiSSA(CurvatureOptimizer):
     """LiSSA: an unbiased estimate of the truncated Neumann series for the Newton step.
 
+    For convex problems and large batches: on a network, directions of negative curvature grow, and with a small batch
+    the loss may rise without bound.
+
         d_0 = 0,     d_j = d_{j-1} + rate (g - (H_j + damping I) d_{j-1}),     j = 1 .. steps
         w <- w - learning_rate * d_steps
 
     with the gradient `g` of the whole batch and the Hessian `H_j` of a part of it, another one in each term. In the
     mean over the parts `d = (1 - (1 - rate H)^steps) H^-1 g`: the error along an eigenvalue `l` is
-    `(1 - rate l)^steps`. Needs `rate < 2 / l` for the largest one. For convex problems and large batches: on a network,
-    directions of negative curvature grow. Costs `steps` products with a part of the batch, and no state.
+    `(1 - rate l)^steps`. Needs `rate < 2 / l` for the largest one. Costs `steps` products with a part of the
+    batch, and no state.
 
     Reference: Agarwal, Bullins and Hazan, "Second-order stochastic optimization for machine learning in linear time"
     (2017), Algorithm 1, and the authors' code. Differences from the paper: (1) `rate`, where the paper scales the loss

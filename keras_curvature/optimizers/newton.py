@@ -20,6 +20,9 @@ from keras_curvature.typing import LearningRate, Variables, Vector
 class Newton(CurvatureOptimizer):
     """Newton's method with the dense Hessian of a small model, made safe at saddles.
 
+    For full batches: with a small one a step goes to the minimum of that batch, and the loss of all data may rise
+    without bound.
+
         H = V diag(l) V'                                 as many products as weights, and an eigendecomposition
         p = -V (|l| + lambda)^-1 V'g                     eigenvalues="absolute" (saddle-free)
         p = -V (l + lambda)^-1 V'g                       eigenvalues="signed": may climb to a saddle or a maximum
@@ -27,9 +30,9 @@ class Newton(CurvatureOptimizer):
         w <- w + learning_rate * p                       if the loss falls, else the weights stay
 
     The damping `lambda`, or the radius, adapts by `(f(w + p) - f(w)) / (g'p + 1/2 p'Hp)`. Near a minimum the error
-    squares in each step. For full batches and up to some thousand weights: a step costs `n` products and `n^3`
-    operations in float64. If the loss rises, the same eigenvalues serve the next damping or radius, up to `attempts`
-    times; then the weights stay bit-identical.
+    squares in each step. For up to some thousand weights: a step costs `n` products and `n^3` operations in float64. If
+    the loss rises, the same eigenvalues serve the next damping or radius, up to `attempts` times; then the weights stay
+    bit-identical.
 
     Reference: Nocedal and Wright, "Numerical Optimization" (2006), chapters 3 and 4; absolute eigenvalues: Dauphin et
     al., "Identifying and attacking the saddle point problem" (2014); trust region: Moré and Sorensen (1983).

@@ -24,6 +24,8 @@ from keras_curvature.typing import LearningRate, Variables, Vector
 class NysNewtonCG(CurvatureOptimizer):
     """NysNewton-CG: the last digits of an ill-conditioned full-batch problem, after Adam and L-BFGS.
 
+    With a small batch a step goes to the minimum of that batch, and the loss of all data may rise without bound.
+
         (B + damping I) d = g      by conjugate gradients from the last d, preconditioned by
                                    P^-1 = U diag((l_r + mu) / (l + mu)) U' + I - U U'
         w <- w - learning_rate * s d      with s from the line search; 0 rejects the step
