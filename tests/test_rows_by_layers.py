@@ -1,6 +1,7 @@
 """Rows of the Jacobian by layers against those by products; gradients of examples; which models mix their examples."""
 
 import re
+import types
 
 import keras
 import numpy as np
@@ -115,6 +116,26 @@ def test_layers_of_two_precisions_have_the_same_rows(wide):
     }.values():  # fmt: skip
         assert found.dtype == tf.float64
         np.testing.assert_allclose(found, right, **close)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("positions", [1, 8])
+def test_all_questions_to_a_layer_in_single_precision(groups, positions):
+    """Other tests ask in double precision, which has other kernels: one of single precision read past a matrix' end."""
+    random, count, d_in, d_out = np.random.default_rng(0), 64, 9, 16
+    a = random.standard_normal((count, groups, positions, d_in)).astype("float32")
+    d = random.standard_normal((count, 1, groups, positions, d_out)).astype("float32")
+    matrix = random.standard_normal((groups * d_in, d_out)).astype("float32")
+    block = types.SimpleNamespace(has_indices=False, shape=(groups * d_in, d_out), tensors=lambda m: [m])
+    layer = by_layers.Layer(block, tf.constant(a), tf.constant(d))
+    A = np.einsum("bgti,bkgtj->bkgij", a.astype("float64"), d).reshape(count, -1)
+    u = random.standard_normal((count, 1)).astype("float32")
+    for found, right in {
+        "product": (by_layers.times(layer, tf.constant(matrix)), A @ matrix.reshape(-1, 1).astype("float64")),
+        "transposed": (by_layers.transposed(layer, tf.constant(u)), A.T @ u), "gram": (by_layers.gram(layer), A @ A.T),
+        "squares": (by_layers.squares(layer), (A * A).sum(0)), "dense": (by_layers.dense(layer)[0], A),
+    }.values():  # fmt: skip
+        np.testing.assert_allclose(np.reshape(found, right.shape), right, rtol=1e-4, atol=1e-4 * np.abs(right).max())
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])

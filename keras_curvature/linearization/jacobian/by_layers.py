@@ -157,6 +157,9 @@ def times(layer, matrix):
         at = layer.a[:, 0, :, 0]  # (examples, positions)
         found = tf.gather(matrix, tf.maximum(at, 0))
         found = tf.where((at >= 0)[..., tf.newaxis], found, tf.zeros_like(found))[:, tf.newaxis]
+    elif layer.a.shape[1] == 1:
+        # TensorFlow's product with one matrix for all examples and groups reads past its end in float32 (oneDNN, 2.21)
+        found = tf.tensordot(layer.a, tf.reshape(matrix, [layer.a.shape[3], layer.d.shape[-1]]), 1)
     else:
         found = tf.matmul(layer.a, tf.reshape(matrix, [layer.a.shape[1], layer.a.shape[3], layer.d.shape[-1]]))
     return tf.einsum("bgtj,bkgtj->bk", found, layer.d)
