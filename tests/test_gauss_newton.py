@@ -1,5 +1,6 @@
 """Gauss-Newton and Levenberg-Marquardt steps against dense linear algebra in float64."""
 
+import contextlib
 import itertools
 import math
 
@@ -171,13 +172,40 @@ def test_the_damping_is_scaled_by_the_norms_of_columns(scaling):
     np.testing.assert_allclose(found, -np.linalg.solve(G + 0.3 * np.diag(D * D), g), rtol=1e-7, atol=1e-11)
 
 
-def test_a_column_of_zeros_counts_as_one():
+def test_a_column_of_zeros_counts_as_the_longest():
     with float64():
         case = CASES["dense"]()
         case.x = np.array(case.x)
         case.x[:, 1] = 0.0
+        G, g, A, _ = dense(case)
+        D = np.sqrt((A * A).sum(0))
+        assert (D == 0).any()
+        D[D == 0] = D.max()
         _, found, _ = step(case, GaussNewton(damping=1e-3, scaling="marquardt"))
-    assert np.isfinite(found).all() and np.abs(found).max() > 0
+    np.testing.assert_allclose(found, -np.linalg.solve(G + 1e-3 * np.diag(D * D), g), rtol=1e-7, atol=1e-11)
+
+
+@pytest.mark.parametrize("floatx", ["float32", "float64"])
+@pytest.mark.parametrize("scaling", ["marquardt", "more"])
+@pytest.mark.parametrize("kind", ["keys", "normalization"])
+def test_weights_without_influence_stay_where_they_are(floatx, scaling, kind):
+    """Their columns are rounding: the quotient of slope and square of the norm came to 1e14."""
+    with float64() if floatx == "float64" else contextlib.nullcontext():
+        keras.utils.set_random_seed(1)
+        random = np.random.default_rng(0)
+        inputs = keras.Input((5, 4))
+        if kind == "keys":
+            hidden = inputs + keras.layers.MultiHeadAttention(2, 3, name="layer")(inputs, inputs)
+        else:
+            hidden = keras.layers.GroupNormalization(6)(keras.layers.Conv1D(6, 2, name="layer")(inputs))
+        outputs = keras.layers.Dense(2)(keras.layers.Flatten()(keras.layers.Activation("tanh")(hidden)))
+        model = kc.curved(keras.Model(inputs, outputs))
+        model.compile(GaussNewton(scaling=scaling, damping=kc.Nielsen()), "mse")
+        x, y = random.standard_normal((16, 5, 4)).astype(floatx), random.standard_normal((16, 2)).astype(floatx)
+        losses = model.fit(x, y, batch_size=16, epochs=8, verbose=0).history["loss"]
+        without = [v for v in model.get_layer("layer").trainable_variables if v.path.endswith("bias")]
+        (bias,) = [v for v in without if kind != "keys" or "key" in v.path]
+    assert np.abs(bias.numpy()).max() < 1e-3 and losses[-1] < 0.1 * losses[0]
 
 
 def test_geodesic_acceleration_is_that_of_a_dense_computation():

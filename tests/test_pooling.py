@@ -85,6 +85,41 @@ def test_pooling_under_xla_is_that_of_a_loop(name, data_format):
     assert np.sum(found[2] * v) == np.sum(u * tangent)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ((2, 6, 5, 3), 3, 1, "same"), ((2, 6, 5, 3), (2, 5), 1, "same"), ((2, 9, 3), 3, 1, "same"),
+        ((2, 4, 5, 4, 2), 3, 1, "same"), ((2, 6, 1, 3), 3, (1, 2), "same"), ((2, 6, 5, 3), 3, 1, "valid"),
+        ((2, 6, 5, 3), 3, 2, "same"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_pooling_in_a_graph_is_that_of_a_loop(setting):
+    """TensorFlow's own tangent of windows one step apart is wrong in a graph, where it reuses its memory."""
+    shape, *choices = setting
+    random = np.random.default_rng(0)
+    x, v = (random.standard_normal(shape).astype("float32") for _ in range(2))
+    y, tangent = looped(x, np.cos(v), *choices)
+    u = random.standard_normal(y.shape).astype("float32")
+    layer = {3: keras.layers.MaxPooling1D, 4: keras.layers.MaxPooling2D, 5: keras.layers.MaxPooling3D}[x.ndim]
+
+    @tf.function(autograph=False)
+    def asked(x, v, u):
+        with tf.GradientTape() as outer:
+            outer.watch(u)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(*choices)(x)
+            gradient = tape.gradient(y, x, output_gradients=u)
+        return y, outer.gradient(gradient, u, output_gradients=tf.math.cos(v)), gradient
+
+    with differentiable.differentiable_keras():
+        found = [a.numpy() for a in asked(*map(tf.constant, (x, v, u)))]
+    np.testing.assert_allclose(found[0], y)
+    np.testing.assert_allclose(found[1], tangent, rtol=1e-6)
+    np.testing.assert_allclose(np.sum(found[2] * np.cos(v)), np.sum(u * tangent), rtol=1e-4)
+
+
 @pytest.mark.skipif(not HAS_XLA, reason="no XLA for the host")
 def test_not_a_number_is_the_largest_and_so_is_seen():
     x = tf.constant([[[np.nan], [1.0], [2.0], [-np.inf], [np.nan], [-np.inf]]], "float32")

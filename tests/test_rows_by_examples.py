@@ -1,5 +1,7 @@
 """Rows of the Jacobian from a pass through each example alone, against products with the whole batch."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -178,3 +180,23 @@ def test_micro_batches_and_pieces_have_the_same_rows(ways):
             assert verdicts
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("examples", [1, 64])
+def test_rows_of_sequences_in_single_precision(examples):
+    """The product of `(n, 1, p, k)` by a kernel reads past its end in TensorFlow; other tests are in float64."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal((examples, 8, 9))
+    weights, found = [random.standard_normal(shape) for shape in ((9, 16), (16,), (16, 2), (2,))], {}
+    for floatx in ("float64", "float32"):
+        with float64() if floatx == "float64" else contextlib.nullcontext():
+            hidden = keras.layers.Dense(16, activation="tanh")
+            outputs = keras.layers.Dense(2), keras.layers.GlobalAveragePooling1D()
+            model = keras.Sequential([keras.Input((8, 9)), hidden, *(outputs if examples > 1 else outputs[:1])])
+            model.set_weights(weights)
+            model.compile("sgd", "mse")
+            y = np.zeros((examples, *model.output_shape[1:]))
+            lin = Linearization(model, x.astype(floatx), y.astype(floatx), needs=kc.Needs(products=True))
+            found[floatx] = lin.rows().dense().numpy()
+    largest = np.abs(found["float64"]).max()
+    np.testing.assert_allclose(found["float32"], found["float64"], rtol=1e-4, atol=1e-5 * largest)

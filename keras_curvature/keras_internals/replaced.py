@@ -20,6 +20,7 @@
 | `gradient_registry.lookup` | `LOOKUP`, `GRADIENT_REGISTRY` | `pure/differentiability.py` | missing derivatives |
 | `gen_functional_ops.symbolic_gradient` | `SYMBOLIC_GRADIENT` | `pure/differentiability.py` | refuses at trace time |
 | `nn.ctc_loss` | `CTC_LOSS` | `pure/differentiable.py` | no second derivatives |
+| `math_ops.matmul` | `MATMUL` | `pure/vectorized.py` | wrong numbers by oneDNN |
 | `interim.maybe_merge_call` | `MERGE_CALL` | `replicas.py` | Keras' step outside replicas |
 | `TFOptimizer._all_reduce_sum_gradients` | `SUM_GRADIENTS` | `replicas.py` | the gradients are summed already |
 """
@@ -33,7 +34,7 @@ from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.losses import loss
 from tensorflow.python.framework import ops
 from tensorflow.python.framework.func_graph import FuncGraph
-from tensorflow.python.ops import gen_functional_ops
+from tensorflow.python.ops import gen_functional_ops, math_ops
 from tensorflow.python.ops import gen_stateless_random_ops_v2 as generators
 
 # `import ... as` would return the function of the same name, which shadows the module
@@ -58,6 +59,7 @@ GRADIENT_REGISTRY = ops.gradient_registry
 LOOKUP = (type(ops.gradient_registry), "lookup")
 SYMBOLIC_GRADIENT = (gen_functional_ops, "symbolic_gradient")
 CTC_LOSS = (nn, "ctc_loss")
+MATMUL = (math_ops, "matmul")
 MERGE_CALL = (tf.__internal__.distribute.interim, "maybe_merge_call")
 SUM_GRADIENTS = (TFOptimizer, "_all_reduce_sum_gradients")
 

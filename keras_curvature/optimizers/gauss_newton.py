@@ -15,6 +15,7 @@ from keras_curvature.optimizers import local_models
 from keras_curvature.optimizers.base import CurvatureOptimizer
 from keras_curvature.optimizers.limits import NotLinear
 from keras_curvature.solvers import ConjugateGradient
+from keras_curvature.solvers.least_squares import scale_of
 from keras_curvature.steps import ArmijoLineSearch, Damping, GridSearch, Nielsen, Trial, as_damping
 from keras_curvature.steps.trial import Attempt, first_taken
 from keras_curvature.typing import LearningRate, Variables, Vector
@@ -67,7 +68,8 @@ class GaussNewton(CurvatureOptimizer):
             if the array needs more than `memory`, or if the model has its own `compute_loss` without a `likelihood`.
             Defaults to `"auto"`.
         scaling: `D`: `"identity"`; `"marquardt"`, the norms of the columns of the rows; or `"more"`, the largest norm
-            of each column so far. The last two need the rows. Defaults to `"identity"`.
+            of each column so far. The last two need the rows. A column of zeros, or of rounding alone (the bias of the
+            keys of attention, or before normalization), counts as the longest. Defaults to `"identity"`.
         geodesic: Whether to add the geodesic acceleration, which costs two forward passes; or the order of the path: 2
             (the same as `True`), 3 or 4, which cost four more each. Physics-informed networks need the fewest steps
             with `4`, `scaling="more"` and `line_search=GridSearch(count=5)`. Defaults to `False`.
@@ -194,8 +196,6 @@ class GaussNewton(CurvatureOptimizer):
         self.remember(self._damping, tried.next)
         if self.momentum:
             self.remember(self._last, trees.where(tried.taken, tried.step, trees.zeros_like(tried.step)))
-        if self._norms:
-            self.remember(self._norms, scale)
         self.reject(tf.logical_not(tried.taken))
         self.report(**tried.reports)
         # products that are not finite skip the step: no damping helps
@@ -250,7 +250,8 @@ class GaussNewton(CurvatureOptimizer):
         norms = model.column_norms()
         if self._norms:
             norms = [tf.maximum(a, b) for a, b in zip(norms, trees.values(self._norms))]
-        return [tf.where(a > 0, a, tf.ones_like(a)) for a in norms]
+            self.remember(self._norms, norms)
+        return scale_of(norms)
 
     def _searched(self, lin, model, path, scale):
         """`(step, length, loss, straight)`: the step, how far along the path, a function from a multiple of the step to

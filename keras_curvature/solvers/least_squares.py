@@ -22,7 +22,11 @@ from typing import TypeAlias
 import numpy as np
 import tensorflow as tf
 
+from keras_curvature.typing import Vector
+
 Solve: TypeAlias = Callable[..., tf.Tensor]
+# Columns of the rows below so many roundings of the longest are empty: up to 3 were seen of weights without influence.
+ROUNDINGS = 16
 
 
 def in_rows(A: tf.Tensor, E: tf.Tensor) -> Solve:
@@ -97,6 +101,21 @@ def by_svd(A: tf.Tensor, E: tf.Tensor, metric: tf.Tensor, cutoff: float | None =
         return d if c is None else d + c
 
     return solve
+
+
+def scale_of(norms: Vector) -> Vector:
+    """The scale of the damping from the norms of columns: those of empty columns are the longest, or 1.
+
+    A weight that moves nothing has a column of rounding, and its slope is rounding too: the quotient could be any
+    number. With the largest damping it stays where it is.
+    """
+    longest = tf.reduce_max(tf.stack([tf.cast(tf.reduce_max(a), tf.float64) for a in norms]))
+
+    def of(a):
+        least = tf.cast(longest, a.dtype) * (ROUNDINGS * np.finfo(a.dtype.as_numpy_dtype).eps)
+        return tf.where(a > least, a, tf.where(longest > 0, tf.cast(longest, a.dtype), tf.ones_like(a)))
+
+    return [of(a) for a in norms]
 
 
 def _from(correct, A, E):

@@ -23,6 +23,7 @@ from keras_curvature.linearization.estimates.seen import Seen, sizes
 from keras_curvature.linearization.jacobian import columns
 from keras_curvature.linearization.layers import apart, kronecker
 from keras_curvature.linearization.pure import batch_axis
+from keras_curvature.linearization.pure.vectorized import vectorized_map
 
 # Most entries of the rows of one layer kept at a time.
 AT_A_TIME = 2**24
@@ -183,7 +184,7 @@ def dense(layer):
     else:
         matrices = matrices_of(a, d)
     matrices = tf.reshape(matrices, [-1, *block.shape])
-    return tf.vectorized_map(block.tensors, matrices)
+    return vectorized_map(block.tensors, matrices)
 
 
 def matrices_of(a, d):

@@ -16,6 +16,7 @@ from keras_curvature import keras_internals, trees
 from keras_curvature.linearization.jacobian import frames
 from keras_curvature.linearization.layers import taps
 from keras_curvature.linearization.pure import functional, slices
+from keras_curvature.linearization.pure.vectorized import vectorized_map
 
 # Bytes that the intermediate results of the products of one call may take, roughly: they are as wide as the layers
 # of the model, which are taken for 16 times as wide as its inputs and outputs.
@@ -159,11 +160,11 @@ def batched(fn, count, at_a_time, dtypes):
     if _has_loops():  # `vectorized_map` fails for derivatives of loops
         return tf.map_fn(fn, tf.range(count), fn_output_signature=dtypes, parallel_iterations=1)
     if isinstance(count, int) and count <= at_a_time:
-        return tf.vectorized_map(fn, tf.range(count))
+        return vectorized_map(fn, tf.range(count))
     chunks = -(-count // at_a_time)
 
     def chunk(c):
-        return tf.vectorized_map(lambda i: fn(c * at_a_time + i), tf.range(at_a_time))
+        return vectorized_map(lambda i: fn(c * at_a_time + i), tf.range(at_a_time))
 
     found = tf.map_fn(chunk, tf.range(chunks), fn_output_signature=dtypes, parallel_iterations=1)
     return tf.nest.map_structure(lambda a: _joined(a)[:count], found)  # the last chunk may have too many

@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras_curvature import keras_internals, trees
 from keras_curvature.linearization.fisher import likelihoods, of_losses
 from keras_curvature.linearization.fisher.convexity import name_of
+from keras_curvature.linearization.pure.vectorized import vectorized_map
 
 # Keras' losses that are sums over entries, and those that are sums over the rows of the last axis.
 OF_ENTRIES = {
@@ -190,7 +191,7 @@ def _root(recorded, i, structure):
         blocks = tf.ones([tf.size(leaf) // size, 1], leaf.dtype) * unit
         return recorded.curve(_only(recorded, i, tf.reshape(blocks, shape)))[i]
 
-    columns = tf.vectorized_map(column, tf.eye(size, dtype=leaf.dtype))  # (entries, *leaf)
+    columns = vectorized_map(column, tf.eye(size, dtype=leaf.dtype))  # (entries, *leaf)
     blocks = tf.reshape(wide(recorded, columns), [size, -1, size])
     if structure == EXAMPLE:
         blocks = _uncoupled(recorded, i, blocks)
