@@ -1,5 +1,6 @@
 """The substitute for a `Linearization` on a plain `keras.Model`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from keras_curvature import trees
@@ -16,6 +17,7 @@ class Gradients:
         asked_by: Name of the optimizer, for the message.
         gradient: The gradient, a vector.
         variables: The variables that it belongs to.
+        reached: Whether the loss depends on each of them; by default on all.
 
     Attributes:
         model, loss_scale: `None`: gradients do not tell whose they are, and Keras has taken its scale off.
@@ -23,8 +25,11 @@ class Gradients:
 
     model = loss_scale = None
 
-    def __init__(self, asked_by: str, gradient: Vector, variables: Variables) -> None:
+    def __init__(
+        self, asked_by: str, gradient: Vector, variables: Variables, reached: Sequence[bool] | None = None
+    ) -> None:  # fmt: skip
         self._asked_by, self.gradient, self.variables = asked_by, gradient, list(variables)
+        self.reached = tuple(True for _ in variables) if reached is None else tuple(reached)
 
     @property
     def weights(self) -> Vector:

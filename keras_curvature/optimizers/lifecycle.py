@@ -14,8 +14,9 @@ from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.linearization.gradients import Gradients, needs_a_curved_model
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
-from keras_curvature.optimizers import first_batch
+from keras_curvature.optimizers import first_batch, given
 from keras_curvature.optimizers.arguments import check_accumulation, check_for_keras
+from keras_curvature.optimizers.given import overwrites
 from keras_curvature.optimizers.wrappers import WrappedOptimizer
 from keras_curvature.typing import LearningRate, Shape, Tensors, Variables
 
@@ -31,7 +32,7 @@ class Lifecycle(WrappedOptimizer):
         check_accumulation(self)
         self.check_wrappers(self._steps_each_weight)
         self._noted, self._reported, self._rejected = [], {}, None
-        self._hands_a_step, self._model = False, lambda: None
+        self._hands_a_step, self._unreached, self._model = False, (), lambda: None
 
     # The step. Under `tf.function` AutoGraph would first translate everything that it calls.
 
@@ -51,6 +52,7 @@ class Lifecycle(WrappedOptimizer):
         self._noted, self._reported, self._rejected = [], {}, None
         with tf.name_scope(self.name):
             handed, finite = self._handed(linearization)
+            handed = self._without_unreached(handed, linearization)
             length = self._reported.get("step_norm")  # of a method that has the inner products
             length = trees.norm(handed) if length is None else length
             moved = length * tf.cast(self.learning_rate, length.dtype)  # a schedule may be infinite somewhere
@@ -115,6 +117,25 @@ class Lifecycle(WrappedOptimizer):
             known = handed is not linearization.gradient
         return handed, finite & trees.is_finite(linearization.gradient) if known else finite
 
+    def _without_unreached(self, handed, linearization):
+        """The step, zero for weights that the loss does not depend on: they stay and do not decay, as in Keras."""
+        asks = _knows_gradient(linearization) or self.weight_decay  # it may cost a gradient; a step is zero without
+        reached = (linearization.reached if asks else None) or (True,) * len(handed)
+        if not any(reached):
+            raise ValueError("No gradients provided for any variable: the loss depends on no trainable weight.")
+        self._unreached = tuple(i for i, known in enumerate(reached) if not known)
+        if self._unreached and self.needs.shifted:
+            warnings.warn(given.missing([self.trained[i] for i in self._unreached]), stacklevel=4)
+        if not self._unreached or self.needs.shifted:  # displaced weights go back by a step
+            return handed
+        self._reported.pop("step_norm", None)
+        return [step if known else tf.zeros_like(step) for step, known in zip(handed, reached, strict=True)]
+
+    def _apply_weight_decay(self, variables):
+        """Keras' decay, of the weights that the loss depends on."""
+        left_out = {id(self.trained[i]) for i in self._unreached}
+        super()._apply_weight_decay([v for v in variables if id(v) not in left_out])
+
     def _wrapped(self, step, gradient, clip=lambda step: step):
         """`wrapped`; without the length that the method may have reported, where the step is another one now."""
         handed = self.wrapped(step, gradient, clip)
@@ -133,8 +154,10 @@ class Lifecycle(WrappedOptimizer):
             each_variable(distribution, grads_and_vars, learning_rate)
             return
         self._noted = []
-        gradients = [gradient for gradient, _ in grads_and_vars]
+        present = {self.place_of(variable): gradient for gradient, variable in grads_and_vars}
+        gradients = [present[i] if i in present else tf.zeros_like(v) for i, v in enumerate(self.trained)]
         directions = self._wrapped(self.precondition(gradients), lambda: gradients)
+        directions = [directions[i] for i in present]
         noted, self._noted, self._reported = list(self._noted), [], {}  # tensors of a branch of Keras' own
 
         def take():
@@ -150,6 +173,8 @@ class Lifecycle(WrappedOptimizer):
     def _hand_to_keras(self, gradients, overwriting):
         if self.loss_scale_factor is not None:  # Keras divides by it; the step has its true size already
             gradients = trees.scale(self.loss_scale_factor, gradients)
+        if not self.needs.shifted:  # Keras warns, and skips `None`
+            gradients = [None if i in self._unreached else g for i, g in enumerate(gradients)]
         self._hands_a_step = not (self._steps_each_weight or self.gradient_accumulation_steps)
         with replicas.keras_outside():
             super().apply([*gradients, *overwriting], [*self.trained, *self._overwritten])
@@ -164,8 +189,10 @@ class Lifecycle(WrappedOptimizer):
                 "Call `optimizer.build(trainable_variables)` first."
             )
         variables = list(self._built_for if trainable_variables is None else trainable_variables)
+        grads, variables = self._in_order(list(grads), variables)
         self.require(variables)
-        gradients = self._complete(list(grads), variables)
+        reached = [g is not None for g, v in zip(grads, variables) if not overwrites(v)]
+        gradients = given.complete(type(self).__name__, list(grads), variables)
 
         def take(gradients):
             total = replicas.add_up(gradients)
@@ -174,35 +201,18 @@ class Lifecycle(WrappedOptimizer):
             stepped = [g for g, v in zip(total, variables) if not overwrites(v)]
             if self.loss_scale_factor is not None:
                 stepped = [g / self.loss_scale_factor for g in stepped]
-            self.step(Gradients(type(self).__name__, stepped, self.trained), overwriting)
+            self.step(Gradients(type(self).__name__, stepped, self.trained, reached), overwriting)
 
         replicas.cross(take, gradients)
         return self.iterations
 
-    def _complete(self, grads, variables):
-        """Dense gradients for all variables; Keras' warning if some are missing, its error if all are."""
-        if len(grads) != len(variables):
-            raise ValueError(
-                f"`{type(self).__name__}.apply`: `grads` must hold one gradient for each variable, in the same order. "
-                f"Received: {len(grads)} gradients for {len(variables)} variables ({_names(variables)})"
-            )
-        if all(g is None for g in grads):
-            raise ValueError("No gradients provided for any variable.")
-        missing = [v.name for g, v in zip(grads, variables) if g is None]
-        if missing:
-            warnings.warn(
-                f"Gradients do not exist for variables {missing} when minimizing the loss. If you're using "
-                "`model.compile()`, did you forget to provide a `loss` argument?",
-                stacklevel=4,
-            )
-        values = [tf.zeros_like(v) if g is None else tf.convert_to_tensor(g) for g, v in zip(grads, variables)]
-        for g, v in zip(values, variables):
-            if not g.shape.is_compatible_with(v.shape):
-                raise ValueError(
-                    f"`{type(self).__name__}.apply`: a gradient must have the shape of its variable. Received: a "
-                    f"gradient of shape {tuple(g.shape)} for {_names([v])} of shape {tuple(v.shape)}"
-                )
-        return [tf.cast(trees.shaped(g, v.shape), trees.wide(v.dtype)) for g, v in zip(values, variables)]
+    def _in_order(self, grads, variables):
+        """Gradients and variables in the order that the optimizer was built for, if they are the same in another."""
+        if not self.built or len(grads) != len(variables):
+            return grads, variables
+        known, keys = (keras_internals.keys_of(self, list(some)) for some in (self._built_for, variables))
+        moved = known != keys and sorted(known) == sorted(keys)
+        return ([grads[keys.index(key)] for key in known], list(self._built_for)) if moved else (grads, variables)
 
     def meet(self, model: keras.Model | None) -> None:
         """Remember the model, if the state is built from its layers."""
@@ -224,12 +234,12 @@ class Lifecycle(WrappedOptimizer):
             replicas.outside_of_graphs(self._build_by_name, variables)
         if not self.built:
             raise ValueError(needs_a_curved_model(type(self).__name__, "needs the model's layers"))
-        known = keras_internals.keys_of(self, self.trained)
-        given = keras_internals.keys_of(self, [v for v in variables if not overwrites(v)])
-        if known != given:
+        trained = [v for v in variables if not overwrites(v)]
+        known, wanted = (keras_internals.keys_of(self, some) for some in (self.trained, trained))
+        if known != wanted:
             raise ValueError(
                 f"`{type(self).__name__}` was built for {len(known)} weights "
-                f"({_names(self.trained)}) and is now given {len(given)} ({_names(variables)}). Its "
+                f"({given.names(self.trained)}) and is now given {len(wanted)} ({given.names(variables)}). Its "
                 "state belongs to the first: it cannot serve another model, or this one after layers were frozen or "
                 "unfrozen. Compile with a new optimizer:\n\n"
                 "    model.compile(optimizer=type(optimizer).from_config(optimizer.get_config()), ...)\n"
@@ -277,18 +287,8 @@ class Lifecycle(WrappedOptimizer):
         self._load_waiting()
 
 
-def overwrites(variable):
-    """Whether the gradient of a variable is its new value, as of the scales in float8 training."""
-    return getattr(variable, "overwrite_with_gradient", False)
-
-
 def _knows_gradient(linearization):
     return not isinstance(linearization, Linearization) or linearization.is_known("gradient")
-
-
-def _names(variables):
-    names = [getattr(v, "path", v.name) for v in variables]
-    return ", ".join(names if len(names) <= 4 else [*names[:3], f"... {names[-1]}"])
 
 
 def _assign(noted):

@@ -11,7 +11,7 @@ from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
 from keras_curvature.linearization.pure.functional import build_for
 from keras_curvature.optimizers.base import CurvatureOptimizer
-from keras_curvature.optimizers.lifecycle import overwrites
+from keras_curvature.optimizers.given import overwrites
 from keras_curvature.training.reports import Reports
 
 
