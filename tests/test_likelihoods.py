@@ -1,6 +1,7 @@
 """Sampled, exact and empirical cotangents against dense Fisher and Gauss-Newton matrices, in float64."""
 
 import itertools
+import warnings
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ import keras_curvature
 from keras_curvature import Linearization
 from keras_curvature.linearization.fisher import likelihoods
 from keras_curvature.linearization.layers import kronecker
+from keras_curvature.linearization.pure import slices
 from keras_curvature.operators import dense
 
 
@@ -369,3 +371,42 @@ def test_a_compute_loss_without_a_likelihood_is_told_where_it_goes():
     case = LOSSES["own_compute_loss"]().compile()
     with pytest.raises(ValueError, match="a model with a `compute_loss` of its own and one output has it in its class"):
         Linearization(case.model, *case.batch).fisher_diagonal()
+
+
+def traces(last, loss, dtype=None):
+    """The traces of the Gauss-Newton and of the Fisher matrix, of a model that ends in these layers."""
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, "tanh", dtype=dtype), *last])
+    model.compile("sgd", loss)
+    random = np.random.default_rng(0)
+    batch = random.standard_normal((6, 4)).astype("float32"), np.array([0, 1, 1, 0, 1, 0])
+    return [keras_curvature.curvature(model, batch, kind=kind).trace(100).value for kind in ("ggn", "fisher")]
+
+
+@pytest.mark.parametrize("dtype", [None, "float64", "mixed_bfloat16"])
+def test_the_logits_of_a_softmax_are_read_in_every_precision(dtype):
+    ggn, fisher = traces([layers.Dense(3, "softmax", dtype=dtype)], "sparse_categorical_crossentropy", dtype)
+    np.testing.assert_allclose(ggn, fisher, rtol=1e-4 if dtype != "mixed_bfloat16" else 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("last", "loss"),
+    [
+        ([], keras.losses.SparseCategoricalCrossentropy(ignore_class=-1)),
+        ([layers.Reshape((3,))], "sparse_categorical_crossentropy"),
+    ],
+    ids=["ignore_class", "reshape"],
+)
+def test_a_cross_entropy_that_loses_the_logits_is_warned_of(last, loss, monkeypatch):
+    monkeypatch.setattr(slices, "_warned", set())
+    with pytest.warns(UserWarning, match="loss=sparse_categorical_crossentropy reads probabilities and not the logits"):
+        ggn, fisher = traces([layers.Dense(3, "softmax"), *last], loss)
+    assert abs(ggn - fisher) > 0.05 * fisher
+
+
+def test_losses_that_are_made_for_what_they_read_are_not_warned_of(monkeypatch):
+    monkeypatch.setattr(slices, "_warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        traces([layers.Dense(3)], keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        traces([layers.Dense(3, "softmax")], "sparse_categorical_crossentropy")

@@ -21,7 +21,7 @@ import contextlib
 import tensorflow as tf
 
 from keras_curvature import replicas, trees
-from keras_curvature.linearization.fisher import sampling
+from keras_curvature.linearization.fisher import probabilities, sampling
 from keras_curvature.linearization.pure import slices
 from keras_curvature.linearization.pure.differentiability import strictly
 from keras_curvature.linearization.pure.differentiable import without_control_edges
@@ -200,6 +200,7 @@ class Pass(Jacobian):
     def push(self, vector):
         """`(J v, H_L J v)`."""
         self.require_leaves()
+        self.once(("probabilities",), lambda: probabilities.warn(self))
         tangents = self.jvp(vector)
         return tangents, self.curve(tangents)
 

@@ -2,7 +2,7 @@
 
 The Gauss-Newton matrix `J' H J` is positive semi-definite exactly when the loss is convex in the model's outputs (`H >=
 0`). Keras' cross-entropies are convex in the logits, which they read if the model ends in a softmax or sigmoid. Those
-of other probabilities, which Keras divides by their sum, are not convex, and are not told apart here. Keras' other
+of other probabilities, which Keras divides by their sum, are not convex; `probabilities.py` warns of them. Keras' other
 losses are convex in the outputs, except those listed here. A custom loss counts as convex unless it has an attribute
 `convex_in_outputs = False`.
 """

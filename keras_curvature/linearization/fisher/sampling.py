@@ -145,7 +145,7 @@ def _graded(recorded, targets):
 
     def noting(loss):
         def probed(y, outputs, sample_weight=None):
-            leaf, is_logits = _leaf_of(recorded, outputs)
+            leaf, is_logits = leaf_of(recorded, outputs)
             likelihood = of_losses.likelihood(loss, is_logits)
             wide = _in_full_precision(outputs)
             z = keras_internals.logits_of(wide) if is_logits else wide
@@ -171,7 +171,7 @@ def _graded_by_model(recorded, targets):
             f"{len(keras.tree.flatten(outputs))} outputs of {type(pure.model).__name__}. Pass the losses to "
             "`compile(loss=...)`, each with a likelihood, instead of `compute_loss`."
         )
-    leaf, _ = _leaf_of(recorded, outputs)
+    leaf, _ = leaf_of(recorded, outputs)
     with tf.GradientTape() as tape:
         z = _in_full_precision(outputs)
         tape.watch(z)
@@ -243,7 +243,7 @@ def _on_leaves(recorded, found):
     return sums
 
 
-def _leaf_of(recorded, outputs):
+def leaf_of(recorded, outputs):
     """`(index of the leaf that a loss of these outputs reads, whether it is their logits)`."""
     logits = keras_internals.logits_of(outputs)
     for i, leaf in enumerate(recorded.leaves):

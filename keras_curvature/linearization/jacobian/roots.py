@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_curvature import keras_internals, trees
-from keras_curvature.linearization.fisher import likelihoods, of_losses
+from keras_curvature.linearization.fisher import likelihoods, of_losses, probabilities
 from keras_curvature.linearization.fisher.convexity import name_of
 from keras_curvature.linearization.pure.vectorized import vectorized_map
 
@@ -61,6 +61,7 @@ class Root:
 def roots(recorded):
     """`[Root]`, one for each leaf of a `Pass`."""
     recorded.require_leaves()
+    probabilities.warn(recorded)
     return [_root(recorded, i, structure) for i, structure in enumerate(_structures(recorded))]
 
 

@@ -253,8 +253,9 @@ def _cut(outputs):
             return y
         found = keras_internals.carried(y)
         logits = found.get(keras_internals.LOGITS)
-        # Keras' losses cast half precision to float32, and the cast would drop the logits
-        cut = tf.cast(y, tf.float32) if logits is not None and y.dtype.size < 4 else tf.identity(y)
+        # Keras' losses cast to its float type, half precision to float32, and the cast would drop the logits
+        kind = y.dtype if logits is None else tf.float32 if y.dtype.size < 4 else tf.as_dtype(keras.config.floatx())
+        cut = tf.cast(y, kind) if kind != y.dtype else tf.identity(y)
         leaves.append(cut)
         if logits is not None:
             found[keras_internals.LOGITS] = tf.identity(tf.cast(logits, cut.dtype))

@@ -100,7 +100,7 @@ _warned = set()
 
 def warn_of_coupled(loss):
     """Warn once per name of a loss that its value on slices may differ from its value on the whole batch."""
-    _warn_once(
+    warn_once(
         f"The loss {loss!r} does not return an independent value for each example, and the batch is cut into slices "
         "(micro-batches, replicas or a curvature batch). The result is the mean of the slices' losses. It is the loss "
         "of the whole batch if the loss is a mean over examples, without sample weights. If the loss couples examples "
@@ -115,7 +115,7 @@ def warn_of_sums(model):
         return
     for layer in keras_internals.layers_of(model):
         if getattr(layer, "activity_regularizer", None) is not None:
-            _warn_once(
+            warn_once(
                 f"The batch is cut into slices (micro-batches, replicas or a curvature batch), and Keras "
                 f"{keras.__version__} adds the `activity_regularizer` of {layer.name!r} up over the examples of a "
                 "slice. Added losses are averaged over the slices, so it counts less. Use Keras 3.14 or newer, which "
@@ -123,7 +123,8 @@ def warn_of_sums(model):
             )
 
 
-def _warn_once(message):
+def warn_once(message):
+    """Warn, unless this was said before."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=3)
