@@ -61,7 +61,8 @@ def check(owner, name, value, valid, expected):
     """
     if not valid:
         owner = owner if isinstance(owner, str) else getattr(owner, "__name__", type(owner).__name__)
-        raise ValueError(f"`{owner}`: `{name}` must be {expected}. Received: {name}={value!r}")
+        remedy = f". Pass a number of Python, `{name}={value.item()!r}`" if isinstance(value, np.generic) else ""
+        raise ValueError(f"`{owner}`: `{name}` must be {expected}. Received: {name}={value!r}{remedy}")
 
 
 def is_number(value):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import keras
+import numpy as np
 import pytest
 
 from keras_curvature import ArmijoLineSearch, ConjugateGradient, ConstantDamping, LevenbergMarquardt, NeumannSeries
@@ -93,3 +94,11 @@ def test_components_hold_components():
     pair = Pair(damping=LevenbergMarquardt(3.0))
     config = json.loads(json.dumps(keras.saving.serialize_keras_object(pair)))
     assert keras.saving.deserialize_keras_object(config) == pair
+
+
+def test_numbers_of_numpy_are_refused_with_what_to_write():
+    """A config holds plain values, and `isinstance(np.int64(2), int)` is false."""
+    with pytest.raises(ValueError, match=r"Received: max_steps=np.int64\(5\). Pass a number of Python, `max_steps=5`$"):
+        ConjugateGradient(max_steps=np.int64(5))
+    with pytest.raises(ValueError, match=r"`beta_1=0.5`$"):
+        check_number("SOAP", "beta_1", np.float32(0.5), low=0.6)

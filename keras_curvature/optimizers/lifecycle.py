@@ -52,12 +52,12 @@ class Lifecycle(WrappedOptimizer):
         self._noted, self._reported, self._rejected = [], {}, None
         with tf.name_scope(self.name):
             handed, finite = self._handed(linearization)
+            begins = self._begins(linearization)
             handed = self._without_unreached(handed, linearization)
             length = self._reported.get("step_norm")  # of a method that has the inner products
             length = trees.norm(handed) if length is None else length
             moved = length * tf.cast(self.learning_rate, length.dtype)  # a schedule may be infinite somewhere
             finite &= tf.math.is_finite(moved) & self._no_refresh_overflowed(linearization)
-            begins = self._begins(linearization)
             noted, rejected = list(self._noted), self._rejected
 
             def take():
@@ -189,7 +189,7 @@ class Lifecycle(WrappedOptimizer):
                 "Call `optimizer.build(trainable_variables)` first."
             )
         variables = list(self._built_for if trainable_variables is None else trainable_variables)
-        grads, variables = self._in_order(list(grads), variables)
+        grads, variables = self._reordered(list(grads), variables)
         self.require(variables)
         reached = [g is not None for g, v in zip(grads, variables) if not overwrites(v)]
         gradients = given.complete(type(self).__name__, list(grads), variables)
@@ -206,7 +206,7 @@ class Lifecycle(WrappedOptimizer):
         replicas.cross(take, gradients)
         return self.iterations
 
-    def _in_order(self, grads, variables):
+    def _reordered(self, grads, variables):
         """Gradients and variables in the order that the optimizer was built for, if they are the same in another."""
         if not self.built or len(grads) != len(variables):
             return grads, variables
