@@ -120,6 +120,26 @@ def test_pooling_in_a_graph_is_that_of_a_loop(setting):
     np.testing.assert_allclose(np.sum(found[2] * np.cos(v)), np.sum(u * tangent), rtol=1e-4)
 
 
+@pytest.mark.parametrize("padding", ["SAME", [[0, 0], [1, 1], [1, 1], [0, 0]]], ids=["same", "explicit"])
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_layer_that_calls_tensorflow_has_the_same_tangent(padding, eager):
+    random = np.random.default_rng(0)
+    x, v = (random.standard_normal((2, 6, 5, 3)).astype("float32") for _ in range(2))
+
+    def asked(x, v):
+        with tf.GradientTape() as outer:
+            u = tf.ones_like(x)
+            outer.watch(u)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = tf.nn.max_pool(x, 3, 1, padding)
+            gradient = tape.gradient(y, x, output_gradients=u)
+        return outer.gradient(gradient, u, output_gradients=tf.math.cos(v))
+
+    found = (asked if eager else tf.function(asked, autograph=False))(tf.constant(x), tf.constant(v))
+    np.testing.assert_allclose(found, looped(x, np.cos(v), 3, 1, "same")[1], rtol=1e-6)
+
+
 @pytest.mark.skipif(not HAS_XLA, reason="no XLA for the host")
 def test_not_a_number_is_the_largest_and_so_is_seen():
     x = tf.constant([[[np.nan], [1.0], [2.0], [-np.inf], [np.nan], [-np.inf]]], "float32")

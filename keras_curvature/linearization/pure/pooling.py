@@ -17,8 +17,6 @@ def max_pool(original, inputs, pool_size, strides, padding, data_format):
     * Adjacent windows of images: the output tangent is the input tangent at each window's maximum.
     * Other windows under XLA: the entries of a window are compared one by one, which XLA makes one loop. Without XLA
       that would take 18 times as long as `MaxPoolGradGrad` on a CPU.
-    * Windows one step apart with padding, which have as many outputs as inputs: padded beforehand. `MaxPoolGradGrad`
-      would write its result over the tangent while it still reads from it (TensorFlow 2.21).
     """
     dimensions, data_format = inputs.shape.rank - 2, data_format or keras.config.image_data_format()
     size = (pool_size,) * dimensions if isinstance(pool_size, int) else tuple(pool_size)
@@ -26,20 +24,9 @@ def max_pool(original, inputs, pool_size, strides, padding, data_format):
     if data_format == "channels_last" and dimensions == 2 and size == step and padding == "valid":
         return _adjacent(inputs, size)
     if not keras_internals.is_compiled():
-        lengths = inputs.shape[1:-1] if data_format == "channels_last" else inputs.shape[2:]
-        if padding == "same" and all(s == 1 or n == 1 for s, n in zip(step, lengths)):
-            inputs, padding = _padded(inputs, size, data_format), "valid"
         return original(inputs, pool_size, strides, padding, data_format)
     outputs = _compared(windows.channels_last(inputs, data_format), size, step, padding)
     return windows.laid_out(outputs, data_format)
-
-
-def _padded(inputs, size, data_format):
-    """The inputs with what padding adds around them for windows one step apart, which is never the largest."""
-    around = [((k - 1) // 2, k // 2) for k in size]
-    at = 1 if data_format == "channels_last" else 2
-    whole = [(0, 0)] * at + around + [(0, 0)] * (2 - at)
-    return tf.pad(inputs, whole, constant_values=inputs.dtype.as_numpy_dtype(-float("inf")))
 
 
 def _adjacent(inputs, size):

@@ -160,6 +160,32 @@ def _fill_empty_rows(op, of_values, of_default):
     ]
 
 
+def _max_pool(again):
+    """Gradient of `MaxPoolGrad(inputs, outputs, g)`: the entry of `u` at the largest input of each window.
+
+    TensorFlow writes the result over `u` where both have the same shape, also while it still reads from `u`: with
+    windows one step apart and padding. With the padding done before, the shapes differ.
+    """
+
+    def gradient(op, u):
+        inputs, outputs, _ = op.inputs
+        how = _attributes(op, "ksize", "strides", "padding", "data_format")
+        padding, around = _text(how["padding"]), None
+        if padding == "EXPLICIT":
+            given = list(op.get_attr("explicit_paddings"))
+            around = list(zip(given[::2], given[1::2]))
+        elif padding == "SAME" and all(s == 1 or n == 1 for s, n in zip(how["strides"], inputs.shape)):
+            around = [((k - 1) // 2, k // 2) for k in how["ksize"]]
+        if around is not None:
+            inputs = tf.pad(inputs, around, constant_values=tf.constant(-float("inf"), inputs.dtype))
+            u, padding = tf.pad(u, around), "VALID"
+        how |= {"padding": padding, "data_format": _text(how["data_format"])}
+        found = again(orig_input=inputs, orig_output=outputs, grad=u, **how)
+        return [tf.zeros_like(op.inputs[0]), tf.zeros_like(op.inputs[1]), found]
+
+    return gradient
+
+
 # For operations that are not in TensorFlow's gradient registry: differentiating them raises a `LookupError`.
 ADDED = {
     "CropAndResizeGradImage": _crop_and_resize,
@@ -175,12 +201,14 @@ ADDED = {
     "SparseSegmentSumGrad": _sparse_segment(tf.raw_ops.SparseSegmentSumWithNumSegments),
 }
 
-# For operations whose gradient operation is registered as not differentiable.
+# For operations whose gradient operation is registered as not differentiable, or whose registered gradient is wrong.
 INSTEAD = {
     "FakeQuantWithMinMaxArgs": _fake_quant_args,
     "FakeQuantWithMinMaxVars": _fake_quant_vars(tf.raw_ops.FakeQuantWithMinMaxVarsGradient, tf.reduce_sum),
     "FakeQuantWithMinMaxVarsPerChannel": _fake_quant_vars(
         tf.raw_ops.FakeQuantWithMinMaxVarsPerChannelGradient, _by_channel
     ),
+    "MaxPool3DGrad": _max_pool(tf.raw_ops.MaxPool3DGradGrad),
+    "MaxPoolGrad": _max_pool(tf.raw_ops.MaxPoolGradGrad),
     "ResizeBilinear": _bilinear,
 }
