@@ -7,6 +7,9 @@ import tensorflow as tf
 from keras_curvature.linearization.fisher import of_losses
 from keras_curvature.linearization.fisher.convexity import name_of
 
+# Keras' losses of other targets than one for each output: sequences of labels, or a class for each row of outputs.
+OTHER_TARGETS = ("ctc", "categoricalgeneralizedcrossentropy", "circle")
+
 
 def check_inputs(owner, model, x):
     """Refuse inputs of a shape that a model with known inputs does not take."""
@@ -82,7 +85,7 @@ def _is_of_keras(loss):
     """Whether it is a Keras loss that compares outputs and targets entry by entry, or class by class."""
     of = type(loss) if isinstance(loss, keras.losses.Loss) else loss
     known = isinstance(loss, str) or getattr(of, "__module__", "").startswith("keras.")
-    return known and name_of(loss).lower().replace("_", "") not in ("ctc", "categoricalgeneralizedcrossentropy")
+    return known and name_of(loss).lower().replace("_", "") not in OTHER_TARGETS
 
 
 def _takes(shape, got):
