@@ -439,6 +439,25 @@ def test_a_loss_of_one_number_counts_by_the_share_of_the_slice():
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("loss", "weighs"), [
+    (_mean_of_squares, True), (keras.losses.Dice(), False), (keras.losses.Dice(reduction="sum"), False),
+    (keras.losses.Dice(axis=0, name="dice_of_classes"), False),
+])  # fmt: skip
+def test_losses_that_couple_examples_are_means_of_the_slices_and_warned_of(loss, weighs):
+    """Also where sample weights make several numbers of one, and whatever the reduction."""
+    rng = np.random.default_rng(0)
+    batch = [rng.normal(size=(6, 3)), rng.uniform(size=(6, 2)), *([np.linspace(0.5, 3.0, 6)] if weighs else [])]
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, "sigmoid")])
+    model.compile("sgd", loss)
+    slices._warned.clear()
+    with pytest.warns(UserWarning, match="'(_mean_of_squares|dice.*)' does not return .* cut into slices") as caught:
+        found = Linearization(model, *batch, micro_batches=2).loss
+    assert len(caught) == 1
+    rows = [[a[i : i + 3] for a in batch] for i in (0, 3)]
+    parts = [float(model.compute_loss(x, y, model(x), *weights)) for x, y, *weights in rows]
+    np.testing.assert_allclose(found, np.mean(parts), rtol=1e-5)
+
+
 def test_an_activity_regularizer_that_keras_adds_up_is_warned_of():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activity_regularizer="l2", name="regularized")])
     model.compile("sgd", "mse")

@@ -28,6 +28,7 @@ them, and `tests/test_private_names.py` fails if another file uses a private nam
 | `CompileLoss._flat_losses` | `changed_losses` | replaces losses inside the compiled loss |
 | `LossFunctionWrapper` | `function_of` | the class is not exported |
 | `LossFunctionWrapper._fn_kwargs` | `options_of` | `get_config` of a sparse loss leaves out `axis` |
+| `loss.apply_mask` | `with_mask` | what a mean over weights is divided by |
 | `Tensor._keras_logits`, `_keras_mask` | `carried`, `carry`, `logits_of`, `LOGITS` | Keras sets these attributes |
 | **layers.py** |  |  |
 | `BatchNormalization._moments` | `batch_moments` | `keras.ops.moments` takes no mask |
@@ -89,6 +90,7 @@ from keras_curvature.keras_internals.losses import (
     logits_of,
     losses_of,
     options_of,
+    with_mask,
 )  # fmt: skip
 from keras_curvature.keras_internals.models import (
     Functional,
@@ -124,5 +126,5 @@ __all__ = [
     "functional_of", "guard", "guard_attribute", "has_several_workers", "holding", "is_built", "is_compiled",
     "is_continuous", "is_under_strategy", "keys_of", "last_step", "layers_of", "logits_of", "loss_tracker", "losses_of",
     "made_by", "options_of", "own_weights", "places_of", "state", "static_shape", "strategy_of", "takes_training",
-    "trained_by", "trusting", "twin", "unpickled", "uses_merge_calls",
+    "trained_by", "trusting", "twin", "unpickled", "uses_merge_calls", "with_mask",
 ]  # fmt: skip

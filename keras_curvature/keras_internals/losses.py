@@ -1,5 +1,7 @@
 """Private names of Keras' losses, and of the attributes that they read from the outputs."""
 
+import keras
+from keras.src.losses.loss import apply_mask
 from keras.src.losses.losses import LossFunctionWrapper
 
 from keras_curvature.keras_internals.guards import twin
@@ -36,6 +38,12 @@ def function_of(loss):
 def options_of(loss):
     """The keyword arguments that a Keras loss passes to its function, a dict; empty for other losses."""
     return getattr(loss, "_fn_kwargs", {})
+
+
+def with_mask(sample_weight, mask, dtype, reduction):
+    """The weights by which a loss multiplies its values: sample weights, a mask, or both; one of them may be `None`."""
+    given = None if sample_weight is None else keras.ops.convert_to_tensor(sample_weight, dtype)
+    return apply_mask(given, mask, dtype=dtype, reduction=reduction)
 
 
 def carried(tensor):

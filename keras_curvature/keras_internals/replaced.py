@@ -7,7 +7,7 @@
 | `nn.max_pool` | `MAX_POOL` | `pure/differentiable.py` | a cheap forward mode, also under XLA |
 | `rnn.cudnn_ok` | `CUDNN_OK` | `pure/differentiable.py` | cuDNN has no second derivative |
 | `loss.scale_loss_for_distribution` | `SCALE_LOSS` | `pure/differentiable.py` | uneven slices |
-| `loss.reduce_values` | `REDUCE_LOSS` | `pure/differentiable.py` | losses that return one number |
+| `loss.reduce_weighted_values` | `REDUCE_LOSS` | `pure/differentiable.py` | means over weights, losses of one number |
 | `loss.unscale_loss_for_distribution` | `UNSCALE_LOSS` | `pure/differentiable.py` | uneven slices |
 | `FuncGraph.control_dependencies` | `CONTROL_DEPENDENCIES` | `pure/differentiable.py` | an unused backward pass |
 | `gen_stateless_random_ops_v2.*` | `GENERATORS`, `TRUNCATED_NORMAL` | `pure/randomness.py` | rows of a slice |
@@ -45,7 +45,7 @@ SYNCHRONIZED_MOMENTS = (nn, "_compute_moments_sync")
 MAX_POOL = (nn, "max_pool")
 CUDNN_OK = (rnn, "cudnn_ok")
 SCALE_LOSS = (loss, "scale_loss_for_distribution")
-REDUCE_LOSS = (loss, "reduce_values")
+REDUCE_LOSS = (loss, "reduce_weighted_values")
 UNSCALE_LOSS = (loss, "unscale_loss_for_distribution")
 CONTROL_DEPENDENCIES = (FuncGraph, "control_dependencies")
 GENERATORS = tuple(

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from keras_curvature import keras_internals, replicas
 from keras_curvature.keras_internals import replaced
-from keras_curvature.linearization.pure import pooling, randomness, slices
+from keras_curvature.linearization.pure import pooling, randomness, reductions, slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +89,9 @@ def _scale(original, mean):
     return original(mean) if place is None else place.weigh(mean)
 
 
-def _reduce(original, values, sample_weight=None, reduction="sum_over_batch_size"):
-    """The reduction of a loss; a loss that returns one number for the slice is weighted by its share too."""
-    loss, place = original(values, sample_weight, reduction), _place()
-    if place is None or not place.weighs_means:
-        return loss
-    name = tf.get_current_name_scope().split("/")[-1]  # Keras calls a loss in a name scope of its name
-    is_one = values.shape.rank == 0 and reduction in ("sum_over_batch_size", "mean", "mean_with_sample_weight")
-    if is_one or name == "circle":  # Keras' only loss whose value for an example depends on the others
-        slices.warn_of_coupled(name)
-    return place.weigh(loss) if is_one else loss  # `_scale` weights the others
+def _reduce(original, *args, **kwargs):
+    """The reduction of a loss, on a part of the examples; see `reductions.py`."""
+    return reductions.reduce(original, *args, **kwargs) if _mode.get().is_open else original(*args, **kwargs)
 
 
 def _unscale(original, value):

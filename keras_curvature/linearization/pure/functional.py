@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from keras_curvature import keras_internals, replicas, trees
 from keras_curvature.component import check
-from keras_curvature.linearization.pure import slices
+from keras_curvature.linearization.pure import reductions, slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Evaluation:
         state: Next values of the model's non-trainable variables, `None` for variables that the pass did not change.
         counters: Next values of the variables of the model's metrics, some of which the loss updates; else `None`.
         has_added: Whether the layers of the model have added losses. Defaults to `False`.
+        mean_weights: For each loss that is a mean over sample weights or unmasked steps, the slice's part of the mean
+            weight of the batch's examples, a list of scalars; see `reductions.py`.
+        coupled: Names of the losses whose values for the examples may depend on one another, a list.
     """
 
     outputs: object
@@ -41,6 +44,8 @@ class Evaluation:
     state: list
     counters: list
     has_added: bool = False
+    mean_weights: list = dataclasses.field(default_factory=list)
+    coupled: list = dataclasses.field(default_factory=list)
 
 
 class KeptPass:
@@ -120,12 +125,13 @@ class PureModel:
             with contextlib.ExitStack() as opened:
                 for tape in loss_tapes:
                     opened.enter_context(tape).watch(leaves)
-                loss = self._loss(outputs, self.y)
+                loss, found = self._loss(outputs, self.y)
         _check_not_assigned(scope, model.trainable_variables, given)
         after = [scope.get_current_value(v) for v in [*self.stateful, *self.counting]]
         moved = [None if new is old else self._next(new, old) for new, old in zip(after, before)]
         own = len(self.stateful)
-        self.evaluation = Evaluation(outputs, leaves, loss, moved[:own], moved[own:], bool(scope.losses))
+        losses = bool(scope.losses), found.mean_weights, found.coupled
+        self.evaluation = Evaluation(outputs, leaves, loss, moved[:own], moved[own:], *losses)
         return self.evaluation
 
     def leaves_of(self, weights, example):
@@ -151,25 +157,28 @@ class PureModel:
             change: A function that maps each `keras.losses.Loss` to the function called in its place.
         """
         loss = keras_internals.changed_losses(self.model, change)
-        with keras.StatelessScope(), slices.at(dataclasses.replace(self.place, weighs_means=True)):
+        with keras.StatelessScope(), reductions.finding(self.place, weighs_means=True):
             return loss(self.y, outputs, self.sample_weight)
 
     def own_loss(self, outputs, y):
         """The loss by the model's own `compute_loss` of outputs and targets; moves nothing."""
         with keras.StatelessScope():
-            return self._loss(outputs, y)
+            return self._loss(outputs, y)[0]
 
     def _loss(self, outputs, y):
+        """`(loss, what it found)`: the slice's share of the loss."""
         own = type(self.model).compute_loss is not keras.Model.compute_loss
         if not own:
             _check_has_examples(self.place)
-        with slices.at(dataclasses.replace(self.place, weighs_means=not own)):
+        with reductions.finding(self.place, weighs_means=not own) as found:
             loss = keras_internals.compute_loss(self.model, self.x, y, outputs, self.sample_weight, self.training)
         _check_is_a_number(loss)
+        if not own:
+            found.add_coupled(keras_internals.losses_of(self.model))
         if not own or self.place.is_even:
-            return loss
+            return loss, found
         # a custom loss counts as a mean over the examples that leaves the replicas to Keras
-        return self.place.weigh(loss * replicas.count())
+        return self.place.weigh(loss * replicas.count()), found
 
     def _next(self, new, old):
         """The next value of a variable; on a slice without examples statistics stay and seeds still advance."""

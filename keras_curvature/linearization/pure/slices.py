@@ -8,7 +8,8 @@ with two effects:
   the mean over the batch, even for uneven slices; Keras gives every replica the same share. Two losses are means over
   other numbers: masked losses over the unmasked steps, and `reduction="mean_with_sample_weight"` over the weights. For
   these the result is the mean of per-slice means. It equals the mean over the batch if slices have the same number of
-  steps, or the same sum of weights, per example. A loss that returns one number for a slice is weighted by the share
+  steps, or the same sum of weights, per example; and always if the means over all examples are known, as where
+  curvature is measured (`reductions.py`). A loss that returns one number for a slice is weighted by the share
   too. Some losses couple examples: contrastive losses, `Circle`, `Dice` and `Tversky` over the batch, the root of a
   mean. For these the mean of the slices' values is not the value of the whole batch, and `warn_of_coupled` warns.
 * Random draws for each example (dropout masks, noise) are the rows of the whole batch's draw; see `randomness.py`.
@@ -123,11 +124,11 @@ def warn_of_sums(model):
             )
 
 
-def warn_once(message):
-    """Warn, unless this was said before."""
+def warn_once(message, stacklevel=3):
+    """Warn, unless this process has warned in the same words before."""
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=stacklevel)
 
 
 def graph():
