@@ -301,6 +301,141 @@ def test_sample_weights_that_a_mean_is_taken_over():
     close(matrix(model, (x, y, weight), batch_size=RAGGED), expected)
 
 
+class Adding(layers.Layer):
+    """Adds a mean over the batch to the loss."""
+
+    def call(self, inputs):
+        self.add_loss(0.1 * keras.ops.mean(keras.ops.square(inputs)))
+        return inputs
+
+
+def of_three_outputs():
+    """Means over two kinds of weights and over examples, with an activity regularizer and an added loss beside them."""
+    inputs = keras.Input((3,))
+    a = layers.Dense(2, name="a")(inputs)
+    b = layers.Dense(1, name="b", activity_regularizer=keras.regularizers.L2(0.25))(inputs)
+    model = keras.Model(inputs, {"a": a, "b": b, "c": layers.Dense(1, name="c")(Adding()(inputs + a[:, :1]))})
+    loss = {name: keras.losses.MeanSquaredError("mean_with_sample_weight") for name in "ab"} | {"c": "mse"}
+    model.compile("sgd", loss, loss_weights={"a": 1.0, "b": 0.5, "c": 2.0})
+    generator = np.random.default_rng(1)
+    y = {name: generator.standard_normal((N, width)) for name, width in (("a", 2), ("b", 1), ("c", 1))}
+    weight = {"a": np.linspace(0.0, 2.0, N), "b": np.array([1.0] * 4 + [0.0] * 4 + [9.0] * 2), "c": np.arange(N) + 1.0}
+    return model, (examples()[0], y, weight)
+
+
+def loss_of_three_outputs(model, data):
+    """The loss of all examples, written out."""
+    x, y, weight = data
+    places = [(v.path.split("/")[0], v.path.split("/")[-1]) for v in model.trainable_variables]
+
+    def loss(weights):
+        known = dict(zip(places, weights, strict=True))
+        a, b = (x @ known[name, "kernel"] + known[name, "bias"] for name in "ab")
+        sums = x + a[:, :1]
+        c = sums @ known["c", "kernel"] + known["c", "bias"]
+        by_example = {name: tf.reduce_mean((z - y[name]) ** 2, -1) for name, z in (("a", a), ("b", b), ("c", c))}
+        means = {name: tf.reduce_sum(weight[name] * by_example[name]) for name in "abc"}
+        added = 0.25 * tf.reduce_sum(b**2) / N + 0.1 * tf.reduce_mean(sums**2)
+        return means["a"] / weight["a"].sum() + 0.5 * means["b"] / weight["b"].sum() + 2 * means["c"] / N + added
+
+    return loss
+
+
+def of_words():
+    """A masked loss, of sentences with 1 to 5 words."""
+    model = keras.Sequential([keras.Input((5,), dtype="int32"), layers.Embedding(7, 2, mask_zero=True)])
+    model.add(layers.Dense(2))
+    model.compile("sgd", "mse")
+    generator = np.random.default_rng(2)
+    x = generator.integers(1, 7, (N, 5)) * (np.arange(5) < np.repeat([1, 2, 4, 5], [4, 2, 2, 2])[:, None])
+    return model, (x.astype("int32"), generator.standard_normal((N, 5, 2)))
+
+
+def loss_of_words(model, data):
+    """The loss of all examples, written out."""
+    x, y = data
+
+    def loss(weights):
+        table, kernel, bias = weights
+        slots = tf.reduce_mean((tf.gather(table, x) @ kernel + bias - y) ** 2, -1)
+        return tf.reduce_sum(slots * (x > 0)) / np.sum(x > 0)
+
+    return loss
+
+
+def of_labels_that_do_not_count():
+    """A mask that the loss makes, in which the first batch has two labels and the last one none."""
+    model = model_of(layers.Dense(3), loss=SPARSE(from_logits=True, ignore_class=-1))
+    return model, (examples()[0], np.array([-1, 2, -1, 1, 0, 1, 2, 1, -1, -1]))
+
+
+def loss_of_labels(model, data):
+    """The loss of all examples, written out."""
+    (x, y), count = data, np.sum(data[1] >= 0)
+
+    def loss(weights):
+        log_p = tf.nn.log_softmax(x @ weights[0] + weights[1])
+        return -tf.reduce_sum(log_p * np.eye(3)[y] * (y >= 0)[:, None]) / count
+
+    return loss
+
+
+WEIGHTED = {
+    "outputs": (of_three_outputs, loss_of_three_outputs), "words": (of_words, loss_of_words),
+    "ignored": (of_labels_that_do_not_count, loss_of_labels),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_means_over_weights_and_unmasked_steps_are_those_of_all_examples_however_they_are_cut(name):
+    (model, data), loss_of = WEIGHTED[name][0](), WEIGHTED[name][1]
+    objective = Objective(model, data, batch_size=RAGGED)
+    weights, loss = objective.weights, loss_of(model, data)
+    expected = hessian(loss, weights)
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        value = loss(weights)
+    close(float(objective.loss()), value.numpy(), 1e-13)
+    close(float(objective.loss_at([tf.zeros_like(w) for w in weights])), value.numpy(), 1e-13)
+    gradient = tape.gradient(value, weights)
+    close(flat(objective.gradient()), flat([tf.convert_to_tensor(g) for g in gradient]), 1e-13)
+    close(dense(Function(objective.product), weights).numpy(), expected)
+    close(float(Objective(model, data).loss()), value.numpy(), 1e-13)
+    close(float(objective.in_mode(True).loss()), value.numpy(), 1e-13)
+
+
+@pytest.mark.parametrize(("name", "kind"), some(
+    [(name, kind) for name in WEIGHTED for kind in ("ggn", "fisher", "empirical_fisher")],
+    [("outputs", "fisher"), ("words", "ggn"), ("ignored", "empirical_fisher")],
+))  # fmt: skip
+def test_every_kind_of_means_over_weights_is_that_of_the_whole(name, kind):
+    model, data = WEIGHTED[name][0]()
+    close(matrix(model, data, kind, batch_size=RAGGED), matrix(model, data, kind))
+
+
+def test_a_list_of_one_weight_is_that_weight_and_a_regularizer_counts_as_in_the_whole():
+    layer = layers.Dense(2, activity_regularizer=keras.regularizers.L2(0.25))
+    model = model_of(layer, loss=keras.losses.MeanSquaredError("mean_with_sample_weight"))
+    (x, y), weight = examples(2), np.array([1.0] * 4 + [0.0] * 4 + [9.0] * 2)
+    kernel, bias = model.get_weights()
+    outputs = x @ kernel + bias
+    expected = weight @ np.mean((outputs - y) ** 2, -1) / weight.sum() + 0.25 * np.sum(outputs**2) / N
+    for given in (weight, [weight]):
+        close(float(Objective(model, (x, y, given), batch_size=RAGGED).loss()), expected, 1e-13)
+
+
+def test_a_mean_over_weights_in_a_compute_loss_of_its_own():
+    class Own(keras.Model):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return 2.0 * super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    (model, data) = of_three_outputs()
+    own = Own(model.inputs, model.outputs[0])
+    own.compile("sgd", keras.losses.MeanSquaredError("mean_with_sample_weight"))
+    data = data[0], data[1]["a"], data[2]["b"]
+    close(*[float(Objective(own, data, batch_size=size).loss()) for size in (RAGGED, None)], 1e-13)
+
+
 def test_which_losses_are_sums_and_which_no_likelihoods():
     inputs = keras.Input((3,))
     model = keras.Model(inputs, {name: layers.Dense(1, name=name)(inputs) for name in "ab"})
@@ -422,8 +557,7 @@ def _has(kind, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-# a sum takes equal batches, and a masked loss is the mean of the batches' means
-@pytest.mark.parametrize("name", [name for name in [*MODELS, *LOSSES] if name not in ("mse_sum", "masked_outputs")])
+@pytest.mark.parametrize("name", [name for name in [*MODELS, *LOSSES] if name != "mse_sum"])  # takes equal batches
 def test_ragged_batches_make_up_every_kind_of_the_whole(name, kind):
     case = {**MODELS, **LOSSES}[name]().compile()
     data = tuple(a for a in case.batch if a is not None)
@@ -434,16 +568,6 @@ def test_ragged_batches_make_up_every_kind_of_the_whole(name, kind):
     v = [tf.constant(np.random.default_rng(1).standard_normal(w.shape)) for w in case.model.trainable_variables]
     ragged, whole = [Objective(case.model, data, kind, batch_size=size).product(v) for size in (4, None)]
     close(flat(ragged), flat(whole))
-
-
-@pytest.mark.slow
-def test_a_masked_loss_is_the_mean_of_the_means_of_batches():
-    case = MODELS["masked_outputs"]().compile()
-    weights = [v.value for v in case.model.trainable_variables]
-    means = [hessian(evaluated(case.model, case.x[rows], case.y[rows]), weights) for rows in (slice(0, 4), slice(4, 6))]
-    v = [tf.constant(np.random.default_rng(1).standard_normal(w.shape)) for w in weights]
-    ours = Objective(case.model, (case.x, case.y), batch_size=4).product(v)
-    close(flat(ours), (4 * means[0] + 2 * means[1]) / 6 @ flat(v))
 
 
 # Nothing moves.

@@ -3,8 +3,6 @@
 import math
 import warnings
 
-import tensorflow as tf
-
 from keras_curvature import keras_internals, trees
 from keras_curvature.component import check, check_choice, check_count, check_flag
 from keras_curvature.linearization.fisher import of_losses
@@ -102,19 +100,15 @@ def check_gradient(owner, objective):
         )
 
 
-def shares(owner, model, read, counts):
-    """The weight of each batch: its share of the examples, or of the sample weights where the loss is their mean."""
-    kinds, sizes = reductions(model), list(map(float, counts))
-    if "sum" in kinds and len(set(sizes)) > 1:
+def shares(owner, model, counts):
+    """The weight of each batch: its share of the examples."""
+    if "sum" in reductions(model) and len(set(counts)) > 1:
         raise ValueError(
             f"`{owner.__name__}`: a loss with `reduction='sum'` grows with the batch, so `data` must be cut into equal "
             f"batches. Received: batches of {sorted(set(counts))} examples. Pass a `batch_size` that divides their "
             "number, or fewer `examples`."
         )
-    if kinds == {"mean_with_sample_weight"} and tf.is_tensor(read[0][2]):
-        weights = [float(tf.reduce_sum(tf.cast(batch[2], tf.float64))) for batch in read]
-        sizes = weights if any(weights) else sizes  # without weight, every batch's loss is 0, and so is their mean
-    return [size / math.fsum(sizes) for size in sizes]
+    return [count / sum(counts) for count in counts]
 
 
 def reductions(model):

@@ -5,11 +5,12 @@
 `f_b` is the compiled loss of batch `b`, which has `n_b` of the `N` examples. For losses that are means over examples,
 `f` is the mean over all examples, with everything that belongs to the loss (regularizers, added losses). Other losses:
 
-* `reduction="mean_with_sample_weight"` with sample weights: `s_b` is the batch's share of their sum, which is exact.
+* Means over sample weights (`reduction="mean_with_sample_weight"`) and over unmasked steps (masked losses): in `f_b`
+  the batch's sum is divided by the mean weight of all examples times `n_b`. Then `f` is the mean over all examples, for
+  each output by its own weights. The mean weights are counted once, before the loss is first measured.
 * `reduction="sum"`: the mean of the batches' sums, which is the loss that an optimizer sees at this batch size. All its
   eigenvalues are `n_b` times those of the mean. Batches must be equal.
-* Masked losses are means over unmasked steps. Where batches differ in unmasked steps per example, the result is the
-  mean of per-batch means.
+* A model's own `compute_loss`: the mean of the batches' losses.
 
 In training mode (`training=True`) batch normalization uses the statistics of each batch, so the curvature belongs to a
 batch size. In inference mode it uses the moving statistics, and the batch size does not matter.
@@ -28,7 +29,7 @@ from keras_curvature.component import check_flag
 from keras_curvature.linearization.fisher import convexity
 from keras_curvature.linearization.linearization import Linearization
 from keras_curvature.linearization.needs import Needs
-from keras_curvature.linearization.pure import functional
+from keras_curvature.linearization.pure import functional, reductions
 from keras_curvature.linearization.pure.precision import without_half_precision
 from keras_curvature.monitor.objective import checks, reading, shapes
 from keras_curvature.monitor.objective.kinds import KINDS
@@ -110,18 +111,37 @@ class Objective:
         self.not_convex = tuple(convexity.not_convex(model))
         checks.check_kind(owner, kind, model, self.not_convex)
         self._keep(owner, read)
+        if self.batches > 1 or self._strategy.num_replicas_in_sync > 1:
+            self._divide_by(self._weighed())
         checks.check_loss(owner, self)
         if not reading.is_finite(read):
             checks.check_gradient(owner, self)
 
     def _keep(self, owner, read):
         """Keep the batches, spread over the replicas."""
-        self._functions = {}
+        self._functions, self._mean_weights, self._apart = {}, (), None
         self._structure = keras.tree.map_structure(lambda a: a is not None, read[0])
         self.counts = [reading.count(batch) for batch in read]
-        self.shares = checks.shares(owner, self.model, read, self.counts)
+        self.shares = checks.shares(owner, self.model, self.counts)
         self._batches = [reading.scatter(self._strategy, _flat(batch)) for batch in read]
         self._seeds = [self._seeds_of(i) for i in range(len(read))]
+
+    def _weighed(self):
+        """The mean weight over all examples of each loss that is a mean over weights or unmasked steps, a tuple."""
+        weighs = self.on_batch(0, "loss", self._evaluated)[1]
+        return tuple(map(float, self.total("loss", self._evaluated)[1])) if weighs else ()
+
+    def _divide_by(self, mean_weights):
+        """Let the losses that are means over weights be over these mean weights, whatever is evaluated."""
+        if mean_weights != self._mean_weights:
+            self._mean_weights, self._functions = mean_weights, {}
+
+    def _evaluated(self, lin):
+        def here(pure, weights):
+            found = pure.evaluate(weights)
+            return found.loss, found.mean_weights
+
+        return lin.total(here)
 
     def in_mode(self, training: bool) -> "Objective":
         """An `Objective` on the same examples in the same batches, in training mode or in inference mode."""
@@ -129,9 +149,20 @@ class Objective:
         if training == self.training:
             return self
         other = copy.copy(self)
-        other.training, other._functions = training, {}
+        other.training, other._functions, other._apart = training, {}, None
         checks.check_loss(Objective.in_mode, other)
         return other
+
+    def in_parts(self) -> "Objective":
+        """An `Objective` on the same examples; losses of parts of a batch add up to the loss of the batch.
+
+        A mean over sample weights or unmasked steps divides by those of the whole batch then, not of the part.
+        """
+        if self._apart is None:
+            weights = self._mean_weights or self._weighed()
+            self._apart = self if weights == self._mean_weights else copy.copy(self)
+            self._apart._divide_by(weights)
+        return self._apart
 
     @property
     def examples(self) -> int:
@@ -170,7 +201,7 @@ class Objective:
 
     def loss(self) -> tf.Tensor:
         """`f(w)`, a scalar."""
-        return self.total("loss", lambda lin: lin.loss)
+        return self.total("loss", self._evaluated)[0]
 
     def gradient(self) -> Vector:
         """`df/dw`, a vector."""
@@ -213,7 +244,7 @@ class Objective:
         if key not in self._functions:
 
             def on_batch(batch, seeds, args):
-                with without_half_precision():
+                with without_half_precision(), reductions.over_all(self._mean_weights):
                     needs = Needs(products=True, hessian=self.kind == "hessian")
                     lin = Linearization(
                         self.model, *self._packed(batch), needs=needs, training=self.training, seeds=seeds
