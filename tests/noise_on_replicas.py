@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_curvature import trees
 from keras_curvature.monitor.noise.noise import noise
 from keras_curvature.monitor.objective.objective import Objective
 from keras_curvature.monitor.spectra.label_traces import layer_traces
@@ -20,7 +21,19 @@ def numbers(x, y):
     objective = Objective(model, (x, y), training=True, batch_size=64)  # 64 and 32 examples
     found = noise(objective, micro_batch=4, parts=8)
     traces = layer_traces(objective, draws=2).values
-    return [found.signal, found.noise, found.curvature, found.curved_noise, found.stderr["simple"], *traces.tolist()]
+    known = [found.signal, found.noise, found.curvature, found.curved_noise, found.stderr["simple"], *traces.tolist()]
+    return known + weighed(model, x, y)
+
+
+def weighed(model, x, y):
+    """The same of a mean over sample weights, 95 examples in one batch: the slices differ in weight and in length."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
+    model.compile("sgd", loss, jit_compile=False)
+    weights = np.linspace(0.0, 2.0, 95).astype("float32")
+    objective = Objective(model, (x[:95], y[:95], weights), training=True)
+    loss, gradient = float(objective.loss()), float(trees.norm(objective.gradient()))
+    found = noise(Objective(model, (x, y, np.append(weights, 3.0))), micro_batch=4, parts=8)
+    return [loss, gradient, found.signal, found.noise, found.curved_noise]
 
 
 tf.config.set_logical_device_configuration(

@@ -278,6 +278,67 @@ def test_sample_weights_are_part_of_the_noise_and_regularizers_are_none(gradient
     np.testing.assert_allclose(unweighed.noise, np.trace(np.cov(gradients.T)), rtol=1e-10)
 
 
+def weighed_regression(loss, x, y, weights, counts):
+    """A linear model, and the gradients `w_i g_i / mean(w)` of its squared error, `(rows, 4)`, by NumPy.
+
+    Args:
+        x: Inputs `(rows, steps, 3)`.
+        y: Targets `(rows, steps, 1)`.
+        weights: `(rows, steps)`, the weights of the steps.
+        counts: `w_i`, what the mean is taken over, `(rows,)`.
+    """
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Masking(), keras.layers.Dense(1)])
+    model.compile("sgd", loss)
+    kernel, bias = model.get_weights()
+    rest = weights * (x @ kernel + bias - y)[..., 0]
+    seen = np.concatenate([x, np.ones([*x.shape[:2], 1])], -1)
+    return model, 2 * np.einsum("nt,ntd->nd", rest, seen) / counts.mean()
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(1, None), (2, None), (1, 8), (2, 6)])
+@pytest.mark.parametrize("mean_over", ["weights", "steps", "weighed steps"])
+def test_means_over_weights_or_steps_are_noisy_by_the_weights_of_the_examples(mean_over, size, batch_size):
+    """Also where some micro-batches have no weight, or no step."""
+    random, of_weights = np.random.default_rng(0), keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+    steps = 1 if mean_over == "weights" else 4
+    x, y = random.normal(size=(16, steps, 3)), random.normal(size=(16, steps, 1))
+    weights = np.ones((16, steps))
+    if steps > 1:  # sentences of 1 to 4 steps, and two of none
+        weights *= np.arange(steps) < np.array([1, 4, 0, 0] + [2, 3, 1, 4] * 3)[:, np.newaxis]
+        x *= weights[..., np.newaxis]
+    given, loss = [], of_weights if mean_over != "steps" else keras.losses.MeanSquaredError()
+    if mean_over != "steps":
+        given = [np.array([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 9.0] * 2)[:, np.newaxis] * np.ones((16, steps))]
+        weights = weights * given[0]
+    model, g = weighed_regression(loss, x, y, weights, weights.sum(1))
+    objective = Objective(model, (x, y, *given), batch_size=batch_size)
+    found = noise(objective, size, 4)
+    g = g.reshape(-1, size, 4).mean(1)
+    S, G = size * np.cov(g.T), g.mean(0)
+    expected = [np.trace(S), G @ G - np.trace(S) / 16]
+    np.testing.assert_allclose([found.noise, found.signal], expected, rtol=1e-9)
+    np.testing.assert_allclose(G @ G, np.sum(flat(objective.gradient()) ** 2), rtol=1e-9)
+    assert found.curved_noise > 0
+
+
+def test_regularizers_are_no_noise_of_a_mean_over_weights_and_a_second_look_is_not_compiled():
+    model, (x, y) = network("mean_with_sample_weight", keras.regularizers.L2(0.1)), data()
+    weights = np.linspace(0.0, 2.0, ROWS)
+    g = gradients_of(network(), x, y, weights) / weights.mean()
+    objective = Objective(model, (x, y, weights))
+    before = float(objective.loss())
+    found = noise(objective, 1, 2, curvature=False)
+    np.testing.assert_allclose(found.noise, np.trace(np.cov(g.T)), rtol=1e-10)
+    whole = np.sum(flat(objective.gradient()) ** 2)
+    np.testing.assert_allclose(found.signal + found.noise / ROWS, whole, rtol=1e-10)
+    compiled = dict(objective.in_parts()._functions)
+    assert noise(objective, 1, 2, curvature=False) == found and objective.in_parts()._functions == compiled
+    assert float(objective.loss()) == before  # Keras' own, bit for bit
+    plain = Objective(network(), (x, y))
+    assert plain.in_parts() is plain
+
+
 def test_a_sum_over_examples_has_the_noise_scale_of_the_mean(objective, measured):
     model = network(reduction="sum")
     found = noise(Objective(model, data()), micro_batch=3, parts=4)
@@ -330,9 +391,8 @@ def test_on_every_model_the_micro_batches_make_up_the_batch(name, training):
     """`|g|^2 = |G|^2 + tr S / N` is that of the whole gradient, dropout's masks with it."""
     case = (LOSSES[name[5:]] if name.startswith("loss_") else MODELS[name])().compile()
     objective = Objective(case.model, tuple(a for a in case.batch if a is not None), training=training)
-    by_slices = name == "masked_outputs" or training and any(
-        isinstance(layer, keras.layers.BatchNormalization) for layer in case.model._flatten_layers()
-    )  # fmt: skip
+    of_keras = case.model._flatten_layers()
+    by_slices = training and any(isinstance(layer, keras.layers.BatchNormalization) for layer in of_keras)
     found = noise(objective, micro_batch=3, parts=2, curvature=False)
     whole = np.sum(flat(objective.gradient()) ** 2)
     assert found.noise >= 0 and math.isfinite(found.signal)
