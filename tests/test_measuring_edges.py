@@ -145,6 +145,78 @@ def test_examples_without_weight_have_no_loss(reduction):
     assert float(c.loss) == c.top(1).values[0] == 0
 
 
+# Losses that couple examples, in several batches.
+
+
+def named(name, fn):
+    """A loss function with a name of its own, so that it is warned of anew."""
+    fn.__name__ = name
+    return fn
+
+
+COUPLED = {
+    "dice": lambda name: keras.losses.Dice(name=name),
+    "dice_of_classes": lambda name: keras.losses.Dice(axis=(0,), name=name),
+    "tversky": lambda name: keras.losses.Tversky(name=name),
+    "circle": lambda name: keras.losses.Circle(name=name),
+    "root": lambda name: named(name, lambda y, z: tf.sqrt(tf.reduce_mean((y - z) ** 2))),
+    "one_number": lambda name: named(name, lambda y, z: tf.reduce_mean((y - z) ** 2)),
+    "sum": lambda name: keras.losses.Dice(name=name, reduction="sum"),
+}
+# Keras' circle loss takes labels of classes, and unit vectors
+COUPLED_DATA = {"circle": (X, np.arange(32) % 4)}
+
+
+def of_coupled(name, label):
+    keras.utils.set_random_seed(0)
+    last = [layers.Dense(2, "sigmoid")] if name != "circle" else [layers.Dense(2), layers.UnitNormalization()]
+    model = compiled(*last, loss=COUPLED[name](label))
+    x, y = COUPLED_DATA.get(name, (X, (X[:, :2] > 0).astype("float32")))
+    return model, x, y
+
+
+@pytest.mark.parametrize(
+    ("name", "weighs"), [(name, weighs) for name in COUPLED for weighs in (False, True) if name != "dice_of_classes"]
+    + [("dice_of_classes", False)],
+)  # fmt: skip
+def test_a_loss_that_couples_examples_is_warned_of_in_several_batches_once(name, weighs):
+    label = f"{name}_{weighs}".lower()
+    model, x, y = of_coupled(name, label)
+    data = (x, y, np.linspace(0.5, 1.5, 32).astype("float32")) if weighs else (x, y)
+    kc.curvature(model, data)  # one batch: no warning, or the test fails
+    with pytest.warns(UserWarning, match=f"`curvature`: the loss '{label}' .* 4 batches.*pass batch_size=32") as caught:
+        c = kc.curvature(model, data, batch_size=8)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    rows = [[a[i : i + 8] for a in data] for i in range(0, 32, 8)]
+    parts = [float(model.compute_loss(x, y, model(x), *weights)) for x, y, *weights in rows]
+    assert float(c.loss) == pytest.approx(np.mean(parts), rel=1e-5)
+    kc.curvature(model, data, batch_size=8)
+
+
+@pytest.mark.parametrize("measure", [kc.report, kc.landscape], ids=lambda f: f.__name__)
+def test_every_function_that_sums_batches_warns_of_coupled_losses(measure):
+    model, x, y = of_coupled("dice", f"dice_of_{measure.__name__}")
+    with pytest.warns(UserWarning) as caught:
+        measure(model, (x, y), batch_size=16)
+    said = [str(w.message) for w in caught if "2 batches" in str(w.message)]
+    assert len(said) == 1 and f"`{measure.__name__}`: the loss 'dice_of_" in said[0]
+
+
+def test_the_board_warns_of_coupled_losses_once(tmp_path):
+    model, x, y = of_coupled("dice", "dice_of_board")
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    board = kc.callbacks.CurvatureBoard(tmp_path, data=batches, report_at=None)
+    with pytest.warns(UserWarning) as caught:
+        model.fit(x, y, epochs=2, verbose=0, callbacks=[board])
+    said = [str(w.message) for w in caught if "4 batches" in str(w.message)]
+    assert len(said) == 1 and "(`CurvatureBoard`: `data` of one batch)" in said[0]
+
+
+def test_losses_of_each_example_are_not_warned_of():
+    model = compiled(layers.Dense(2, "sigmoid"), loss=keras.losses.Dice(axis=(1,)))
+    kc.curvature(model, (X, (X[:, :2] > 0).astype("float32")), batch_size=8)
+
+
 def test_an_unknown_error_is_said_in_words():
     report, _ = reported(compiled(layers.Dense(1)), (X, Y))
     for error in (float("nan"), None):  # as measured, and as read from JSON

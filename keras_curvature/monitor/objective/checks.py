@@ -6,6 +6,7 @@ import warnings
 from keras_curvature import keras_internals, trees
 from keras_curvature.component import check, check_choice, check_count, check_flag
 from keras_curvature.linearization.fisher import of_losses
+from keras_curvature.linearization.pure import slices
 from keras_curvature.linearization.pure.functional import check_model
 from keras_curvature.monitor.objective.kinds import EXPECTED, KINDS
 from keras_curvature.solvers.krylov import Eigenpairs
@@ -109,6 +110,23 @@ def shares(owner, model, counts):
             "number, or fewer `examples`."
         )
     return [count / sum(counts) for count in counts]
+
+
+def warn_of_coupled(owner, objective, losses):
+    """Warn of losses, by their names, whose mean over several batches may not be the loss of all examples.
+
+    A function in which replicas cut the batches warns by itself; see `slices.py`.
+    """
+    for loss in dict.fromkeys(losses):
+        slices.warn_once(
+            f"`{owner.__name__}`: the loss {loss!r} does not return an independent value for each example, and "
+            f"`data` are measured in {objective.batches} batches. The result is the mean of the batches' losses. It is "
+            "the loss of all examples if the loss is a mean over examples, without sample weights. If the loss couples "
+            "examples (contrastive losses, `Circle`, `Dice` or `Tversky` over the batch, the root of a mean), pass "
+            f"batch_size={objective.examples} to measure all examples in one batch (`CurvatureBoard`: `data` of one "
+            "batch), or use a loss that returns one value for each example.",
+            stacklevel=5,
+        )
 
 
 def reductions(model):

@@ -10,6 +10,8 @@
   each output by its own weights. The mean weights are counted once, before the loss is first measured.
 * `reduction="sum"`: the mean of the batches' sums, which is the loss that an optimizer sees at this batch size. All its
   eigenvalues are `n_b` times those of the mean. Batches must be equal.
+* Losses that couple examples (contrastive losses, `Circle`, `Dice` and `Tversky` over the batch, the root of a mean):
+  the mean of the batches' losses, which is not the loss of all examples in one batch. A warning names the loss.
 * A model's own `compute_loss`: the mean of the batches' losses.
 
 In training mode (`training=True`) batch normalization uses the statistics of each batch, so the curvature belongs to a
@@ -44,6 +46,8 @@ class Objective:
     changes. Random masks are a function of `seed` and of the batch's number alone, so two answers at the same weights
     agree (on a CPU, bit for bit); the loss is computed twice at construction to check this. Under the strategy that the
     model was made under, each batch is split over its replicas.
+
+    Of a loss that couples examples, the value in several batches is the mean of theirs, and a warning names the loss.
 
     Layers with the policy `mixed_float16` or `mixed_bfloat16` compute in float32 here, and the loss is not scaled.
     Layers with half-precision weights stay as they are.
@@ -113,13 +117,15 @@ class Objective:
         self._keep(owner, read)
         if self.batches > 1 or self._strategy.num_replicas_in_sync > 1:
             self._divide_by(self._weighed())
+        if self.batches > 1:
+            checks.warn_of_coupled(owner, self, self._coupled)
         checks.check_loss(owner, self)
         if not reading.is_finite(read):
             checks.check_gradient(owner, self)
 
     def _keep(self, owner, read):
         """Keep the batches, spread over the replicas."""
-        self._functions, self._mean_weights, self._apart = {}, (), None
+        self._functions, self._mean_weights, self._coupled, self._apart = {}, (), [], None
         self._structure = keras.tree.map_structure(lambda a: a is not None, read[0])
         self.counts = [reading.count(batch) for batch in read]
         self.shares = checks.shares(owner, self.model, self.counts)
@@ -139,6 +145,7 @@ class Objective:
     def _evaluated(self, lin):
         def here(pure, weights):
             found = pure.evaluate(weights)
+            self._coupled += found.coupled
             return found.loss, found.mean_weights
 
         return lin.total(here)
