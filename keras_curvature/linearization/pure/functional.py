@@ -130,8 +130,8 @@ class PureModel:
         after = [scope.get_current_value(v) for v in [*self.stateful, *self.counting]]
         moved = [None if new is old else self._next(new, old) for new, old in zip(after, before)]
         own = len(self.stateful)
-        losses = bool(scope.losses), found.mean_weights, found.coupled
-        self.evaluation = Evaluation(outputs, leaves, loss, moved[:own], moved[own:], *losses)
+        of_losses = bool(scope.losses), found.mean_weights, found.coupled
+        self.evaluation = Evaluation(outputs, leaves, loss, moved[:own], moved[own:], *of_losses)
         return self.evaluation
 
     def leaves_of(self, weights, example):
@@ -260,11 +260,10 @@ def _cut(outputs):
     def fresh(y):
         if not (tf.is_tensor(y) and y.dtype.is_floating):
             return y
-        found = keras_internals.carried(y)
-        logits = found.get(keras_internals.LOGITS)
+        found, logits = keras_internals.carried(y), keras_internals.logits_of(y)
         # Keras' losses cast to its float type, half precision to float32, and the cast would drop the logits
-        kind = y.dtype if logits is None else tf.float32 if y.dtype.size < 4 else tf.as_dtype(keras.config.floatx())
-        cut = tf.cast(y, kind) if kind != y.dtype else tf.identity(y)
+        kind = y.dtype if logits is None else tf.float32 if y.dtype.size < 4 else keras.config.floatx()
+        cut = tf.identity(tf.cast(y, kind))
         leaves.append(cut)
         if logits is not None:
             found[keras_internals.LOGITS] = tf.identity(tf.cast(logits, cut.dtype))
