@@ -1,4 +1,4 @@
-"""Gradients of gradient operations that TensorFlow 2.21 lacks.
+"""Gradients of gradient operations that TensorFlow 2.21 lacks, or has wrong.
 
 A curvature product differentiates a gradient. If TensorFlow computes the gradient of an operation by another operation,
 such as `ResizeBicubicGrad`, that one needs a gradient too. Most of them are linear in the incoming gradient `g`:

@@ -117,12 +117,12 @@ def noise(objective, micro_batch=8, parts=16, curvature=True):
     The gradient of an example is its term in the mean over all examples. For a mean over the batch this is the gradient
     of the example's own loss times its sample weight (so weights are part of the noise); regularizers are in every
     gradient and add no noise. For `reduction="mean_with_sample_weight"` and for masked losses it is the gradient of the
-    sum over the example's steps, times their weights, over the mean of these weights (or of the number of unmasked
-    steps) over all examples, which counts as known. For `reduction="sum"` it is the mean's times the batch size, which
-    changes `signal`, `noise` and `best_rate`, but no noise scale. A loss that couples examples is the mean of the
-    micro-batches' losses here, and a warning names it. In training mode dropout masks are part
-    of the noise. Batch normalization then uses the micro-batch in the gradients, and the batch in `H`. Where a batch
-    cannot be cut into parts of equal size, fewer than `parts` of its examples are left out.
+    sum over the example's steps, times their weights. It is divided by the mean of these weights (or of the number of
+    unmasked steps) over all examples, which counts as known. For `reduction="sum"` it is the mean's times the batch
+    size, which changes `signal`, `noise` and `best_rate`, but no noise scale. A loss that couples examples is the mean
+    of the micro-batches' losses here, and a warning names it. In training mode dropout masks are part of the noise.
+    Batch normalization then uses the micro-batch in the gradients, and the batch in `H`. Where a batch cannot be cut
+    into parts of equal size, fewer than `parts` of its examples are left out.
 
     Args:
         objective: An `Objective`; its `kind` is the matrix `H`.
