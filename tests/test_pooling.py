@@ -46,9 +46,8 @@ def looped(x, v, window, strides, padding):
     return y, t
 
 
-@tf.function(jit_compile=True, autograph=False)
-def compiled(pool, x, v, u):
-    """`(y, tangent along v, gradient against u)` of a function `pool(x)`, under XLA."""
+def derivatives(pool, x, v, u):
+    """`(y, tangent along v, gradient against u)` of a function `pool(x)`."""
     with tf.GradientTape() as outer:
         outer.watch(u)
         with tf.GradientTape() as tape:
@@ -56,6 +55,9 @@ def compiled(pool, x, v, u):
             y = pool(x)
         gradient = tape.gradient(y, x, output_gradients=u)
     return y, outer.gradient(gradient, u, output_gradients=v), gradient
+
+
+compiled = tf.function(derivatives, jit_compile=True, autograph=False)
 
 
 def pooled(x, v, u, *choices):
@@ -103,16 +105,8 @@ def test_pooling_in_a_graph_is_that_of_a_loop(setting):
     u = random.standard_normal(y.shape).astype("float32")
     layer = {3: keras.layers.MaxPooling1D, 4: keras.layers.MaxPooling2D, 5: keras.layers.MaxPooling3D}[x.ndim]
 
-    @tf.function(autograph=False)
-    def asked(x, v, u):
-        with tf.GradientTape() as outer:
-            outer.watch(u)
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                y = layer(*choices)(x)
-            gradient = tape.gradient(y, x, output_gradients=u)
-        return y, outer.gradient(gradient, u, output_gradients=tf.math.cos(v)), gradient
-
+    # a tangent that is computed in the graph, so that its memory can be reused
+    asked = tf.function(lambda x, v, u: derivatives(layer(*choices), x, tf.math.cos(v), u), autograph=False)
     with differentiable.differentiable_keras():
         found = [a.numpy() for a in asked(*map(tf.constant, (x, v, u)))]
     np.testing.assert_allclose(found[0], y)
@@ -127,14 +121,7 @@ def test_a_layer_that_calls_tensorflow_has_the_same_tangent(padding, eager):
     x, v = (random.standard_normal((2, 6, 5, 3)).astype("float32") for _ in range(2))
 
     def asked(x, v):
-        with tf.GradientTape() as outer:
-            u = tf.ones_like(x)
-            outer.watch(u)
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                y = tf.nn.max_pool(x, 3, 1, padding)
-            gradient = tape.gradient(y, x, output_gradients=u)
-        return outer.gradient(gradient, u, output_gradients=tf.math.cos(v))
+        return derivatives(lambda x: tf.nn.max_pool(x, 3, 1, padding), x, tf.math.cos(v), tf.ones_like(x))[1]
 
     found = (asked if eager else tf.function(asked, autograph=False))(tf.constant(x), tf.constant(v))
     np.testing.assert_allclose(found, looped(x, np.cos(v), 3, 1, "same")[1], rtol=1e-6)

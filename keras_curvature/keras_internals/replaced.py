@@ -20,7 +20,7 @@
 | `gradient_registry.lookup` | `LOOKUP`, `GRADIENT_REGISTRY` | `pure/differentiability.py` | missing derivatives |
 | `gen_functional_ops.symbolic_gradient` | `SYMBOLIC_GRADIENT` | `pure/differentiability.py` | refuses at trace time |
 | `nn.ctc_loss` | `CTC_LOSS` | `pure/differentiable.py` | no second derivatives |
-| `math_ops.matmul` | `MATMUL` | `pure/vectorized.py` | wrong numbers by oneDNN |
+| `math_ops.matmul` | `MATMUL` | `pure/matmul.py` | wrong numbers by oneDNN |
 | `interim.maybe_merge_call` | `MERGE_CALL` | `replicas.py` | Keras' step outside replicas |
 | `TFOptimizer._all_reduce_sum_gradients` | `SUM_GRADIENTS` | `replicas.py` | the gradients are summed already |
 """

@@ -31,14 +31,17 @@ def overwrites(variable):
 
 def missing(variables):
     """Keras' warning of variables without gradients."""
-    paths = [getattr(v, "path", v.name) for v in variables]
     return (
-        f"Gradients do not exist for variables {paths} when minimizing the loss. If using `model.compile()`, did you "
-        "forget to provide a `loss` argument?"
+        f"Gradients do not exist for variables {_paths(variables)} when minimizing the loss. If using "
+        "`model.compile()`, did you forget to provide a `loss` argument?"
     )
 
 
 def names(variables):
     """The paths of variables, at most four."""
-    paths = [getattr(v, "path", v.name) for v in variables]
+    paths = _paths(variables)
     return ", ".join(paths if len(paths) <= 4 else [*paths[:3], f"... {paths[-1]}"])
+
+
+def _paths(variables):
+    return [getattr(v, "path", v.name) for v in variables]  # a `tf.Variable` has no path

@@ -21,8 +21,10 @@ CROSS_ENTROPIES = (
 def warn(recorded):
     """Warn once of the cross-entropies of a `Pass` that read probabilities."""
     pure, read = recorded.pure, []
-    own = of_losses.is_of_compute_loss(pure.model)
-    if own or not any(map(_reads_probabilities, keras_internals.losses_of(pure.model))):
+    logits = [keras_internals.logits_of(z) for z in keras.tree.flatten(recorded.evaluation.outputs)]
+    if of_losses.is_of_compute_loss(pure.model) or all(any(leaf is z for z in logits) for leaf in recorded.leaves):
+        return  # the usual case costs nothing
+    if not any(map(_reads_probabilities, keras_internals.losses_of(pure.model))):
         return
 
     def noting(loss):

@@ -23,7 +23,7 @@ from keras_curvature.linearization.estimates.seen import Seen, sizes
 from keras_curvature.linearization.jacobian import columns
 from keras_curvature.linearization.layers import apart, kronecker
 from keras_curvature.linearization.pure import batch_axis
-from keras_curvature.linearization.pure.vectorized import vectorized_map
+from keras_curvature.linearization.pure.matmul import matmul, vectorized_map
 
 # Most entries of the rows of one layer kept at a time.
 AT_A_TIME = 2**24
@@ -158,11 +158,8 @@ def times(layer, matrix):
         at = layer.a[:, 0, :, 0]  # (examples, positions)
         found = tf.gather(matrix, tf.maximum(at, 0))
         found = tf.where((at >= 0)[..., tf.newaxis], found, tf.zeros_like(found))[:, tf.newaxis]
-    elif layer.a.shape[1] == 1:
-        # TensorFlow's product with one matrix for all examples and groups reads past its end in float32 (oneDNN, 2.21)
-        found = tf.tensordot(layer.a, tf.reshape(matrix, [layer.a.shape[3], layer.d.shape[-1]]), 1)
     else:
-        found = tf.matmul(layer.a, tf.reshape(matrix, [layer.a.shape[1], layer.a.shape[3], layer.d.shape[-1]]))
+        found = matmul(layer.a, tf.reshape(matrix, [layer.a.shape[1], layer.a.shape[3], layer.d.shape[-1]]))
     return tf.einsum("bgtj,bkgtj->bk", found, layer.d)
 
 

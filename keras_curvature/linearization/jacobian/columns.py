@@ -16,7 +16,7 @@ from keras_curvature import keras_internals, trees
 from keras_curvature.linearization.jacobian import frames
 from keras_curvature.linearization.layers import taps
 from keras_curvature.linearization.pure import functional, slices
-from keras_curvature.linearization.pure.vectorized import vectorized_map
+from keras_curvature.linearization.pure.matmul import vectorized_map
 
 # Bytes that the intermediate results of the products of one call may take, roughly: they are as wide as the layers
 # of the model, which are taken for 16 times as wide as its inputs and outputs.

@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_curvature import keras_internals, trees
 from keras_curvature.linearization.fisher import likelihoods, of_losses, probabilities
 from keras_curvature.linearization.fisher.convexity import name_of
-from keras_curvature.linearization.pure.vectorized import vectorized_map
+from keras_curvature.linearization.pure.matmul import vectorized_map
 
 # Keras' losses that are sums over entries, and those that are sums over the rows of the last axis.
 OF_ENTRIES = {

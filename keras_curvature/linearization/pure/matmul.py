@@ -1,4 +1,4 @@
-"""`tf.vectorized_map` without a product of matrices that TensorFlow computes wrongly.
+"""`tf.matmul` and `tf.vectorized_map` without a product of matrices that TensorFlow computes wrongly.
 
 TensorFlow 2.21 multiplies by oneDNN on processors with AVX-512. Its product of `(n, 1, p, k)` by one matrix, in float32
 and bfloat16, reads past the end of that matrix for `n >= 3`: the numbers are wrong, or the process ends. A dense layer
@@ -24,9 +24,18 @@ def vectorized_map(fn: Callable[[tf.Tensor], Any], elements: Any) -> Any:
         return tf.vectorized_map(fn, elements)
 
 
-def _matmul(original, a, b, *args, **kwargs):
+def matmul(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """`tf.matmul(a, b)`."""
+    return _merged(tf.matmul, a, b)
+
+
+def _matmul(original, *args, **kwargs):
+    return _merged(original, *args, **kwargs) if _mapping.get() else original(*args, **kwargs)
+
+
+def _merged(original, a, b, *args, **kwargs):
     """A product with one matrix has one axis of examples; the others are merged with it."""
-    if not _mapping.get() or a.shape.rank is None or a.shape.rank < 4 or not _is_one_matrix(b):
+    if a.shape.rank is None or a.shape.rank < 4 or not _is_one_matrix(b):
         return original(a, b, *args, **kwargs)
     matrices, lead = tf.shape(a)[-2:], tf.shape(a)[:-2]
     merged = tf.reshape(a, tf.concat([[-1], matrices], 0))
