@@ -13,6 +13,7 @@ from cases import put
 from selection import some
 
 import keras_curvature as kc
+from keras_curvature import problems
 from keras_curvature.optimizers.quasi_newton import CAUTION, Pair
 from keras_curvature.solvers import row_vectors
 
@@ -513,6 +514,19 @@ def test_a_run_at_the_limit_of_rounding_ends_with_a_reason():
     history = model.fit(ONE, NOTHING, epochs=100, callbacks=[stop], verbose=0).history
     assert stop.reason is not None and len(history["loss"]) < 100
     assert history["loss"][-1] < 1e-15
+
+
+def test_in_single_precision_it_goes_on_where_losses_are_less_exact_than_the_search_takes_them_for():
+    """Poisson's equation: there the loss stood still at 4.5e-5, and each step took all evaluations of a search."""
+    keras.config.set_floatx("float32")
+    problem = problems.poisson()
+    model = kc.curved(problem.model(0))
+    model.compile(kc.LBFGS(memory=50), loss=problem.loss(), jit_compile=False)
+    batches = tf.data.Dataset.from_tensors(problem.data()).repeat()
+    history = model.fit(batches, steps_per_epoch=280, epochs=3, shuffle=False, verbose=0).history
+    assert float(model.optimizer._rounding.value) > 1e-5
+    assert max(history["evaluations"]) <= 400 and sum(history["resets"]) == 0
+    assert min(history["step_length"]) > 0.5 and history["loss"][-1] < 4e-5
 
 
 def test_the_callback_looks_at_the_loss(capsys):

@@ -207,6 +207,41 @@ def test_in_float32_a_search_near_a_minimum_ends_at_it():
     assert abs(float(found.point.length) - 0.4) < 0.4
 
 
+def search_in(noise, rounding=0.0):
+    """A search along `1 + 1e-9 (s - 1.2)^2`, whose losses but that of the start are too high by up to `noise`."""
+
+    def along(s):
+        exact, slope = 1.0 + 1e-9 * (s - 1.2) ** 2, 2e-9 * (s - 1.2)
+        return exact + noise * tf.cast(s > 0, tf.float64) * (1.0 + 0.5 * tf.sin(1e6 * s)), [slope[None]]
+
+    loss, gradient = along(tf.zeros((), tf.float64))
+    return search_along(HagerZhang(), along, [tf.ones(1, tf.float64)], loss, gradient[0][0], gradient, 1.0, rounding)
+
+
+def test_losses_less_exact_than_the_error_make_it_grow_and_the_next_search_knows_it():
+    found = search_in(noise=1e-5)
+    assert int(found.end) == CONDITIONS_MET and float(found.point.length) == 1.0
+    assert int(found.evaluations) == 12  # the first, ten bisections, the first again
+    excess = 1e-5 * (1.0 + 0.5 * np.sin(1e6))
+    np.testing.assert_allclose(float(found.rounding), 10.0 * excess, rtol=1e-3)
+    again = search_in(noise=1e-5, rounding=found.rounding)
+    assert int(again.evaluations) == 1 and int(again.end) == CONDITIONS_MET
+    assert float(again.rounding) == float(found.rounding)
+
+
+def test_what_is_higher_than_rounding_can_be_is_no_rounding():
+    found = search_in(noise=1e-2)
+    assert float(found.point.length) == 0.0 and float(found.rounding) == 0.0
+    assert int(found.end) in (BUDGET, INTERVAL)
+
+
+@pytest.mark.parametrize("rule", [StrongWolfe(), ArmijoLineSearch(), OneLength()])
+def test_a_rule_that_does_not_learn_it_hands_on_what_another_learnt(rule):
+    start, slope = tf.constant(1.0, tf.float64), [-tf.ones(1, tf.float64)]
+    along = lambda s: ((1.0 - s) ** 2, [tf.reshape(2.0 * (s - 1.0), [1])])  # noqa: E731
+    assert float(search_along(rule, along, [tf.ones(1, tf.float64)], start, -1.0, slope, 1.0, 0.25).rounding) == 0.25
+
+
 @pytest.mark.parametrize("make, words", [
     (lambda: StrongWolfe(decrease=0.0), "`decrease` must be a number in"),
     (lambda: StrongWolfe(curvature=1e-5), "`curvature` must be above `decrease`"),

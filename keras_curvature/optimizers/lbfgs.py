@@ -41,7 +41,7 @@ class LBFGS(QuasiNewton):
             `1.0`.
         memory: Number of pairs. Defaults to `10` (SciPy, optax, TensorFlow Probability; PyTorch: 100).
         search: `HagerZhang()`, `StrongWolfe()` or `ArmijoLineSearch()`; `None`: no search. Defaults to `HagerZhang()`,
-            which finds a minimum to the last digits also in float32.
+            which looks at slopes where losses are inexact, as in float32.
         update: `"cautious"`: drop pairs without enough curvature; `"damped"`: mend them. Defaults to `"cautious"`.
         initial_scale: `H` before the first pair, a positive number; `None`: `min(1, 1/|g|)`. Defaults to `None`.
         **kwargs: See `CurvatureOptimizer`.

@@ -77,7 +77,7 @@ class QuasiNewton(CurvatureOptimizer):
     """
 
     needs = Needs()
-    later = ("batch",)
+    later = ("batch", "rounding")
     reports = {
         "evaluations": "sum", "step_length": "mean", "pairs": "last", "curvature": "last", "gradient_max": "last",
         "search_end": "last", "resets": "sum", "overflows": "sum", "step_norm": "mean", "skipped_steps": "sum",
@@ -119,12 +119,16 @@ class QuasiNewton(CurvatureOptimizer):
         return count
 
     def create_state(self, variables: Variables) -> None:
-        """The number of pairs; the last end point, its loss, batch and gradient, and the `products` of that."""
+        """The number of pairs; the last end point, its loss, batch and gradient, and the `products` of that.
+
+        And `rounding`, what the searches learnt.
+        """
         self._count = self.add_variable((), initializer="zeros", dtype="int32", name="pairs", aggregation="none")
         self._end = self.add_optimizer_variables(variables, "end")
         self._gradient = self.add_optimizer_variables(variables, "gradient")
         self._loss = self.add_scalar(float("nan"), "loss")
         self._batch = self.add_variable((), dtype="int32", name="batch", aggregation="none")
+        self._rounding = self.add_variable((), initializer="zeros", dtype="float64", name="rounding", aggregation="none")
         self._products = []
 
     # The step.
@@ -147,6 +151,7 @@ class QuasiNewton(CurvatureOptimizer):
         self.remember(self._gradient, found.gradient)
         self.remember(self._products, after)
         self.remember(self._loss, found.point.loss)
+        self.remember(self._rounding, found.rounding)
         self.reject(~accepted)
         self._tell(found, pair, count, reset | stuck, dd, norm)
         return d if self.search is None else step  # without a search Keras multiplies by the length
@@ -198,9 +203,10 @@ class QuasiNewton(CurvatureOptimizer):
 
         # from a loss that is not finite no search begins, and the step is skipped
         slope = tf.where(tf.math.is_finite(lin.loss), slope, float("nan"))
-        if self.search is None:
-            return search_along(OneLength(), along, d, lin.loss, slope, g, tf.cast(self.learning_rate, tf.float64))
-        return search_along(self.search, along, d, lin.loss, slope, g, self.first_length(slope))
+        rule, first = self.search, self.first_length(slope)
+        if rule is None:
+            rule, first = OneLength(), tf.cast(self.learning_rate, tf.float64)
+        return search_along(rule, along, d, lin.loss, slope, g, first, self._rounding.value)
 
     def _pair(self, s, g, slope, norm, found, dd, loss):
         """The `Pair` of a step."""

@@ -84,4 +84,5 @@ class ArmijoLineSearch(Component):
         """The state after a trial; `memory` counts them."""
         low = trial.loss <= start.loss + self.slope * trial.length * start.slope
         end = tf.where(low, CONDITIONS_MET, tf.where(state.memory < self.max_steps, SEARCHING, BUDGET))
-        return State(self.shrink * trial.length, tf.where(low, TRIAL, KEEP), end, state.memory + 1)
+        keep, following = tf.where(low, TRIAL, KEEP), self.shrink * trial.length
+        return state._replace(next=following, keep=keep, end=end, memory=state.memory + 1)

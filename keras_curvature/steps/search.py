@@ -47,12 +47,15 @@ class State(NamedTuple):
         keep: Which point to return so far: `KEEP` the last one, `TRIAL` the one just seen, `START` the start.
         end: `SEARCHING`, or how the search ended.
         memory: What the rule remembers, a nest of tensors.
+        rounding: How inexact losses have proved to be, relatively: what earlier searches learnt and later ones begin
+            with, a float64 scalar. `begin` may leave it out, a rule that does not learn it leaves it as it is.
     """
 
     next: tf.Tensor
     keep: tf.Tensor
     end: tf.Tensor
     memory: Any
+    rounding: tf.Tensor | float = 0.0
 
 
 class Search(Protocol):
@@ -78,6 +81,7 @@ class Found(NamedTuple):
         evaluations: Number of evaluations of loss and gradient, int32.
         overflows: How many of them were not finite, int32.
         end: How it ended, a key of `ENDS`, int32.
+        rounding: What the next search is to begin with, see `State`.
     """
 
     point: Point
@@ -85,11 +89,12 @@ class Found(NamedTuple):
     evaluations: tf.Tensor
     overflows: tf.Tensor
     end: tf.Tensor
+    rounding: tf.Tensor
 
 
 def search_along(
     rule: Search, along: Callable[[tf.Tensor], tuple[tf.Tensor, Vector]], direction: Vector, loss: Scalar,
-    slope: Scalar, gradient: Vector, first: Scalar = 1.0,
+    slope: Scalar, gradient: Vector, first: Scalar = 1.0, rounding: Scalar = 0.0,
 ) -> Found:  # fmt: skip
     """Search along `direction` by a rule.
 
@@ -101,6 +106,7 @@ def search_along(
         slope: `g'd`. Without a negative slope nothing is evaluated.
         gradient: `g`, a vector.
         first: The length to begin with. Defaults to `1.0`.
+        rounding: What the last search along another line found, see `State`. Defaults to `0.0`.
 
     Returns:
         A `Found`.
@@ -108,7 +114,8 @@ def search_along(
     start = Point(tf.zeros((), tf.float64), tf.cast(loss, tf.float64), tf.cast(slope, tf.float64))
     state = rule.begin(start, trees.exactly(first, tf.float64))
     descends = start.slope < 0  # false for a NaN
-    state = state._replace(end=tf.where(descends, state.end, NO_SLOPE))
+    end = tf.where(descends, state.end, NO_SLOPE)
+    state = state._replace(end=end, rounding=trees.exactly(rounding, tf.float64))
 
     def look(evaluations, overflows, state, kept, kept_gradient):
         trial, found = _evaluate(along, direction, state.next)
@@ -129,7 +136,7 @@ def search_along(
     end = tf.where(tf.equal(state.end, SEARCHING), BUDGET, state.end)
     serves = tf.equal(end, CONDITIONS_MET) | (kept.loss < start.loss)  # without the conditions, a lower loss at least
     kept_gradient = tf.cond(serves, lambda: list(kept_gradient), lambda: list(gradient))
-    return Found(pick(serves, kept, start), kept_gradient, evaluations, overflows, end)
+    return Found(pick(serves, kept, start), kept_gradient, evaluations, overflows, end, state.rounding)
 
 
 class OneLength:

@@ -84,7 +84,7 @@ class StrongWolfe(Component):
         tiny = ~onward & (width <= SMALLEST * tf.maximum(low.length, high.length))
         length = tf.where(onward, 2.0 * trial.length, _interpolate(memory))
         end = tf.where(found, CONDITIONS_MET, tf.where(tiny, INTERVAL, SEARCHING))
-        return State(length, tf.where(too_high, KEEP, TRIAL), end, memory)
+        return state._replace(next=length, keep=tf.where(too_high, KEEP, TRIAL), end=end, memory=memory)
 
 
 def _interpolate(memory):
