@@ -128,7 +128,8 @@ class QuasiNewton(CurvatureOptimizer):
         self._gradient = self.add_optimizer_variables(variables, "gradient")
         self._loss = self.add_scalar(float("nan"), "loss")
         self._batch = self.add_variable((), dtype="int32", name="batch", aggregation="none")
-        self._rounding = self.add_variable((), initializer="zeros", dtype="float64", name="rounding", aggregation="none")
+        like = {"initializer": "zeros", "dtype": "float64", "aggregation": "none"}
+        self._rounding = self.add_variable((), name="rounding", **like)
         self._products = []
 
     # The step.

@@ -70,9 +70,9 @@ class HagerZhang(Component):
     Reference: Hager and Zhang, "A new conjugate gradient method with guaranteed descent and an efficient line search"
     (2005), section 4, and Algorithm 851 (2006). Differences from the papers: (1) the condition of the 2006 paper, with
     `error * |phi(0)|`, in place of a running average; (2) one budget for all evaluations; (3) a point whose loss is not
-    finite is the right end of a bracket that is bisected; (4) as in their code CG_DESCENT, `error` grows where it proves
-    too small: after ten bisections without a lower loss, to ten times what the right end was too high, which is then
-    looked at again; here only if that is at most 1e-3 of the loss. Later searches begin with that `error`.
+    finite is the right end of a bracket that is bisected; (4) as in their code CG_DESCENT, `error` grows where it
+    proves too small: after ten bisections without a lower loss, to ten times what the right end was too high, which is
+    then looked at again; here only if that is at most 1e-3 of the loss. Later searches begin with that `error`.
 
     Args:
         decrease: `delta`, in (0, 1/2). Defaults to `0.1` (the papers, and TensorFlow Probability).
