@@ -81,7 +81,8 @@ class SavedOptimizer(AveragedWeights):
     """The part of `CurvatureOptimizer` that Keras calls to save and load.
 
     Attributes:
-        later: Names of variables that files of earlier versions lack, and that keep their values when one is loaded.
+        later: Names of variables that files of earlier versions lack, one variable each, in the order in which they came.
+            They keep their values when such a file is loaded.
     """
 
     later: ClassVar[tuple[str, ...]] = ()
@@ -116,11 +117,11 @@ class SavedOptimizer(AveragedWeights):
         if not stored.values:
             return
         variables = self.variables
-        earlier = [variable for variable in variables if variable.name not in self.later]
+        lacking = len(variables) - len(stored.values)
         if stored.owner is not None and len(stored.values) <= self._unbuilt_count:
             variables = variables[: len(stored.values)]  # saved before the first step
-        elif len(stored.values) == len(earlier):
-            variables = earlier
+        elif 0 < lacking <= len(self.later):
+            variables = [variable for variable in variables if variable.name not in self.later[-lacking:]]
         problem = stored.mismatch(variables)
         if problem is not None:
             self._skip(problem)
