@@ -81,7 +81,7 @@ class SavedOptimizer(AveragedWeights):
     """The part of `CurvatureOptimizer` that Keras calls to save and load.
 
     Attributes:
-        later: Names of variables that files of earlier versions lack, one variable each, in the order in which they came.
+        later: Names of variables that files of earlier versions lack, one variable each, in the order of their coming.
             They keep their values when such a file is loaded.
     """
 
