@@ -100,8 +100,8 @@ class LBFGS(QuasiNewton):
     def _coefficients(self, products, count, gamma):
         """The coefficients of all pairs in `H g - gamma g`, `(2 memory,)` in the order of the rows.
 
-        The two-loop recursion in these coordinates: with `S'Y` of the pairs from old to new, `R` its upper triangle and
-        `D` its diagonal, `a = R^-1 S'g` is what the first loop finds, and `R^-T (D a + gamma (Y'Y a - Y'g))` the other.
+        The two-loop recursion in these coordinates. `R` is the upper triangle of `S'Y` of the pairs from old to new,
+        `D` its diagonal. The first loop finds `a = R^-1 S'g`, the other `R^-T (D a + gamma (Y'Y a - Y'g))`.
         """
         used = self.kept(count)
         places = tf.range(self.memory)

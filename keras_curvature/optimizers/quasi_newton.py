@@ -128,8 +128,7 @@ class QuasiNewton(CurvatureOptimizer):
         self._gradient = self.add_optimizer_variables(variables, "gradient")
         self._loss = self.add_scalar(float("nan"), "loss")
         self._batch = self.add_variable((), dtype="int32", name="batch", aggregation="none")
-        like = {"initializer": "zeros", "dtype": "float64", "aggregation": "none"}
-        self._rounding = self.add_variable((), name="rounding", **like)
+        self._rounding = self.add_scalar(0.0, "rounding")
         self._products = []
 
     # The step.
@@ -204,9 +203,10 @@ class QuasiNewton(CurvatureOptimizer):
 
         # from a loss that is not finite no search begins, and the step is skipped
         slope = tf.where(tf.math.is_finite(lin.loss), slope, float("nan"))
-        rule, first = self.search, self.first_length(slope)
-        if rule is None:
+        if self.search is None:
             rule, first = OneLength(), tf.cast(self.learning_rate, tf.float64)
+        else:
+            rule, first = self.search, self.first_length(slope)
         return search_along(rule, along, d, lin.loss, slope, g, first, self._rounding.value)
 
     def _pair(self, s, g, slope, norm, found, dd, loss):
